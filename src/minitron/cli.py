@@ -1,0 +1,276 @@
+"""The command line: parse, call one function of the pipeline, print."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from minitron.errors import UserError
+
+app = typer.Typer(
+    help="Make a smaller language model out of a trained one: prune it, then distil the rest back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Teacher = Annotated[str, typer.Argument(help="A hub id, a folder, a .gguf file, or the built-in smollm2.")]
+Out = Annotated[Path, typer.Argument(help="The folder to make.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; options override it.")]
+Target = Annotated[
+    str | None, typer.Option("--target-params", help="A share of the teacher (0.7) or a count (94M, 4B).")
+]
+Data = Annotated[
+    str | None, typer.Option(help="A txt, jsonl or parquet file or glob, a hub data set, or the built-in wiki.")
+]
+Tokens = Annotated[str | None, typer.Option(help="Tokens to distil on, such as 2M.")]
+Context = Annotated[int | None, typer.Option(help="Tokens in a block.")]
+Seed = Annotated[int | None, typer.Option(help="Decides the order of the text.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the forward passes.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")]
+
+
+@app.command()
+def compress(
+    teacher: Teacher,
+    out: Out,
+    target_params: Target = None,
+    recipe: RecipeFile = None,
+    data: Data = None,
+    tokens: Tokens = None,
+    context: Context = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """The main job: search a shape, prune, distil, evaluate. Run again to continue."""
+    from minitron import pipeline
+
+    loaded = _recipe(recipe, teacher=teacher, target_params=target_params, data=data, context=context,
+                     seed=seed, device=device, dtype=dtype, **{"distill.tokens": tokens})  # fmt: skip
+    results = pipeline.compress(loaded, out, overwrite)
+    if as_json:
+        _print_json({"out": str(out), **results})
+    else:
+        _print_results(out, results)
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A teacher as in compress, or a config.json by itself.")],
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Sizes and exact parameter counts, and whether the weights fit the family's table."""
+    from minitron import pipeline
+
+    _print_record(pipeline.inspect(model), as_json)
+
+
+@app.command()
+def calibrate(
+    teacher: Teacher,
+    out: Out,
+    recipe: RecipeFile = None,
+    data: Data = None,
+    tokens: Annotated[str | None, typer.Option(help="Tokens to calibrate on.")] = None,
+    context: Context = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Measure importance: calibration.safetensors and importance.safetensors in OUT."""
+    from minitron import pipeline
+
+    loaded = _recipe(recipe, teacher=teacher, data=data, context=context, seed=seed, device=device, dtype=dtype,
+                     **{"calibration.tokens": tokens})  # fmt: skip
+    _print_record(pipeline.calibrate_alone(loaded, out, overwrite), as_json)
+
+
+@app.command()
+def search(
+    teacher: Teacher,
+    out: Out,
+    target_params: Target = None,
+    recipe: RecipeFile = None,
+    data: Data = None,
+    context: Context = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Find the best shape within a budget: candidates.jsonl and arch.json in OUT."""
+    from minitron import pipeline
+
+    loaded = _recipe(recipe, teacher=teacher, target_params=target_params, data=data, context=context,
+                     seed=seed, device=device, dtype=dtype)  # fmt: skip
+    _print_record(pipeline.search_alone(loaded, out, overwrite), as_json)
+
+
+@app.command()
+def prune(
+    teacher: Teacher,
+    out: Out,
+    hidden_size: Annotated[int | None, typer.Option(help="Residual channels.")] = None,
+    intermediate_size: Annotated[int | None, typer.Option(help="MLP neurons.")] = None,
+    num_hidden_layers: Annotated[int | None, typer.Option(help="Layers.")] = None,
+    num_attention_heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
+    num_key_value_heads: Annotated[int | None, typer.Option(help="KV groups.")] = None,
+    arch: Annotated[Path | None, typer.Option(help="An arch.json instead of sizes.")] = None,
+    target_params: Target = None,
+    importance: Annotated[Path | None, typer.Option(help="A folder that calibrate wrote, instead of --data.")] = None,
+    recipe: RecipeFile = None,
+    data: Data = None,
+    context: Context = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Cut a teacher to a shape, untrained: a Hugging Face folder at OUT."""
+    from minitron import pipeline
+
+    sizes = {
+        "hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": num_hidden_layers,
+        "num_attention_heads": num_attention_heads, "num_key_value_heads": num_key_value_heads,
+    }  # fmt: skip
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if sum(map(bool, (given, arch, target_params))) > 1:
+        raise UserError("give sizes, --arch or --target-params, not several of them")
+    loaded = _recipe(recipe, teacher=teacher, target_params=target_params, data=data, context=context,
+                     seed=seed, device=device, dtype=dtype)  # fmt: skip
+    _print_record(pipeline.prune_alone(loaded, given, arch, importance, out, overwrite), as_json)
+
+
+@app.command()
+def distill(
+    teacher: Teacher,
+    student: Annotated[str, typer.Argument(help="The pruned model to train.")],
+    out: Out,
+    recipe: RecipeFile = None,
+    data: Data = None,
+    tokens: Tokens = None,
+    context: Context = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Teach a smaller model with a larger one: a Hugging Face folder at OUT."""
+    from minitron import pipeline
+
+    loaded = _recipe(recipe, teacher=teacher, data=data, context=context, seed=seed,
+                     device=device, dtype=dtype, **{"distill.tokens": tokens})  # fmt: skip
+    _print_record(pipeline.distill_alone(loaded, student, out, overwrite), as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model as in compress.")],
+    recipe: RecipeFile = None,
+    data: Data = None,
+    max_tokens: Annotated[str | None, typer.Option(help="Tokens to measure on; all by default.")] = None,
+    context: Context = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity and bits per byte of a model on some text."""
+    from minitron import pipeline
+    from minitron.recipe import option_count
+
+    loaded = _recipe(recipe, teacher=model, data=data, context=context, seed=seed,
+                     device=device, dtype=dtype)  # fmt: skip
+    _print_record(pipeline.evaluate_alone(loaded, option_count("--max-tokens", max_tokens)), as_json)
+
+
+def main() -> None:
+    """Run the command line; what the user did wrong is one `error: …` line and exit status 2."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress is on the screen
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    usage_error = typer.BadParameter.__bases__[0]  # typer carries its own copy of click since 0.20
+    try:
+        sys.exit(app(standalone_mode=False))
+    except UserError as error:
+        _fail(str(error))
+    except usage_error as error:
+        if len(sys.argv) < 2:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        _fail(error.format_message())  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted: the same command continues a compress run", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, PermissionError):
+            _fail(f"permission denied: {error.filename}")
+        if _is_out_of_space(error):
+            _fail("no space left on the device; what was finished is kept, free some and run again")
+        raise
+
+
+def _is_out_of_space(error: BaseException | None) -> bool:
+    # safetensors and torch wrap the operating system's error in exceptions of their own.
+    while error is not None:
+        if "No space left on device" in str(error) or "os error 28" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _recipe(path: Path | None, **options: Any) -> Any:
+    from minitron.recipe import load_recipe
+
+    return load_recipe(path, options)
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, allow_nan=True))
+
+
+def _print_record(record: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(record)
+        return
+    for key, value in record.items():
+        shown = value if not isinstance(value, dict) else " · ".join(f"{k} {v}" for k, v in value.items())
+        print(f"{key:>28}  {shown:,}" if isinstance(shown, int) else f"{key:>28}  {shown}")
+
+
+def _print_results(out: Path, results: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from minitron.present.card import figures_table
+
+    head, *rows = figures_table(results)
+    measured = results["student"]
+    table = Table(caption=f"{measured['num_tokens']:,} held-out tokens, context {measured['context']}")
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+    print(f"student: {out / 'student'}")

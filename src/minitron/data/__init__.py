@@ -1,0 +1,1 @@
+"""Documents in, packed blocks of tokens out."""

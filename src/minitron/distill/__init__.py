@@ -1,0 +1,1 @@
+"""Teach the smaller model with the larger one."""

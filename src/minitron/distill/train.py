@@ -1,0 +1,259 @@
+"""The training loop: a pruned student learns the teacher's distribution over the next token.
+
+The state of a run is the step, the student and the optimizer; which blocks a step sees follows from the seed
+and the step alone. A run that is killed continues from its last checkpoint to the same bits (on a CPU).
+"""
+
+import json
+import math
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from minitron.data.blocks import Blocks
+from minitron.distill.distributed import World, joined_world, shard, whole
+from minitron.distill.losses import forward_kl
+from minitron.errors import UserError
+from minitron.files import (
+    empty_folder,
+    partial_path,
+    publish_folder,
+    read_json,
+    read_jsonl,
+    whole_folder,
+    write_json,
+    write_jsonl,
+)
+from minitron.measure.perplexity import measure_perplexity
+from minitron.model.causal import Headless, load_model
+from minitron.model.checkpoint import Checkpoint, write_checkpoint
+from minitron.progress import Progress
+from minitron.recipe import DistillRecipe
+
+NUM_EVALUATIONS = 5
+"""Held-out perplexity is measured this often along the way, and once before the first step."""
+
+
+def distill(
+    teacher: nn.Module,
+    pruned: Checkpoint,
+    train: Blocks,
+    heldout: Blocks,
+    recipe: DistillRecipe,
+    out: Path,
+    work: Path,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Train the pruned checkpoint on the teacher's distribution and write the student to `out`.
+
+    `work` receives `metrics.jsonl`, a row a step, and `checkpoint/`, from which a killed run continues; the
+    checkpoint is removed once the student is written. Weights train in float32; `dtype` is that of the
+    forward pass.
+
+    Raises:
+        UserError: the batch cannot be dealt out to the ranks.
+    """
+    with joined_world(device) as world:
+        micro = min(recipe.micro_batch_size, recipe.batch_size)
+        if recipe.batch_size % (world.size * micro):
+            raise UserError(
+                f"batch_size {recipe.batch_size} is not a multiple of {world.size} ranks × micro_batch_size {micro}"
+            )
+        student = Headless(load_model(pruned, device, torch.promote_types(dtype, torch.float32)).train())
+        shard(student, pruned.arch, world)
+        optimizer = torch.optim.AdamW(
+            student.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        )
+        _loop(Headless(teacher), student, optimizer, train, heldout, recipe, work, seed, dtype, world)
+        _write_student(student, pruned, out, world)
+        if world.is_main:
+            shutil.rmtree(work / "checkpoint", ignore_errors=True)
+
+
+def batch_indices(step: int, batch_size: int, num_blocks: int, seed: int) -> Tensor:
+    """Which blocks a step sees, (batch_size,): epoch after epoch, each in an order of its own."""
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    orders = {
+        epoch: torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        for epoch in {position // num_blocks for position in positions}
+    }
+    return torch.stack([orders[position // num_blocks][position % num_blocks] for position in positions])
+
+
+def learning_rate(step: int, num_steps: int, recipe: DistillRecipe) -> float:
+    """Linear warm-up to the peak, then a cosine down to `min_learning_rate_ratio` of it."""
+    warmup = max(1, round(recipe.warmup_ratio * num_steps))
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, num_steps - warmup)
+    low = recipe.min_learning_rate_ratio
+    return recipe.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def _loop(
+    teacher: Headless,
+    student: Headless,
+    optimizer: torch.optim.Optimizer,
+    train: Blocks,
+    heldout: Blocks,
+    recipe: DistillRecipe,
+    work: Path,
+    seed: int,
+    dtype: torch.dtype,
+    world: World,
+) -> None:
+    step_tokens = recipe.batch_size * train.context
+    num_steps = max(1, recipe.tokens // step_tokens)
+    evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
+    step = _load(work, student, optimizer, world)
+    metrics = Metrics(work / "metrics.jsonl", step, world)
+    if step == 0:
+        metrics.add(step=0, tokens=0, heldout_perplexity=_heldout(student, heldout))
+    saved_at = time.monotonic()
+    with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress:
+        while step < num_steps:
+            rate = learning_rate(step, num_steps, recipe)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            ids = train.ids[batch_indices(step, recipe.batch_size, len(train), seed)]
+            loss = world.sum(accumulate(teacher, student, ids, recipe, dtype, world))
+            norm = nn.utils.clip_grad_norm_(student.parameters(), recipe.max_grad_norm)
+            if not math.isfinite(float(loss)):
+                raise UserError(f"the loss is {float(loss)} at step {step}: lower distill.learning_rate")
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            row = {"step": step, "tokens": step * step_tokens, "loss": float(loss), "learning_rate": rate}
+            row["grad_norm"] = float(whole(norm))
+            progress.advance(step_tokens)
+            if step in evaluate_at:
+                row["heldout_perplexity"] = _heldout(student, heldout)
+            metrics.add(**row)
+            progress.note(f"loss {float(loss):.3f}{metrics.last_perplexity()}")
+            if step < num_steps and world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds):
+                _save(work, student, optimizer, step, world)
+                saved_at = time.monotonic()
+
+
+def accumulate(
+    teacher: Headless, student: Headless, ids: Tensor, recipe: DistillRecipe, dtype: torch.dtype, world: World
+) -> Tensor:
+    """Add one step's gradient to the student's from this rank's share of the blocks `ids` (B, T).
+
+    Returns this rank's part of the loss; the parts of all ranks add up to the mean over the step's tokens.
+    """
+    device = next(teacher.parameters()).device
+    mine = ids.chunk(world.size)[world.rank]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype in {torch.bfloat16, torch.float16})
+    for part in mine.split(recipe.micro_batch_size):
+        part = part.to(device)
+        with torch.no_grad():
+            teacher_hidden, teacher_head = teacher(part, lambda hidden, head: (hidden, head))
+        # The one place where the loss is normalised: by the tokens of the whole step, on all ranks.
+        readout = partial(
+            _readout, teacher_hidden=teacher_hidden, teacher_head=teacher_head, num_tokens=ids.numel(),
+            temperature=recipe.temperature,
+        )  # fmt: skip
+        with autocast:
+            loss = student(part, readout)
+        (loss * world.size).backward()  # FSDP averages gradients over ranks; the loss is a sum already
+        total += loss.detach().double()
+    return total
+
+
+def _readout(hidden: Tensor, head: Tensor, **teacher: Any) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return forward_kl(hidden, head, **teacher)
+
+
+def _heldout(student: Headless, heldout: Blocks) -> float:
+    student.eval()
+    perplexity = measure_perplexity(student, heldout).perplexity
+    student.train()
+    return perplexity
+
+
+class Metrics:
+    """`metrics.jsonl`: a row a step, appended as it happens; rows after the step resumed from are dropped."""
+
+    def __init__(self, path: Path, step: int, world: World) -> None:
+        self.path, self.is_main = path, world.is_main
+        self.rows = [row for row in read_jsonl(path) if row["step"] <= step] if step else []
+        if self.is_main:
+            write_jsonl(path, self.rows)
+
+    def add(self, **row: Any) -> None:
+        """Append a row."""
+        self.rows.append(row)
+        if self.is_main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def last_perplexity(self) -> str:
+        """The last held-out perplexity, in words."""
+        found = [row["heldout_perplexity"] for row in self.rows if "heldout_perplexity" in row]
+        return f" · held-out perplexity {found[-1]:.2f}" if found else ""
+
+
+def _state(student: Headless, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in student.named_parameters():
+        yield f"student.{name}", parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            yield f"optimizer.{name}.{key}", value
+
+
+def _save(work: Path, student: Headless, optimizer: torch.optim.Optimizer, step: int, world: World) -> None:
+    # Safetensors within torch's distributed checkpoint: reading one back cannot execute code.
+    staging = partial_path(work / "checkpoint")
+    if world.is_main:
+        empty_folder(staging)
+    world.barrier()
+    with warnings.catch_warnings(action="ignore"):  # it warns that one process saves for itself
+        writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
+        dcp.save(dict(_state(student, optimizer)), storage_writer=writer, no_dist=world.size == 1)
+    if world.is_main:
+        write_json(staging / "state.json", {"step": step})
+        publish_folder(staging, work / "checkpoint")
+    world.barrier()
+
+
+def _load(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world: World) -> int:
+    """Restore the last checkpoint, if there is one, and return the step it was taken after."""
+    if not (work / "checkpoint").is_dir():
+        return 0
+    for parameter in student.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter.detach()),
+            "exp_avg_sq": torch.zeros_like(parameter.detach()),
+        }
+    with warnings.catch_warnings(action="ignore"):
+        reader = HuggingFaceStorageReader(str(work / "checkpoint"))
+        dcp.load(dict(_state(student, optimizer)), storage_reader=reader, no_dist=world.size == 1)
+    return int(read_json(work / "checkpoint" / "state.json")["step"])
+
+
+def _write_student(student: Headless, pruned: Checkpoint, out: Path, world: World) -> None:
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in student.model.named_parameters():
+            yield name, whole(parameter).to(pruned.dtype).cpu()
+
+    if world.is_main:
+        with whole_folder(out) as staging:
+            write_checkpoint(staging, pruned.config, tensors(), companions_from=pruned.folder)
+    else:
+        for _ in tensors():  # gathering a sharded parameter takes every rank
+            pass
+    world.barrier()

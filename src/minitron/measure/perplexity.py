@@ -1,0 +1,69 @@
+"""Perplexity and bits per byte over blocks, without holding tokens × vocabulary."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitron.data.blocks import Blocks
+from minitron.model.causal import Headless
+
+CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Figures of one model on some blocks; every block is a context of its own."""
+
+    perplexity: float
+    bits_per_byte: float
+    num_tokens: int
+    """Tokens predicted: all but the first of each block."""
+    context: int
+    tokens_per_second: float
+    """Of the forward passes of this measurement, batch 1."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int], None] = lambda _: None) -> Perplexity:
+    """Run the blocks through a causal language model, one at a time; `advance` is told of tokens done."""
+    headless = model if isinstance(model, Headless) else Headless(model)
+    device = next(model.parameters()).device
+    nll = torch.zeros((), dtype=torch.float64, device=device)
+    started = time.perf_counter()
+    for ids in blocks.ids.to(device).split(1):
+        nll += headless(ids, partial(next_token_nll, input_ids=ids))
+        advance(ids.numel())
+    mean = float(nll) / (num_tokens := blocks.num_tokens - len(blocks))
+    seconds = time.perf_counter() - started
+    return Perplexity(
+        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        bits_per_byte=float(nll) / math.log(2) / max(1, int(blocks.num_bytes[:, 1:].sum())),
+        num_tokens=num_tokens,
+        context=blocks.context,
+        tokens_per_second=blocks.num_tokens / seconds,
+    )
+
+
+def next_token_nll(hidden: Tensor, head: Tensor, input_ids: Tensor) -> Tensor:
+    """Negative log-likelihood in nats, summed over the predicted tokens, as a float64 scalar.
+
+    hidden (B, T, hidden), head (vocab, hidden), input_ids (B, T); logits are formed in float32 (or float64
+    when the states are) for at most `CHUNK_TOKENS` tokens at once.
+    """
+    states, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for part, labels in zip(states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+        logits = part.to(dtype) @ head.to(dtype).T  # (chunk, vocab)
+        total += nn.functional.cross_entropy(logits, labels, reduction="sum").double()
+    return total

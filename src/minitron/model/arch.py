@@ -1,0 +1,140 @@
+"""The sizes of a model under their config names, and exact counts derived from its family's table."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from minitron.errors import UserError, nearest
+from minitron.model.anatomy import AXES, Family, Restatement
+from minitron.model.families import family_of
+
+
+@dataclass(frozen=True)
+class Arch:
+    """The shape of a model: a family, its sizes by config name, and the booleans its table asks about."""
+
+    model_type: str
+    sizes: Mapping[str, int]
+    flags: Mapping[str, bool] = field(default_factory=dict)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Arch":
+        """Read the sizes from a config with all its defaults filled in (`PretrainedConfig.to_dict()`).
+
+        Raises:
+            UserError: the `model_type` is unknown, or a size is missing.
+        """
+        family = family_of(str(config.get("model_type")))
+        values = dict(config)
+        heads = values.get("num_attention_heads")
+        if values.get("num_key_value_heads") is None:
+            values["num_key_value_heads"] = heads
+        if values.get("head_dim") is None and heads:
+            values["head_dim"] = values["hidden_size"] // heads
+        missing = [name for name in AXES.values() if values.get(name) is None]
+        if missing:
+            raise UserError(f"the config does not say {', '.join(missing)}")
+        sizes = {name: int(values[name]) for name in AXES.values()}
+        return cls(family.model_type, sizes, {flag: bool(values.get(flag)) for flag in sorted(family.flags)})
+
+    @property
+    def family(self) -> Family:
+        """The table of its family."""
+        return family_of(self.model_type)
+
+    def axis_size(self, axis: str) -> int:
+        """How many entries an axis of the grammar has."""
+        return self.sizes[AXES[axis]]
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, tied ones once; exact."""
+        return int(self._count(self.sizes))
+
+    @property
+    def num_non_embedding_parameters(self) -> int:
+        """All parameters but those of the tensors that run along the vocabulary."""
+        return int(self._count(self.sizes, without="vocab"))
+
+    def count_grid(self, sizes: Mapping[str, Any]) -> Any:
+        """Parameter counts of many shapes at once: sizes may be integer arrays that broadcast."""
+        return self._count({**self.sizes, **sizes})
+
+    def resized(self, **sizes: int) -> "Arch":
+        """The same family with some sizes changed.
+
+        Raises:
+            UserError: a name is no size, a size is below 1, or the heads cannot be dealt out to the groups.
+        """
+        for name, size in sizes.items():
+            if name not in self.sizes:
+                raise UserError(f"unknown size '{name}': {nearest(name, list(self.sizes))}")
+            if size < 1:
+                raise UserError(f"{name} must be at least 1, not {size}")
+        arch = replace(self, sizes={**self.sizes, **sizes})
+        for axis, group in arch.family.grouped.items():
+            if arch.axis_size(axis) % arch.axis_size(group):
+                raise UserError(
+                    f"{AXES[axis]} {arch.axis_size(axis)} is not a multiple of {AXES[group]} {arch.axis_size(group)}"
+                )
+        _ = arch.restatement
+        return arch
+
+    def require_prunable_to(self, smaller: "Arch") -> None:
+        """Raise `UserError` unless `smaller` can be cut out of this shape."""
+        prunable = {AXES[axis] for axis in prunable_axes(self.family)}
+        for name, size in smaller.sizes.items():
+            if size > self.sizes[name]:
+                raise UserError(f"{name} {size} is above the teacher's {self.sizes[name]}")
+            if size != self.sizes[name] and name not in prunable:
+                raise UserError(f"{name} cannot be pruned; prunable: {', '.join(sorted(prunable))}")
+        for axis, group in self.family.grouped.items():
+            per_group, limit = (a.axis_size(axis) // a.axis_size(group) for a in (smaller, self))
+            if per_group > limit:
+                raise UserError(
+                    f"{AXES[axis]} {smaller.axis_size(axis)} over {AXES[group]} {smaller.axis_size(group)} is "
+                    f"{per_group} a group, above the teacher's {limit}"
+                )
+
+    @property
+    def restatement(self) -> Restatement | None:
+        """How this shape is written when its own config class refuses it; None when it does not.
+
+        Raises:
+            UserError: it is refused, and the other `model_type` cannot express the model either.
+        """
+        rule = self.family.restatement
+        if rule is None or self.axis_size(rule.multiple) % self.axis_size(rule.of) == 0:
+            return None
+        if lost := [flag for flag in rule.without if self.flags[flag]]:
+            raise UserError(
+                f"{AXES[rule.multiple]} must be a multiple of {AXES[rule.of]} in a {self.model_type} model "
+                f"with {lost[0]}; {self.axis_size(rule.multiple)} is not one of {self.axis_size(rule.of)}"
+            )
+        return rule
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"model_type": self.model_type, **self.sizes, **self.flags}
+
+    def describe(self) -> str:
+        """`hidden_size 448 · intermediate_size 1152 · …`: the sizes that differ between shapes, in a line."""
+        fixed = {"vocab_size", "head_dim"}
+        return " · ".join(f"{name} {size}" for name, size in self.sizes.items() if name not in fixed)
+
+    def _count(self, sizes: Mapping[str, Any], without: str | None = None) -> Any:
+        total: Any = 0
+        for row in self.family.rows:
+            if not row.present(self.flags) or without in row.axes:
+                continue
+            count: Any = 1
+            for dim in row.shape(lambda axis: sizes[AXES[axis]]):
+                count = count * dim
+            total = total + count * (sizes[AXES["layer"]] if row.is_per_layer else 1)
+        return total
+
+
+def prunable_axes(family: Family) -> tuple[str, ...]:
+    """The axes that taps score, the groups they are dealt out to, and depth."""
+    tapped = {tap.axis for tap in family.taps}
+    return tuple(axis for axis in AXES if axis in tapped | set(family.grouped.values()) | {"layer"})

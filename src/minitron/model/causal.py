@@ -1,0 +1,75 @@
+"""Models in memory: loading one, building one from tensors, and running it up to its last hidden states."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from minitron.errors import UserError
+from minitron.model.checkpoint import Checkpoint
+
+Readout = Callable[[Tensor, Tensor], Any]
+"""From last hidden states (B, T, hidden) and the output matrix (vocab, hidden) to what is wanted of them."""
+
+
+class Headless(nn.Module):
+    """A causal language model whose logits are never formed: the caller reads the last hidden states out.
+
+    Everything, the readout included, happens inside `forward`, so that wrapping this module as a whole
+    (`fully_shard`) covers the output matrix too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, readout: Readout) -> Any:
+        """`readout(hidden, head)` for token ids (B, T)."""
+        model: Any = self.model
+        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, hidden)
+        return readout(hidden, model.get_output_embeddings().weight)
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"unknown device '{device}'; accepted: auto, cpu, cuda, cuda:N") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device '{device}' asked for, but torch sees no CUDA device; accepted here: auto, cpu")
+    return found
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 elsewhere."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = getattr(torch, dtype, None)
+    if found not in {torch.float32, torch.bfloat16, torch.float16, torch.float64}:
+        raise UserError(f"unknown dtype '{dtype}'; accepted: auto, float32, bfloat16, float16, float64")
+    return found  # type: ignore[no-any-return]
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
+    """The transformers model of a checkpoint, in evaluation mode."""
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, config=checkpoint.config, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    return model.to(device).eval()
+
+
+def build_model(config: Any, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Any:
+    """A transformers model around tensors that are in memory already, in evaluation mode."""
+    transformers_logging.disable_progress_bar()
+    state = dict(tensors)
+    dtype = next(iter(state.values())).dtype
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()

@@ -1,0 +1,238 @@
+"""A Hugging Face folder of safetensors: opened without reading a weight, checked, read and written by tensor."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from minitron.errors import UserError
+from minitron.files import read_json
+from minitron.model.arch import Arch
+from minitron.model.families import family_of
+
+MAX_SHARD_BYTES = 2 * 1024**3
+PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken",
+              "chat_template*", "generation_config.json", "LICENSE*")  # fmt: skip
+"""Files that go from the teacher's folder to the student's as they are; never code, never weights."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk. `tensors` maps each name to the file that holds it; nothing is loaded yet."""
+
+    folder: Path
+    config: Any
+    arch: Arch
+    tensors: dict[str, Path]
+    _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Read one tensor, on the CPU, in the dtype it is stored in."""
+        return self._open(self.tensors[name]).get_tensor(name)  # type: ignore[no-any-return]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the file's header alone."""
+        return tuple(self._open(self.tensors[name]).get_slice(name).get_shape())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the config states, else that of the first tensor."""
+        return self.config.dtype or self.tensor(next(iter(self.tensors))).dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weight files."""
+        return sum(path.stat().st_size for path in set(self.tensors.values()))
+
+    def fingerprint(self, advance: Callable[[int], None] = lambda _: None) -> str:
+        """SHA-256 over config and weights, read once; `advance` is told of the bytes as they are read.
+
+        Raises:
+            UserError: a tensor holds NaN or infinity.
+        """
+        digest = sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
+        for name in sorted(self.tensors):
+            tensor = self.tensor(name)
+            if not torch.isfinite(tensor).all():
+                raise UserError(f"{self.tensors[name]}: tensor {name} holds NaN or infinity")
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
+            advance(tensor.nbytes)
+        return digest.hexdigest()
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._handles:
+            self._handles[path] = open_safetensors(path)
+        return self._handles[path]
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a Hugging Face folder and hold every tensor against its family's table.
+
+    Raises:
+        UserError: no config, an unsupported `model_type`, pickled or missing or damaged weights, a tensor that
+            no row matches or whose shape is not the row's, or a row without its tensor.
+    """
+    config = read_config(folder)
+    arch = Arch.from_config(config.to_dict())
+    checkpoint = Checkpoint(folder, config, arch, _locate_tensors(folder))
+    _check_against_table(checkpoint)
+    return checkpoint
+
+
+def read_config(path: Path) -> Any:
+    """The config of a folder, or of a `config.json` by itself, with the defaults of its `model_type` filled in.
+
+    Code that a folder brings along (`auto_map`) is never run: every supported family is native to transformers.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: not a Hugging Face model folder")
+    values = read_json(path)
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UserError(f"{path} does not say its model_type")
+    values.pop("auto_map", None)
+    model_type = family_of(str(values.pop("model_type"))).model_type
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def write_checkpoint(
+    folder: Path, config: Any, tensors: Iterable[tuple[str, torch.Tensor]], companions_from: Path
+) -> None:
+    """Write tensors as they come into sharded safetensors, with config and the teacher's tokenizer files.
+
+    Holds at most one shard in memory. `folder` must exist; make it with `files.whole_folder`.
+    """
+    shards: list[dict[str, torch.Tensor]] = []
+    weight_map: dict[str, int] = {}
+    pending: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        number = len(shards)
+        save_file(pending, folder / f"shard-{number}", metadata={"format": "pt"})
+        shards.append({})
+        weight_map.update(dict.fromkeys(pending, number))
+        pending.clear()
+
+    total_bytes = pending_bytes = 0
+    for name, tensor in tensors:
+        if pending and pending_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+            flush()
+            pending_bytes = 0
+        pending[name] = tensor.contiguous()
+        pending_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush()
+    names = [
+        "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        for i in range(len(shards))
+    ]
+    for number, name in enumerate(names):
+        (folder / f"shard-{number}").rename(folder / name)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": total_bytes},
+            "weight_map": {name: names[number] for name, number in sorted(weight_map.items())},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    config.save_pretrained(folder)
+    for pattern in COMPANIONS:
+        for path in companions_from.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def student_config(teacher: Checkpoint, arch: Arch, kept_layers: list[int]) -> Any:
+    """The teacher's config with the sizes of `arch`; per-layer lists keep the entries of `kept_layers`.
+
+    Of the teacher's `model_type`, unless its config class refuses the shape (`Arch.restatement`).
+    """
+    values = teacher.config.to_dict()
+    for name in arch.family.per_layer_lists:
+        if isinstance(values.get(name), list):
+            values[name] = [values[name][i] for i in kept_layers]
+    values.update(arch.sizes)
+    for name in ("transformers_version", "_name_or_path"):
+        values.pop(name, None)
+    if restatement := arch.restatement:
+        values.update(restatement.values, model_type=restatement.model_type)
+        values.pop("architectures", None)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    return config
+
+
+def open_safetensors(path: Path) -> Any:
+    """Open a safetensors file; a truncated or corrupt one is a `UserError` that names it."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is missing, truncated or corrupt: {error}") from error
+
+
+def _locate_tensors(folder: Path) -> dict[str, Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map", {})
+        return {name: folder / file for name, file in weight_map.items()}
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return dict.fromkeys(open_safetensors(single).keys(), single)
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise UserError(
+            f"{folder} holds pickled weights ({pickles[0]}), which can execute code when loaded; "
+            "convert them to safetensors first (save_pretrained writes them)"
+        )
+    raise UserError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+
+
+def _check_against_table(checkpoint: Checkpoint) -> None:
+    arch, folder = checkpoint.arch, checkpoint.folder
+    expected = dict(expected_shapes(arch))
+    for name in list(checkpoint.tensors):
+        found = arch.family.match(name)
+        if found is None or (name not in expected and not found[0].is_buffer and not _is_tied_copy(arch, name)):
+            raise UserError(f"{folder}: no row of the {arch.model_type} table matches tensor {name}")
+        if name not in expected:
+            del checkpoint.tensors[name]
+        elif checkpoint.shape(name) != expected[name]:
+            raise UserError(
+                f"{folder}: tensor {name} has shape {list(checkpoint.shape(name))}, "
+                f"the config makes it {list(expected[name])}"
+            )
+    if missing := sorted(set(expected) - set(checkpoint.tensors)):
+        raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
+
+
+def _is_tied_copy(arch: Arch, name: str) -> bool:
+    # Some writers store the output matrix of a tied model a second time; it is the embedding.
+    found = arch.family.match(name)
+    return found is not None and found[0].condition == "not tie_word_embeddings"
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a path is a folder with weights of any format, rather than a config by itself."""
+    return path.is_dir() and any(file.suffix in {".safetensors", *PICKLES} for file in path.iterdir())
+
+
+def expected_shapes(arch: Arch) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The name and shape of every tensor that a model of this shape stores, in the order of the table."""
+    for row in arch.family.rows:
+        if row.present(arch.flags):
+            shape = row.shape(arch.axis_size)
+            for i in range(arch.axis_size("layer")) if row.is_per_layer else [0]:
+                yield row.name.replace("{i}", str(i)), shape

@@ -1,0 +1,309 @@
+"""The order of the stages. `compress` is the main job; the other functions run one stage alone."""
+
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minitron.data.blocks import Blocks, Splits, load_tokenizer, read_blocks, read_splits
+from minitron.distill.train import distill
+from minitron.errors import UserError
+from minitron.files import read_json, require_new_folder, require_space, whole_file, whole_folder, write_json
+from minitron.measure.perplexity import measure_perplexity
+from minitron.model.arch import Arch
+from minitron.model.causal import load_model, resolve_device, resolve_dtype
+from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, open_safetensors, read_config
+from minitron.model.source import open_teacher, resolve_teacher
+from minitron.present.card import write_card
+from minitron.progress import Progress
+from minitron.prune.calibrate import calibrate
+from minitron.prune.importance import Importance, score, select
+from minitron.prune.trim import write_trimmed
+from minitron.recipe import Recipe
+from minitron.run import Run, open_run
+from minitron.search.budget import Budget, parse_budget
+from minitron.search.candidates import feasible
+from minitron.search.rank import search
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, each opened when first asked for."""
+
+    recipe: Recipe
+
+    @cached_property
+    def teacher(self) -> Checkpoint:
+        """The teacher on disk."""
+        return open_teacher(self.recipe.teacher)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where models run."""
+        return resolve_device(self.recipe.device)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """What models compute in."""
+        return resolve_dtype(self.recipe.dtype, self.device)
+
+    @cached_property
+    def model(self) -> Any:
+        """The teacher in memory."""
+        return load_model(self.teacher, self.device, self.dtype)
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The text, dealt out to its purposes."""
+        tokenizer = load_tokenizer(self.teacher.folder, self.teacher.arch.sizes["vocab_size"])
+        recipe = self.recipe
+        train_tokens = max(recipe.calibration.tokens, recipe.distill.tokens)
+        return read_splits(
+            recipe.data, tokenizer, recipe.context, recipe.seed,
+            recipe.evaluation.tokens, recipe.search.tokens, train_tokens,
+        )  # fmt: skip
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The range of sizes, known to hold at least one shape."""
+        budget = parse_budget(self.recipe.target_params, self.teacher.arch, self.recipe.search.tolerance)
+        feasible(self.teacher.arch, budget)
+        return budget
+
+    def calibrate(self) -> dict[str, Tensor]:
+        """The statistics of the first training blocks."""
+        num_blocks = max(1, self.recipe.calibration.tokens // self.recipe.context)
+        return calibrate(self.model, self.teacher.arch, self.splits.train[:num_blocks])
+
+    def search(self, importance: Importance, log: Path) -> Arch:
+        """The best shape within the budget."""
+        return search(self.teacher, self.model, importance, self.splits.heldout, self.budget, self.recipe.search, log)
+
+
+def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Make a smaller model of the recipe's teacher in the run directory `out`; return what `eval.json` holds.
+
+    A finished run is read; an interrupted one continues after its last finished stage, or inside the search,
+    the distillation and the evaluation where they stood.
+
+    Raises:
+        UserError: something asked for cannot be done; nothing is left behind that was not finished.
+    """
+    run = open_run(out, recipe, overwrite)
+    if run.is_finished:
+        return dict(read_json(run.path("eval.json")))
+    inputs = Inputs(recipe)
+    _check(run, inputs)
+    try:
+        run.begin()
+        _link_teacher(run, inputs.teacher)
+        if not run.is_done("calibrate"):
+            with run.stage("calibrate"):
+                _write_statistics(out, inputs.teacher.arch, inputs.calibrate())
+        importance = load_file(run.path("importance.safetensors"))
+        if not run.is_done("search"):
+            with run.stage("search"):
+                arch = inputs.search(importance, run.path("candidates.jsonl"))
+                write_json(run.path("arch.json"), arch.to_dict())
+        arch = read_arch(run.path("arch.json"), inputs.teacher.arch)
+        if not run.is_done("prune"):
+            with run.stage("prune"):
+                _write_pruned(inputs.teacher, arch, importance, run.path("pruned"))
+        if not run.is_done("distill"):
+            with run.stage("distill"):
+                _distill(inputs, open_checkpoint(run.path("pruned")), run.path("student"), work=out)
+        if not run.is_done("evaluate"):
+            with run.stage("evaluate"):
+                results = _evaluate_run(run, inputs)
+                write_card(run.path("student"), run.record, inputs.teacher.arch, arch, results)
+    finally:
+        run.clean()
+    return dict(read_json(run.path("eval.json")))
+
+
+def inspect(model: str) -> dict[str, Any]:
+    """What a model is, from its config alone; its weights are held against the table where there are any."""
+    path = Path(model).expanduser()
+    if path.suffix != ".json":
+        path = resolve_teacher(model)
+    checked = has_weights(path)
+    arch = open_checkpoint(path).arch if checked else Arch.from_config(read_config(path).to_dict())
+    return {
+        "model_type": arch.model_type,
+        "num_parameters": arch.num_parameters,
+        "num_non_embedding_parameters": arch.num_non_embedding_parameters,
+        "arch": arch.to_dict(),
+        "weights_checked": checked,
+    }
+
+
+def calibrate_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
+    """Write `calibration.safetensors` and `importance.safetensors` of a teacher into the folder `out`."""
+    require_new_folder(out, overwrite)
+    inputs = Inputs(recipe)
+    statistics = inputs.calibrate()
+    with whole_folder(out) as staging:
+        importance = _write_statistics(staging, inputs.teacher.arch, statistics)
+    return {"out": str(out), "importance": {axis: list(scores.shape) for axis, scores in importance.items()}}
+
+
+def search_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
+    """Write `candidates.jsonl` and `arch.json` for a teacher and a budget into the folder `out`."""
+    require_new_folder(out, overwrite)
+    inputs = Inputs(recipe)
+    _ = inputs.budget
+    importance = score(inputs.calibrate(), inputs.teacher.arch)
+    with whole_folder(out) as staging:
+        arch = inputs.search(importance, staging / "candidates.jsonl")
+        write_json(staging / "arch.json", arch.to_dict())
+    return {"out": str(out), **_shape(arch)}
+
+
+def prune_alone(
+    recipe: Recipe, sizes: dict[str, int], arch_file: Path | None, importance: Path | None, out: Path, overwrite: bool
+) -> dict[str, Any]:
+    """Write a pruned Hugging Face folder at `out`, of the sizes given or of the shape in `arch_file`.
+
+    Importance is read from a file that `calibrate` wrote, or measured on the recipe's data.
+
+    Raises:
+        UserError: the shape cannot be cut out of the teacher.
+    """
+    require_new_folder(out, overwrite)
+    inputs = Inputs(recipe)
+    teacher = inputs.teacher
+    if arch_file or sizes:
+        arch = read_arch(arch_file, teacher.arch) if arch_file else teacher.arch.resized(**sizes)
+        teacher.arch.require_prunable_to(arch)
+    else:
+        _ = inputs.budget
+    require_space(out, teacher.num_bytes)
+    scores = _read_importance(importance, teacher.arch) if importance else score(inputs.calibrate(), teacher.arch)
+    if not (arch_file or sizes):
+        log = out.with_name(f".{out.name}.candidates.jsonl")
+        arch = inputs.search(scores, log)
+        log.unlink()
+    _write_pruned(teacher, arch, scores, out)
+    return {"out": str(out), **_shape(arch)}
+
+
+def distill_alone(recipe: Recipe, student: str, out: Path, overwrite: bool) -> dict[str, Any]:
+    """Train the model `student` on the recipe's teacher and write a Hugging Face folder at `out`.
+
+    Raises:
+        UserError: the two do not share a vocabulary, or the training cannot be done.
+    """
+    require_new_folder(out, overwrite)
+    inputs = Inputs(recipe)
+    pruned = open_teacher(student)
+    if inputs.teacher.arch.sizes["vocab_size"] != pruned.arch.sizes["vocab_size"]:
+        raise UserError(
+            f"teacher and student have vocabularies of {inputs.teacher.arch.sizes['vocab_size']} and "
+            f"{pruned.arch.sizes['vocab_size']} tokens; they must be the same"
+        )
+    _ = inputs.splits
+    work = out.with_name(f".{out.name}.distill")
+    work.mkdir(parents=True, exist_ok=True)
+    _distill(inputs, pruned, out, work)
+    shutil.move(work / "metrics.jsonl", out / "metrics.jsonl")
+    shutil.rmtree(work)
+    return {"out": str(out), **_shape(pruned.arch)}
+
+
+def evaluate_alone(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
+    """Perplexity and bits per byte of the recipe's teacher on its data, the first `max_tokens` in the seed's order.
+
+    With the seed, context and tokens of a run, these are the blocks that the run kept for its evaluation.
+    """
+    inputs = Inputs(recipe)
+    tokenizer = load_tokenizer(inputs.teacher.folder, inputs.teacher.arch.sizes["vocab_size"])
+    blocks = read_blocks(recipe.data, tokenizer, recipe.context, recipe.seed, max_tokens)
+    return {**_measure(inputs, inputs.teacher, blocks, "evaluate"), "data": recipe.data, "seed": recipe.seed}
+
+
+def read_arch(path: Path, teacher: Arch) -> Arch:
+    """The shape in an `arch.json`, checked to be one that the teacher can be cut to."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    values = read_json(path)
+    arch = teacher.resized(**{key: size for key, size in values.items() if key not in {"model_type", *teacher.flags}})
+    teacher.require_prunable_to(arch)
+    return arch
+
+
+def _check(run: Run, inputs: Inputs) -> None:
+    """Look at everything that can be wrong before anything is written."""
+    target = inputs.budget.high
+    with Progress("check teacher", inputs.teacher.num_bytes, "bytes") as progress:
+        run.bind("teacher", inputs.teacher.fingerprint(progress.advance))
+    run.bind("data", inputs.splits.fingerprint())
+    # Pruned and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.
+    require_space(run.folder, 2 * inputs.teacher.num_bytes + 2 * 12 * target)
+
+
+def _link_teacher(run: Run, teacher: Checkpoint) -> None:
+    link = run.path("teacher")
+    if not link.is_symlink():
+        link.symlink_to(teacher.folder.absolute(), target_is_directory=True)
+
+
+def _write_statistics(folder: Path, arch: Arch, statistics: dict[str, Tensor]) -> Importance:
+    importance = score(statistics, arch)
+    for name, tensors in (("calibration", statistics), ("importance", importance)):
+        with whole_file(folder / f"{name}.safetensors") as staging:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, staging)
+    return importance
+
+
+def _read_importance(path: Path, teacher: Arch) -> Importance:
+    path = path / "importance.safetensors" if path.is_dir() else path
+    file = open_safetensors(path)
+    importance: Importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for axis, scores in importance.items():
+        if scores.shape[-1] != teacher.axis_size(axis):
+            raise UserError(f"{path} was measured on another teacher: axis {axis} has {scores.shape[-1]} entries")
+    return importance
+
+
+def _write_pruned(teacher: Checkpoint, arch: Arch, importance: Importance, folder: Path) -> None:
+    with whole_folder(folder) as staging:
+        write_trimmed(teacher, arch, select(importance, teacher.arch, arch), staging)
+
+
+def _distill(inputs: Inputs, pruned: Checkpoint, out: Path, work: Path) -> None:
+    distill(
+        inputs.model, pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
+        out, work, inputs.recipe.seed, inputs.device, inputs.dtype,
+    )  # fmt: skip
+
+
+def _evaluate_run(run: Run, inputs: Inputs) -> dict[str, Any]:
+    """Measure teacher, pruned and student on the blocks that no other stage has seen."""
+    path = run.path("eval.json")
+    results = read_json(path) if path.exists() else {}
+    for name in ("teacher", "pruned", "student"):
+        if name not in results:
+            checkpoint = inputs.teacher if name == "teacher" else open_checkpoint(run.path(name))
+            results[name] = _measure(inputs, checkpoint, inputs.splits.evaluation, f"evaluate {name}")
+            write_json(path, results)
+    return dict(results)
+
+
+def _measure(inputs: Inputs, checkpoint: Checkpoint, blocks: Blocks, stage: str) -> dict[str, Any]:
+    model = load_model(checkpoint, inputs.device, inputs.dtype)
+    with Progress(stage, blocks.num_tokens) as progress:
+        figures = measure_perplexity(model, blocks, progress.advance)
+    return {
+        "num_parameters": checkpoint.arch.num_parameters,
+        "num_non_embedding_parameters": checkpoint.arch.num_non_embedding_parameters,
+        **figures.to_dict(),
+    }
+
+
+def _shape(arch: Arch) -> dict[str, Any]:
+    return {"num_parameters": arch.num_parameters, "arch": arch.to_dict()}

@@ -1,0 +1,1 @@
+"""Measure which parts of a model matter, and cut the rest."""

@@ -1,0 +1,150 @@
+"""What a run is told: YAML or command-line options in, a validated configuration out."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from minitron.errors import UserError, nearest
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+
+
+def parse_count(text: Any) -> int:
+    """`2M`, `40k`, `4.2B` or a plain number, as an integer.
+
+    Raises:
+        ValueError: it is none of these, or not positive.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmbt]?)", str(text).strip().replace("_", ""), re.IGNORECASE)
+    count = round(float(found[1]) * UNITS[found[2].lower()]) if found else 0
+    if count < 1:
+        raise ValueError(f"'{text}' is not a count; accepted: a number such as 40000, 40k, 2M or 4.2B")
+    return count
+
+
+Model = TypeVar("Model", bound=BaseModel)
+Count = Annotated[int, BeforeValidator(parse_count)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CalibrationRecipe(_Strict):
+    """What importance is measured on."""
+
+    tokens: Count = 32_768
+
+
+class SearchRecipe(_Strict):
+    """How a shape is found."""
+
+    tolerance: float = Field(0.05, gt=0, lt=1)
+    """The shape's parameters lie within this share under the target."""
+    shortlist: int = Field(8, ge=1)
+    """Candidates that are built and measured."""
+    tokens: Count = 4_096
+    """Held-out tokens that rank candidates and follow the distillation."""
+
+
+class DistillRecipe(_Strict):
+    """How the student is taught."""
+
+    tokens: Count = 2_000_000
+    batch_size: int = Field(8, ge=1)
+    """Blocks a step, over all ranks."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Blocks a forward pass."""
+    learning_rate: float = Field(5e-4, gt=0)
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0)
+    checkpoint_seconds: float = Field(60.0, ge=0)
+    """Time between checkpoints; it changes no result."""
+
+
+class EvaluationRecipe(_Strict):
+    """What the final figures are measured on."""
+
+    tokens: Count = 32_768
+
+
+class Recipe(_Strict):
+    """Everything that decides the result of `compress`, but for the machine."""
+
+    teacher: str
+    target_params: str | float | None = None
+    data: str = "wiki"
+    context: int = Field(1024, ge=2)
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    dtype: str = "auto"
+    calibration: CalibrationRecipe = CalibrationRecipe()
+    search: SearchRecipe = SearchRecipe()
+    distill: DistillRecipe = DistillRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+
+
+def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
+    """The recipe in a YAML file with command-line options laid over it; `a.b` names an entry of a part.
+
+    Raises:
+        UserError: the file is missing or no mapping, or a key or a value is not accepted.
+    """
+    values = _read_yaml(path) if path else {}
+    for key, value in overrides.items():
+        if value is not None:
+            part, _, name = key.rpartition(".")
+            target = values.setdefault(part, {}) if part else values
+            target[name] = value
+    return validate(Recipe, values, str(path) if path else "options")
+
+
+def option_count(option: str, text: str | None) -> int | None:
+    """A count given on the command line, or None; what is none is a `UserError` that names the option."""
+    try:
+        return None if text is None else parse_count(text)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
+def validate(model: type[Model], values: dict[str, Any], where: str) -> Model:
+    """Build a model of the recipe, turning the first complaint into one clear line."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_complaint(model, error)}") from error
+
+
+def _first_complaint(model: type[BaseModel], error: ValidationError) -> str:
+    complaint = error.errors()[0]
+    location = ".".join(str(part) for part in complaint["loc"])
+    if complaint["type"] == "extra_forbidden":
+        owner = model
+        for part in complaint["loc"][:-1]:
+            annotation = owner.model_fields[str(part)].annotation
+            assert isinstance(annotation, type)
+            owner = annotation
+        return f"unknown key '{location}', {nearest(str(complaint['loc'][-1]), list(owner.model_fields))}"
+    if complaint["type"] == "missing":
+        return f"{location} is not given"
+    return f"{location}: {complaint['msg'].removeprefix('Value error, ')}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"recipe {path} is no mapping of keys to values")
+    return values

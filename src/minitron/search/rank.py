@@ -1,0 +1,139 @@
+"""Rank shapes by the loss of the pruned, untrained model on held-out blocks."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from minitron.data.blocks import Blocks
+from minitron.files import read_jsonl, write_jsonl
+from minitron.measure.perplexity import measure_perplexity
+from minitron.model.anatomy import AXES
+from minitron.model.arch import Arch
+from minitron.model.causal import build_model
+from minitron.model.checkpoint import Checkpoint, student_config
+from minitron.progress import Progress
+from minitron.prune.importance import Importance, kept_share, select
+from minitron.prune.trim import trimmed
+from minitron.recipe import SearchRecipe
+from minitron.search.budget import Budget
+from minitron.search.candidates import feasible, grid, shortlist
+
+
+def search(
+    teacher: Checkpoint,
+    model: nn.Module,
+    importance: Importance,
+    heldout: Blocks,
+    budget: Budget,
+    recipe: SearchRecipe,
+    log: Path,
+) -> Arch:
+    """The best shape within the budget: all are predicted, a diverse short list is measured.
+
+    `log` is `candidates.jsonl`: the short list with its predicted losses, then one measured loss after the
+    other, so that an interrupted search measures only what is missing.
+
+    Raises:
+        UserError: no shape fits the budget.
+    """
+    rows = read_jsonl(log)
+    measure = _Measurer(teacher, model, importance, heldout)
+    if not rows:
+        candidates = feasible(teacher.arch, budget)
+        rows = _short_list(teacher.arch, importance, candidates, recipe.shortlist, measure)
+        write_jsonl(log, rows)
+    done = sum(row["zero_shot_loss"] is not None for row in rows)
+    with Progress("search", len(rows), "candidates", done=done) as progress:
+        for row in rows[done:]:
+            row["zero_shot_loss"] = measure(_arch(teacher.arch, row))
+            write_jsonl(log, rows)
+            progress.advance(1)
+            progress.note(f"best loss {min(r['zero_shot_loss'] for r in rows if r['zero_shot_loss']):.3f}")
+    best = min(rows, key=lambda row: row["zero_shot_loss"])
+    return _arch(teacher.arch, best)
+
+
+class _Measurer:
+    """Prunes the teacher in memory to a shape and gives its loss on the held-out blocks, in nats a token."""
+
+    def __init__(self, teacher: Checkpoint, model: nn.Module, importance: Importance, heldout: Blocks) -> None:
+        self.teacher, self.model, self.importance, self.heldout = teacher, model, importance, heldout
+        self.state = model.state_dict()
+
+    def __call__(self, arch: Arch) -> float:
+        kept = select(self.importance, self.teacher.arch, arch)
+        config = student_config(self.teacher, arch, kept["layer"].tolist())
+        tensors = trimmed(self.teacher.arch, arch, kept, self.state.__getitem__)
+        student = build_model(config, tensors, next(self.model.parameters()).device)
+        return math.log(measure_perplexity(student, self.heldout).perplexity)
+
+
+def _short_list(
+    teacher: Arch,
+    importance: Importance,
+    candidates: list[Arch],
+    count: int,
+    measure: Callable[[Arch], float],
+) -> list[dict[str, Any]]:
+    """The candidates of the lowest predicted loss that differ enough, as rows to be measured.
+
+    Scores of different axes do not compare. So each axis is cut alone once, half way down its grid, and the
+    rise in loss is measured; a candidate's rise is predicted as the sum over its axes of that rise, in
+    proportion to the share of squared importance that it loses there.
+    """
+
+    @cache
+    def lost(axis: str, size: int) -> float:
+        return 1 - kept_share(importance, teacher, axis, size)
+
+    rises = {}
+    probes = _probes(teacher)
+    with Progress("probe", len(probes) + 1, "axes") as progress:
+        whole = measure(teacher)
+        progress.advance(1)
+        for axis, probe in probes.items():
+            rises[axis] = max(0.0, measure(probe) - whole) / max(lost(axis, _entries(probe, axis)), 1e-9)
+            progress.advance(1)
+    rows = [
+        {
+            "arch": arch.to_dict(),
+            "num_parameters": arch.num_parameters,
+            "predicted_loss": whole + sum(rise * lost(axis, _entries(arch, axis)) for axis, rise in rises.items()),
+            "zero_shot_loss": None,
+        }
+        for arch in candidates
+    ]
+    best_first = sorted(range(len(rows)), key=lambda i: rows[i]["predicted_loss"])
+    return [rows[i] for i in shortlist(candidates, best_first, count)]
+
+
+def _probes(teacher: Arch) -> dict[str, Arch]:
+    """For each axis that can be cut, the teacher with that axis alone half way down its grid."""
+    probes = {}
+    for name, options in grid(teacher).items():
+        axis = next(axis for axis, size_name in AXES.items() if size_name == name)
+        half = options[(len(options) - 1) // 2]
+        if half == options[-1]:
+            continue
+        sizes = {name: half}
+        if group := teacher.family.grouped.get(axis):
+            sizes = {name: half * teacher.axis_size(group)}
+        for inner, group in teacher.family.grouped.items():
+            if group == axis:
+                sizes[AXES[inner]] = half * (teacher.axis_size(inner) // teacher.axis_size(group))
+        probes[axis] = teacher.resized(**sizes)
+    return probes
+
+
+def _entries(arch: Arch, axis: str) -> int:
+    """The size of an axis; of a grouped one, within each group."""
+    group = arch.family.grouped.get(axis)
+    return arch.axis_size(axis) // (arch.axis_size(group) if group else 1)
+
+
+def _arch(teacher: Arch, row: dict[str, Any]) -> Arch:
+    return teacher.resized(**{name: row["arch"][name] for name in teacher.sizes})
