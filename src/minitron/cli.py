@@ -52,11 +52,9 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """The main job: search a shape, prune, distil, evaluate. Run again to continue."""
-    from minitron import pipeline
-
     loaded = _recipe(recipe, teacher=teacher, target_params=target_params, data=data, context=context,
                      seed=seed, device=device, dtype=dtype, **{"distill.tokens": tokens})  # fmt: skip
-    results = pipeline.compress(loaded, out, overwrite)
+    results = _pipeline().compress(loaded, out, overwrite)
     if as_json:
         _print_json({"out": str(out), **results})
     else:
@@ -72,9 +70,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Sizes and exact parameter counts, and whether the weights fit the family's table."""
-    from minitron import pipeline
-
-    _print_record(pipeline.inspect(model), as_json)
+    _print_record(_pipeline().inspect(model), as_json)
 
 
 @app.command()
@@ -92,11 +88,9 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Measure importance: calibration.safetensors and importance.safetensors in OUT."""
-    from minitron import pipeline
-
     loaded = _recipe(recipe, teacher=teacher, data=data, context=context, seed=seed, device=device, dtype=dtype,
                      **{"calibration.tokens": tokens})  # fmt: skip
-    _print_record(pipeline.calibrate_alone(loaded, out, overwrite), as_json)
+    _print_record(_pipeline().calibrate_alone(loaded, out, overwrite), as_json)
 
 
 @app.command()
@@ -114,11 +108,9 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the best shape within a budget: candidates.jsonl and arch.json in OUT."""
-    from minitron import pipeline
-
     loaded = _recipe(recipe, teacher=teacher, target_params=target_params, data=data, context=context,
                      seed=seed, device=device, dtype=dtype)  # fmt: skip
-    _print_record(pipeline.search_alone(loaded, out, overwrite), as_json)
+    _print_record(_pipeline().search_alone(loaded, out, overwrite), as_json)
 
 
 @app.command()
@@ -143,8 +135,6 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Cut a teacher to a shape, untrained: a Hugging Face folder at OUT."""
-    from minitron import pipeline
-
     sizes = {
         "hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": num_attention_heads, "num_key_value_heads": num_key_value_heads,
@@ -154,7 +144,7 @@ def prune(
         raise UserError("give sizes, --arch or --target-params, not several of them")
     loaded = _recipe(recipe, teacher=teacher, target_params=target_params, data=data, context=context,
                      seed=seed, device=device, dtype=dtype)  # fmt: skip
-    _print_record(pipeline.prune_alone(loaded, given, arch, importance, out, overwrite), as_json)
+    _print_record(_pipeline().prune_alone(loaded, given, arch, importance, out, overwrite), as_json)
 
 
 @app.command()
@@ -173,11 +163,9 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Teach a smaller model with a larger one: a Hugging Face folder at OUT."""
-    from minitron import pipeline
-
     loaded = _recipe(recipe, teacher=teacher, data=data, context=context, seed=seed,
                      device=device, dtype=dtype, **{"distill.tokens": tokens})  # fmt: skip
-    _print_record(pipeline.distill_alone(loaded, student, out, overwrite), as_json)
+    _print_record(_pipeline().distill_alone(loaded, student, out, overwrite), as_json)
 
 
 @app.command()
@@ -193,19 +181,18 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Perplexity and bits per byte of a model on some text."""
-    from minitron import pipeline
     from minitron.recipe import option_count
 
     loaded = _recipe(recipe, teacher=model, data=data, context=context, seed=seed,
                      device=device, dtype=dtype)  # fmt: skip
-    _print_record(pipeline.evaluate_alone(loaded, option_count("--max-tokens", max_tokens)), as_json)
+    _print_record(_pipeline().evaluate_alone(loaded, option_count("--max-tokens", max_tokens)), as_json)
 
 
 def main() -> None:
     """Run the command line; what the user did wrong is one `error: …` line and exit status 2."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress is on the screen
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    usage_error = typer.BadParameter.__bases__[0]  # typer carries its own copy of click since 0.20
+    usage_error: type[Exception] = typer.BadParameter.__bases__[0]  # of the click that this typer carries
     try:
         sys.exit(app(standalone_mode=False))
     except UserError as error:
@@ -238,6 +225,15 @@ def _is_out_of_space(error: BaseException | None) -> bool:
 def _fail(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _pipeline() -> Any:
+    """The pipeline, imported when a command needs it: torch and transformers take seconds."""
+    from minitron.progress import Progress
+
+    with Progress("start"):
+        from minitron import pipeline
+    return pipeline
 
 
 def _recipe(path: Path | None, **options: Any) -> Any:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minitron.data.blocks import Blocks, Splits, load_tokenizer, read_blocks, read_splits
+from minitron.distill.distributed import World, joined_world, num_ranks
 from minitron.distill.train import distill
 from minitron.errors import UserError
 from minitron.files import read_json, require_new_folder, require_space, whole_file, whole_folder, write_json
@@ -20,6 +21,7 @@ from minitron.model.causal import load_model, resolve_device, resolve_dtype
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, open_safetensors, read_config
 from minitron.model.source import open_teacher, resolve_teacher
 from minitron.present.card import write_card
+from minitron.present.report import write_report
 from minitron.progress import Progress
 from minitron.prune.calibrate import calibrate
 from minitron.prune.importance import Importance, score, select
@@ -94,8 +96,10 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
     Raises:
         UserError: something asked for cannot be done; nothing is left behind that was not finished.
     """
+    if num_ranks() > 1:
+        raise UserError("compress runs in one process; under torchrun, run its stages alone: prune, then distill")
     run = open_run(out, recipe, overwrite)
-    if run.is_finished:
+    if run.is_finished and run.path("report.html").exists():
         return dict(read_json(run.path("eval.json")))
     inputs = Inputs(recipe)
     _check(run, inputs)
@@ -116,11 +120,14 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
                 _write_pruned(inputs.teacher, arch, importance, run.path("pruned"))
         if not run.is_done("distill"):
             with run.stage("distill"):
-                _distill(inputs, open_checkpoint(run.path("pruned")), run.path("student"), work=out)
+                pruned = open_checkpoint(run.path("pruned"))
+                _distill(inputs, pruned, run.path("student"), work=out, world=World())
         if not run.is_done("evaluate"):
             with run.stage("evaluate"):
                 results = _evaluate_run(run, inputs)
                 write_card(run.path("student"), run.record, inputs.teacher.arch, arch, results)
+        if not run.path("report.html").exists():
+            write_report(out)
     finally:
         run.clean()
     return dict(read_json(run.path("eval.json")))
@@ -209,9 +216,11 @@ def distill_alone(recipe: Recipe, student: str, out: Path, overwrite: bool) -> d
     _ = inputs.splits
     work = out.with_name(f".{out.name}.distill")
     work.mkdir(parents=True, exist_ok=True)
-    _distill(inputs, pruned, out, work)
-    shutil.move(work / "metrics.jsonl", out / "metrics.jsonl")
-    shutil.rmtree(work)
+    with joined_world(inputs.device) as world:
+        _distill(inputs, pruned, out, work, world)
+        if world.is_main:
+            shutil.move(work / "metrics.jsonl", out / "metrics.jsonl")
+            shutil.rmtree(work)
     return {"out": str(out), **_shape(pruned.arch)}
 
 
@@ -275,10 +284,10 @@ def _write_pruned(teacher: Checkpoint, arch: Arch, importance: Importance, folde
         write_trimmed(teacher, arch, select(importance, teacher.arch, arch), staging)
 
 
-def _distill(inputs: Inputs, pruned: Checkpoint, out: Path, work: Path) -> None:
+def _distill(inputs: Inputs, pruned: Checkpoint, out: Path, work: Path, world: World) -> None:
     distill(
         inputs.model, pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
-        out, work, inputs.recipe.seed, inputs.device, inputs.dtype,
+        out, work, inputs.recipe.seed, inputs.device, inputs.dtype, world,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ On a terminal it is a bar with rate and time left; anywhere else a plain line ev
 a log shows the same. A heartbeat thread keeps it alive while one long library call runs.
 """
 
+import os
 import sys
 import threading
 import time
@@ -28,10 +29,13 @@ class Progress:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
         self.resumed, self.text, self.started = done, "", time.monotonic()
         self._finished = threading.Event()
+        self._silent = os.environ.get("RANK", "0") != "0"  # of the processes of torchrun, the first one speaks
 
     def __enter__(self) -> "Progress":
         self.started = time.monotonic()
         self._bar: RichProgress | None = None
+        if self._silent:
+            return self
         if sys.stderr.isatty():
             columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Status(self)]
             self._bar = RichProgress(*columns, console=Console(stderr=True), refresh_per_second=4)
@@ -44,6 +48,8 @@ class Progress:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._finished.set()
+        if self._silent:
+            return
         if self._bar:
             self._bar.stop()
         else:

@@ -49,7 +49,7 @@ class Run:
 
     def is_done(self, stage: str) -> bool:
         """Whether a stage has finished."""
-        return self.record["stages"].get(stage, {}).get("state") == "done"
+        return bool(self.record["stages"].get(stage, {}).get("state") == "done")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -92,7 +92,10 @@ class Run:
         if not self.folder.is_dir() or self._replaces:
             return
         for path in self.folder.glob(f".*{PARTIAL}"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         done = any(self.is_done(stage) for stage in self.record["stages"])
         if not self._existed and not done:
             shutil.rmtree(self.folder)

@@ -47,15 +47,20 @@ class World:
             dist.barrier()
 
 
+def num_ranks() -> int:
+    """How many processes torchrun started; 1 when none did."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def joined_world(device: torch.device) -> Iterator[World]:
     """Join the process group that torchrun set up, if it did, and leave it afterwards."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = num_ranks()
     if size == 1:
         yield World()
         return
     if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size)

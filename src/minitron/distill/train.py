@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from minitron.data.blocks import Blocks
-from minitron.distill.distributed import World, joined_world, shard, whole
+from minitron.distill.distributed import World, shard, whole
 from minitron.distill.losses import forward_kl
 from minitron.errors import UserError
 from minitron.files import (
@@ -54,6 +54,7 @@ def distill(
     seed: int,
     device: torch.device,
     dtype: torch.dtype,
+    world: World,
 ) -> None:
     """Train the pruned checkpoint on the teacher's distribution and write the student to `out`.
 
@@ -64,21 +65,20 @@ def distill(
     Raises:
         UserError: the batch cannot be dealt out to the ranks.
     """
-    with joined_world(device) as world:
-        micro = min(recipe.micro_batch_size, recipe.batch_size)
-        if recipe.batch_size % (world.size * micro):
-            raise UserError(
-                f"batch_size {recipe.batch_size} is not a multiple of {world.size} ranks × micro_batch_size {micro}"
-            )
-        student = Headless(load_model(pruned, device, torch.promote_types(dtype, torch.float32)).train())
-        shard(student, pruned.arch, world)
-        optimizer = torch.optim.AdamW(
-            student.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    micro = min(recipe.micro_batch_size, recipe.batch_size)
+    if recipe.batch_size % (world.size * micro):
+        raise UserError(
+            f"batch_size {recipe.batch_size} is not a multiple of {world.size} ranks × micro_batch_size {micro}"
         )
-        _loop(Headless(teacher), student, optimizer, train, heldout, recipe, work, seed, dtype, world)
-        _write_student(student, pruned, out, world)
-        if world.is_main:
-            shutil.rmtree(work / "checkpoint", ignore_errors=True)
+    student = Headless(load_model(pruned, device, torch.promote_types(dtype, torch.float32)).train())
+    shard(student, pruned.arch, world)
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+    )
+    _loop(Headless(teacher), student, optimizer, train, heldout, recipe, work, seed, dtype, world)
+    _write_student(student, pruned, out, world)
+    if world.is_main:
+        shutil.rmtree(work / "checkpoint", ignore_errors=True)
 
 
 def batch_indices(step: int, batch_size: int, num_blocks: int, seed: int) -> Tensor:
@@ -118,10 +118,10 @@ def _loop(
     evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
     step = _load(work, student, optimizer, world)
     metrics = Metrics(work / "metrics.jsonl", step, world)
-    if step == 0:
-        metrics.add(step=0, tokens=0, heldout_perplexity=_heldout(student, heldout))
-    saved_at = time.monotonic()
     with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress:
+        if step == 0:
+            metrics.add(step=0, tokens=0, heldout_perplexity=_heldout(student, heldout))
+        saved_at = time.monotonic()
         while step < num_steps:
             rate = learning_rate(step, num_steps, recipe)
             for group in optimizer.param_groups:
@@ -222,7 +222,7 @@ def _save(work: Path, student: Headless, optimizer: torch.optim.Optimizer, step:
     world.barrier()
     with warnings.catch_warnings(action="ignore"):  # it warns that one process saves for itself
         writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
-        dcp.save(dict(_state(student, optimizer)), storage_writer=writer, no_dist=world.size == 1)
+        state_dict_saver.save(dict(_state(student, optimizer)), storage_writer=writer, no_dist=world.size == 1)
     if world.is_main:
         write_json(staging / "state.json", {"step": step})
         publish_folder(staging, work / "checkpoint")
@@ -241,7 +241,7 @@ def _load(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world
         }
     with warnings.catch_warnings(action="ignore"):
         reader = HuggingFaceStorageReader(str(work / "checkpoint"))
-        dcp.load(dict(_state(student, optimizer)), storage_reader=reader, no_dist=world.size == 1)
+        state_dict_loader.load(dict(_state(student, optimizer)), storage_reader=reader, no_dist=world.size == 1)
     return int(read_json(work / "checkpoint" / "state.json")["step"])
 
 

@@ -1,5 +1,6 @@
 """Models in memory: loading one, building one from tensors, and running it up to its last hidden states."""
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,9 +36,11 @@ class Headless(nn.Module):
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU."""
+    """`auto` is CUDA where there is one, else the CPU; under torchrun, each process has a GPU of its own."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         found = torch.device(device)
     except RuntimeError as error:

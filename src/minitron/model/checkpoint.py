@@ -66,7 +66,7 @@ class Checkpoint:
             if not torch.isfinite(tensor).all():
                 raise UserError(f"{self.tensors[name]}: tensor {name} holds NaN or infinity")
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(torch.uint8).numpy() if tensor.numel() else b"")
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
             advance(tensor.nbytes)
         return digest.hexdigest()
 

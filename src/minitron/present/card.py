@@ -94,11 +94,11 @@ def _figures(results: dict[str, dict[str, Any]]) -> str:
 
 
 def _conditions(record: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
-    recipe, student = record["recipe"], results["student"]
+    recipe, versions, student = record["recipe"], record["versions"], results["student"]
     return (
-        f"Measured on {student['num_tokens']:,} tokens of `{recipe['data']}` that no other stage has seen, in blocks of "
-        f"{student['context']} tokens, seed {recipe['seed']}, torch {record['versions']['torch']}, transformers "
-        f"{record['versions']['transformers']}. Speeds are of this measurement, on the machine that made the model."
+        f"Measured on {student['num_tokens']:,} tokens of `{recipe['data']}` that no other stage has seen, in blocks "
+        f"of {student['context']} tokens, seed {recipe['seed']}, torch {versions['torch']}, transformers "
+        f"{versions['transformers']}. Speeds are of this measurement, on the machine that made the model."
     )
 
 

@@ -98,17 +98,19 @@ def _short_list(
         for axis, probe in probes.items():
             rises[axis] = max(0.0, measure(probe) - whole) / max(lost(axis, _entries(probe, axis)), 1e-9)
             progress.advance(1)
-    rows = [
+    predicted = [
+        whole + sum(rise * lost(axis, _entries(arch, axis)) for axis, rise in rises.items()) for arch in candidates
+    ]
+    best_first = sorted(range(len(candidates)), key=lambda i: predicted[i])
+    return [
         {
-            "arch": arch.to_dict(),
-            "num_parameters": arch.num_parameters,
-            "predicted_loss": whole + sum(rise * lost(axis, _entries(arch, axis)) for axis, rise in rises.items()),
+            "arch": candidates[i].to_dict(),
+            "num_parameters": candidates[i].num_parameters,
+            "predicted_loss": predicted[i],
             "zero_shot_loss": None,
         }
-        for arch in candidates
+        for i in shortlist(candidates, best_first, count)
     ]
-    best_first = sorted(range(len(rows)), key=lambda i: rows[i]["predicted_loss"])
-    return [rows[i] for i in shortlist(candidates, best_first, count)]
 
 
 def _probes(teacher: Arch) -> dict[str, Arch]:

@@ -1,0 +1,5 @@
+"""`python -m minitron`, as torchrun starts it."""
+
+from minitron.cli import main
+
+main()

@@ -1,0 +1,128 @@
+"""`report.html`: one self-contained page on a run, made from its files alone."""
+
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from minitron.files import read_json, read_jsonl, whole_file
+from minitron.present.card import figures_table
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid #ddd; }
+th:first-child, td:first-child { text-align: left; } tr.chosen td { font-weight: 600; background: #eef5fb; }
+.wide { overflow-x: auto; } p.note { color: #555; font-size: .9rem; }
+svg { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem; }
+@media print { body { margin: 0; max-width: none; } pre { white-space: pre-wrap; } }
+"""
+TEACHER, STUDENT = "#999999", "#0072b2"
+"""Grey and blue: told apart by every kind of sight, and in print."""
+
+
+def write_report(run: Path) -> None:
+    """Write `report.html` into a finished run directory."""
+    record, results = read_json(run / "run.json"), read_json(run / "eval.json")
+    candidates, metrics = read_jsonl(run / "candidates.jsonl"), read_jsonl(run / "metrics.jsonl")
+    teacher, student = (_sizes(read_json(run / name / "config.json")) for name in ("teacher", "student"))
+    chosen = read_json(run / "arch.json")
+    recipe, measured = record["recipe"], results["student"]
+    share = measured["num_parameters"] / results["teacher"]["num_parameters"]
+    title = f"{recipe['teacher']}, pruned to {share:.1%} and distilled"
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<h2>Figures</h2>
+{_table(figures_table(results))}
+<p class="note">{measured["num_tokens"]:,} tokens of {html.escape(recipe["data"])} that no other stage has seen,
+context {measured["context"]}, seed {record["seed"]}.</p>
+<h2>Shape</h2>
+{_shape_bars(teacher, student)}
+<h2>Distillation</h2>
+{_curves(metrics)}
+<h2>Search</h2>
+{_candidates(candidates, chosen)}
+<p class="note">Loss in nats a token on held-out text: predicted from one probe an axis, then measured on the pruned,
+untrained model.</p>
+<h2>Recipe</h2>
+<pre>{html.escape(json.dumps({key: record[key] for key in ("recipe", "versions", "sources", "stages")}, indent=2))}</pre>
+</body></html>
+"""
+    with whole_file(run / "report.html") as staging:
+        staging.write_text(page, encoding="utf-8")
+
+
+def _sizes(config: dict[str, Any]) -> dict[str, int]:
+    wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    return {name: config[name] for name in wanted}
+
+
+def _table(rows: list[list[str]], marked: int | None = None) -> str:
+    head, *body = [[html.escape(cell) for cell in row] for row in rows]
+    lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
+    for i, row in enumerate(body):
+        kind = ' class="chosen"' if i == marked else ""
+        lines.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+
+
+def _shape_bars(teacher: dict[str, int], student: dict[str, int]) -> str:
+    bars = []
+    for i, (name, size) in enumerate(teacher.items()):
+        y = 34 * i
+        kept = 380 * student[name] / size
+        bars.append(
+            f'<text x="0" y="{y + 17}" font-size="14">{name}</text>'
+            f'<rect x="190" y="{y + 4}" width="380" height="18" fill="none" stroke="{TEACHER}"/>'
+            f'<rect x="190" y="{y + 4}" width="{kept:.1f}" height="18" fill="{STUDENT}"/>'
+            f'<text x="580" y="{y + 17}" font-size="14">{student[name]:,} of {size:,}</text>'
+        )
+    return f'<svg viewBox="0 0 720 {34 * len(teacher)}" role="img" aria-label="sizes kept">{"".join(bars)}</svg>'
+
+
+def _curves(metrics: list[dict[str, Any]]) -> str:
+    losses = [(row["tokens"], row["loss"]) for row in metrics if "loss" in row]
+    heldout = [(row["tokens"], row["heldout_perplexity"]) for row in metrics if "heldout_perplexity" in row]
+    return _plot(losses, "KL to the teacher, nats a token") + _plot(heldout, "perplexity on held-out text", dots=True)
+
+
+def _plot(points: list[tuple[float, float]], label: str, dots: bool = False) -> str:
+    if not points:
+        return ""
+    left, top, width, height = 60, 24, 640, 180
+    last_x, high = max(x for x, _ in points) or 1, max(y for _, y in points) * 1.05
+    place = [(left + width * x / last_x, top + height * (1 - y / high)) for x, y in points]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place)
+    marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{STUDENT}"/>' for x, y in place) if dots else ""
+    values = "".join(
+        f'<text x="{x:.1f}" y="{y - 8:.1f}" font-size="12" text-anchor="middle">{value:.1f}</text>'
+        for (x, y), (_, value) in zip(place, points, strict=True)
+    )
+    ticks = "".join(
+        f'<text x="{left - 6}" y="{top + height * (1 - share) + 4:.0f}" font-size="12" text-anchor="end">'
+        f'{high * share:.3g}</text><line x1="{left}" x2="{left + width}" y1="{top + height * (1 - share):.0f}" '
+        f'y2="{top + height * (1 - share):.0f}" stroke="#ddd"/>'
+        for share in (0, 0.5, 1)
+    )
+    return (
+        f'<svg viewBox="0 0 720 {top + height + 34}" role="img" aria-label="{label}">'
+        f'<text x="{left}" y="14" font-size="14">{label}</text>{ticks}'
+        f'<polyline points="{line}" fill="none" stroke="{STUDENT}" stroke-width="2"/>{marks}{values if dots else ""}'
+        f'<text x="{left + width}" y="{top + height + 18}" font-size="12" text-anchor="end">{last_x:,} tokens</text>'
+        "</svg>"
+    )
+
+
+def _candidates(rows: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
+    names = list(_sizes(chosen))
+    table = [["parameters", *names, "predicted", "measured"]]
+    ordered = sorted(rows, key=lambda row: float(row["zero_shot_loss"]))
+    for row in ordered:
+        sizes = [f"{row['arch'][name]:,}" for name in names]
+        table.append(
+            [f"{row['num_parameters']:,}", *sizes, f"{row['predicted_loss']:.2f}", f"{row['zero_shot_loss']:.2f}"]
+        )
+    return _table(table, marked=next(i for i, row in enumerate(ordered) if row["arch"] == chosen))

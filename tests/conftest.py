@@ -1,0 +1,93 @@
+"""Tiny random models of every family, as the Hugging Face folders that the true pipeline reads."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+
+torch.set_num_threads(1)
+
+SIZES = {
+    "vocab_size": 258,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}),
+    "mistral": ("mistral", {"sliding_window": 16, "tie_word_embeddings": False}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
+    "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3-bias": ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
+}
+"""Every family, and within it every row that a config can switch on or off."""
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, then `<s>` and `</s>`, which it does not add by itself."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate([*alphabet, "<s>", "</s>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def make_model(folder: Path, variant: str, seed: int = 0, **changes: Any) -> Path:
+    """Save a random model of a variant, its biases and norms random too, with a byte tokenizer."""
+    model_type, flags = VARIANTS[variant]
+    config = AutoConfig.for_model(model_type, **{**SIZES, **flags, **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name else 0.0))
+            else:
+                parameter.mul_(4.0)  # away from the near-uniform outputs of a fresh initialisation
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=VARIANTS)
+def teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+    """A tiny model of each variant in turn."""
+    return open_checkpoint(make_model(tmp_path / "teacher", request.param))
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes tiny models in the test's own folder."""
+    return lambda variant="llama-tied", **changes: make_model(tmp_path / f"model-{variant}", variant, **changes)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """Some 60 kB of pseudo-English."""
+    rng = random.Random(0)
+    words = ["".join(rng.choice("etaoinshrdlu") for _ in range(rng.randint(2, 8))) for _ in range(200)]
+    lines = [" ".join(rng.choice(words) for _ in range(12)) + "." for _ in range(1000)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def input_ids() -> torch.Tensor:
+    """Token ids (2, 40), longer than the variants' sliding windows."""
+    return torch.randint(0, SIZES["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))

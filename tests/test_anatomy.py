@@ -1,0 +1,92 @@
+"""The grammar, and property 1: each tensor of a checkpoint matches exactly one row and has its shape."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minitron.errors import UserError
+from minitron.model.anatomy import parse_rows, parse_taps
+from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+
+AXIS_SIZES = {"hidden": 16, "query": 6, "kv": 2, "head_dim": 4, "ffn": 10}
+
+
+def test_products_and_joined_segments_give_shapes() -> None:
+    fused, gate_up = parse_rows("""
+        a.{i}.qkv.weight    (query head_dim | kv head_dim | kv head_dim) hidden
+        a.{i}.gate_up       (2 ffn) hidden    if mlp_bias
+    """)
+    assert fused.shape(AXIS_SIZES.__getitem__) == (24 + 8 + 8, 16)
+    assert gate_up.shape(AXIS_SIZES.__getitem__) == (20, 16)
+    assert fused.axes == {"query", "kv", "head_dim", "hidden"}
+    assert gate_up.present({"mlp_bias": True})
+    assert not gate_up.present({"mlp_bias": False})
+
+
+@pytest.mark.parametrize("line", ["a.weight hidden width", "a.weight (query headdim)"])
+def test_a_misspelt_axis_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match="unknown axis"):
+        parse_rows(line)
+
+
+def test_a_tap_needs_a_side() -> None:
+    with pytest.raises(ValueError, match="not a tap"):
+        parse_taps("hidden model.norm sideways")
+
+
+def test_every_tensor_matches_exactly_one_row(teacher: Checkpoint) -> None:
+    stored = load_file(teacher.folder / "model.safetensors")
+    family, expected = teacher.arch.family, dict(expected_shapes(teacher.arch))
+    assert set(stored) == set(expected)
+    for name, tensor in stored.items():
+        rows = [row for row in family.rows if row.present(teacher.arch.flags) and row.pattern.fullmatch(name)]
+        assert len(rows) == 1, name
+        assert tuple(tensor.shape) == expected[name]
+
+
+def test_an_unknown_tensor_is_named(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder()
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.layers.0.mlp.extra.weight": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"no row .* matches tensor model\.layers\.0\.mlp\.extra\.weight"):
+        open_checkpoint(folder)
+
+
+def test_a_bias_that_the_config_denies_is_named(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder()
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.layers.0.mlp.up_proj.bias": torch.zeros(64)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.up_proj\.bias"):
+        open_checkpoint(folder)
+
+
+def test_a_wrong_shape_is_named(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder()
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.zeros(47)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight has shape \[47\], the config makes it \[48\]"):
+        open_checkpoint(folder)
+
+
+def test_a_missing_tensor_is_named(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder()
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model\.norm\.weight is missing"):
+        open_checkpoint(folder)
+
+
+def test_a_second_copy_of_tied_embeddings_and_old_buffers_are_passed_over(model_folder: Callable[..., Path]) -> None:
+    folder = model_folder("llama-tied")
+    tensors = load_file(folder / "model.safetensors")
+    extra = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.zeros(4),
+    }
+    save_file({**tensors, **extra}, folder / "model.safetensors")
+    assert set(open_checkpoint(folder).tensors) == set(tensors)

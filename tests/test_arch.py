@@ -1,0 +1,78 @@
+"""Property 2: exact counts, against models on the meta device and against published models."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minitron.errors import UserError
+from minitron.model.arch import Arch
+from minitron.model.checkpoint import Checkpoint, read_config
+
+# (sizes that differ from the config class's defaults, parameters, of these not in embeddings)
+PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
+    "Llama-3.1-8B": (
+        {"model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+        8_030_261_248, 6_979_588_096,
+    ),
+    "SmolLM2-135M": (
+        {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+         "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+        134_515_008, 106_203_456,
+    ),
+    "Mistral-NeMo-12B": (
+        {"model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 14336,
+         "head_dim": 128, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+        12_247_782_400, 10_905_605_120,
+    ),
+    "MN-Minitron-8B": (
+        {"model_type": "mistral", "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 11520,
+         "head_dim": 128, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+        8_414_105_600, 7_340_363_776,
+    ),
+    "Qwen2.5-0.5B": (
+        {"model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864,
+         "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+        494_032_768, 357_898_112,
+    ),
+    "Qwen3-8B": (
+        {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "head_dim": 128,
+         "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+        8_190_735_360, 6_946_075_648,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_counts(name: str, tmp_path: Path) -> None:
+    config, num_parameters, num_non_embedding = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arch = Arch.from_config(read_config(tmp_path).to_dict())
+    assert arch.num_parameters == num_parameters
+    assert arch.num_non_embedding_parameters == num_non_embedding
+    assert arch.resized(num_hidden_layers=arch.sizes["num_hidden_layers"] - 1).num_parameters < num_parameters
+
+
+def test_count_equals_the_model_on_the_meta_device(teacher: Checkpoint) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(teacher.config)
+    assert teacher.arch.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_sizes_are_checked(teacher: Checkpoint) -> None:
+    with pytest.raises(UserError, match="did you mean 'hidden_size'"):
+        teacher.arch.resized(hiden_size=32)
+    with pytest.raises(UserError, match="not a multiple"):
+        teacher.arch.resized(num_attention_heads=5)
+    with pytest.raises(UserError, match="at least 1"):
+        teacher.arch.resized(intermediate_size=0)
+    with pytest.raises(UserError, match="above the teacher's 64"):
+        teacher.arch.require_prunable_to(teacher.arch.resized(intermediate_size=65))
+    with pytest.raises(UserError, match="vocab_size cannot be pruned"):
+        teacher.arch.require_prunable_to(teacher.arch.resized(vocab_size=100))
+    with pytest.raises(UserError, match="6 a group, above the teacher's 2"):
+        teacher.arch.require_prunable_to(teacher.arch.resized(num_key_value_heads=1))

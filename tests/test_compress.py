@@ -1,0 +1,143 @@
+"""The main job on a tiny model: its result, its files, and that a killed run continues to the same bits."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minitron import pipeline
+from minitron.model.checkpoint import open_checkpoint
+from minitron.recipe import Recipe, load_recipe
+from tests.conftest import make_model
+
+LAYOUT = {
+    "teacher", "calibration.safetensors", "importance.safetensors", "candidates.jsonl", "arch.json",
+    "pruned", "student", "metrics.jsonl", "eval.json", "report.html", "run.json",
+}  # fmt: skip
+
+
+def recipe(teacher: Path, text: Path, **changes: Any) -> Recipe:
+    values = {
+        "teacher": str(teacher), "data": str(text), "target_params": 0.6, "context": 32, "device": "cpu",
+        "calibration.tokens": "1k", "search.tokens": 256, "search.shortlist": 3, "distill.tokens": 1024,
+        "distill.batch_size": 2, "distill.learning_rate": 1e-3, "distill.checkpoint_seconds": 0.0,
+        "evaluation.tokens": 512, **changes,
+    }  # fmt: skip
+    return load_recipe(None, values)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with its teacher and text beside it."""
+    folder = tmp_path_factory.mktemp("compress")
+    teacher = make_model(folder / "model", "qwen3-tied")
+    text = folder / "text.txt"
+    text.write_text("\n".join(f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}." for i in range(1500)))
+    pipeline.compress(recipe(teacher, text), folder / "run")
+    return folder
+
+
+def test_the_run_directory_is_as_drawn(made: Path) -> None:
+    assert {path.name for path in (made / "run").iterdir()} == LAYOUT
+    record = json.loads((made / "run" / "run.json").read_text())
+    assert {stage["state"] for stage in record["stages"].values()} == {"done"}
+    assert set(record["sources"]) == {"teacher", "data"}
+    assert record["seed"] == 0
+    assert "torch" in record["versions"]
+
+
+def test_the_figures_are_those_of_the_files(made: Path) -> None:
+    results = json.loads((made / "run" / "eval.json").read_text())
+    assert list(results) == ["teacher", "pruned", "student"]
+    teacher, student = (open_checkpoint(made / "run" / name).arch for name in ("teacher", "student"))
+    assert results["teacher"]["num_parameters"] == teacher.num_parameters
+    assert results["student"]["num_parameters"] == student.num_parameters
+    assert 0.57 * teacher.num_parameters <= student.num_parameters <= 0.6 * teacher.num_parameters
+    again = pipeline.evaluate_alone(
+        recipe(made / "run" / "student", made / "text.txt"), max_tokens=512
+    )  # the same blocks, by seed, context and tokens
+    assert again["perplexity"] == results["student"]["perplexity"]
+    assert again["bits_per_byte"] == results["student"]["bits_per_byte"]
+    assert again["perplexity"] != pytest.approx(results["pruned"]["perplexity"])
+
+
+def test_distillation_brings_the_student_closer(made: Path) -> None:
+    rows = [json.loads(line) for line in (made / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 16
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert sum("heldout_perplexity" in row for row in rows) == 6
+
+
+def test_the_card_says_what_a_reader_needs(made: Path) -> None:
+    card = (made / "run" / "student" / "README.md").read_text()
+    arch = json.loads((made / "run" / "arch.json").read_text())
+    for needed in ("library_name: transformers", f"{arch['intermediate_size']:,}", "perplexity", "AutoModelForCausalLM",
+                   "seed 0", "blocks of 32 tokens"):  # fmt: skip
+        assert needed in card
+
+
+def test_a_finished_run_repeats_nothing(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*") if path.is_file()}
+    monkeypatch.setattr(pipeline, "open_teacher", lambda _: pytest.fail("the teacher was opened again"))
+    results = pipeline.compress(recipe(made / "model", made / "text.txt"), made / "run")
+    assert results["student"]["perplexity"] > 1
+    assert before == {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*") if path.is_file()}
+
+
+# Kills its own process without warning once a stage has advanced often enough.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from minitron import pipeline, progress
+from tests.test_compress import recipe
+
+stage, times, teacher, text, out = sys.argv[1], int(sys.argv[2]), *map(Path, sys.argv[3:])
+plain, seen = progress.Progress.advance, [0]
+
+def advance(self, units):
+    plain(self, units)
+    seen[0] += self.stage == stage
+    if seen[0] == times:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+progress.Progress.advance = advance
+pipeline.compress(recipe(teacher, text), out)
+"""
+
+KILLS = [
+    ("check teacher", 5), ("calibrate", 10), ("probe", 2), ("search", 2), ("prune", 7), ("distill", 1),
+    ("distill", 9), ("distill", 16), ("evaluate teacher", 3), ("evaluate student", 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "times"), KILLS, ids=[f"{stage}-{times}" for stage, times in KILLS])
+def test_a_killed_run_continues_to_the_same_bits(made: Path, tmp_path: Path, stage: str, times: int) -> None:
+    arguments = [stage, str(times), str(made / "model"), str(made / "text.txt"), str(tmp_path / "run")]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
+    assert not (tmp_path / "run" / "eval.json").exists() or stage.startswith("evaluate")
+    pipeline.compress(recipe(made / "model", made / "text.txt"), tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == LAYOUT
+    whole, continued = (load_file(run / "student" / "model.safetensors") for run in (made / "run", tmp_path / "run"))
+    assert set(whole) == set(continued)
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+    metrics = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (made / "run", tmp_path / "run")
+    ]
+    assert metrics[0] == metrics[1]
+
+
+def test_another_seed_gives_other_bits(made: Path, tmp_path: Path) -> None:
+    pipeline.compress(recipe(made / "model", made / "text.txt", seed=1), tmp_path / "run")
+    whole, other = (load_file(run / "student" / "model.safetensors") for run in (made / "run", tmp_path / "run"))
+    assert set(whole) != set(other) or any(
+        whole[name].shape != other[name].shape or not torch.equal(whole[name], other[name]) for name in whole
+    )

@@ -1,0 +1,99 @@
+"""Documents, packing and splits: nothing lost, nothing seen twice, the same for the same seed."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from minitron.data.blocks import pack, read_blocks, read_splits
+from minitron.data.corpus import documents
+from minitron.errors import UserError
+from tests.conftest import byte_tokenizer
+
+TEXTS = ["plain words here", "naïve café — 日本語 🙂 text", "  leading and trailing  ", "line\nbreaks\n\nkept"]
+
+
+def test_packing_keeps_every_token_and_every_byte() -> None:
+    tokenizer = byte_tokenizer()
+    blocks = pack(TEXTS, tokenizer, context=1, max_blocks=None)
+    ids = blocks.ids.flatten().tolist()
+    assert ids.count(tokenizer.eos_token_id) == len(TEXTS)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "".join(TEXTS)
+    assert int(blocks.num_bytes.sum()) == len("".join(TEXTS).encode())
+
+
+def test_blocks_are_cut_in_order_and_the_rest_is_dropped() -> None:
+    tokenizer = byte_tokenizer()
+    flat = pack(TEXTS, tokenizer, 1, None).ids.flatten()
+    blocks = pack(TEXTS, tokenizer, 7, None)
+    assert blocks.ids.flatten().tolist() == flat[: len(flat) // 7 * 7].tolist()
+    assert pack(TEXTS, tokenizer, 7, 3).ids.tolist() == blocks.ids[:3].tolist()
+
+
+def test_splits_share_no_block_and_evaluation_is_the_beginning(text_file: Path) -> None:
+    tokenizer = byte_tokenizer()
+    splits = read_splits(str(text_file), tokenizer, 32, 0, 320, 160, 3200)
+    assert [len(part) for part in (splits.evaluation, splits.heldout, splits.train)] == [10, 5, 100]
+    rows = [tuple(row) for part in (splits.evaluation, splits.heldout, splits.train) for row in part.ids.tolist()]
+    assert len(set(rows)) == 115
+    alone = read_blocks(str(text_file), tokenizer, 32, 0, 320)
+    assert alone.ids.tolist() == splits.evaluation.ids.tolist()
+    other = read_blocks(str(text_file), tokenizer, 32, 0, 640)
+    assert other.ids[:10].tolist() == alone.ids.tolist()
+
+
+def test_a_short_corpus_is_dealt_out_by_fifths(tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("abcdefghij" * 32)
+    splits = read_splits(str(tmp_path / "short.txt"), byte_tokenizer(), 32, 0, 10_000, 10_000, 10_000)
+    assert [len(part) for part in (splits.evaluation, splits.heldout, splits.train)] == [2, 2, 6]
+
+
+def test_the_seed_decides_the_order(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(50)))
+    assert list(documents(str(path), 0)) == list(documents(str(path), 0))
+    assert list(documents(str(path), 0)) != list(documents(str(path), 1))
+    assert sorted(documents(str(path), 0)) == sorted(documents(str(path), 1))
+
+
+def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in TEXTS))
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "rows.parquet")
+    for i, text in enumerate(TEXTS):
+        (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
+    for source in ("rows.jsonl", "rows.parquet", "*.txt"):
+        assert sorted(documents(str(tmp_path / source), 0)) == sorted(TEXTS)
+
+
+def _binary(path: Path) -> Path:
+    path.write_bytes(bytes(range(256)) * 10)
+    return path
+
+
+BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda folder: folder / "none.txt", "does not exist"),
+    "empty": (lambda folder: _written(folder / "empty.txt", ""), "is empty"),
+    "blank": (lambda folder: _written(folder / "blank.txt", "\n\n  \n"), "is empty"),
+    "binary": (lambda folder: _binary(folder / "b.txt"), "is not text|is not UTF-8"),
+    "zero bytes": (lambda folder: _written(folder / "z.txt", "a\0b"), "zero bytes"),
+    "not json": (lambda folder: _written(folder / "a.jsonl", "{"), "is not JSON lines"),
+    "no text field": (lambda folder: _written(folder / "a.jsonl", '{"body": "x"}'), "no 'text' field; it has body"),
+    "not parquet": (lambda folder: _written(folder / "a.parquet", "x"), "is not a parquet file"),
+    "unknown kind": (lambda folder: _written(folder / "a.pdf", "x"), "cannot read '.pdf' files; accepted: .txt"),
+    "short": (lambda folder: _written(folder / "s.txt", "too short"), "shorter than one block of 64 tokens"),
+}
+
+
+def _written(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_data_is_named(tmp_path: Path, case: str) -> None:
+    make, message = BAD[case]
+    with pytest.raises(UserError, match=message):
+        read_blocks(str(make(tmp_path)), byte_tokenizer(), 64, 0)

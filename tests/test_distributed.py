@@ -1,0 +1,105 @@
+"""Property 8, many processes: worlds of 1 and 2 and every accumulation split give the same gradient and student."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minitron.distill.distributed import World
+from minitron.distill.train import accumulate
+from minitron.model.causal import Headless, load_model
+from minitron.model.checkpoint import open_checkpoint
+from minitron.recipe import DistillRecipe
+from tests.conftest import make_model
+
+CPU = torch.device("cpu")
+
+STEP = """
+import sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from minitron.distill.distributed import joined_world, shard, whole
+from minitron.distill.train import accumulate
+from minitron.model.causal import Headless, load_model
+from minitron.model.checkpoint import open_checkpoint
+from minitron.recipe import DistillRecipe
+
+teacher, student, out = map(Path, sys.argv[1:])
+cpu = torch.device("cpu")
+ids = torch.randint(0, 258, (4, 24), generator=torch.Generator().manual_seed(0))
+pruned = open_checkpoint(student)
+with joined_world(cpu) as world:
+    model = Headless(load_model(pruned, cpu, torch.float64).train())
+    shard(model, pruned.arch, world)
+    loss = accumulate(
+        Headless(load_model(open_checkpoint(teacher), cpu, torch.float64)), model, ids,
+        DistillRecipe(batch_size=4), torch.float64, world,
+    )
+    grads = {name: whole(p.grad).contiguous() for name, p in model.named_parameters()}
+    grads["loss"] = world.sum(loss)
+    if world.is_main:
+        save_file(grads, out)
+"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return make_model(folder / "teacher", "llama-tied"), make_model(
+        folder / "student", "llama-tied", seed=1, intermediate_size=40, hidden_size=36
+    )
+
+
+def gradients(models: tuple[Path, Path], micro_batch_size: int, num_blocks: int = 4) -> dict[str, torch.Tensor]:
+    teacher, student = (Headless(load_model(open_checkpoint(folder), CPU, torch.float64)) for folder in models)
+    ids = torch.randint(0, 258, (4, 24), generator=torch.Generator().manual_seed(0))[:num_blocks]
+    recipe = DistillRecipe(batch_size=num_blocks, micro_batch_size=micro_batch_size)
+    loss = accumulate(teacher, student, ids, recipe, torch.float64, World())
+    grads = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+    return {**grads, "loss": loss}
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 3, 4])
+def test_any_accumulation_split_gives_the_same_gradient(models: tuple[Path, Path], micro_batch_size: int) -> None:
+    one, other = gradients(models, 1), gradients(models, micro_batch_size)
+    for name, expected in one.items():
+        torch.testing.assert_close(other[name], expected, atol=1e-12, rtol=1e-9)
+
+
+def test_fewer_blocks_do_not(models: tuple[Path, Path]) -> None:
+    one, other = gradients(models, 1), gradients(models, 1, num_blocks=3)
+    assert max(float((one[name] - other[name]).abs().max()) for name in one) > 1e-6
+
+
+def test_two_processes_give_the_gradient_of_one(models: tuple[Path, Path], tmp_path: Path) -> None:
+    script, out = tmp_path / "step.py", tmp_path / "grads.safetensors"
+    script.write_text(STEP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(script), *map(str, models), str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_file(out)
+    for name, expected in gradients(models, 1).items():
+        torch.testing.assert_close(found[name], expected, atol=1e-12, rtol=1e-9)
+
+
+def test_two_processes_train_the_student_of_one(models: tuple[Path, Path], tmp_path: Path, text_file: Path) -> None:
+    options = ["--data", str(text_file), "--context", "32", "--tokens", "512", "--device", "cpu"]
+    minitron = ["minitron", "distill", *map(str, models)]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("distill: {batch_size: 4}\nevaluation: {tokens: 256}\nsearch: {tokens: 256}\n")
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    for name, prefix in (("one", [sys.executable, "-m"]), ("two", run)):
+        done = subprocess.run(
+            [*prefix, *minitron, str(tmp_path / name), *options, "--recipe", str(recipe)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    start = load_file(models[1] / "model.safetensors")
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, atol=1e-5, rtol=1e-4)
+    assert any((one[name] - start[name]).abs().max() > 1e-4 for name in one)
