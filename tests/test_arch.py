@@ -26,12 +26,14 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
     ),
     "Mistral-NeMo-12B": (
         {"model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 14336,
-         "head_dim": 128, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+         "head_dim": 128, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "tie_word_embeddings": False},
         12_247_782_400, 10_905_605_120,
     ),
     "MN-Minitron-8B": (
         {"model_type": "mistral", "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 11520,
-         "head_dim": 128, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+         "head_dim": 128, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "tie_word_embeddings": False},
         8_414_105_600, 7_340_363_776,
     ),
     "Qwen2.5-0.5B": (

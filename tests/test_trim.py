@@ -89,7 +89,8 @@ CUTS = {
     "kv": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "kv and query": {"num_attention_heads": 2, "num_key_value_heads": 2},
     "layer": {"num_hidden_layers": 2},
-    "all but hidden": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 3},
+    "all but hidden": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2,
+                       "num_hidden_layers": 3},
 }  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def test_a_broken_weight_stops_trimming(teacher: Checkpoint, tmp_path: Path) -> 
         def tensor(self, name: str) -> Tensor:
             return super().tensor(name) * (float("nan") if name == broken else 1.0)
 
-    with pytest.raises(UserError, match="up_proj.weight holds NaN"):
+    with pytest.raises(UserError, match=r"up_proj\.weight holds NaN"):
         write_trimmed(Broken(**{k: getattr(teacher, k) for k in ("folder", "config", "arch", "tensors")}),
                       teacher.arch, kept, tmp_path)  # fmt: skip
 

@@ -122,6 +122,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
             with run.stage("distill"):
                 pruned = open_checkpoint(run.path("pruned"))
                 _distill(inputs, pruned, run.path("student"), work=out, world=World())
+        shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
         if not run.is_done("evaluate"):
             with run.stage("evaluate"):
                 results = _evaluate_run(run, inputs)
@@ -213,7 +214,7 @@ def distill_alone(recipe: Recipe, student: str, out: Path, overwrite: bool) -> d
             f"teacher and student have vocabularies of {inputs.teacher.arch.sizes['vocab_size']} and "
             f"{pruned.arch.sizes['vocab_size']} tokens; they must be the same"
         )
-    _ = inputs.splits
+    _ = inputs.dtype, inputs.splits  # whatever is wrong with them shows before anything is written
     work = out.with_name(f".{out.name}.distill")
     work.mkdir(parents=True, exist_ok=True)
     with joined_world(inputs.device) as world:
@@ -247,6 +248,7 @@ def read_arch(path: Path, teacher: Arch) -> Arch:
 
 def _check(run: Run, inputs: Inputs) -> None:
     """Look at everything that can be wrong before anything is written."""
+    _ = inputs.dtype
     target = inputs.budget.high
     with Progress("check teacher", inputs.teacher.num_bytes, "bytes") as progress:
         run.bind("teacher", inputs.teacher.fingerprint(progress.advance))

@@ -24,7 +24,8 @@ class Run:
 
     def __init__(self, folder: Path, recipe: Recipe, replaces: bool = False) -> None:
         self.folder, self.recipe = folder, recipe
-        self._replaces, self._existed = replaces, folder.exists() and not replaces
+        self._replaces = replaces
+        self._missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
         self.record: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
             "seed": recipe.seed,
@@ -88,7 +89,7 @@ class Run:
         write_json(self.record_path, self.record)
 
     def clean(self) -> None:
-        """Remove half-written files; and the folder, when this run made it and nothing in it is finished."""
+        """Remove half-written files; and the folder and its parents, when this run made them and finished nothing."""
         if not self.folder.is_dir() or self._replaces:
             return
         for path in self.folder.glob(f".*{PARTIAL}"):
@@ -97,8 +98,10 @@ class Run:
             else:
                 path.unlink()
         done = any(self.is_done(stage) for stage in self.record["stages"])
-        if not self._existed and not done:
+        if self._missing and not done:
             shutil.rmtree(self.folder)
+            for parent in self._missing[1:]:
+                parent.rmdir()
 
 
 def open_run(folder: Path, recipe: Recipe, overwrite: bool) -> Run:
@@ -109,7 +112,7 @@ def open_run(folder: Path, recipe: Recipe, overwrite: bool) -> Run:
     """
     require_writable(folder)
     run = Run(folder, recipe)
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name.endswith(PARTIAL) for path in folder.iterdir()):
         return run
     if overwrite:
         if not run.record_path.is_file():

@@ -6,7 +6,6 @@ and the step alone. A run that is killed continues from its last checkpoint to t
 
 import json
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from minitron.model.checkpoint import Checkpoint, write_checkpoint
 from minitron.progress import Progress
 from minitron.recipe import DistillRecipe
 
+CHECKPOINT_FILE_BYTES = 256 * 1024**2
 NUM_EVALUATIONS = 5
 """Held-out perplexity is measured this often along the way, and once before the first step."""
 
@@ -58,8 +58,8 @@ def distill(
 ) -> None:
     """Train the pruned checkpoint on the teacher's distribution and write the student to `out`.
 
-    `work` receives `metrics.jsonl`, a row a step, and `checkpoint/`, from which a killed run continues; the
-    checkpoint is removed once the student is written. Weights train in float32; `dtype` is that of the
+    `work` receives `metrics.jsonl`, a row a step, and `checkpoint/`, from which a killed run continues and which
+    the caller may remove once the student is safe. Weights train in float32; `dtype` is that of the
     forward pass.
 
     Raises:
@@ -77,8 +77,6 @@ def distill(
     )
     _loop(Headless(teacher), student, optimizer, train, heldout, recipe, work, seed, dtype, world)
     _write_student(student, pruned, out, world)
-    if world.is_main:
-        shutil.rmtree(work / "checkpoint", ignore_errors=True)
 
 
 def batch_indices(step: int, batch_size: int, num_blocks: int, seed: int) -> Tensor:
@@ -216,17 +214,27 @@ def _state(student: Headless, optimizer: torch.optim.Optimizer) -> Iterator[tupl
 
 def _save(work: Path, student: Headless, optimizer: torch.optim.Optimizer, step: int, world: World) -> None:
     # Safetensors within torch's distributed checkpoint: reading one back cannot execute code.
+    state = dict(_state(student, optimizer))
     staging = partial_path(work / "checkpoint")
     if world.is_main:
         empty_folder(staging)
     world.barrier()
     with warnings.catch_warnings(action="ignore"):  # it warns that one process saves for itself
-        writer = HuggingFaceStorageWriter(str(staging), save_distributed=True)
-        state_dict_saver.save(dict(_state(student, optimizer)), storage_writer=writer, no_dist=world.size == 1)
+        writer = HuggingFaceStorageWriter(str(staging), _file_numbers(state), save_distributed=True)
+        state_dict_saver.save(state, storage_writer=writer, no_dist=world.size == 1)
     if world.is_main:
         write_json(staging / "state.json", {"step": step})
         publish_folder(staging, work / "checkpoint")
     world.barrier()
+
+
+def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
+    """Deal tensors out to files, counted from 1: the writer holds a copy of a whole file while it writes it."""
+    numbers, num_bytes = {}, 0
+    for name, tensor in state.items():
+        numbers[name] = 1 + num_bytes // CHECKPOINT_FILE_BYTES
+        num_bytes += tensor.numel() * tensor.element_size()
+    return numbers
 
 
 def _load(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world: World) -> int:

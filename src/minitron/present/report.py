@@ -31,6 +31,7 @@ def write_report(run: Path) -> None:
     recipe, measured = record["recipe"], results["student"]
     share = measured["num_parameters"] / results["teacher"]["num_parameters"]
     title = f"{recipe['teacher']}, pruned to {share:.1%} and distilled"
+    provenance = {key: record[key] for key in ("recipe", "versions", "sources", "stages")}
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
@@ -48,7 +49,7 @@ context {measured["context"]}, seed {record["seed"]}.</p>
 <p class="note">Loss in nats a token on held-out text: predicted from one probe an axis, then measured on the pruned,
 untrained model.</p>
 <h2>Recipe</h2>
-<pre>{html.escape(json.dumps({key: record[key] for key in ("recipe", "versions", "sources", "stages")}, indent=2))}</pre>
+<pre>{html.escape(json.dumps(provenance, indent=2))}</pre>
 </body></html>
 """
     with whole_file(run / "report.html") as staging:
@@ -62,7 +63,8 @@ def _sizes(config: dict[str, Any]) -> dict[str, int]:
 
 def _table(rows: list[list[str]], marked: int | None = None) -> str:
     head, *body = [[html.escape(cell) for cell in row] for row in rows]
-    lines = [f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"]
+    names = "".join("<th>" + cell.replace("_", "_<wbr>") + "</th>" for cell in head)  # long names may wrap
+    lines = [f"<tr>{names}</tr>"]
     for i, row in enumerate(body):
         kind = ' class="chosen"' if i == marked else ""
         lines.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>")
@@ -98,7 +100,8 @@ def _plot(points: list[tuple[float, float]], label: str, dots: bool = False) -> 
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place)
     marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{STUDENT}"/>' for x, y in place) if dots else ""
     values = "".join(
-        f'<text x="{x:.1f}" y="{y - 8:.1f}" font-size="12" text-anchor="middle">{value:.1f}</text>'
+        f'<text x="{x:.1f}" y="{y - 8:.1f}" font-size="12" text-anchor="{"start" if x == left else "middle"}">'
+        f"{value:.1f}</text>"
         for (x, y), (_, value) in zip(place, points, strict=True)
     )
     ticks = "".join(

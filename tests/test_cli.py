@@ -1,0 +1,119 @@
+"""The verbs on a tiny model, as a user calls them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from minitron import cli
+from minitron.model.checkpoint import open_checkpoint
+from tests.conftest import make_model
+
+Verb = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
+    """Run a verb with --json and give the one object that it prints on standard output."""
+
+    def run(*arguments: str | Path) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", ["minitron", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        assert not stopped.value.code, captured.err
+        return json.loads(captured.out)  # type: ignore[no-any-return]
+
+    return run
+
+
+def test_help_needs_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; sys.argv = ['minitron', '--help']\nfrom minitron import cli\ntry: cli.main()\n"
+        "except SystemExit: pass\nassert 'typer' in sys.modules\n"
+        "sys.exit(1 if {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules) else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("compress", "inspect", "calibrate", "search", "prune", "distill", "evaluate"):
+        assert name in done.stdout
+
+
+def test_every_verb_takes_the_common_options() -> None:
+    for command in cli.app.registered_commands:
+        assert command.callback is not None
+        annotations = set(command.callback.__annotations__)
+        assert {"as_json", "seed", "device", "dtype"} <= annotations, command.callback.__name__
+
+
+def test_inspect_takes_a_folder_or_a_config(verb: Verb, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "qwen2")
+    whole, config = verb("inspect", folder), verb("inspect", folder / "config.json")
+    assert whole["weights_checked"]
+    assert not config["weights_checked"]
+    assert whole["num_parameters"] == config["num_parameters"] == open_checkpoint(folder).arch.num_parameters
+    assert whole["arch"]["intermediate_size"] == 64
+    assert whole["model_type"] == "qwen2"
+
+
+def test_the_stages_one_after_the_other(verb: Verb, tmp_path: Path, text_file: Path) -> None:
+    teacher = make_model(tmp_path / "model", "mistral")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("search: {tokens: 256, shortlist: 2}\nevaluation: {tokens: 512}\ndistill: {batch_size: 1}\n")
+    text = ("--data", text_file, "--context", "32", "--recipe", recipe)
+    verb("calibrate", teacher, tmp_path / "stats", *text, "--tokens", "1k")
+    assert set(load_file(tmp_path / "stats" / "importance.safetensors")) == {"hidden", "ffn", "query", "kv", "layer"}
+    found = verb("search", teacher, tmp_path / "shape", *text, "--target-params", "0.6")
+    assert json.loads((tmp_path / "shape" / "arch.json").read_text()) == found["arch"]
+    stats = ("--importance", tmp_path / "stats")
+    pruned = verb("prune", teacher, tmp_path / "pruned", "--arch", tmp_path / "shape" / "arch.json", *stats)
+    assert pruned["arch"] == found["arch"]
+    by_size = verb("prune", teacher, tmp_path / "by-size", "--hidden-size", "36", "--num-hidden-layers", "3", *stats)
+    assert (by_size["arch"]["hidden_size"], by_size["arch"]["num_hidden_layers"]) == (36, 3)
+    by_target = verb("prune", teacher, tmp_path / "by-target", "--target-params", "0.6", *text)
+    assert by_target["num_parameters"] <= 0.6 * open_checkpoint(teacher).arch.num_parameters
+    verb("distill", teacher, tmp_path / "pruned", tmp_path / "student", *text, "--tokens", "512")
+    assert len((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()) == 17
+    assert not list(tmp_path.glob(".*"))
+    measured = verb("evaluate", tmp_path / "student", *text, "--max-tokens", "320")
+    assert measured["num_tokens"] == 310
+    assert measured["context"] == 32
+    assert measured["perplexity"] > 1
+
+
+def test_overwrite_is_asked_for(
+    verb: Verb, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = make_model(tmp_path / "model", "llama-tied")
+    text = ("--data", text_file, "--context", "32", "--tokens", "256")
+    verb("calibrate", teacher, tmp_path / "stats", *text)
+    with pytest.raises(AssertionError, match="exists and is not empty"):
+        verb("calibrate", teacher, tmp_path / "stats", *text)
+    assert "out" in verb("calibrate", teacher, tmp_path / "stats", *text, "--overwrite")
+
+
+def test_progress_speaks_while_a_long_call_is_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import time
+
+    from minitron import progress
+
+    assert progress.HEARTBEAT_SECONDS < 5
+    monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 0.02)
+    with progress.Progress("convert") as unknown:
+        time.sleep(0.1)
+    with progress.Progress("distill", 100, done=40) as known:
+        known.advance(30)
+        known.note("loss 1.5")
+        time.sleep(0.1)
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("convert: 0:00 elapsed") for line in lines) >= 2
+    assert any("70/100 tokens" in line and "left" in line and "loss 1.5" in line for line in lines)
+    assert unknown.done == 0
+    assert known.done == 70

@@ -1,0 +1,287 @@
+"""Bad input through the command line: exit status 2, one clear line, and nothing left behind."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minitron import cli
+from tests.conftest import make_model
+
+Run = Callable[..., str]
+
+
+@dataclass
+class Place:
+    """A good teacher and text, and the run folder that must not come to be."""
+
+    folder: Path
+    teacher: Path
+    text: Path
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "runs" / "out"
+
+    def config(self, **changes: Any) -> None:
+        path = self.teacher / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    def tensors(self, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+        tensors = load_file(self.teacher / "model.safetensors")
+        change(tensors)
+        save_file(tensors, self.teacher / "model.safetensors")
+
+
+@pytest.fixture
+def place(tmp_path: Path, text_file: Path) -> Place:
+    return Place(tmp_path, make_model(tmp_path / "model", "llama-tied"), text_file)
+
+
+@pytest.fixture
+def refused(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line, which must refuse; give its one error line."""
+
+    def run(*arguments: str) -> str:
+        before = sorted(place.folder.rglob("*"))
+        monkeypatch.setattr("sys.argv", ["minitron", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        assert stopped.value.code == 2, captured.err
+        assert captured.out == ""
+        assert "Traceback" not in captured.err
+        lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, captured.err
+        assert captured.err.splitlines()[-1] == lines[0]
+        assert sorted(place.folder.rglob("*")) == before
+        return lines[0]
+
+    return run
+
+
+def compress(place: Place, *extra: str, target: str = "0.6", teacher: Path | str | None = None) -> list[str]:
+    return [
+        "compress", str(teacher or place.teacher), str(place.out), "--target-params", target, "--context", "32",
+        "--data", str(place.text), "--tokens", "256", *extra,
+    ]  # fmt: skip
+
+
+def test_unknown_teacher(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for teacher in ("nobody/nothing", "no such thing", str(place.folder / "none")):
+        message = refused(*compress(place, teacher=teacher))
+        assert "neither a folder, nor a .gguf file, nor a built-in name (smollm2), nor a hub model" in message
+
+
+def test_missing_gguf(place: Place, refused: Run) -> None:
+    assert "does not exist" in refused(*compress(place, teacher=place.folder / "none.gguf"))
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"not a model at all" * 100, b"GGUF\x03\0\0\0" + b"\xff" * 64])
+def test_corrupt_gguf(place: Place, refused: Run, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINITRON_CACHE", str(place.folder / "cache"))
+    (place.folder / "broken.gguf").write_bytes(content)
+    message = refused(*compress(place, teacher=place.folder / "broken.gguf"))
+    assert "broken.gguf is truncated, corrupt or no GGUF file" in message
+
+
+def test_unsupported_model_type(place: Place, refused: Run) -> None:
+    place.config(model_type="bert")
+    message = refused(*compress(place))
+    assert "model_type 'bert' is not supported; supported: llama, mistral, qwen2, qwen3" in message
+
+
+def test_unknown_tensor(place: Place, refused: Run) -> None:
+    place.tensors(lambda tensors: tensors.update({"model.layers.0.adapter.weight": torch.zeros(2)}))
+    assert "matches tensor model.layers.0.adapter.weight" in refused(*compress(place))
+
+
+@pytest.mark.parametrize("kept", [0, 7, 200, 0.5])
+def test_truncated_safetensors(place: Place, refused: Run, kept: float) -> None:
+    path = place.teacher / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    assert "model.safetensors is missing, truncated or corrupt" in refused(*compress(place))
+
+
+def test_missing_shard(place: Place, refused: Run) -> None:
+    (place.teacher / "model.safetensors").rename(place.teacher / "model-00001-of-00002.safetensors")
+    names = load_file(place.teacher / "model-00001-of-00002.safetensors")
+    weight_map = dict.fromkeys(names, "model-00001-of-00002.safetensors")
+    weight_map["model.norm.weight"] = "model-00002-of-00002.safetensors"
+    (place.teacher / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert "model-00002-of-00002.safetensors is missing" in refused(*compress(place))
+
+
+def test_pickled_checkpoint(place: Place, refused: Run) -> None:
+    tensors = load_file(place.teacher / "model.safetensors")
+    (place.teacher / "model.safetensors").unlink()
+    torch.save(tensors, place.teacher / "pytorch_model.bin")
+    message = refused(*compress(place))
+    assert "pickled weights (pytorch_model.bin)" in message
+    assert "safetensors" in message
+
+
+def test_no_config(place: Place, refused: Run) -> None:
+    (place.teacher / "config.json").unlink()
+    assert "config.json does not exist" in refused(*compress(place))
+
+
+def test_broken_config(place: Place, refused: Run) -> None:
+    (place.teacher / "config.json").write_text("{")
+    assert "config.json is not valid JSON" in refused(*compress(place))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("2", "is below what the axes can reach: the smallest shape has"),
+        ("0.01", "is below what the axes can reach: the smallest shape has"),
+        ("1.0", "is not below the teacher's"),
+        ("5B", "is not below the teacher's"),
+        ("most", "is not a number; accepted: a share of the teacher such as 0.7, or a count"),
+        ("-0.5", "is not a number"),
+        ("nan", "is not a number"),
+    ],
+)
+def test_impossible_targets(place: Place, refused: Run, target: str, message: str) -> None:
+    assert message in refused(*compress(place, target=target))
+
+
+def test_no_target(place: Place, refused: Run) -> None:
+    assert "target_params is not given" in refused("compress", str(place.teacher), str(place.out))
+
+
+def test_a_target_between_shapes_shows_the_feasible_ones(place: Place, refused: Run) -> None:
+    recipe = place.folder / "recipe.yaml"
+    recipe.write_text("search: {tolerance: 1.0e-9}")
+    message = refused(*compress(place, "--recipe", str(recipe), target="30001"))
+    assert "feasible sizes near it: " in message
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"\0\1\2" * 1000, b"\xff\xfe" * 1000])
+def test_bad_text(place: Place, refused: Run, content: bytes) -> None:
+    place.text.write_bytes(content)
+    message = refused(*compress(place))
+    assert any(words in message for words in ("is empty", "shorter than one block", "is not text", "is not UTF-8"))
+
+
+def test_missing_text(place: Place, refused: Run) -> None:
+    place.text.unlink()
+    assert "does not exist" in refused(*compress(place))
+
+
+def test_too_few_blocks(place: Place, refused: Run) -> None:
+    place.text.write_text("a" * 70)
+    assert "gives 2 block(s) of 32 tokens; at least 3 are needed" in refused(*compress(place))
+
+
+def test_out_is_not_a_run(place: Place, refused: Run) -> None:
+    place.out.mkdir(parents=True)
+    (place.out / "thesis.txt").write_text("years of work")
+    assert "is not a run of minitron" in refused(*compress(place))
+    assert "holds no run.json" in refused(*compress(place, "--overwrite"))
+
+
+def test_out_belongs_to_another_recipe(place: Place, refused: Run) -> None:
+    place.out.mkdir(parents=True)
+    recipe = {"teacher": str(place.teacher), "target_params": 0.5}
+    (place.out / "run.json").write_text(json.dumps({"recipe": recipe, "stages": {}, "sources": {}, "versions": {}}))
+    message = refused(*compress(place))
+    assert "belongs to another recipe" in message
+    assert "--overwrite" in message
+
+
+def test_overwrite_destroys_nothing_before_the_inputs_are_good(place: Place, refused: Run) -> None:
+    place.out.mkdir(parents=True)
+    (place.out / "run.json").write_text("{}")
+    place.text.unlink()
+    refused(*compress(place, "--overwrite"))
+    assert (place.out / "run.json").exists()
+
+
+def test_out_is_a_file(place: Place, refused: Run) -> None:
+    (place.folder / "runs").write_text("in the way")
+    assert "is not a folder" in refused(*compress(place))
+
+
+def test_out_cannot_be_written(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    assert "permission denied" in refused(*compress(place))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("distil: {tokens: 1k}", "unknown key 'distil', did you mean 'distill'?"),
+        ("distill: {learning_rat: 1}", "unknown key 'distill.learning_rat', did you mean 'learning_rate'?"),
+        ("calibration: {tokens: lots}", "calibration.tokens: 'lots' is not a count"),
+        ("distill: {learning_rate: fast}", "distill.learning_rate: "),
+        ("- a list", "is no mapping"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_recipes(place: Place, refused: Run, text: str, message: str) -> None:
+    recipe = place.folder / "recipe.yaml"
+    recipe.write_text(text)
+    assert message in refused(*compress(place, "--recipe", str(recipe)))
+
+
+def test_missing_recipe(place: Place, refused: Run) -> None:
+    assert "does not exist" in refused(*compress(place, "--recipe", str(place.folder / "none.yaml")))
+
+
+def test_bad_options(place: Place, refused: Run) -> None:
+    assert "No such option" in refused(*compress(place, "--tokenz", "3"))
+    assert "unknown device" in refused(*compress(place, "--device", "abacus"))
+    assert "unknown dtype" in refused(*compress(place, "--dtype", "float31"))
+    assert "torch sees no CUDA device" in refused(*compress(place, "--device", "cuda:9"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights(place: Place, refused: Run, value: float) -> None:
+    def breaks(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = value
+
+    place.tensors(breaks)
+    assert "model.layers.1.mlp.down_proj.weight holds NaN or infinity" in refused(*compress(place))
+
+
+def test_no_space_is_seen_beforehand(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    assert "no space left" in refused(*compress(place))
+
+
+def test_no_space_in_the_middle(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("minitron.pipeline.save_file", full)
+    assert "no space left" in refused(*compress(place))
+
+
+def test_wrong_shapes_for_prune(place: Place, refused: Run) -> None:
+    prune = ["prune", str(place.teacher), str(place.out), "--data", str(place.text), "--context", "32"]
+    assert "intermediate_size 65 is above the teacher's 64" in refused(*prune, "--intermediate-size", "65")
+    assert "not a multiple" in refused(*prune, "--num-attention-heads", "4")
+    assert "not several of them" in refused(*prune, "--hidden-size", "40", "--target-params", "0.5")
+    assert "target_params is not given" in refused(*prune)
+
+
+def test_distilling_between_vocabularies(place: Place, refused: Run) -> None:
+    student = make_model(place.folder / "student", "llama-tied", vocab_size=300)
+    message = refused("distill", str(place.teacher), str(student), str(place.out), "--data", str(place.text))
+    assert "vocabularies of 258 and 300" in message
+
+
+def test_evaluating_nothing(place: Place, refused: Run) -> None:
+    message = refused("evaluate", str(place.teacher), "--data", str(place.text), "--max-tokens", "some")
+    assert "--max-tokens: 'some' is not a count" in message
