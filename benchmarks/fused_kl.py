@@ -69,8 +69,8 @@ def main() -> None:
                 [sys.executable, __file__, *sizes, "--only", kind], capture_output=True, text=True, check=True
             )
             rows.append(json.loads(shown.stdout))
-    print(f"vocab {given.vocab}, tokens {given.tokens}, hidden {given.hidden}, float32, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}, {given.repeats} runs each")  # fmt: skip
+    where = f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}, {given.repeats} runs each"
+    print(f"vocab {given.vocab}, tokens {given.tokens}, hidden {given.hidden}, {where}")
     for key in ("extra_mb", "seconds"):
         for kind, rows in found.items():
             values = [row[key] for row in rows]

@@ -74,7 +74,7 @@ def test_bfloat16_states_give_float32_logits() -> None:
     student, head, teacher, teacher_head = (tensor.detach().float() for tensor in problem())
     low = [tensor.bfloat16() for tensor in (student, head, teacher, teacher_head)]
     loss = forward_kl(low[0], low[1], low[2], low[3], 37)
-    exact = naive(*(tensor.double() for tensor in low), temperature=1.0)
+    exact = naive(low[0].double(), low[1].double(), low[2].double(), low[3].double(), temperature=1.0)
     assert loss.dtype == torch.float32
     assert abs(float(loss) - float(exact)) < 1e-5
 

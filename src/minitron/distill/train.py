@@ -65,11 +65,8 @@ def distill(
     Raises:
         UserError: the batch cannot be dealt out to the ranks.
     """
-    micro = min(recipe.micro_batch_size, recipe.batch_size)
-    if recipe.batch_size % (world.size * micro):
-        raise UserError(
-            f"batch_size {recipe.batch_size} is not a multiple of {world.size} ranks × micro_batch_size {micro}"
-        )
+    if recipe.batch_size % world.size:
+        raise UserError(f"distill.batch_size {recipe.batch_size} cannot be dealt out to {world.size} ranks equally")
     student = Headless(load_model(pruned, device, torch.promote_types(dtype, torch.float32)).train())
     shard(student, pruned.arch, world)
     optimizer = torch.optim.AdamW(
