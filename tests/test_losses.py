@@ -79,6 +79,14 @@ def test_bfloat16_states_give_float32_logits() -> None:
     assert abs(float(loss) - float(exact)) < 1e-5
 
 
+def test_a_second_backward_is_refused_rather_than_wrong() -> None:
+    student, head, teacher, teacher_head = problem()
+    loss = forward_kl(student, head, teacher, teacher_head, 37)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        loss.backward()
+
+
 def test_unequal_vocabularies_are_refused() -> None:
     student, head, teacher, teacher_head = problem()
     with pytest.raises(ValueError, match="vocabularies differ: 53 and 52"):

@@ -70,24 +70,33 @@ class _ForwardKL(torch.autograd.Function):
         for start in range(0, student_hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             states = student_hidden[part].to(dtype)
-            log_q = _log_softmax_(states @ head_s.T, temperature)  # (chunk, V)
-            log_p = _log_softmax_(teacher_hidden[part].to(dtype) @ head_t.T, temperature)
-            p = log_p.exp()
-            total += log_p.sub_(log_q).mul_(p).sum(dim=-1).double().sum()
+            loss, difference = _chunk(states @ head_s.T, teacher_hidden[part].to(dtype) @ head_t.T, temperature)
+            total += loss
             if grad_hidden is not None and grad_head is not None:
                 # d/d(student logits) of τ² KL is τ (q − p).
-                gradient = log_q.exp_().sub_(p).mul_(temperature / num_tokens)
-                grad_hidden[part] = (gradient @ head_s).to(grad_hidden.dtype)
-                grad_head.addmm_(gradient.T, states)
+                difference.mul_(temperature / num_tokens)
+                grad_hidden[part] = (difference @ head_s).to(grad_hidden.dtype)
+                grad_head.addmm_(difference.T, states)
+            del difference  # before the next chunk's logits are formed
         if grad_hidden is not None and grad_head is not None:
-            ctx.save_for_backward(grad_hidden, grad_head.to(student_head.dtype))
+            ctx.gradients = grad_hidden, grad_head.to(student_head.dtype)
         return (total * (temperature**2 / num_tokens)).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        grad_hidden, grad_head = ctx.saved_tensors
-        scale = grad_outputs[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), grad_head * scale.to(grad_head.dtype), *([None] * 5)
+        # Scaled in place, so that no second copy of the head's size is made; a second backward finds nothing.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("forward_kl can be differentiated once")
+        return *(gradient.mul_(grad_outputs[0].to(gradient.dtype)) for gradient in gradients), *([None] * 5)
+
+
+def _chunk(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """KL summed over a chunk, and q − p (chunk, V); both arguments are overwritten."""
+    log_q, log_p = _log_softmax_(student_logits, temperature), _log_softmax_(teacher_logits, temperature)
+    p = log_p.exp()
+    loss = log_p.sub_(log_q).mul_(p).sum(dim=-1).double().sum()
+    return loss, log_q.exp_().sub_(p)
 
 
 def _log_softmax_(logits: Tensor, temperature: float) -> Tensor:
