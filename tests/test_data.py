@@ -35,19 +35,19 @@ def test_blocks_are_cut_in_order_and_the_rest_is_dropped() -> None:
 
 def test_splits_share_no_block_and_evaluation_is_the_beginning(text_file: Path) -> None:
     tokenizer = byte_tokenizer()
-    splits = read_splits(str(text_file), tokenizer, 32, 0, 320, 160, 3200)
+    splits = read_splits(str(text_file), tokenizer, 258, 32, 0, 320, 160, 3200)
     assert [len(part) for part in (splits.evaluation, splits.heldout, splits.train)] == [10, 5, 100]
     rows = [tuple(row) for part in (splits.evaluation, splits.heldout, splits.train) for row in part.ids.tolist()]
     assert len(set(rows)) == 115
-    alone = read_blocks(str(text_file), tokenizer, 32, 0, 320)
+    alone = read_blocks(str(text_file), tokenizer, 258, 32, 0, 320)
     assert alone.ids.tolist() == splits.evaluation.ids.tolist()
-    other = read_blocks(str(text_file), tokenizer, 32, 0, 640)
+    other = read_blocks(str(text_file), tokenizer, 258, 32, 0, 640)
     assert other.ids[:10].tolist() == alone.ids.tolist()
 
 
 def test_a_short_corpus_is_dealt_out_by_fifths(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("abcdefghij" * 32)
-    splits = read_splits(str(tmp_path / "short.txt"), byte_tokenizer(), 32, 0, 10_000, 10_000, 10_000)
+    splits = read_splits(str(tmp_path / "short.txt"), byte_tokenizer(), 258, 32, 0, 10_000, 10_000, 10_000)
     assert [len(part) for part in (splits.evaluation, splits.heldout, splits.train)] == [2, 2, 6]
 
 
@@ -73,6 +73,26 @@ def _binary(path: Path) -> Path:
     return path
 
 
+def test_a_token_that_the_model_lacks_is_named(text_file: Path) -> None:
+    with pytest.raises(UserError, match="the tokenizer gives token 220, the model knows 200"):
+        read_blocks(str(text_file), byte_tokenizer(), 200, 32, 0)
+
+
+def test_a_long_text_is_shuffled_through_a_bounded_buffer(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitron.data.corpus.PIECE_CHARACTERS", 500)
+    whole = list(documents(str(text_file), 0))
+    monkeypatch.setattr("minitron.data.corpus.BUFFER_CHARACTERS", 5_000)
+    bounded = list(documents(str(text_file), 0))
+    assert sorted(bounded) == sorted(whole)
+    assert bounded != whole
+    assert "".join(sorted(whole)) != "".join(whole)
+
+
+def test_a_name_with_brackets_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "part[1].txt").write_text("words")
+    assert list(documents(str(tmp_path / "part[1].txt"), 0)) == ["words"]
+
+
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "none.txt", "does not exist"),
     "empty": (lambda folder: _written(folder / "empty.txt", ""), "is empty"),
@@ -96,4 +116,4 @@ def _written(path: Path, text: str) -> Path:
 def test_bad_data_is_named(tmp_path: Path, case: str) -> None:
     make, message = BAD[case]
     with pytest.raises(UserError, match=message):
-        read_blocks(str(make(tmp_path)), byte_tokenizer(), 64, 0)
+        read_blocks(str(make(tmp_path)), byte_tokenizer(), 258, 64, 0)

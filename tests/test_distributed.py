@@ -1,5 +1,6 @@
 """Property 8, many processes: worlds of 1 and 2 and every accumulation split give the same gradient and student."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -103,3 +104,52 @@ def test_two_processes_train_the_student_of_one(models: tuple[Path, Path], tmp_p
     for name, expected in one.items():
         torch.testing.assert_close(two[name], expected, atol=1e-5, rtol=1e-4)
     assert any((one[name] - start[name]).abs().max() > 1e-4 for name in one)
+
+
+KILLED = """
+import os, signal, sys
+from minitron import cli, progress
+
+plain, seen = progress.Progress.advance, [0]
+
+def advance(self, units):
+    plain(self, units)
+    seen[0] += self.stage == "distill"
+    if seen[0] == 4 and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+progress.Progress.advance = advance
+cli.main()
+"""
+
+
+def test_a_run_killed_on_two_processes_continues_on_one(
+    models: tuple[Path, Path], tmp_path: Path, text_file: Path
+) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    recipe = tmp_path / "recipe.yaml"
+    # Held-out perplexity is measured every other step, and a checkpoint follows every step.
+    recipe.write_text(
+        "distill: {batch_size: 4, checkpoint_seconds: 0}\nevaluation: {tokens: 256}\nsearch: {tokens: 256}\n"
+    )
+    verb = ["distill", *map(str, models)]
+    options = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--device", "cpu",
+               "--recipe", str(recipe)]  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    killed = subprocess.run(
+        [*torchrun, str(tmp_path / "killed.py"), *verb, str(tmp_path / "two"), *options], capture_output=True
+    )
+    assert killed.returncode != 0
+    checkpoint = tmp_path / ".two.distill" / "checkpoint"
+    assert json.loads((checkpoint / "state.json").read_text())["step"] == 3
+    assert all(path.suffix in {".safetensors", ".json"} for path in checkpoint.iterdir())
+    for name in ("two", "one"):
+        subprocess.run(
+            [sys.executable, "-m", "minitron", *verb, str(tmp_path / name), *options], check=True, capture_output=True
+        )
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name, expected in one.items():
+        torch.testing.assert_close(two[name], expected, atol=1e-5, rtol=1e-4)
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+    assert [json.loads(row)["step"] for row in rows[0]] == [json.loads(row)["step"] for row in rows[1]]
+    assert not list(tmp_path.glob(".*"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minitron import cli
@@ -34,7 +35,7 @@ class Place:
         path = self.teacher / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
-    def tensors(self, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    def tensors(self, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
         tensors = load_file(self.teacher / "model.safetensors")
         change(tensors)
         save_file(tensors, self.teacher / "model.safetensors")
@@ -75,7 +76,7 @@ def compress(place: Place, *extra: str, target: str = "0.6", teacher: Path | str
 
 
 def test_unknown_teacher(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for teacher in ("nobody/nothing", "no such thing", str(place.folder / "none")):
         message = refused(*compress(place, teacher=teacher))
         assert "neither a folder, nor a .gguf file, nor a built-in name (smollm2), nor a hub model" in message
@@ -156,6 +157,41 @@ def test_impossible_targets(place: Place, refused: Run, target: str, message: st
     assert message in refused(*compress(place, target=target))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_size": "big"}, {"vocab_size": None}, {"num_attention_heads": 0}, {"num_hidden_layers": -1},
+     {"num_attention_heads": 5}, {"rope_parameters": 3}],
+)  # fmt: skip
+def test_impossible_configs(place: Place, refused: Run, changes: dict[str, Any]) -> None:
+    place.config(**changes)
+    refused(*compress(place))
+    refused("inspect", str(place.teacher / "config.json"))
+
+
+@pytest.mark.parametrize("index", [[], {"weight_map": 3}, {"weight_map": {"a": 1}}, {}])
+def test_impossible_indices(place: Place, refused: Run, index: Any) -> None:
+    (place.teacher / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "has no weight_map" in refused(*compress(place))
+
+
+def test_an_index_that_names_a_tensor_its_file_lacks(place: Place, refused: Run) -> None:
+    names = load_file(place.teacher / "model.safetensors")
+    place.tensors(lambda tensors: tensors.pop("model.norm.weight"))
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (place.teacher / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors is missing, truncated or corrupt" in refused(*compress(place))
+
+
+def test_a_context_that_the_teacher_was_not_made_for(place: Place, refused: Run) -> None:
+    place.config(max_position_embeddings=16)
+    assert "context 32 is above the 16 tokens" in refused(*compress(place))
+
+
+def test_no_tokenizer(place: Place, refused: Run) -> None:
+    (place.teacher / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "Runes"}}')
+    assert "holds no tokenizer that can be loaded" in refused(*compress(place))
+
+
 def test_no_target(place: Place, refused: Run) -> None:
     assert "target_params is not given" in refused("compress", str(place.teacher), str(place.out))
 
@@ -198,6 +234,24 @@ def test_out_belongs_to_another_recipe(place: Place, refused: Run) -> None:
     message = refused(*compress(place))
     assert "belongs to another recipe" in message
     assert "--overwrite" in message
+
+
+def test_out_holds_somebody_elses_record(place: Place, refused: Run) -> None:
+    place.out.mkdir(parents=True)
+    (place.out / "run.json").write_text("{}")
+    assert "is not the record of a run" in refused(*compress(place))
+
+
+def test_overwrite_of_a_stage_replaces_its_own_kind_only(place: Place, refused: Run) -> None:
+    place.out.mkdir(parents=True)
+    (place.out / "thesis.txt").write_text("years of work")
+    text = ("--data", str(place.text), "--context", "32", "--overwrite")
+    for verb in (["calibrate"], ["search", "--target-params", "0.6"], ["prune", "--hidden-size", "40"]):
+        assert "replaces results of its kind only" in refused(
+            verb[0], str(place.teacher), str(place.out), *verb[1:], *text
+        )
+    message = refused("prune", str(place.teacher), str(place.teacher), "--hidden-size", "40", *text)
+    assert "which is asked for as an input" in message
 
 
 def test_overwrite_destroys_nothing_before_the_inputs_are_good(place: Place, refused: Run) -> None:
@@ -243,7 +297,7 @@ def test_bad_options(place: Place, refused: Run) -> None:
     assert "No such option" in refused(*compress(place, "--tokenz", "3"))
     assert "unknown device" in refused(*compress(place, "--device", "abacus"))
     assert "unknown dtype" in refused(*compress(place, "--dtype", "float31"))
-    assert "torch sees no CUDA device" in refused(*compress(place, "--device", "cuda:9"))
+    assert "CUDA devices" in refused(*compress(place, "--device", "cuda:9"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -268,12 +322,45 @@ def test_no_space_in_the_middle(place: Place, refused: Run, monkeypatch: pytest.
     assert "no space left" in refused(*compress(place))
 
 
+def test_no_space_as_safetensors_reports_it(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("minitron.pipeline.save_file", full)
+    assert "no space left" in refused(*compress(place))
+
+
 def test_wrong_shapes_for_prune(place: Place, refused: Run) -> None:
     prune = ["prune", str(place.teacher), str(place.out), "--data", str(place.text), "--context", "32"]
     assert "intermediate_size 65 is above the teacher's 64" in refused(*prune, "--intermediate-size", "65")
     assert "not a multiple" in refused(*prune, "--num-attention-heads", "4")
     assert "not several of them" in refused(*prune, "--hidden-size", "40", "--target-params", "0.5")
     assert "target_params is not given" in refused(*prune)
+
+
+def test_importance_of_another_teacher(place: Place, refused: Run) -> None:
+    stats = place.folder / "stats"
+    stats.mkdir()
+    save_file({"hidden": torch.ones(47)}, stats / "importance.safetensors")
+    arguments = ["prune", str(place.teacher), str(place.out), "--hidden-size", "40", "--importance", str(stats)]
+    assert "is not the importance of this teacher: axis hidden has shape [47]" in refused(*arguments)
+
+
+def test_distilling_in_float16(place: Place, refused: Run) -> None:
+    text = ("--data", str(place.text), "--context", "32", "--tokens", "256", "--dtype", "float16")
+    message = refused("distill", str(place.teacher), str(place.teacher), str(place.out), *text)
+    assert "too small for float16" in message
+
+
+def test_measuring_a_model_that_gives_nan(place: Place, refused: Run) -> None:
+    place.tensors(lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    message = refused("evaluate", str(place.teacher), "--data", str(place.text), "--context", "32")
+    assert "the model gives NaN" in message
+
+
+def test_stages_that_run_in_one_process(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "only distill runs under torchrun" in refused(*compress(place))
 
 
 def test_distilling_between_vocabularies(place: Place, refused: Run) -> None:

@@ -8,6 +8,7 @@ from minitron.model.arch import Arch
 from minitron.prune.importance import kept_share
 from minitron.search.budget import Budget, parse_budget
 from minitron.search.candidates import SMALLEST_DIFFERENCE, _difference, feasible, grid, shortlist
+from minitron.search.rank import _probes
 
 SMOLLM2 = Arch.from_config(
     {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -80,3 +81,13 @@ def test_kept_share_of_grouped_heads_is_taken_within_the_groups() -> None:
     importance = {"query": torch.tensor([[3.0, 1.0, 0.0] * 3])}
     assert kept_share(importance, SMOLLM2, "query", 1) == pytest.approx(0.9)
     assert kept_share(importance, SMOLLM2, "query", 2) == pytest.approx(1.0)
+
+
+def test_a_llama_with_biases_keeps_to_shapes_that_its_config_class_takes() -> None:
+    biased = Arch.from_config({"attention_bias": True, **SMOLLM2.to_dict()} | {"attention_bias": True})
+    found = feasible(biased, parse_budget("0.6", biased, 0.05))
+    assert found
+    assert all(arch.sizes["hidden_size"] % arch.sizes["num_attention_heads"] == 0 for arch in found)
+    assert {"ffn", "query", "layer"} <= set(_probes(biased))
+    free = feasible(SMOLLM2, parse_budget("0.6", SMOLLM2, 0.05))
+    assert any(arch.sizes["hidden_size"] % arch.sizes["num_attention_heads"] for arch in free)

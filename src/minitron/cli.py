@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 Teacher = Annotated[str, typer.Argument(help="A hub id, a folder, a .gguf file, or the built-in smollm2.")]
-Out = Annotated[Path, typer.Argument(help="The folder to make.")]
+Out = Annotated[Path, typer.Argument(help="The folder to make.", resolve_path=True)]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; options override it.")]
 Target = Annotated[
     str | None, typer.Option("--target-params", help="A share of the teacher (0.7) or a count (94M, 4B).")
@@ -205,7 +205,7 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted: the same command continues a compress run", file=sys.stderr)
         sys.exit(130)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:  # safetensors and torch have exceptions that derive from it directly
         if isinstance(error, PermissionError):
             _fail(f"permission denied: {error.filename}")
         if _is_out_of_space(error):
@@ -243,11 +243,12 @@ def _recipe(path: Path | None, **options: Any) -> Any:
 
 
 def _print_json(record: dict[str, Any]) -> None:
-    print(json.dumps(record, allow_nan=True))
+    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, the first one speaks
+        print(json.dumps(record, allow_nan=False))
 
 
 def _print_record(record: dict[str, Any], as_json: bool) -> None:
-    if as_json:
+    if as_json or os.environ.get("RANK", "0") != "0":
         _print_json(record)
         return
     for key, value in record.items():

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +22,25 @@ def partial_path(path: Path) -> Path:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; on success it becomes `path`, on any error it is removed."""
     staging = partial_path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield staging
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
+    with _parents_of(path):
+        try:
+            yield staging
+            os.replace(staging, path)
+        finally:
+            staging.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it becomes `path`, on any error it is removed."""
     staging = partial_path(path)
-    empty_folder(staging)
-    try:
-        yield staging
-        publish_folder(staging, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with _parents_of(path):
+        empty_folder(staging)
+        try:
+            yield staging
+            publish_folder(staging, path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def empty_folder(path: Path) -> None:
@@ -52,13 +53,47 @@ def publish_folder(staging: Path, path: Path) -> None:
     """Put a finished folder in its place, instead of the one that is there."""
     if path.exists():
         # Out of the way by renaming, so that a kill in between leaves one of the two whole.
-        replaced = path.with_name(f".{path.name}.replaced{PARTIAL}")
+        replaced = _replaced_path(path)
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(path, replaced)
         os.replace(staging, path)
         shutil.rmtree(replaced)
     else:
         os.replace(staging, path)
+
+
+def recover_folder(path: Path) -> None:
+    """Bring back the folder that `publish_folder` was killed while replacing."""
+    if not path.exists() and _replaced_path(path).is_dir():
+        os.replace(_replaced_path(path), path)
+
+
+def _replaced_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced{PARTIAL}")
+
+
+@contextmanager
+def _parents_of(path: Path) -> Iterator[None]:
+    """Make the parents of `path`; if it does not come to be, remove those that were made."""
+    made = missing_parents(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if not path.exists():
+            remove_empty(made)
+
+
+def missing_parents(path: Path) -> list[Path]:
+    """The parents of `path` that do not exist, the nearest first."""
+    return [parent for parent in path.absolute().parents if not parent.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, as far as they are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -99,12 +134,23 @@ def require_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def require_new_folder(path: Path, overwrite: bool) -> None:
-    """Raise `UserError` when `path` holds something and `overwrite` is false, or cannot be written."""
+def require_new_folder(path: Path, overwrite: bool, mark: str, inputs: tuple[Path, ...] = ()) -> None:
+    """Raise `UserError` unless `path` may become a new folder.
+
+    What is there is replaced only when `overwrite` is true, it holds the file `mark` that such a result has, and
+    it is not, and does not hold, one of the `inputs`.
+    """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} exists and is not a folder")
-    if path.exists() and any(path.iterdir()) and not overwrite:
-        raise UserError(f"{path} exists and is not empty: choose another folder or pass --overwrite")
+    if path.exists() and any(path.iterdir()):
+        if not overwrite:
+            raise UserError(f"{path} exists and is not empty: choose another folder or pass --overwrite")
+        if not (path / mark).exists():
+            raise UserError(
+                f"{path} holds no {mark}: --overwrite replaces results of its kind only; remove it yourself"
+            )
+        if held := [folder for folder in inputs if folder.absolute().is_relative_to(path.absolute())]:
+            raise UserError(f"{path} holds {held[0]}, which is asked for as an input: choose another folder")
     require_writable(path)
 
 

@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,9 +15,18 @@ from minitron.data.blocks import Blocks, Splits, load_tokenizer, read_blocks, re
 from minitron.distill.distributed import World, joined_world, num_ranks
 from minitron.distill.train import distill
 from minitron.errors import UserError
-from minitron.files import read_json, require_new_folder, require_space, whole_file, whole_folder, write_json
+from minitron.files import (
+    empty_folder,
+    publish_folder,
+    read_json,
+    require_new_folder,
+    require_space,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 from minitron.measure.perplexity import measure_perplexity
-from minitron.model.arch import Arch
+from minitron.model.arch import Arch, prunable_axes
 from minitron.model.causal import load_model, resolve_device, resolve_dtype
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, open_safetensors, read_config
 from minitron.model.source import open_teacher, resolve_teacher
@@ -31,6 +41,8 @@ from minitron.run import Run, open_run
 from minitron.search.budget import Budget, parse_budget
 from minitron.search.candidates import feasible
 from minitron.search.rank import search
+
+DEFAULT_CONTEXT = 1024
 
 
 @dataclass(frozen=True)
@@ -60,15 +72,32 @@ class Inputs:
         return load_model(self.teacher, self.device, self.dtype)
 
     @cached_property
+    def context(self) -> int:
+        """Tokens in a block.
+
+        Raises:
+            UserError: the teacher was made for fewer.
+        """
+        most = getattr(self.teacher.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        context = self.recipe.context or min(DEFAULT_CONTEXT, most)
+        if context > most:
+            raise UserError(f"context {context} is above the {most} tokens that {self.recipe.teacher} was made for")
+        return context
+
+    @cached_property
     def splits(self) -> Splits:
         """The text, dealt out to its purposes."""
-        tokenizer = load_tokenizer(self.teacher.folder, self.teacher.arch.sizes["vocab_size"])
         recipe = self.recipe
-        train_tokens = max(recipe.calibration.tokens, recipe.distill.tokens)
         return read_splits(
-            recipe.data, tokenizer, recipe.context, recipe.seed,
-            recipe.evaluation.tokens, recipe.search.tokens, train_tokens,
-        )  # fmt: skip
+            recipe.data,
+            load_tokenizer(self.teacher.folder),
+            self.teacher.arch.sizes["vocab_size"],
+            self.context,
+            recipe.seed,
+            evaluation_tokens=recipe.evaluation.tokens,
+            heldout_tokens=recipe.search.tokens,
+            train_tokens=max(recipe.calibration.tokens, recipe.distill.tokens),
+        )
 
     @cached_property
     def budget(self) -> Budget:
@@ -79,7 +108,7 @@ class Inputs:
 
     def calibrate(self) -> dict[str, Tensor]:
         """The statistics of the first training blocks."""
-        num_blocks = max(1, self.recipe.calibration.tokens // self.recipe.context)
+        num_blocks = max(1, self.recipe.calibration.tokens // self.context)
         return calibrate(self.model, self.teacher.arch, self.splits.train[:num_blocks])
 
     def search(self, importance: Importance, log: Path) -> Arch:
@@ -96,8 +125,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
     Raises:
         UserError: something asked for cannot be done; nothing is left behind that was not finished.
     """
-    if num_ranks() > 1:
-        raise UserError("compress runs in one process; under torchrun, run its stages alone: prune, then distill")
+    _require_one_process()
     run = open_run(out, recipe, overwrite)
     if run.is_finished and run.path("report.html").exists():
         return dict(read_json(run.path("eval.json")))
@@ -135,10 +163,10 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
 
 
 def inspect(model: str) -> dict[str, Any]:
-    """What a model is, from its config alone; its weights are held against the table where there are any."""
+    """What a model is, from its config alone; a folder's weights are held against its family's table."""
     path = Path(model).expanduser()
     if path.suffix != ".json":
-        path = resolve_teacher(model)
+        path = resolve_teacher(model, weights=False)
     checked = has_weights(path)
     arch = open_checkpoint(path).arch if checked else Arch.from_config(read_config(path).to_dict())
     return {
@@ -152,8 +180,7 @@ def inspect(model: str) -> dict[str, Any]:
 
 def calibrate_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
     """Write `calibration.safetensors` and `importance.safetensors` of a teacher into the folder `out`."""
-    require_new_folder(out, overwrite)
-    inputs = Inputs(recipe)
+    inputs = _inputs_alone(recipe, out, overwrite, mark="importance.safetensors")
     statistics = inputs.calibrate()
     with whole_folder(out) as staging:
         importance = _write_statistics(staging, inputs.teacher.arch, statistics)
@@ -162,8 +189,7 @@ def calibrate_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any
 
 def search_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
     """Write `candidates.jsonl` and `arch.json` for a teacher and a budget into the folder `out`."""
-    require_new_folder(out, overwrite)
-    inputs = Inputs(recipe)
+    inputs = _inputs_alone(recipe, out, overwrite, mark="candidates.jsonl")
     _ = inputs.budget
     importance = score(inputs.calibrate(), inputs.teacher.arch)
     with whole_folder(out) as staging:
@@ -175,27 +201,28 @@ def search_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
 def prune_alone(
     recipe: Recipe, sizes: dict[str, int], arch_file: Path | None, importance: Path | None, out: Path, overwrite: bool
 ) -> dict[str, Any]:
-    """Write a pruned Hugging Face folder at `out`, of the sizes given or of the shape in `arch_file`.
+    """Write a pruned Hugging Face folder at `out`, of the sizes given, of `arch_file`'s, or of the best shape.
 
     Importance is read from a file that `calibrate` wrote, or measured on the recipe's data.
 
     Raises:
         UserError: the shape cannot be cut out of the teacher.
     """
-    require_new_folder(out, overwrite)
-    inputs = Inputs(recipe)
+    inputs = _inputs_alone(recipe, out, overwrite, mark="config.json")
     teacher = inputs.teacher
-    if arch_file or sizes:
-        arch = read_arch(arch_file, teacher.arch) if arch_file else teacher.arch.resized(**sizes)
+    arch = None
+    if arch_file:
+        arch = read_arch(arch_file, teacher.arch)
+    elif sizes:
+        arch = teacher.arch.resized(**sizes)
         teacher.arch.require_prunable_to(arch)
     else:
         _ = inputs.budget
     require_space(out, teacher.num_bytes)
     scores = _read_importance(importance, teacher.arch) if importance else score(inputs.calibrate(), teacher.arch)
-    if not (arch_file or sizes):
-        log = out.with_name(f".{out.name}.candidates.jsonl")
-        arch = inputs.search(scores, log)
-        log.unlink()
+    if arch is None:
+        with TemporaryDirectory() as folder:
+            arch = inputs.search(scores, Path(folder) / "candidates.jsonl")
     _write_pruned(teacher, arch, scores, out)
     return {"out": str(out), **_shape(arch)}
 
@@ -203,25 +230,37 @@ def prune_alone(
 def distill_alone(recipe: Recipe, student: str, out: Path, overwrite: bool) -> dict[str, Any]:
     """Train the model `student` on the recipe's teacher and write a Hugging Face folder at `out`.
 
+    An interrupted run with the same inputs continues from its last checkpoint, in a hidden folder beside `out`.
+
     Raises:
         UserError: the two do not share a vocabulary, or the training cannot be done.
     """
-    require_new_folder(out, overwrite)
-    inputs = Inputs(recipe)
     pruned = open_teacher(student)
+    inputs = _inputs_alone(recipe, out, overwrite, "config.json", pruned.folder, one_process=False)
     if inputs.teacher.arch.sizes["vocab_size"] != pruned.arch.sizes["vocab_size"]:
         raise UserError(
             f"teacher and student have vocabularies of {inputs.teacher.arch.sizes['vocab_size']} and "
             f"{pruned.arch.sizes['vocab_size']} tokens; they must be the same"
         )
-    _ = inputs.dtype, inputs.splits  # whatever is wrong with them shows before anything is written
+    identity = {
+        "recipe": recipe.model_dump(mode="json"),
+        "sources": [inputs.teacher.fingerprint(), pruned.fingerprint(), inputs.splits.fingerprint()],
+    }
     work = out.with_name(f".{out.name}.distill")
-    work.mkdir(parents=True, exist_ok=True)
     with joined_world(inputs.device) as world:
-        _distill(inputs, pruned, out, work, world)
-        if world.is_main:
-            shutil.move(work / "metrics.jsonl", out / "metrics.jsonl")
-            shutil.rmtree(work)
+        if world.is_main and not ((work / "run.json").exists() and read_json(work / "run.json") == identity):
+            empty_folder(work)
+            write_json(work / "run.json", identity)
+        world.barrier()
+        try:
+            _distill(inputs, pruned, work / "student", work, world)
+            if world.is_main:
+                shutil.copyfile(work / "metrics.jsonl", work / "student" / "metrics.jsonl")
+                publish_folder(work / "student", out)
+                shutil.rmtree(work)
+        finally:
+            if world.is_main and not (work / "checkpoint").exists():  # nothing to continue from
+                shutil.rmtree(work, ignore_errors=True)
     return {"out": str(out), **_shape(pruned.arch)}
 
 
@@ -230,9 +269,11 @@ def evaluate_alone(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
 
     With the seed, context and tokens of a run, these are the blocks that the run kept for its evaluation.
     """
+    _require_one_process()
     inputs = Inputs(recipe)
-    tokenizer = load_tokenizer(inputs.teacher.folder, inputs.teacher.arch.sizes["vocab_size"])
-    blocks = read_blocks(recipe.data, tokenizer, recipe.context, recipe.seed, max_tokens)
+    _ = inputs.dtype
+    tokenizer, vocab_size = load_tokenizer(inputs.teacher.folder), inputs.teacher.arch.sizes["vocab_size"]
+    blocks = read_blocks(recipe.data, tokenizer, vocab_size, inputs.context, recipe.seed, max_tokens)
     return {**_measure(inputs, inputs.teacher, blocks, "evaluate"), "data": recipe.data, "seed": recipe.seed}
 
 
@@ -246,6 +287,23 @@ def read_arch(path: Path, teacher: Arch) -> Arch:
     return arch
 
 
+def _require_one_process() -> None:
+    if num_ranks() > 1:
+        raise UserError("of all verbs only distill runs under torchrun; run this one in one process")
+
+
+def _inputs_alone(
+    recipe: Recipe, out: Path, overwrite: bool, mark: str, *folders: Path, one_process: bool = True
+) -> Inputs:
+    """The inputs of a stage that runs alone, and whether its result may go to `out`."""
+    if one_process:
+        _require_one_process()
+    inputs = Inputs(recipe)
+    require_new_folder(out, overwrite, mark, (inputs.teacher.folder, *folders))
+    _ = inputs.dtype
+    return inputs
+
+
 def _check(run: Run, inputs: Inputs) -> None:
     """Look at everything that can be wrong before anything is written."""
     _ = inputs.dtype
@@ -253,6 +311,8 @@ def _check(run: Run, inputs: Inputs) -> None:
     with Progress("check teacher", inputs.teacher.num_bytes, "bytes") as progress:
         run.bind("teacher", inputs.teacher.fingerprint(progress.advance))
     run.bind("data", inputs.splits.fingerprint())
+    if run.is_begun:
+        return
     # Pruned and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.
     require_space(run.folder, 2 * inputs.teacher.num_bytes + 2 * 12 * target)
 
@@ -275,9 +335,11 @@ def _read_importance(path: Path, teacher: Arch) -> Importance:
     path = path / "importance.safetensors" if path.is_dir() else path
     file = open_safetensors(path)
     importance: Importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for axis, scores in importance.items():
-        if scores.shape[-1] != teacher.axis_size(axis):
-            raise UserError(f"{path} was measured on another teacher: axis {axis} has {scores.shape[-1]} entries")
+    for axis in prunable_axes(teacher.family):
+        layers = [teacher.axis_size("layer")] if axis in teacher.family.per_layer_axes else []
+        found = list(importance[axis].shape) if axis in importance else None
+        if found != [*layers, teacher.axis_size(axis)]:
+            raise UserError(f"{path} is not the importance of this teacher: axis {axis} has shape {found}")
     return importance
 
 
@@ -306,7 +368,7 @@ def _evaluate_run(run: Run, inputs: Inputs) -> dict[str, Any]:
 
 
 def _measure(inputs: Inputs, checkpoint: Checkpoint, blocks: Blocks, stage: str) -> dict[str, Any]:
-    model = load_model(checkpoint, inputs.device, inputs.dtype)
+    model = inputs.model if checkpoint is inputs.teacher else load_model(checkpoint, inputs.device, inputs.dtype)
     with Progress(stage, blocks.num_tokens) as progress:
         figures = measure_perplexity(model, blocks, progress.advance)
     return {

@@ -11,6 +11,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
@@ -67,22 +68,27 @@ class Progress:
         self.text = text
 
     def status(self) -> str:
-        """`12,288/40,000 tokens · 310 tokens/s · 1:29 left · loss 0.81`, or the elapsed time alone."""
+        """`12,288 tokens of 40,000 tokens · 310 tokens/s · 1:29 left · loss 0.81`, or the elapsed time alone."""
         elapsed = time.monotonic() - self.started
         parts = []
         if self.total is None:
             parts.append(f"{_clock(elapsed)} elapsed")
         else:
-            parts.append(f"{self.done:,}/{self.total:,} {self.unit}")
+            parts.append(f"{self._amount(self.done)} of {self._amount(self.total)}")
             fresh = self.done - self.resumed
             if fresh and elapsed > 0:
                 rate = fresh / elapsed
-                parts.append(f"{rate:,.0f} {self.unit}/s" if rate >= 10 else f"{rate:.2f} {self.unit}/s")
+                parts.append(f"{self._amount(rate)}/s")
                 if self.done < self.total:
                     parts.append(f"{_clock((self.total - self.done) / rate)} left")
                 else:
                     parts.append(_clock(elapsed))
         return " · ".join([*parts, *([self.text] if self.text else [])])
+
+    def _amount(self, count: float) -> str:
+        if self.unit == "bytes":
+            return decimal(int(count))
+        return f"{count:,.0f} {self.unit}" if count >= 10 or count == int(count) else f"{count:.2f} {self.unit}"
 
     def _beat(self) -> None:
         while not self._finished.wait(HEARTBEAT_SECONDS):

@@ -24,6 +24,14 @@ def parse_count(text: Any) -> int:
     return count
 
 
+def _share(target: Any) -> Any:
+    # 0.7 from YAML and "0.7" from the command line are the same recipe.
+    try:
+        return float(target) if 0 < float(target) <= 1 else str(target)
+    except (TypeError, ValueError):
+        return target
+
+
 Model = TypeVar("Model", bound=BaseModel)
 Count = Annotated[int, BeforeValidator(parse_count)]
 
@@ -78,10 +86,11 @@ class Recipe(_Strict):
     """Everything that decides the result of `compress`, but for the machine."""
 
     teacher: str
-    target_params: str | float | None = None
+    target_params: Annotated[str | float | None, BeforeValidator(_share)] = None
     data: str = "wiki"
-    context: int = Field(1024, ge=2)
-    seed: int = Field(0, ge=0)
+    context: int | None = Field(None, ge=2)
+    """Tokens in a block; by default 1,024, or all that the teacher was made for if that is less."""
+    seed: int = Field(0, ge=0, lt=2**32)
     device: str = "auto"
     dtype: str = "auto"
     calibration: CalibrationRecipe = CalibrationRecipe()
@@ -101,6 +110,8 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
         if value is not None:
             part, _, name = key.rpartition(".")
             target = values.setdefault(part, {}) if part else values
+            if not isinstance(target, dict):
+                raise UserError(f"{path}: {part} is no mapping of keys to values")
             target[name] = value
     return validate(Recipe, values, str(path) if path else "options")
 

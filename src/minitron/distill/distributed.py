@@ -74,7 +74,9 @@ def shard(student: Headless, arch: Arch, world: World) -> None:
         return
     for layer in range(arch.axis_size("layer")):
         fully_shard(student.model.get_submodule(arch.family.layer.replace("{i}", str(layer))))
-    fully_shard(student)
+    # Resharded after every forward: after an evaluation, which has no backward, the optimizer must still find
+    # its sharded parameters.
+    fully_shard(student, reshard_after_forward=True)
 
 
 def whole(parameter: nn.Parameter | Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from minitron.files import (
     publish_folder,
     read_json,
     read_jsonl,
+    recover_folder,
     whole_folder,
     write_json,
     write_jsonl,
@@ -63,11 +64,14 @@ def distill(
     forward pass.
 
     Raises:
-        UserError: the batch cannot be dealt out to the ranks.
+        UserError: the batch cannot be dealt out to the ranks, the dtype is float16, or the loss is not finite.
     """
     if recipe.batch_size % world.size:
         raise UserError(f"distill.batch_size {recipe.batch_size} cannot be dealt out to {world.size} ranks equally")
-    student = Headless(load_model(pruned, device, torch.promote_types(dtype, torch.float32)).train())
+    if dtype == torch.float16:
+        raise UserError("gradients of distillation are too small for float16; accepted: auto, float32, bfloat16")
+    # In evaluation mode throughout: dropout has no place in matching another model's outputs.
+    student = Headless(load_model(pruned, device, torch.promote_types(dtype, torch.float32)))
     shard(student, pruned.arch, world)
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
@@ -115,7 +119,7 @@ def _loop(
     metrics = Metrics(work / "metrics.jsonl", step, world)
     with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress:
         if step == 0:
-            metrics.add(step=0, tokens=0, heldout_perplexity=_heldout(student, heldout))
+            metrics.add(step=0, tokens=0, heldout_perplexity=measure_perplexity(student, heldout).perplexity)
         saved_at = time.monotonic()
         while step < num_steps:
             rate = learning_rate(step, num_steps, recipe)
@@ -125,7 +129,10 @@ def _loop(
             loss = world.sum(accumulate(teacher, student, ids, recipe, dtype, world))
             norm = nn.utils.clip_grad_norm_(student.parameters(), recipe.max_grad_norm)
             if not math.isfinite(float(loss)):
-                raise UserError(f"the loss is {float(loss)} at step {step}: lower distill.learning_rate")
+                raise UserError(
+                    f"the loss is {float(loss)} at step {step}: a model's weights are broken, or "
+                    f"distill.learning_rate {recipe.learning_rate} is too high"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -133,7 +140,7 @@ def _loop(
             row["grad_norm"] = float(whole(norm))
             progress.advance(step_tokens)
             if step in evaluate_at:
-                row["heldout_perplexity"] = _heldout(student, heldout)
+                row["heldout_perplexity"] = measure_perplexity(student, heldout).perplexity
             metrics.add(**row)
             progress.note(f"loss {float(loss):.3f}{metrics.last_perplexity()}")
             if step < num_steps and world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds):
@@ -173,13 +180,6 @@ def _readout(hidden: Tensor, head: Tensor, **teacher: Any) -> Tensor:
         return forward_kl(hidden, head, **teacher)
 
 
-def _heldout(student: Headless, heldout: Blocks) -> float:
-    student.eval()
-    perplexity = measure_perplexity(student, heldout).perplexity
-    student.train()
-    return perplexity
-
-
 class Metrics:
     """`metrics.jsonl`: a row a step, appended as it happens; rows after the step resumed from are dropped."""
 
@@ -217,7 +217,7 @@ def _save(work: Path, student: Headless, optimizer: torch.optim.Optimizer, step:
         empty_folder(staging)
     world.barrier()
     with warnings.catch_warnings(action="ignore"):  # it warns that one process saves for itself
-        writer = HuggingFaceStorageWriter(str(staging), _file_numbers(state), save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(staging), _file_numbers(state), 1, True)  # 1 thread; a shard a rank
         state_dict_saver.save(state, storage_writer=writer, no_dist=world.size == 1)
     if world.is_main:
         write_json(staging / "state.json", {"step": step})
@@ -236,6 +236,7 @@ def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
 
 def _load(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world: World) -> int:
     """Restore the last checkpoint, if there is one, and return the step it was taken after."""
+    recover_folder(work / "checkpoint")
     if not (work / "checkpoint").is_dir():
         return 0
     for parameter in student.parameters():
@@ -256,7 +257,7 @@ def _write_student(student: Headless, pruned: Checkpoint, out: Path, world: Worl
             yield name, whole(parameter).to(pruned.dtype).cpu()
 
     if world.is_main:
-        with whole_folder(out) as staging:
+        with Progress("write student"), whole_folder(out) as staging:
             write_checkpoint(staging, pruned.config, tensors(), companions_from=pruned.folder)
     else:
         for _ in tensors():  # gathering a sharded parameter takes every rank

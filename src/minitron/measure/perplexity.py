@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
+from minitron.errors import UserError
 from minitron.model.causal import Headless
 
 CHUNK_TOKENS = 256
@@ -35,7 +36,11 @@ class Perplexity:
 
 @torch.no_grad()
 def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int], None] = lambda _: None) -> Perplexity:
-    """Run the blocks through a causal language model, one at a time; `advance` is told of tokens done."""
+    """Run the blocks through a causal language model, one at a time; `advance` is told of tokens done.
+
+    Raises:
+        UserError: a logit is NaN.
+    """
     headless = model if isinstance(model, Headless) else Headless(model)
     device = next(model.parameters()).device
     nll = torch.zeros((), dtype=torch.float64, device=device)
@@ -43,10 +48,12 @@ def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int]
     for ids in blocks.ids.to(device).split(1):
         nll += headless(ids, partial(next_token_nll, input_ids=ids))
         advance(ids.numel())
+    if torch.isnan(nll):
+        raise UserError("the model gives NaN: its weights are broken, or the dtype is too small for it")
     mean = float(nll) / (num_tokens := blocks.num_tokens - len(blocks))
     seconds = time.perf_counter() - started
     return Perplexity(
-        perplexity=math.exp(mean) if mean < 700 else math.inf,
+        perplexity=math.exp(min(mean, 700.0)),
         bits_per_byte=float(nll) / math.log(2) / max(1, int(blocks.num_bytes[:, 1:].sum())),
         num_tokens=num_tokens,
         context=blocks.context,

@@ -113,14 +113,17 @@ class Arch:
             )
         return rule
 
+    def expressible(self, sizes: Mapping[str, Any]) -> Any:
+        """Of many shapes at once, which ones some `model_type` can express; sizes are integer arrays."""
+        rule = self.family.restatement
+        if rule is None or not any(self.flags[flag] for flag in rule.without):
+            return True
+        every = {**self.sizes, **sizes}
+        return every[AXES[rule.multiple]] % every[AXES[rule.of]] == 0
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"model_type": self.model_type, **self.sizes, **self.flags}
-
-    def describe(self) -> str:
-        """`hidden_size 448 · intermediate_size 1152 · …`: the sizes that differ between shapes, in a line."""
-        fixed = {"vocab_size", "head_dim"}
-        return " · ".join(f"{name} {size}" for name, size in self.sizes.items() if name not in fixed)
 
     def _count(self, sizes: Mapping[str, Any], without: str | None = None) -> Any:
         total: Any = 0

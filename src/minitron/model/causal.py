@@ -1,6 +1,7 @@
 """Models in memory: loading one, building one from tensors, and running it up to its last hidden states."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint
+from minitron.progress import Progress
 
 Readout = Callable[[Tensor, Tensor], Any]
 """From last hidden states (B, T, hidden) and the output matrix (vocab, hidden) to what is wanted of them."""
@@ -41,12 +43,11 @@ def resolve_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"unknown device '{device}'; accepted: auto, cpu, cuda, cuda:N") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device '{device}' asked for, but torch sees no CUDA device; accepted here: auto, cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UserError(f"unknown device '{device}'; accepted: auto, cpu, cuda, cuda:N")
+    found = torch.device(device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{device}' asked for, but torch sees {torch.cuda.device_count()} CUDA devices")
     return found
 
 
@@ -63,10 +64,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
     """The transformers model of a checkpoint, in evaluation mode."""
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, config=checkpoint.config, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
-    return model.to(device).eval()
+    with Progress(f"load {checkpoint.folder.name}"):
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, config=checkpoint.config, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+        return model.to(device).eval()
 
 
 def build_model(config: Any, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Any:

@@ -3,12 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
@@ -38,11 +40,13 @@ class Checkpoint:
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, on the CPU, in the dtype it is stored in."""
-        return self._open(self.tensors[name]).get_tensor(name)  # type: ignore[no-any-return]
+        with _named(self.tensors[name]):
+            return self._open(self.tensors[name]).get_tensor(name)  # type: ignore[no-any-return]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header alone."""
-        return tuple(self._open(self.tensors[name]).get_slice(name).get_shape())
+        with _named(self.tensors[name]):
+            return tuple(self._open(self.tensors[name]).get_slice(name).get_shape())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,7 +64,8 @@ class Checkpoint:
         Raises:
             UserError: a tensor holds NaN or infinity.
         """
-        digest = sha256(json.dumps(self.config.to_dict(), sort_keys=True, default=str).encode())
+        config = {key: value for key, value in self.config.to_dict().items() if key != "transformers_version"}
+        digest = sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name in sorted(self.tensors):
             tensor = self.tensor(name)
             if not torch.isfinite(tensor).all():
@@ -105,7 +110,7 @@ def read_config(path: Path) -> Any:
     model_type = family_of(str(values.pop("model_type"))).model_type
     try:
         return AutoConfig.for_model(model_type, **values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
 
 
@@ -177,8 +182,14 @@ def student_config(teacher: Checkpoint, arch: Arch, kept_layers: list[int]) -> A
 
 def open_safetensors(path: Path) -> Any:
     """Open a safetensors file; a truncated or corrupt one is a `UserError` that names it."""
-    try:
+    with _named(path):
         return safe_open(path, framework="pt")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is missing, truncated or corrupt: {error}") from error
 
@@ -186,7 +197,10 @@ def open_safetensors(path: Path) -> Any:
 def _locate_tensors(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map = read_json(index).get("weight_map", {})
+        found = read_json(index)
+        weight_map = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise UserError(f"{index} has no weight_map of tensor names to files")
         return {name: folder / file for name, file in weight_map.items()}
     single = folder / "model.safetensors"
     if single.is_file():

