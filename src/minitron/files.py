@@ -22,7 +22,7 @@ def partial_path(path: Path) -> Path:
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; on success it becomes `path`, on any error it is removed."""
     staging = partial_path(path)
-    with _parents_of(path):
+    with parents_of(path):
         try:
             yield staging
             os.replace(staging, path)
@@ -34,7 +34,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; on success it becomes `path`, on any error it is removed."""
     staging = partial_path(path)
-    with _parents_of(path):
+    with parents_of(path):
         empty_folder(staging)
         try:
             yield staging
@@ -73,7 +73,7 @@ def _replaced_path(path: Path) -> Path:
 
 
 @contextmanager
-def _parents_of(path: Path) -> Iterator[None]:
+def parents_of(path: Path) -> Iterator[None]:
     """Make the parents of `path`; if it does not come to be, remove those that were made."""
     made = missing_parents(path)
     path.parent.mkdir(parents=True, exist_ok=True)

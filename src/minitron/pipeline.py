@@ -17,6 +17,7 @@ from minitron.distill.train import distill
 from minitron.errors import UserError
 from minitron.files import (
     empty_folder,
+    parents_of,
     publish_folder,
     read_json,
     require_new_folder,
@@ -247,7 +248,7 @@ def distill_alone(recipe: Recipe, student: str, out: Path, overwrite: bool) -> d
         "sources": [inputs.teacher.fingerprint(), pruned.fingerprint(), inputs.splits.fingerprint()],
     }
     work = out.with_name(f".{out.name}.distill")
-    with joined_world(inputs.device) as world:
+    with parents_of(out), joined_world(inputs.device) as world:
         if world.is_main and not ((work / "run.json").exists() and read_json(work / "run.json") == identity):
             empty_folder(work)
             write_json(work / "run.json", identity)

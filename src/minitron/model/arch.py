@@ -35,6 +35,8 @@ class Arch:
         if missing:
             raise UserError(f"the config does not say {', '.join(missing)}")
         sizes = {name: int(values[name]) for name in AXES.values()}
+        if wrong := [name for name, size in sizes.items() if size < 1]:
+            raise UserError(f"the config says {wrong[0]} {sizes[wrong[0]]}")
         return cls(family.model_type, sizes, {flag: bool(values.get(flag)) for flag in sorted(family.flags)})
 
     @property
