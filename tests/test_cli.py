@@ -114,6 +114,6 @@ def test_progress_speaks_while_a_long_call_is_silent(
         time.sleep(0.1)
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("convert: 0:00 elapsed") for line in lines) >= 2
-    assert any("70 tokens of 100 tokens" in line and "left" in line and "loss 1.5" in line for line in lines)
+    assert any("70 of 100 tokens" in line and "left" in line and "loss 1.5" in line for line in lines)
     assert unknown.done == 0
     assert known.done == 70

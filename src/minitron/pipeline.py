@@ -1,17 +1,14 @@
 """The order of the stages. `compress` is the main job; the other functions run one stage alone."""
 
 import shutil
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minitron.data.blocks import Blocks, Splits, load_tokenizer, read_blocks, read_splits
+from minitron.data.blocks import Blocks, load_tokenizer, read_blocks
 from minitron.distill.distributed import World, joined_world, num_ranks
 from minitron.distill.train import distill
 from minitron.errors import UserError
@@ -26,95 +23,19 @@ from minitron.files import (
     whole_folder,
     write_json,
 )
+from minitron.inputs import Inputs
 from minitron.measure.perplexity import measure_perplexity
 from minitron.model.arch import Arch, prunable_axes
-from minitron.model.causal import load_model, resolve_device, resolve_dtype
+from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, open_safetensors, read_config
 from minitron.model.source import open_teacher, resolve_teacher
 from minitron.present.card import write_card
 from minitron.present.report import write_report
 from minitron.progress import Progress
-from minitron.prune.calibrate import calibrate
 from minitron.prune.importance import Importance, score, select
 from minitron.prune.trim import write_trimmed
 from minitron.recipe import Recipe
 from minitron.run import Run, open_run
-from minitron.search.budget import Budget, parse_budget
-from minitron.search.candidates import feasible
-from minitron.search.rank import search
-
-DEFAULT_CONTEXT = 1024
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a recipe names, each opened when first asked for."""
-
-    recipe: Recipe
-
-    @cached_property
-    def teacher(self) -> Checkpoint:
-        """The teacher on disk."""
-        return open_teacher(self.recipe.teacher)
-
-    @cached_property
-    def device(self) -> torch.device:
-        """Where models run."""
-        return resolve_device(self.recipe.device)
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """What models compute in."""
-        return resolve_dtype(self.recipe.dtype, self.device)
-
-    @cached_property
-    def model(self) -> Any:
-        """The teacher in memory."""
-        return load_model(self.teacher, self.device, self.dtype)
-
-    @cached_property
-    def context(self) -> int:
-        """Tokens in a block.
-
-        Raises:
-            UserError: the teacher was made for fewer.
-        """
-        most = getattr(self.teacher.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-        context = self.recipe.context or min(DEFAULT_CONTEXT, most)
-        if context > most:
-            raise UserError(f"context {context} is above the {most} tokens that {self.recipe.teacher} was made for")
-        return context
-
-    @cached_property
-    def splits(self) -> Splits:
-        """The text, dealt out to its purposes."""
-        recipe = self.recipe
-        return read_splits(
-            recipe.data,
-            load_tokenizer(self.teacher.folder),
-            self.teacher.arch.sizes["vocab_size"],
-            self.context,
-            recipe.seed,
-            evaluation_tokens=recipe.evaluation.tokens,
-            heldout_tokens=recipe.search.tokens,
-            train_tokens=max(recipe.calibration.tokens, recipe.distill.tokens),
-        )
-
-    @cached_property
-    def budget(self) -> Budget:
-        """The range of sizes, known to hold at least one shape."""
-        budget = parse_budget(self.recipe.target_params, self.teacher.arch, self.recipe.search.tolerance)
-        feasible(self.teacher.arch, budget)
-        return budget
-
-    def calibrate(self) -> dict[str, Tensor]:
-        """The statistics of the first training blocks."""
-        num_blocks = max(1, self.recipe.calibration.tokens // self.context)
-        return calibrate(self.model, self.teacher.arch, self.splits.train[:num_blocks])
-
-    def search(self, importance: Importance, log: Path) -> Arch:
-        """The best shape within the budget."""
-        return search(self.teacher, self.model, importance, self.splits.heldout, self.budget, self.recipe.search, log)
 
 
 def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, Any]:
@@ -155,7 +76,8 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
         if not run.is_done("evaluate"):
             with run.stage("evaluate"):
                 results = _evaluate_run(run, inputs)
-                write_card(run.path("student"), run.record, inputs.teacher.arch, arch, results)
+                student = open_checkpoint(run.path("student")).arch
+                write_card(run.path("student"), run.record, inputs.teacher.arch, student, results)
         if not run.path("report.html").exists():
             write_report(out)
     finally:

@@ -38,7 +38,7 @@ class Progress:
         if self._silent:
             return self
         if sys.stderr.isatty():
-            columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), _Status(self)]
+            columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), _Status(self)]
             self._bar = RichProgress(*columns, console=Console(stderr=True), refresh_per_second=4)
             self._task = self._bar.add_task(self.stage, total=self.total, completed=self.done)
             self._bar.start()
@@ -52,6 +52,8 @@ class Progress:
         if self._silent:
             return
         if self._bar:
+            if self.total is None and error is None:
+                self._bar.update(self._task, total=1, completed=1)
             self._bar.stop()
         else:
             self._thread.join()
@@ -68,13 +70,14 @@ class Progress:
         self.text = text
 
     def status(self) -> str:
-        """`12,288 tokens of 40,000 tokens · 310 tokens/s · 1:29 left · loss 0.81`, or the elapsed time alone."""
+        """`12,288 of 40,000 tokens · 310 tokens/s · 1:29 left · loss 0.81`, or the elapsed time alone."""
         elapsed = time.monotonic() - self.started
         parts = []
         if self.total is None:
             parts.append(f"{_clock(elapsed)} elapsed")
         else:
-            parts.append(f"{self._amount(self.done)} of {self._amount(self.total)}")
+            done = self._amount(self.done).removesuffix(f" {self.unit}")
+            parts.append(f"{done} of {self._amount(self.total)}")
             fresh = self.done - self.resumed
             if fresh and elapsed > 0:
                 rate = fresh / elapsed
