@@ -253,7 +253,7 @@ def _print_record(record: dict[str, Any], as_json: bool) -> None:
         return
     for key, value in record.items():
         shown = value if not isinstance(value, dict) else " · ".join(f"{k} {v}" for k, v in value.items())
-        print(f"{key:>28}  {shown:,}" if isinstance(shown, int) else f"{key:>28}  {shown}")
+        print(f"{key:>28}  {shown:,}" if type(shown) is int else f"{key:>28}  {shown}")
 
 
 def _print_results(out: Path, results: dict[str, Any]) -> None:

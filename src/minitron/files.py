@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from minitron.errors import UserError
 
 PARTIAL = ".partial"
@@ -129,9 +131,7 @@ def require_space(folder: Path, num_bytes: int) -> None:
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
-        raise UserError(
-            f"no space left for {folder}: it needs about {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        )
+        raise UserError(f"no space left for {folder}: it needs about {decimal(num_bytes)}, {decimal(free)} are free")
 
 
 def require_new_folder(path: Path, overwrite: bool, mark: str, inputs: tuple[Path, ...] = ()) -> None:
