@@ -32,6 +32,35 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {"sliding_window": 16, "tie_word_embeddings": False}),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "ministral3": (
+        "ministral3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 2.0,
+                "original_max_position_embeddings": 32,
+                "llama_4_scaling_beta": 0.1,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            }
+        },
+    ),
+    "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+    "gemma2": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0}),
+    "gemma3": (
+        "gemma3_text",
+        {"sliding_window": 16, "query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "phi3": ("phi3", {"pad_token_id": 0, "eos_token_id": 257, "sliding_window": 16}),
+    "olmo2": ("olmo2", {"attention_bias": True, "eos_token_id": 257}),
+    "smollm3": (
+        "smollm3",
+        {"no_rope_layers": [1, 1, 0, 1], "pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 257},
+    ),
+    "granite": ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
     "qwen3-bias": ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
 }
 """Every family, and within it every row that a config can switch on or off."""

@@ -33,24 +33,26 @@ def test_one_pass_gives_every_score(teacher: Checkpoint, blocks: Blocks) -> None
         else:
             module.register_forward_pre_hook(lambda _, inputs: seen.setdefault(name, []).append(inputs[0][0]))
 
+    taps = {tap.module: tap for tap in teacher.arch.family.taps}
     for i in range(4):
-        for name in ("mlp.down_proj", "self_attn.o_proj"):
-            keep(f"model.layers.{i}.{name}")
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            keep(f"model.layers.{i}.{name}", output=True)
+        for name, tap in taps.items():
+            keep(name.replace("{i}", str(i)), output=tap.side == "output")
     residuals = [model(input_ids=ids[None], output_hidden_states=True).hidden_states for ids in blocks.ids]
 
-    def aggregate(name: str) -> Tensor:
-        return torch.stack([x.abs().mean(dim=0) for x in seen[name]]).square().sum(dim=0).sqrt()
+    def aggregate(axis: str, layer: int) -> Tensor:
+        """Batch L2 of the sequence mean of absolute values, summed over the taps of an axis."""
+        names = [name.replace("{i}", str(layer)) for name, tap in taps.items() if tap.axis == axis]
+        return torch.stack(
+            [torch.stack([x.abs().mean(dim=0) for x in seen[name]]).square().sum(dim=0).sqrt() for name in names]
+        ).sum(dim=0)
 
-    norms = ("input_layernorm", "post_attention_layernorm")
-    hidden = sum(aggregate(f"model.layers.{i}.{norm}") for i in range(4) for norm in norms)
-    assert isinstance(hidden, Tensor)
+    hidden = torch.stack([aggregate("hidden", i) for i in range(4)]).sum(dim=0)
     torch.testing.assert_close(importance["hidden"], hidden.double(), rtol=1e-4, atol=1e-5)
     for i in range(4):
-        ffn, heads = aggregate(f"model.layers.{i}.mlp.down_proj"), aggregate(f"model.layers.{i}.self_attn.o_proj")
-        torch.testing.assert_close(importance["ffn"][i], ffn.double(), rtol=1e-4, atol=1e-5)
-        query = heads.view(6, 8).norm(dim=1)
+        torch.testing.assert_close(importance["ffn"][i], aggregate("ffn", i).double(), rtol=1e-4, atol=1e-5)
+        if "query" not in importance:
+            continue
+        query = aggregate("query", i).view(6, 8).norm(dim=1)
         torch.testing.assert_close(importance["query"][i], query.double(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(importance["kv"][i], query.view(3, 2).norm(dim=1).double(), rtol=1e-4, atol=1e-5)
     for i in range(3):  # the last hidden state is normalised, so the last layer's output is not among them
@@ -68,7 +70,7 @@ def test_hooks_are_gone_afterwards(teacher: Checkpoint, blocks: Blocks) -> None:
 def test_broken_activations_are_an_error(teacher: Checkpoint, blocks: Blocks) -> None:
     model = load_model(teacher, CPU, torch.float32)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(UserError, match="hold NaN or infinity"):
         calibrate(model, teacher.arch, blocks)
 

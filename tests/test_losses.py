@@ -35,6 +35,20 @@ def test_fused_equals_naive(temperature: float, chunk_tokens: int) -> None:
         torch.testing.assert_close(grad / 3, expected_grad, atol=1e-12, rtol=1e-10)
 
 
+def test_soft_capped_logits() -> None:
+    student, head, teacher, teacher_head = problem()
+    log_q = functional.log_softmax(2.0 * torch.tanh(student @ head.T / 2.0) / 1.5, dim=-1)
+    log_p = functional.log_softmax(5.0 * torch.tanh(teacher @ teacher_head.T / 5.0) / 1.5, dim=-1)
+    expected = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * 1.5**2
+    expected_grads = torch.autograd.grad(expected, (student, head))
+    loss = forward_kl(student, head, teacher, teacher_head, 37, 1.5, 8, student_softcap=2.0, teacher_softcap=5.0)
+    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
+    for grad, expected_grad in zip(torch.autograd.grad(loss, (student, head)), expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=1e-12, rtol=1e-10)
+    uncapped = forward_kl(student, head, teacher, teacher_head, 37, 1.5)
+    assert abs(float(uncapped.detach() - expected.detach())) > 1e-2
+
+
 def test_parts_of_a_batch_add_up() -> None:
     student, head, teacher, teacher_head = problem()
     whole = torch.autograd.grad(forward_kl(student, head, teacher, teacher_head, 37), (student, head))

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitron.errors import UserError
-from minitron.model.arch import Arch, prunable_axes
+from minitron.model.anatomy import AXES
+from minitron.model.arch import Arch
 from minitron.model.causal import build_model, load_model
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, student_config
 from minitron.prune.importance import Kept, select
@@ -26,7 +27,7 @@ CPU = torch.device("cpu")
 def random_importance(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     importance = {}
-    for axis in prunable_axes(arch.family):
+    for axis in arch.family.prunable_axes:
         shape = [arch.axis_size("layer"), arch.axis_size(axis)] if axis in arch.family.per_layer_axes else [
             arch.axis_size(axis)]  # fmt: skip
         importance[axis] = torch.rand(shape, generator=generator)
@@ -65,22 +66,27 @@ def permuted(teacher: Checkpoint, axis: str) -> Kept:
 
 @pytest.mark.parametrize("axis", ["hidden", "ffn", "query", "kv"])
 def test_permuting_an_axis_leaves_the_logits_unchanged(teacher: Checkpoint, axis: str, input_ids: Tensor) -> None:
+    if axis not in teacher.arch.family.prunable_axes:
+        pytest.skip(f"{teacher.arch.model_type} does not prune {axis}")
     kept = permuted(teacher, axis)
     assert not torch.equal(kept[axis], select(random_importance(teacher.arch), teacher.arch, teacher.arch)[axis])
     expected = logits(load_model(teacher, CPU, torch.float32), input_ids)
-    torch.testing.assert_close(logits(build(teacher, teacher.arch, kept), input_ids), expected, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(build(teacher, teacher.arch, kept), input_ids), expected, atol=5e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("axis", ["hidden", "ffn", "kv"])
+@pytest.mark.parametrize("axis", ["hidden", "ffn", "query", "kv"])
 def test_a_permutation_that_one_tensor_misses_changes_them(teacher: Checkpoint, axis: str, input_ids: Tensor) -> None:
+    if axis not in teacher.arch.family.prunable_axes:
+        pytest.skip(f"{teacher.arch.model_type} does not prune {axis}")
     kept = permuted(teacher, axis)
-    missed = {"hidden": "model.norm.weight", "ffn": "model.layers.1.mlp.down_proj.weight",
-              "kv": "model.layers.1.self_attn.v_proj.weight"}[axis]  # fmt: skip
+    missed = reader(teacher.arch, "query" if axis == "kv" else axis, 1)[0] if axis != "hidden" else next(
+        row.name for row in teacher.arch.family.rows if row.name.endswith("norm.weight") and not row.is_per_layer
+    )  # fmt: skip
     tensors = dict(trimmed(teacher.arch, teacher.arch, kept, teacher.tensor))
     tensors[missed] = teacher.tensor(missed)
     model = build_model(student_config(teacher, teacher.arch, list(range(4))), tensors.items(), CPU)
     expected = logits(load_model(teacher, CPU, torch.float32), input_ids)
-    assert (logits(model, input_ids) - expected).abs().max() > 1e-2
+    assert (logits(model, input_ids) - expected).abs().max() > 1e-3
 
 
 CUTS = {
@@ -99,29 +105,52 @@ def masked(model: nn.Module, arch: Arch, kept: Kept) -> Iterator[None]:
     """Zero what is cut at the input of the tensors that read it, and pass over the layers that are cut."""
     with ExitStack() as stack:
         for layer in range(arch.axis_size("layer")):
-            block = model.get_submodule(f"model.layers.{layer}")
-            for axis, module in (("ffn", "mlp.down_proj"), ("query", "self_attn.o_proj")):
-                width = arch.axis_size(axis)
-                mask = torch.zeros(width).index_fill(0, kept[axis][layer], 1.0)
+            for tap in arch.family.taps:
+                if tap.axis == "hidden":
+                    continue
+                mask = torch.zeros(arch.axis_size(tap.axis)).index_fill(0, kept[tap.axis][layer], 1.0)
 
                 def mask_input(_: nn.Module, args: Any, mask: Tensor = mask) -> Any:
                     return (args[0] * mask.repeat_interleave(args[0].shape[-1] // len(mask)),)
 
-                handle = block.get_submodule(module).register_forward_pre_hook(mask_input)
-                stack.callback(handle.remove)
+                module = model.get_submodule(tap.module.replace("{i}", str(layer)))
+                stack.callback(module.register_forward_pre_hook(mask_input).remove)
             if layer not in kept["layer"].tolist():
 
                 def skip(_: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
                     before = args[0] if args else kwargs["hidden_states"]
                     return (before, *output[1:]) if isinstance(output, tuple) else before
 
+                block = model.get_submodule(arch.family.layer.replace("{i}", str(layer)))
                 stack.callback(block.register_forward_hook(skip, with_kwargs=True).remove)
         yield
 
 
+def cut_to(arch: Arch, cut: str) -> Arch:
+    """The shape of a cut; a family without the axis skips the test."""
+    sizes = {name: size for name, size in CUTS[cut].items() if name in prunable(arch)}
+    if not sizes:
+        pytest.skip(f"{arch.model_type} does not prune {cut}")
+    return arch.resized(**sizes)
+
+
+def prunable(arch: Arch) -> set[str]:
+    return {AXES[axis] for axis in arch.family.prunable_axes}
+
+
+def reader(arch: Arch, axis: str, layer: int) -> tuple[str, int]:
+    """The tensor that reads an axis in a layer, and the dimension that does."""
+    (tap,) = (tap for tap in arch.family.taps if tap.axis == axis)
+    name = f"{tap.module}.weight"
+    row = arch.family.match(name.replace("{i}", str(layer)))
+    assert row is not None
+    (dim,) = (i for i, dimension in enumerate(row[0].dimensions) if any(axis in segment for segment in dimension))
+    return name.replace("{i}", str(layer)), dim
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_trimmed_student_is_its_masked_teacher(teacher: Checkpoint, cut: str, input_ids: Tensor) -> None:
-    arch = teacher.arch.resized(**CUTS[cut])
+    arch = cut_to(teacher.arch, cut)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     model = load_model(teacher, CPU, torch.float32)
     with masked(model, teacher.arch, kept):
@@ -133,7 +162,7 @@ def test_a_trimmed_student_is_its_masked_teacher(teacher: Checkpoint, cut: str, 
 
 @pytest.mark.parametrize("cut", ["ffn", "kv", "layer"])
 def test_a_student_trimmed_in_the_wrong_order_is_not(teacher: Checkpoint, cut: str, input_ids: Tensor) -> None:
-    arch = teacher.arch.resized(**CUTS[cut])
+    arch = cut_to(teacher.arch, cut)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     model = load_model(teacher, CPU, torch.float32)
     with masked(model, teacher.arch, kept):
@@ -143,21 +172,23 @@ def test_a_student_trimmed_in_the_wrong_order_is_not(teacher: Checkpoint, cut: s
         wrong = {**kept, "layer": kept["layer"].flip(0)}
         tensors = dict(trimmed(teacher.arch, arch, wrong, teacher.tensor))
     else:
-        name = f"model.layers.0.{'mlp.down_proj' if cut == 'ffn' else 'self_attn.o_proj'}.weight"
-        tensors[name] = tensors[name].flip(1)
+        name, dim = reader(arch, "ffn" if cut == "ffn" else "query", layer=0)
+        tensors[name] = tensors[name].flip(dim)
     student = build_model(student_config(teacher, arch, kept["layer"].tolist()), tensors.items(), CPU)
     assert (logits(student, input_ids) - expected).abs().max() > 1e-2
 
 
 def test_query_heads_are_ranked_inside_their_group_and_taken_equally(teacher: Checkpoint) -> None:
     importance = random_importance(teacher.arch)
+    if "query" not in importance:
+        pytest.skip(f"{teacher.arch.model_type} does not prune heads")
     importance["query"][0] = torch.tensor([9.0, 8.0, 1.0, 2.0, 4.0, 3.0])  # groups (0 1) (2 3) (4 5)
     kept = select(importance, teacher.arch, teacher.arch.resized(num_attention_heads=3))
     assert kept["query"][0].tolist() == [0, 3, 4]
 
 
 def test_streamed_trimming_writes_what_trimming_in_memory_gives(teacher: Checkpoint, tmp_path: Path) -> None:
-    arch = teacher.arch.resized(**CUTS["all but hidden"], hidden_size=36)
+    arch = cut_to(teacher.arch, "all but hidden").resized(hidden_size=36)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     (tmp_path / "out").mkdir()
     write_trimmed(teacher, arch, kept, tmp_path / "out")
@@ -183,13 +214,13 @@ def test_shards_hold_every_tensor_once(teacher: Checkpoint, tmp_path: Path, monk
 
 def test_a_broken_weight_stops_trimming(teacher: Checkpoint, tmp_path: Path) -> None:
     kept = select(random_importance(teacher.arch), teacher.arch, teacher.arch)
-    broken = "model.layers.2.mlp.up_proj.weight"
+    broken = "model.layers.2.mlp.down_proj.weight"
 
     class Broken(Checkpoint):
         def tensor(self, name: str) -> Tensor:
             return super().tensor(name) * (float("nan") if name == broken else 1.0)
 
-    with pytest.raises(UserError, match=r"up_proj\.weight holds NaN"):
+    with pytest.raises(UserError, match=r"down_proj\.weight holds NaN"):
         write_trimmed(Broken(**{k: getattr(teacher, k) for k in ("folder", "config", "arch", "tensors")}),
                       teacher.arch, kept, tmp_path)  # fmt: skip
 
@@ -206,7 +237,7 @@ print(type(model).__name__, sum(p.numel() for p in model.parameters()))
 
 
 def test_the_output_reloads_in_a_fresh_process_and_generates(teacher: Checkpoint, tmp_path: Path) -> None:
-    arch = teacher.arch.resized(**CUTS["all but hidden"], hidden_size=36)
+    arch = cut_to(teacher.arch, "all but hidden").resized(hidden_size=36)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     (tmp_path / "out").mkdir()
     write_trimmed(teacher, arch, kept, tmp_path / "out")
@@ -244,5 +275,5 @@ def test_a_shape_that_llama_refuses_is_the_same_network_as_mistral(tmp_path: Pat
 
 def test_a_shape_that_no_type_expresses_is_refused(tmp_path: Path) -> None:
     teacher = open_checkpoint(make_model(tmp_path / "teacher", "llama-biases"))
-    with pytest.raises(UserError, match="hidden_size must be a multiple of num_attention_heads"):
+    with pytest.raises(UserError, match="hidden_size 47 must be a multiple of num_attention_heads 6"):
         teacher.arch.resized(hidden_size=47)

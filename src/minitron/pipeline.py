@@ -25,7 +25,7 @@ from minitron.files import (
 )
 from minitron.inputs import Inputs
 from minitron.measure.perplexity import measure_perplexity
-from minitron.model.arch import Arch, prunable_axes
+from minitron.model.arch import Arch
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, open_safetensors, read_config
 from minitron.model.source import open_teacher, resolve_teacher
@@ -258,7 +258,7 @@ def _read_importance(path: Path, teacher: Arch) -> Importance:
     path = path / "importance.safetensors" if path.is_dir() else path
     file = open_safetensors(path)
     importance: Importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for axis in prunable_axes(teacher.family):
+    for axis in teacher.family.prunable_axes:
         layers = [teacher.axis_size("layer")] if axis in teacher.family.per_layer_axes else []
         found = list(importance[axis].shape) if axis in importance else None
         if found != [*layers, teacher.axis_size(axis)]:

@@ -21,6 +21,8 @@ def forward_kl(
     num_tokens: int,
     temperature: float = 1.0,
     chunk_tokens: int = CHUNK_TOKENS,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
 ) -> Tensor:
     """`τ²/num_tokens · Σ_tokens Σ_v p_v (log p_v − log q_v)`, p the teacher's and q the student's softmax at τ.
 
@@ -34,6 +36,8 @@ def forward_kl(
         teacher_head: (vocab, teacher hidden).
         num_tokens: what the sum over tokens is divided by.
         temperature: τ.
+        student_softcap: c, where the student's logits are `c · tanh(raw / c)` (Gemma 2).
+        teacher_softcap: the same of the teacher's.
         chunk_tokens: tokens whose logits are held at once; the result does not depend on it but for rounding.
 
     Returns:
@@ -44,7 +48,7 @@ def forward_kl(
         raise ValueError(f"vocabularies differ: {student_head.shape[0]} and {teacher_head.shape[0]}")
     result: Tensor = _ForwardKL.apply(
         student_hidden.flatten(0, -2), student_head, teacher_hidden.flatten(0, -2), teacher_head,
-        num_tokens, temperature, chunk_tokens,
+        num_tokens, temperature, chunk_tokens, student_softcap, teacher_softcap,
     )  # fmt: skip
     return result
 
@@ -60,6 +64,8 @@ class _ForwardKL(torch.autograd.Function):
         num_tokens: int,
         temperature: float,
         chunk_tokens: int,
+        student_softcap: float | None,
+        teacher_softcap: float | None,
     ) -> Tensor:
         dtype = torch.promote_types(student_hidden.dtype, torch.float32)
         head_s, head_t = student_head.to(dtype), teacher_head.to(dtype)
@@ -70,14 +76,20 @@ class _ForwardKL(torch.autograd.Function):
         for start in range(0, student_hidden.shape[0], chunk_tokens):
             part = slice(start, start + chunk_tokens)
             states = student_hidden[part].to(dtype)
-            loss, difference = _chunk(states @ head_s.T, teacher_hidden[part].to(dtype) @ head_t.T, temperature)
+            teacher_logits = _cap_(teacher_hidden[part].to(dtype) @ head_t.T, teacher_softcap)
+            student_logits = _cap_(states @ head_s.T, student_softcap)
+            # d cap(x)/dx = 1 − (cap(x)/c)²
+            slope = (student_logits / student_softcap).square_().neg_().add_(1) if student_softcap else None
+            loss, difference = _chunk(student_logits, teacher_logits, temperature)
             total += loss
             if grad_hidden is not None and grad_head is not None:
                 # d/d(student logits) of τ² KL is τ (q − p).
                 difference.mul_(temperature / num_tokens)
+                if slope is not None:
+                    difference.mul_(slope)
                 grad_hidden[part] = (difference @ head_s).to(grad_hidden.dtype)
                 grad_head.addmm_(difference.T, states)
-            del difference  # before the next chunk's logits are formed
+            del difference, slope, student_logits, teacher_logits  # before the next chunk's logits are formed
         if grad_hidden is not None and grad_head is not None:
             ctx.gradients = grad_hidden, grad_head.to(student_head.dtype)
         return (total * (temperature**2 / num_tokens)).to(dtype)
@@ -88,7 +100,7 @@ class _ForwardKL(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("forward_kl can be differentiated once")
-        return *(gradient.mul_(grad_outputs[0].to(gradient.dtype)) for gradient in gradients), *([None] * 5)
+        return *(gradient.mul_(grad_outputs[0].to(gradient.dtype)) for gradient in gradients), *([None] * 7)
 
 
 def _chunk(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -97,6 +109,11 @@ def _chunk(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -
     p = log_p.exp()
     loss = log_p.sub_(log_q).mul_(p).sum(dim=-1).double().sum()
     return loss, log_q.exp_().sub_(p)
+
+
+def _cap_(logits: Tensor, softcap: float | None) -> Tensor:
+    """Soft-capped logits, in place."""
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
 
 def _log_softmax_(logits: Tensor, temperature: float) -> Tensor:

@@ -34,7 +34,7 @@ from minitron.files import (
     write_jsonl,
 )
 from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import Headless, load_model
+from minitron.model.causal import Head, Headless, load_model
 from minitron.model.checkpoint import Checkpoint, write_checkpoint
 from minitron.progress import Progress
 from minitron.recipe import DistillRecipe
@@ -175,9 +175,14 @@ def accumulate(
     return total
 
 
-def _readout(hidden: Tensor, head: Tensor, **teacher: Any) -> Tensor:
+def _readout(
+    hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head, num_tokens: int, temperature: float
+) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        return forward_kl(hidden, head, **teacher)
+        return forward_kl(
+            hidden, head.weight, teacher_hidden, teacher_head.weight, num_tokens, temperature,
+            student_softcap=head.softcap, teacher_softcap=teacher_head.softcap,
+        )  # fmt: skip
 
 
 class Metrics:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
-from minitron.model.causal import Headless
+from minitron.model.causal import Head, Headless
 
 CHUNK_TOKENS = 256
 
@@ -61,16 +61,18 @@ def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int]
     )
 
 
-def next_token_nll(hidden: Tensor, head: Tensor, input_ids: Tensor) -> Tensor:
+def next_token_nll(hidden: Tensor, head: Head, input_ids: Tensor) -> Tensor:
     """Negative log-likelihood in nats, summed over the predicted tokens, as a float64 scalar.
 
-    hidden (B, T, hidden), head (vocab, hidden), input_ids (B, T); logits are formed in float32 (or float64
+    hidden (B, T, hidden), input_ids (B, T); logits are formed in float32 (or float64
     when the states are) for at most `CHUNK_TOKENS` tokens at once.
     """
     states, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for part, labels in zip(states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-        logits = part.to(dtype) @ head.to(dtype).T  # (chunk, vocab)
+        logits = part.to(dtype) @ head.weight.to(dtype).T  # (chunk, vocab)
+        if head.softcap:
+            logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
         total += nn.functional.cross_entropy(logits, labels, reduction="sum").double()
     return total

@@ -87,16 +87,17 @@ class Tap:
 
 
 @dataclass(frozen=True)
-class Restatement:
-    """The same network under another `model_type`, for shapes that a family's own config class refuses."""
+class Demand:
+    """What a config class asks of a shape though the network does not, and the way out, if there is one."""
 
     multiple: str
     of: str
     """The config class refuses shapes whose axis `multiple` is no multiple of the axis `of`."""
-    model_type: str
-    values: Mapping[str, Any]
+    restated_as: str | None = None
+    """Another `model_type` under which the same network has no such demand."""
+    values: Mapping[str, Any] = field(default_factory=dict)
     """What the other config must say to mean the same network."""
-    without: tuple[str, ...]
+    without: tuple[str, ...] = ()
     """Flags of this family that the other cannot express."""
 
 
@@ -113,8 +114,25 @@ class Family:
     """Axes whose entries are dealt out equally to, and ranked within, the entries of another axis."""
     per_layer_lists: tuple[str, ...] = ("layer_types",)
     """Config lists with an entry per layer, cut together with depth."""
-    restatement: "Restatement | None" = None
-    """Another `model_type` for shapes that this one's config class refuses."""
+    demand: Demand | None = None
+    """What its config class refuses beyond what the network does."""
+    logit_divisor: str | None = None
+    """The config entry that logits are divided by."""
+    logit_softcap: str | None = None
+    """The config entry c of a final `c · tanh(logits / c)`."""
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that its tensors have, and depth."""
+        used = {axis for row in self.rows for axis in row.axes} | {"layer"}
+        return tuple(axis for axis in AXES if axis in used)
+
+    @cached_property
+    def prunable_axes(self) -> tuple[str, ...]:
+        """The axes that taps score, the groups that these are dealt out to, and depth."""
+        tapped = {tap.axis for tap in self.taps}
+        groups = {group for axis, group in self.grouped.items() if axis in tapped}
+        return tuple(axis for axis in self.axes if axis in tapped | groups | {"layer"})
 
     @cached_property
     def per_layer_axes(self) -> frozenset[str]:

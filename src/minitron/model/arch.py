@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minitron.errors import UserError, nearest
-from minitron.model.anatomy import AXES, Family, Restatement
+from minitron.model.anatomy import AXES, Demand, Family
 from minitron.model.families import family_of
 
 
@@ -31,10 +31,11 @@ class Arch:
             values["num_key_value_heads"] = heads
         if values.get("head_dim") is None and heads:
             values["head_dim"] = values["hidden_size"] // heads
-        missing = [name for name in AXES.values() if values.get(name) is None]
+        names = [AXES[axis] for axis in family.axes]
+        missing = [name for name in names if values.get(name) is None]
         if missing:
             raise UserError(f"the config does not say {', '.join(missing)}")
-        sizes = {name: int(values[name]) for name in AXES.values()}
+        sizes = {name: int(values[name]) for name in names}
         if wrong := [name for name, size in sizes.items() if size < 1]:
             raise UserError(f"the config says {wrong[0]} {sizes[wrong[0]]}")
         return cls(family.model_type, sizes, {flag: bool(values.get(flag)) for flag in sorted(family.flags)})
@@ -84,7 +85,7 @@ class Arch:
 
     def require_prunable_to(self, smaller: "Arch") -> None:
         """Raise `UserError` unless `smaller` can be cut out of this shape."""
-        prunable = {AXES[axis] for axis in prunable_axes(self.family)}
+        prunable = {AXES[axis] for axis in self.family.prunable_axes}
         for name, size in smaller.sizes.items():
             if size > self.sizes[name]:
                 raise UserError(f"{name} {size} is above the teacher's {self.sizes[name]}")
@@ -99,29 +100,34 @@ class Arch:
                 )
 
     @property
-    def restatement(self) -> Restatement | None:
-        """How this shape is written when its own config class refuses it; None when it does not.
+    def restatement(self) -> Demand | None:
+        """Its config class's demand, when this shape must be written under another `model_type` for it.
 
         Raises:
-            UserError: it is refused, and the other `model_type` cannot express the model either.
+            UserError: the demand is not met, and no other `model_type` can express the model.
         """
-        rule = self.family.restatement
-        if rule is None or self.axis_size(rule.multiple) % self.axis_size(rule.of) == 0:
+        demand = self.family.demand
+        if demand is None or self.axis_size(demand.multiple) % self.axis_size(demand.of) == 0:
             return None
-        if lost := [flag for flag in rule.without if self.flags[flag]]:
+        if not self._can_be_restated:
             raise UserError(
-                f"{AXES[rule.multiple]} must be a multiple of {AXES[rule.of]} in a {self.model_type} model "
-                f"with {lost[0]}; {self.axis_size(rule.multiple)} is not one of {self.axis_size(rule.of)}"
+                f"{AXES[demand.multiple]} {self.axis_size(demand.multiple)} must be a multiple of "
+                f"{AXES[demand.of]} {self.axis_size(demand.of)} in such a {self.model_type} model"
             )
-        return rule
+        return demand
 
     def expressible(self, sizes: Mapping[str, Any]) -> Any:
         """Of many shapes at once, which ones some `model_type` can express; sizes are integer arrays."""
-        rule = self.family.restatement
-        if rule is None or not any(self.flags[flag] for flag in rule.without):
+        demand = self.family.demand
+        if demand is None or self._can_be_restated:
             return True
         every = {**self.sizes, **sizes}
-        return every[AXES[rule.multiple]] % every[AXES[rule.of]] == 0
+        return every[AXES[demand.multiple]] % every[AXES[demand.of]] == 0
+
+    @property
+    def _can_be_restated(self) -> bool:
+        demand = self.family.demand
+        return bool(demand and demand.restated_as and not any(self.flags[flag] for flag in demand.without))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -137,9 +143,3 @@ class Arch:
                 count = count * dim
             total = total + count * (sizes[AXES["layer"]] if row.is_per_layer else 1)
         return total
-
-
-def prunable_axes(family: Family) -> tuple[str, ...]:
-    """The axes that taps score, the groups they are dealt out to, and depth."""
-    tapped = {tap.axis for tap in family.taps}
-    return tuple(axis for axis in AXES if axis in tapped | set(family.grouped.values()) | {"layer"})

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,28 +14,45 @@ from transformers.utils import logging as transformers_logging
 
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.families import family_of
 from minitron.progress import Progress
 
-Readout = Callable[[Tensor, Tensor], Any]
-"""From last hidden states (B, T, hidden) and the output matrix (vocab, hidden) to what is wanted of them."""
+
+@dataclass(frozen=True)
+class Head:
+    """How last hidden states become logits: `softcap · tanh(states @ weightᵀ / softcap)`, or without the cap."""
+
+    weight: Tensor  # (vocab, hidden)
+    softcap: float | None = None
+
+
+Readout = Callable[[Tensor, Head], Any]
+"""From last hidden states (B, T, hidden) and the head to what is wanted of them."""
 
 
 class Headless(nn.Module):
     """A causal language model whose logits are never formed: the caller reads the last hidden states out.
 
-    Everything, the readout included, happens inside `forward`, so that wrapping this module as a whole
-    (`fully_shard`) covers the output matrix too.
+    A family that divides its logits gets its hidden states divided instead, which is the same. Everything, the
+    readout included, happens inside `forward`, so that wrapping this module as a whole (`fully_shard`) covers
+    the output matrix too.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        config: Any = model.config
+        family = family_of(config.model_type)
+        self.divisor = getattr(config, family.logit_divisor) if family.logit_divisor else 1.0
+        self.softcap = getattr(config, family.logit_softcap) if family.logit_softcap else None
 
     def forward(self, input_ids: Tensor, readout: Readout) -> Any:
         """`readout(hidden, head)` for token ids (B, T)."""
         model: Any = self.model
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, hidden)
-        return readout(hidden, model.get_output_embeddings().weight)
+        if self.divisor != 1.0:
+            hidden = hidden / self.divisor
+        return readout(hidden, Head(model.get_output_embeddings().weight, self.softcap))
 
 
 def resolve_device(device: str) -> torch.device:

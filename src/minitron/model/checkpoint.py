@@ -173,7 +173,7 @@ def student_config(teacher: Checkpoint, arch: Arch, kept_layers: list[int]) -> A
     for name in ("transformers_version", "_name_or_path"):
         values.pop(name, None)
     if restatement := arch.restatement:
-        values.update(restatement.values, model_type=restatement.model_type)
+        values.update(restatement.values, model_type=restatement.restated_as)
         values.pop("architectures", None)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]

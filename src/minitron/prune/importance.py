@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minitron.model.arch import Arch, prunable_axes
+from minitron.model.arch import Arch
 from minitron.prune.calibrate import BLOCK_INFLUENCE
 
 Importance = dict[str, Tensor]
@@ -32,6 +32,8 @@ def score(statistics: dict[str, Tensor], arch: Arch) -> Importance:
             entries = entries.sum(dim=0)
         importance[tap.axis] = importance[tap.axis] + entries if tap.axis in importance else entries
     for axis, group in arch.family.grouped.items():
+        if axis not in importance:
+            continue
         importance[group] = importance[axis].unflatten(-1, (arch.axis_size(group), -1)).norm(dim=-1)
     return importance
 
@@ -44,10 +46,12 @@ def select(importance: Importance, teacher: Arch, student: Arch) -> Kept:
     """
     kept = {
         axis: _top(importance[axis], student.axis_size(axis))
-        for axis in prunable_axes(teacher.family)
+        for axis in teacher.family.prunable_axes
         if axis not in teacher.family.grouped
     }
     for axis, group in teacher.family.grouped.items():
+        if axis not in importance:
+            continue
         per_group = teacher.axis_size(axis) // teacher.axis_size(group)
         scores = importance[axis].unflatten(-1, (-1, per_group))  # (…, groups, entries of a group)
         best = _top(scores, student.axis_size(axis) // student.axis_size(group))

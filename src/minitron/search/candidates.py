@@ -6,7 +6,7 @@ import numpy as np
 
 from minitron.errors import UserError
 from minitron.model.anatomy import AXES
-from minitron.model.arch import Arch, prunable_axes
+from minitron.model.arch import Arch
 from minitron.search.budget import Budget
 
 SMALLEST_SHARE = 0.25
@@ -20,7 +20,7 @@ SMALLEST_DIFFERENCE = 0.1
 def grid(teacher: Arch) -> dict[str, list[int]]:
     """The sizes that each axis may take, by config name; grouped axes by their entries per group."""
     sizes = {}
-    for axis in prunable_axes(teacher.family):
+    for axis in teacher.family.prunable_axes:
         size, step = teacher.axis_size(axis), 1
         if group := teacher.family.grouped.get(axis):
             size //= teacher.axis_size(group)

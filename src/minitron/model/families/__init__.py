@@ -2,9 +2,18 @@
 
 from minitron.errors import UserError
 from minitron.model.anatomy import Family
-from minitron.model.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from minitron.model.families.gemma import GEMMA2, GEMMA3
+from minitron.model.families.llama import GRANITE, LLAMA, MINISTRAL3, MISTRAL, QWEN2, QWEN3, SMOLLM3
+from minitron.model.families.nemotron import NEMOTRON
+from minitron.model.families.olmo import OLMO2
+from minitron.model.families.phi import PHI3
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        LLAMA, MISTRAL, MINISTRAL3, NEMOTRON, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, OLMO2, SMOLLM3, GRANITE,
+    )
+}  # fmt: skip
 
 
 def family_of(model_type: str) -> Family:

@@ -1,6 +1,9 @@
-"""Llama and the families that differ from it by a few biases and norms: Mistral, Qwen2, Qwen3."""
+"""Llama and the families that differ from it by a few biases, norms or multipliers."""
 
-from minitron.model.anatomy import Family, Restatement, parse_rows, parse_taps
+from dataclasses import replace
+from typing import Any
+
+from minitron.model.anatomy import Demand, Family, parse_rows, parse_taps
 
 DECODER = """
     model.embed_tokens.weight                           vocab hidden
@@ -52,15 +55,19 @@ TAPS = parse_taps("""
 
 # LlamaConfig refuses a hidden_size that is no multiple of the heads, whatever head_dim says. Mistral without a
 # sliding window is the same network and has no such rule.
-AS_MISTRAL = Restatement("hidden", "query", "mistral", {"sliding_window": None}, ("attention_bias", "mlp_bias"))
+AS_MISTRAL = Demand("hidden", "query", "mistral", {"sliding_window": None}, ("attention_bias", "mlp_bias"))
 
 
-def _decoder(model_type: str, *additions: str, restatement: Restatement | None = None) -> Family:
+def decoder(model_type: str, *additions: str, **differences: Any) -> Family:
+    """A family that is Llama's plus rows, and other entries where they differ."""
     rows = parse_rows("".join([DECODER, *additions]))
-    return Family(model_type, rows, TAPS, layer="model.layers.{i}", restatement=restatement)
+    return replace(Family(model_type, rows, TAPS, layer="model.layers.{i}"), **differences)
 
 
-LLAMA = _decoder("llama", ATTENTION_BIAS, MLP_BIAS, restatement=AS_MISTRAL)
-MISTRAL = _decoder("mistral")
-QWEN2 = _decoder("qwen2", QKV_BIAS)
-QWEN3 = _decoder("qwen3", ATTENTION_BIAS, QK_NORM)
+LLAMA = decoder("llama", ATTENTION_BIAS, MLP_BIAS, demand=AS_MISTRAL)
+MISTRAL = decoder("mistral")
+MINISTRAL3 = decoder("ministral3")
+QWEN2 = decoder("qwen2", QKV_BIAS)
+QWEN3 = decoder("qwen3", ATTENTION_BIAS, QK_NORM)
+SMOLLM3 = decoder("smollm3", ATTENTION_BIAS, MLP_BIAS, per_layer_lists=("layer_types", "no_rope_layers"))
+GRANITE = decoder("granite", ATTENTION_BIAS, MLP_BIAS, logit_divisor="logits_scaling")
