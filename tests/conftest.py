@@ -61,6 +61,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"no_rope_layers": [1, 1, 0, 1], "pad_token_id": 0, "bos_token_id": 256, "eos_token_id": 257},
     ),
     "granite": ("granite", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}),
+    "gpt2": (
+        "gpt2",
+        {
+            "n_embd": 48,
+            "n_inner": 64,
+            "n_layer": 4,
+            "n_head": 6,
+            "n_positions": 256,
+            "bos_token_id": 256,
+            "eos_token_id": 257,
+        },
+    ),
+    "gpt_neox": ("gpt_neox", {"eos_token_id": 257, "bos_token_id": 256}),
+    "gpt_neox-sequential": ("gpt_neox", {"eos_token_id": 257, "use_parallel_residual": False, "attention_bias": False}),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 48, "pad_token_id": 1}),
     "qwen3-bias": ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
 }
 """Every family, and within it every row that a config can switch on or off."""
@@ -79,7 +94,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(folder: Path, variant: str, seed: int = 0, **changes: Any) -> Path:
     """Save a random model of a variant, its biases and norms random too, with a byte tokenizer."""
     model_type, flags = VARIANTS[variant]
-    config = AutoConfig.for_model(model_type, **{**SIZES, **flags, **changes})
+    sizes = {"vocab_size": SIZES["vocab_size"]} if model_type == "gpt2" else SIZES
+    config = AutoConfig.for_model(model_type, **{**sizes, **flags, **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -86,7 +86,7 @@ def test_count_equals_the_model_on_the_meta_device(teacher: Checkpoint) -> None:
 def test_sizes_are_checked(teacher: Checkpoint) -> None:
     with pytest.raises(UserError, match="did you mean 'hidden_size'"):
         teacher.arch.resized(hiden_size=32)
-    with pytest.raises(UserError, match="not a multiple"):
+    with pytest.raises(UserError, match=r"not a multiple|is not 5"):
         teacher.arch.resized(num_attention_heads=5)
     with pytest.raises(UserError, match="at least 1"):
         teacher.arch.resized(intermediate_size=0)
@@ -94,9 +94,9 @@ def test_sizes_are_checked(teacher: Checkpoint) -> None:
         teacher.arch.require_prunable_to(teacher.arch.resized(intermediate_size=65))
     with pytest.raises(UserError, match="vocab_size cannot be pruned"):
         teacher.arch.require_prunable_to(teacher.arch.resized(vocab_size=100))
-    if "query" in teacher.arch.family.prunable_axes:
+    if "kv" in teacher.arch.family.prunable_axes:
         with pytest.raises(UserError, match="6 a group, above the teacher's 2"):
             teacher.arch.require_prunable_to(teacher.arch.resized(num_key_value_heads=1))
-    else:
+    elif "num_key_value_heads" in teacher.arch.sizes:
         with pytest.raises(UserError, match="num_key_value_heads cannot be pruned"):
             teacher.arch.require_prunable_to(teacher.arch.resized(num_key_value_heads=1))

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from minitron import pipeline
+from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import Recipe, load_recipe
 from tests.conftest import make_model
@@ -141,3 +143,20 @@ def test_another_seed_gives_other_bits(made: Path, tmp_path: Path) -> None:
     assert set(whole) != set(other) or any(
         whole[name].shape != other[name].shape or not torch.equal(whole[name], other[name]) for name in whole
     )
+
+
+@pytest.mark.parametrize(
+    "variant", ["gpt2", "gpt_neox", "opt", "nemotron", "gemma2", "phi3", "olmo2", "smollm3", "granite"]
+)
+def test_a_family_goes_through(variant: str, tmp_path: Path, text_file: Path) -> None:
+    teacher = make_model(tmp_path / "model", variant)
+    results = pipeline.compress(recipe(teacher, text_file, target_params=0.7), tmp_path / "run")
+    student = open_checkpoint(tmp_path / "run" / "student")
+    assert student.arch.num_parameters == results["student"]["num_parameters"]
+    assert 0.66 * results["teacher"]["num_parameters"] <= student.arch.num_parameters
+    # What transformers makes of the folder has the loss that was measured, its final soft-cap or divisor included.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student", local_files_only=True)
+    blocks = read_blocks(str(text_file), load_tokenizer(teacher), 258, 32, 0, 512)
+    with torch.no_grad():
+        nll = torch.stack([model(input_ids=ids[None], labels=ids[None]).loss for ids in blocks.ids]).mean()
+    assert float(nll.exp()) == pytest.approx(results["student"]["perplexity"], rel=1e-3)

@@ -35,7 +35,7 @@ from minitron.files import (
 )
 from minitron.measure.perplexity import measure_perplexity
 from minitron.model.causal import Head, Headless, load_model
-from minitron.model.checkpoint import Checkpoint, write_checkpoint
+from minitron.model.checkpoint import Checkpoint, write_model
 from minitron.progress import Progress
 from minitron.recipe import DistillRecipe
 
@@ -257,14 +257,9 @@ def _load(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world
 
 
 def _write_student(student: Headless, pruned: Checkpoint, out: Path, world: World) -> None:
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in student.model.named_parameters():
-            yield name, whole(parameter).to(pruned.dtype).cpu()
-
+    # Gathering a sharded parameter takes every rank; writing takes one.
+    state = {name: whole(parameter).to(pruned.dtype).cpu() for name, parameter in student.model.named_parameters()}
     if world.is_main:
         with Progress("write student"), whole_folder(out) as staging:
-            write_checkpoint(staging, pruned.config, tensors(), companions_from=pruned.folder)
-    else:
-        for _ in tensors():  # gathering a sharded parameter takes every rank
-            pass
+            write_model(staging, student.model, state, pruned)
     world.barrier()

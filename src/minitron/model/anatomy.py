@@ -28,9 +28,10 @@ AXES = {
     "query": "num_attention_heads",
     "kv": "num_key_value_heads",
     "head_dim": "head_dim",
+    "position": "max_position_embeddings",
     "layer": "num_hidden_layers",
 }
-"""What an axis of the grammar is called in a Hugging Face config."""
+"""What an axis of the grammar is called in a Hugging Face config, and everywhere in this project."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,16 @@ class Family:
     """The module of one layer, whose input and output are the residual stream."""
     grouped: Mapping[str, str] = field(default_factory=lambda: {"query": "kv"})
     """Axes whose entries are dealt out equally to, and ranked within, the entries of another axis."""
+    config_names: Mapping[str, str] = field(default_factory=dict)
+    """Axes that this family's config calls otherwise."""
+    config_copies: Mapping[str, str] = field(default_factory=dict)
+    """Further config entries that say the size of an axis."""
+    ffn_multiple: int | None = None
+    """The ffn is this many times hidden where the config does not say."""
+    is_square: bool = False
+    """The network has no head_dim of its own: hidden is query heads times head_dim, whatever is cut."""
+    prefix: str = ""
+    """The first part of most names, which some published checkpoints leave out."""
     per_layer_lists: tuple[str, ...] = ("layer_types",)
     """Config lists with an entry per layer, cut together with depth."""
     demand: Demand | None = None
@@ -120,6 +131,10 @@ class Family:
     """The config entry that logits are divided by."""
     logit_softcap: str | None = None
     """The config entry c of a final `c · tanh(logits / c)`."""
+
+    def config_name(self, axis: str) -> str:
+        """What this family's config calls an axis."""
+        return self.config_names.get(axis, AXES[axis])
 
     @cached_property
     def axes(self) -> tuple[str, ...]:

@@ -25,20 +25,19 @@ class Arch:
             UserError: the `model_type` is unknown, or a size is missing.
         """
         family = family_of(str(config.get("model_type")))
-        values = dict(config)
-        heads = values.get("num_attention_heads")
-        if values.get("num_key_value_heads") is None:
-            values["num_key_value_heads"] = heads
-        if values.get("head_dim") is None and heads:
-            values["head_dim"] = values["hidden_size"] // heads
-        names = [AXES[axis] for axis in family.axes]
-        missing = [name for name in names if values.get(name) is None]
-        if missing:
+        values = {axis: config.get(family.config_name(axis)) for axis in family.axes}
+        if values.get("kv", 0) is None:
+            values["kv"] = values["query"]
+        if values.get("head_dim", 0) is None and values["query"] and values["hidden"]:
+            values["head_dim"] = values["hidden"] // values["query"]
+        if values["ffn"] is None and family.ffn_multiple and values["hidden"]:
+            values["ffn"] = family.ffn_multiple * values["hidden"]
+        if missing := [family.config_name(axis) for axis, size in values.items() if size is None]:
             raise UserError(f"the config does not say {', '.join(missing)}")
-        sizes = {name: int(values[name]) for name in names}
+        sizes = {AXES[axis]: int(size) for axis, size in values.items() if size is not None}
         if wrong := [name for name, size in sizes.items() if size < 1]:
             raise UserError(f"the config says {wrong[0]} {sizes[wrong[0]]}")
-        return cls(family.model_type, sizes, {flag: bool(values.get(flag)) for flag in sorted(family.flags)})
+        return cls(family.model_type, sizes, {flag: bool(config.get(flag)) for flag in sorted(family.flags)})
 
     @property
     def family(self) -> Family:
@@ -104,8 +103,14 @@ class Arch:
         """Its config class's demand, when this shape must be written under another `model_type` for it.
 
         Raises:
-            UserError: the demand is not met, and no other `model_type` can express the model.
+            UserError: the demand is not met and no other `model_type` can express the model, or the sizes
+                contradict each other.
         """
+        if self.family.is_square and self.axis_size("hidden") != self.axis_size("query") * self.axis_size("head_dim"):
+            raise UserError(
+                f"in a {self.model_type} model hidden_size is num_attention_heads × head_dim: "
+                f"{self.axis_size('hidden')} is not {self.axis_size('query')} × {self.axis_size('head_dim')}"
+            )
         demand = self.family.demand
         if demand is None or self.axis_size(demand.multiple) % self.axis_size(demand.of) == 0:
             return None
@@ -118,10 +123,11 @@ class Arch:
 
     def expressible(self, sizes: Mapping[str, Any]) -> Any:
         """Of many shapes at once, which ones some `model_type` can express; sizes are integer arrays."""
-        demand = self.family.demand
+        every, demand = {**self.sizes, **sizes}, self.family.demand
+        if self.family.is_square:
+            return every[AXES["hidden"]] == every[AXES["query"]] * every[AXES["head_dim"]]
         if demand is None or self._can_be_restated:
             return True
-        every = {**self.sizes, **sizes}
         return every[AXES[demand.multiple]] % every[AXES[demand.of]] == 0
 
     @property

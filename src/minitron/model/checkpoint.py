@@ -36,17 +36,19 @@ class Checkpoint:
     config: Any
     arch: Arch
     tensors: dict[str, Path]
+    is_unprefixed: bool = False
+    """Whether the names on disk lack the family's prefix, which `tensors` has."""
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, on the CPU, in the dtype it is stored in."""
         with _named(self.tensors[name]):
-            return self._open(self.tensors[name]).get_tensor(name)  # type: ignore[no-any-return]
+            return self._open(self.tensors[name]).get_tensor(self._stored_name(name))  # type: ignore[no-any-return]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header alone."""
         with _named(self.tensors[name]):
-            return tuple(self._open(self.tensors[name]).get_slice(name).get_shape())
+            return tuple(self._open(self.tensors[name]).get_slice(self._stored_name(name)).get_shape())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,6 +77,9 @@ class Checkpoint:
             advance(tensor.nbytes)
         return digest.hexdigest()
 
+    def _stored_name(self, name: str) -> str:
+        return name.removeprefix(self.arch.family.prefix) if self.is_unprefixed else name
+
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
             self._handles[path] = open_safetensors(path)
@@ -90,7 +95,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_config(folder)
     arch = Arch.from_config(config.to_dict())
-    checkpoint = Checkpoint(folder, config, arch, _locate_tensors(folder))
+    stored, prefix = _locate_tensors(folder), arch.family.prefix
+    is_unprefixed = bool(prefix) and not any(name.startswith(prefix) for name in stored)
+    tensors = {prefix + name: path for name, path in stored.items()} if is_unprefixed else stored
+    checkpoint = Checkpoint(folder, config, arch, tensors, is_unprefixed)
     _check_against_table(checkpoint)
     return checkpoint
 
@@ -154,8 +162,22 @@ def write_checkpoint(
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     config.save_pretrained(folder)
+    _copy_companions(companions_from, folder)
+
+
+def write_model(folder: Path, model: Any, state: dict[str, torch.Tensor], like: Checkpoint) -> None:
+    """Write a transformers model, with `state` for its weights, beside the config and tokenizer of `like`.
+
+    transformers itself turns the names that modules have in memory into those that files have.
+    """
+    model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_BYTES)
+    like.config.save_pretrained(folder)
+    _copy_companions(like.folder, folder)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
     for pattern in COMPANIONS:
-        for path in companions_from.glob(pattern):
+        for path in source.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
 
@@ -169,7 +191,8 @@ def student_config(teacher: Checkpoint, arch: Arch, kept_layers: list[int]) -> A
     for name in arch.family.per_layer_lists:
         if isinstance(values.get(name), list):
             values[name] = [values[name][i] for i in kept_layers]
-    values.update(arch.sizes)
+    values.update({arch.family.config_name(axis): arch.axis_size(axis) for axis in arch.family.axes})
+    values.update({name: arch.axis_size(axis) for name, axis in arch.family.config_copies.items()})
     for name in ("transformers_version", "_name_or_path"):
         values.pop(name, None)
     if restatement := arch.restatement:

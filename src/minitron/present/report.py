@@ -60,9 +60,9 @@ untrained model.</p>
         staging.write_text(page, encoding="utf-8")
 
 
-def _sizes(config: Mapping[str, int]) -> dict[str, int]:
-    wanted = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
-    return {name: config[name] for name in wanted}
+def _sizes(sizes: Mapping[str, int]) -> dict[str, int]:
+    fixed = {"model_type", "vocab_size", "head_dim", "max_position_embeddings"}
+    return {name: size for name, size in sizes.items() if name not in fixed and not isinstance(size, bool)}
 
 
 def _table(rows: list[list[str]], marked: int | None = None) -> str:

@@ -36,7 +36,8 @@ def calibrate(model: nn.Module, arch: Arch, blocks: Blocks) -> dict[str, Tensor]
     device = next(model.parameters()).device
 
     def watch_width(name: str, layer: int) -> Callable[[Tensor], None]:
-        def record(activation: Tensor) -> None:  # (B, T, width)
+        def record(activation: Tensor) -> None:  # (B, T, width), or (B T, width) where a family flattens it
+            activation = activation.reshape(-1, blocks.context, activation.shape[-1])
             aggregate = activation.float().abs().mean(dim=1).square().sum(dim=0).double().cpu()  # (width,)
             if name not in statistics:
                 statistics[name] = torch.zeros(arch.axis_size("layer"), len(aggregate), dtype=torch.float64)

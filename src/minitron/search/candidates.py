@@ -41,6 +41,8 @@ def feasible(teacher: Arch, budget: Budget) -> list[Arch]:
     names = list(axes)
     mesh = dict(zip(names, np.meshgrid(*map(np.array, axes.values()), indexing="ij"), strict=True))
     for axis, group in teacher.family.grouped.items():
+        if axis not in teacher.family.prunable_axes:
+            continue
         mesh[AXES[axis]] = mesh[AXES[axis]] * mesh[AXES[group]]
     counts = np.where(teacher.expressible(mesh), teacher.count_grid(mesh), teacher.num_parameters)
     smallest = int(counts.min())

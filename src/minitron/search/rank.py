@@ -62,13 +62,13 @@ class _Measurer:
 
     def __init__(self, teacher: Checkpoint, model: nn.Module, importance: Importance, heldout: Blocks) -> None:
         self.teacher, self.model, self.importance, self.heldout = teacher, model, importance, heldout
-        self.state = model.state_dict()
 
     def __call__(self, arch: Arch) -> float:
         kept = select(self.importance, self.teacher.arch, arch)
         config = student_config(self.teacher, arch, kept["layer"].tolist())
-        tensors = trimmed(self.teacher.arch, arch, kept, self.state.__getitem__)
-        student = build_model(config, tensors, next(self.model.parameters()).device)
+        parameter = next(self.model.parameters())
+        tensors = trimmed(self.teacher.arch, arch, kept, self.teacher.tensor)
+        student = build_model(config, ((name, value.to(parameter.dtype)) for name, value in tensors), parameter.device)
         return math.log(measure_perplexity(student, self.heldout).perplexity)
 
 
@@ -121,6 +121,8 @@ def _probes(teacher: Arch) -> dict[str, Arch]:
         for option in sorted(options[:-1], key=lambda size: abs(size - options[(len(options) - 1) // 2])):
             group = teacher.family.grouped.get(axis)
             sizes = {name: option * (teacher.axis_size(group) if group else 1)}
+            if teacher.family.is_square and axis == "hidden":
+                sizes[AXES["query"]] = option // teacher.axis_size("head_dim")
             for inner, outer in teacher.family.grouped.items():
                 if outer == axis:
                     sizes[AXES[inner]] = option * (teacher.axis_size(inner) // teacher.axis_size(outer))
