@@ -61,6 +61,40 @@ def test_inspect_takes_a_folder_or_a_config(verb: Verb, tmp_path: Path) -> None:
     assert whole["model_type"] == "qwen2"
 
 
+NEMOTRON_15B = {
+    "model_type": "nemotron", "vocab_size": 256000, "hidden_size": 6144, "intermediate_size": 24576, "head_dim": 128,
+    "num_hidden_layers": 32, "num_attention_heads": 48, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+LLAMA_8B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+NEMO_12B = {
+    "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 14336, "head_dim": 128,
+    "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+}  # fmt: skip
+PUBLISHED_CUTS = {
+    "Minitron-8B": (NEMOTRON_15B, {"hidden-size": 4096, "intermediate-size": 16384}, 8_271_699_968),
+    "Minitron-4B": (
+        NEMOTRON_15B,
+        {"hidden-size": 3072, "intermediate-size": 9216, "num-attention-heads": 24},
+        4_190_509_056,
+    ),
+    "Llama-3.1-Minitron-4B-Width": (LLAMA_8B, {"hidden-size": 3072, "intermediate-size": 9216}, 4_512_746_496),
+    "Llama-3.1-Minitron-4B-Depth": (LLAMA_8B, {"num-hidden-layers": 16}, 4_540_469_248),
+    "MN-Minitron-8B": (NEMO_12B, {"hidden-size": 4096, "intermediate-size": 11520}, 8_414_105_600),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_CUTS)
+def test_the_published_shapes_come_out_of_a_dry_run(verb: Verb, name: str, tmp_path: Path) -> None:
+    config, sizes, num_parameters = PUBLISHED_CUTS[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = [word for size, value in sizes.items() for word in (f"--{size}", str(value))]
+    assert verb("prune", tmp_path / "config.json", "--dry-run", *options)["num_parameters"] == num_parameters
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_the_stages_one_after_the_other(verb: Verb, tmp_path: Path, text_file: Path) -> None:
     teacher = make_model(tmp_path / "model", "mistral")
     recipe = tmp_path / "recipe.yaml"

@@ -337,6 +337,8 @@ def test_wrong_shapes_for_prune(place: Place, refused: Run) -> None:
     assert "not a multiple" in refused(*prune, "--num-attention-heads", "4")
     assert "not several of them" in refused(*prune, "--hidden-size", "40", "--target-params", "0.5")
     assert "target_params is not given" in refused(*prune)
+    assert "needs a shape" in refused("prune", str(place.teacher), "--dry-run")
+    assert "prune needs OUT" in refused("prune", str(place.teacher), "--hidden-size", "40")
 
 
 def test_importance_of_another_teacher(place: Place, refused: Run) -> None:

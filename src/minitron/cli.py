@@ -116,7 +116,7 @@ def search(
 @app.command()
 def prune(
     teacher: Teacher,
-    out: Out,
+    out: Annotated[Path | None, typer.Argument(help="The folder to make.", resolve_path=True)] = None,
     hidden_size: Annotated[int | None, typer.Option(help="Residual channels.")] = None,
     intermediate_size: Annotated[int | None, typer.Option(help="MLP neurons.")] = None,
     num_hidden_layers: Annotated[int | None, typer.Option(help="Layers.")] = None,
@@ -131,6 +131,7 @@ def prune(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out; needs no weights.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -142,6 +143,11 @@ def prune(
     given = {name: size for name, size in sizes.items() if size is not None}
     if sum(map(bool, (given, arch, target_params))) > 1:
         raise UserError("give sizes, --arch or --target-params, not several of them")
+    if dry_run:
+        _print_record(_pipeline().plan_prune(teacher, given, arch), as_json)
+        return
+    if out is None:
+        raise UserError("prune needs OUT, the folder to make, or --dry-run")
     loaded = _recipe(recipe, teacher=teacher, target_params=target_params, data=data, context=context,
                      seed=seed, device=device, dtype=dtype)  # fmt: skip
     _print_record(_pipeline().prune_alone(loaded, given, arch, importance, out, overwrite), as_json)

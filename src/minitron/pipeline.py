@@ -87,9 +87,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
 
 def inspect(model: str) -> dict[str, Any]:
     """What a model is, from its config alone; a folder's weights are held against its family's table."""
-    path = Path(model).expanduser()
-    if path.suffix != ".json":
-        path = resolve_teacher(model, weights=False)
+    path = _config_or_folder(model)
     checked = has_weights(path)
     arch = open_checkpoint(path).arch if checked else Arch.from_config(read_config(path).to_dict())
     return {
@@ -99,6 +97,30 @@ def inspect(model: str) -> dict[str, Any]:
         "arch": arch.to_dict(),
         "weights_checked": checked,
     }
+
+
+def plan_prune(teacher: str, sizes: dict[str, int], arch_file: Path | None) -> dict[str, Any]:
+    """The shape that `prune` would cut a teacher to, and its exact counts; from the teacher's config alone.
+
+    Raises:
+        UserError: no shape is given, or it cannot be cut out of the teacher.
+    """
+    whole = Arch.from_config(read_config(_config_or_folder(teacher)).to_dict())
+    if not arch_file and not sizes:
+        raise UserError("--dry-run needs a shape: sizes such as --hidden-size, or --arch")
+    arch = read_arch(arch_file, whole) if arch_file else whole.resized(**sizes)
+    whole.require_prunable_to(arch)
+    return {
+        "model_type": arch.restatement.restated_as if arch.restatement else arch.model_type,
+        **_shape(arch),
+        "num_non_embedding_parameters": arch.num_non_embedding_parameters,
+        "share_of_teacher": arch.num_parameters / whole.num_parameters,
+    }
+
+
+def _config_or_folder(model: str) -> Path:
+    path = Path(model).expanduser()
+    return path if path.suffix == ".json" else resolve_teacher(model, weights=False)
 
 
 def calibrate_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
