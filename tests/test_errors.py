@@ -101,6 +101,27 @@ def test_unsupported_model_type(place: Place, refused: Run) -> None:
     assert all(name in message for name in ("llama", "mistral", "qwen2", "qwen3", "gpt_neox"))
 
 
+def test_an_unknown_type_with_known_tensors_names_the_flag_that_tries_it(
+    place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place.config(model_type="myllama", head_dim=8)
+    message = refused(*compress(place))
+    assert message.endswith("its tensors match the table of llama: try --family llama")
+    monkeypatch.setattr("sys.argv", ["minitron", *compress(place, "--family", "llama")])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    config = json.loads((place.out / "student" / "config.json").read_text())
+    assert config["model_type"] in {"llama", "mistral"}
+
+
+def test_an_unknown_type_with_unknown_tensors_names_no_flag(place: Place, refused: Run) -> None:
+    place.config(model_type="myllama")
+    place.tensors(lambda tensors: tensors.update({"adapter.weight": torch.zeros(2)}))
+    assert "--family" not in refused(*compress(place))
+    assert "model_type 'lama' is not supported" in refused(*compress(place, "--family", "lama"))
+
+
 def test_unknown_tensor(place: Place, refused: Run) -> None:
     place.tensors(lambda tensors: tensors.update({"model.layers.0.adapter.weight": torch.zeros(2)}))
     assert "matches tensor model.layers.0.adapter.weight" in refused(*compress(place))

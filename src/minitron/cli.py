@@ -27,6 +27,7 @@ Target = Annotated[
 Data = Annotated[
     str | None, typer.Option(help="A txt, jsonl or parquet file or glob, a hub data set, or the built-in wiki.")
 ]
+Family = Annotated[str | None, typer.Option(help="Read the teacher as this model_type, whatever its config says.")]
 Tokens = Annotated[str | None, typer.Option(help="Tokens to distil on, such as 2M.")]
 Context = Annotated[int | None, typer.Option(help="Tokens in a block.")]
 Seed = Annotated[int | None, typer.Option(help="Decides the order of the text.")]
@@ -42,6 +43,7 @@ def compress(
     out: Out,
     target_params: Target = None,
     recipe: RecipeFile = None,
+    family: Family = None,
     data: Data = None,
     tokens: Tokens = None,
     context: Context = None,
@@ -52,7 +54,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """The main job: search a shape, prune, distil, evaluate. Run again to continue."""
-    loaded = _recipe(recipe, teacher=teacher, target_params=target_params, data=data, context=context,
+    loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data, context=context,
                      seed=seed, device=device, dtype=dtype, **{"distill.tokens": tokens})  # fmt: skip
     results = _pipeline().compress(loaded, out, overwrite)
     if as_json:
@@ -64,13 +66,14 @@ def compress(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A teacher as in compress, or a config.json by itself.")],
+    family: Family = None,
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Sizes and exact parameter counts, and whether the weights fit the family's table."""
-    _print_record(_pipeline().inspect(model), as_json)
+    _print_record(_pipeline().inspect(model, family), as_json)
 
 
 @app.command()
@@ -78,6 +81,7 @@ def calibrate(
     teacher: Teacher,
     out: Out,
     recipe: RecipeFile = None,
+    family: Family = None,
     data: Data = None,
     tokens: Annotated[str | None, typer.Option(help="Tokens to calibrate on.")] = None,
     context: Context = None,
@@ -88,8 +92,8 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Measure importance: calibration.safetensors and importance.safetensors in OUT."""
-    loaded = _recipe(recipe, teacher=teacher, data=data, context=context, seed=seed, device=device, dtype=dtype,
-                     **{"calibration.tokens": tokens})  # fmt: skip
+    loaded = _recipe(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed,
+                     device=device, dtype=dtype, **{"calibration.tokens": tokens})  # fmt: skip
     _print_record(_pipeline().calibrate_alone(loaded, out, overwrite), as_json)
 
 
@@ -99,6 +103,7 @@ def search(
     out: Out,
     target_params: Target = None,
     recipe: RecipeFile = None,
+    family: Family = None,
     data: Data = None,
     context: Context = None,
     seed: Seed = None,
@@ -108,7 +113,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the best shape within a budget: candidates.jsonl and arch.json in OUT."""
-    loaded = _recipe(recipe, teacher=teacher, target_params=target_params, data=data, context=context,
+    loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data, context=context,
                      seed=seed, device=device, dtype=dtype)  # fmt: skip
     _print_record(_pipeline().search_alone(loaded, out, overwrite), as_json)
 
@@ -126,6 +131,7 @@ def prune(
     target_params: Target = None,
     importance: Annotated[Path | None, typer.Option(help="A folder that calibrate wrote, instead of --data.")] = None,
     recipe: RecipeFile = None,
+    family: Family = None,
     data: Data = None,
     context: Context = None,
     seed: Seed = None,
@@ -144,11 +150,11 @@ def prune(
     if sum(map(bool, (given, arch, target_params))) > 1:
         raise UserError("give sizes, --arch or --target-params, not several of them")
     if dry_run:
-        _print_record(_pipeline().plan_prune(teacher, given, arch), as_json)
+        _print_record(_pipeline().plan_prune(teacher, given, arch, family), as_json)
         return
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
-    loaded = _recipe(recipe, teacher=teacher, target_params=target_params, data=data, context=context,
+    loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data, context=context,
                      seed=seed, device=device, dtype=dtype)  # fmt: skip
     _print_record(_pipeline().prune_alone(loaded, given, arch, importance, out, overwrite), as_json)
 
@@ -159,6 +165,7 @@ def distill(
     student: Annotated[str, typer.Argument(help="The pruned model to train.")],
     out: Out,
     recipe: RecipeFile = None,
+    family: Family = None,
     data: Data = None,
     tokens: Tokens = None,
     context: Context = None,
@@ -169,7 +176,7 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Teach a smaller model with a larger one: a Hugging Face folder at OUT."""
-    loaded = _recipe(recipe, teacher=teacher, data=data, context=context, seed=seed,
+    loaded = _recipe(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype, **{"distill.tokens": tokens})  # fmt: skip
     _print_record(_pipeline().distill_alone(loaded, student, out, overwrite), as_json)
 
@@ -178,6 +185,7 @@ def distill(
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model as in compress.")],
     recipe: RecipeFile = None,
+    family: Family = None,
     data: Data = None,
     max_tokens: Annotated[str | None, typer.Option(help="Tokens to measure on; all by default.")] = None,
     context: Context = None,
@@ -189,7 +197,7 @@ def evaluate(
     """Perplexity and bits per byte of a model on some text."""
     from minitron.recipe import option_count
 
-    loaded = _recipe(recipe, teacher=model, data=data, context=context, seed=seed,
+    loaded = _recipe(recipe, teacher=model, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype)  # fmt: skip
     _print_record(_pipeline().evaluate_alone(loaded, option_count("--max-tokens", max_tokens)), as_json)
 

@@ -33,7 +33,7 @@ class Inputs:
     @cached_property
     def teacher(self) -> Checkpoint:
         """The teacher on disk."""
-        return open_teacher(self.recipe.teacher)
+        return open_teacher(self.recipe.teacher, self.recipe.family)
 
     @cached_property
     def device(self) -> torch.device:

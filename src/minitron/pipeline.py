@@ -85,11 +85,11 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
     return dict(read_json(run.path("eval.json")))
 
 
-def inspect(model: str) -> dict[str, Any]:
+def inspect(model: str, family: str | None = None) -> dict[str, Any]:
     """What a model is, from its config alone; a folder's weights are held against its family's table."""
-    path = _config_or_folder(model)
+    path = _config_or_folder(model, family)
     checked = has_weights(path)
-    arch = open_checkpoint(path).arch if checked else Arch.from_config(read_config(path).to_dict())
+    arch = open_checkpoint(path, family).arch if checked else Arch.from_config(read_config(path, family).to_dict())
     return {
         "model_type": arch.model_type,
         "num_parameters": arch.num_parameters,
@@ -99,13 +99,15 @@ def inspect(model: str) -> dict[str, Any]:
     }
 
 
-def plan_prune(teacher: str, sizes: dict[str, int], arch_file: Path | None) -> dict[str, Any]:
+def plan_prune(
+    teacher: str, sizes: dict[str, int], arch_file: Path | None, family: str | None = None
+) -> dict[str, Any]:
     """The shape that `prune` would cut a teacher to, and its exact counts; from the teacher's config alone.
 
     Raises:
         UserError: no shape is given, or it cannot be cut out of the teacher.
     """
-    whole = Arch.from_config(read_config(_config_or_folder(teacher)).to_dict())
+    whole = Arch.from_config(read_config(_config_or_folder(teacher, family), family).to_dict())
     if not arch_file and not sizes:
         raise UserError("--dry-run needs a shape: sizes such as --hidden-size, or --arch")
     arch = read_arch(arch_file, whole) if arch_file else whole.resized(**sizes)
@@ -118,9 +120,9 @@ def plan_prune(teacher: str, sizes: dict[str, int], arch_file: Path | None) -> d
     }
 
 
-def _config_or_folder(model: str) -> Path:
+def _config_or_folder(model: str, family: str | None) -> Path:
     path = Path(model).expanduser()
-    return path if path.suffix == ".json" else resolve_teacher(model, weights=False)
+    return path if path.suffix == ".json" else resolve_teacher(model, weights=False, family=family)
 
 
 def calibrate_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:

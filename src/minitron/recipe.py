@@ -87,6 +87,8 @@ class Recipe(_Strict):
 
     teacher: str
     target_params: Annotated[str | float | None, BeforeValidator(_share)] = None
+    family: str | None = None
+    """Read the teacher as this `model_type`, whatever its config says."""
     data: str = "wiki"
     context: int | None = Field(None, ge=2)
     """Tokens in a block; by default 1,024, or all that the teacher was made for if that is less."""

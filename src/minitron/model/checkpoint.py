@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from minitron.errors import UserError
 from minitron.files import read_json
 from minitron.model.arch import Arch
-from minitron.model.families import family_of
+from minitron.model.families import UnsupportedFamilyError, family_of, family_that_fits
 
 MAX_SHARD_BYTES = 2 * 1024**3
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
@@ -86,14 +86,22 @@ class Checkpoint:
         return self._handles[path]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
     """Open a Hugging Face folder and hold every tensor against its family's table.
+
+    `family` reads it as another `model_type` than its config says.
 
     Raises:
         UserError: no config, an unsupported `model_type`, pickled or missing or damaged weights, a tensor that
             no row matches or whose shape is not the row's, or a row without its tensor.
     """
-    config = read_config(folder)
+    try:
+        config = read_config(folder, family)
+    except UnsupportedFamilyError as error:
+        hint = ""
+        if fitting := family_that_fits(set(_locate_tensors(folder))):
+            hint = f"; its tensors match the table of {fitting.model_type}: try --family {fitting.model_type}"
+        raise UserError(f"{error}{hint}") from error
     arch = Arch.from_config(config.to_dict())
     stored, prefix = _locate_tensors(folder), arch.family.prefix
     is_unprefixed = bool(prefix) and not any(name.startswith(prefix) for name in stored)
@@ -103,8 +111,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     return checkpoint
 
 
-def read_config(path: Path) -> Any:
+def read_config(path: Path, family: str | None = None) -> Any:
     """The config of a folder, or of a `config.json` by itself, with the defaults of its `model_type` filled in.
+
+    `family` reads it as another `model_type`.
 
     Code that a folder brings along (`auto_map`) is never run: every supported family is native to transformers.
     """
@@ -115,7 +125,8 @@ def read_config(path: Path) -> Any:
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{path} does not say its model_type")
     values.pop("auto_map", None)
-    model_type = family_of(str(values.pop("model_type"))).model_type
+    model_type = family_of(family or str(values["model_type"])).model_type
+    del values["model_type"]
     try:
         return AutoConfig.for_model(model_type, **values)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:

@@ -22,16 +22,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron")
 
 
-def open_teacher(teacher: str) -> Checkpoint:
-    """Resolve and open a teacher.
+def open_teacher(teacher: str, family: str | None = None) -> Checkpoint:
+    """Resolve and open a teacher; `family` reads it as another `model_type` than its config says.
 
     Raises:
         UserError: nothing of that name can be had, or it cannot be used (see `open_checkpoint`).
     """
-    return open_checkpoint(resolve_teacher(teacher))
+    return open_checkpoint(resolve_teacher(teacher, family=family), family)
 
 
-def resolve_teacher(teacher: str, weights: bool = True) -> Path:
+def resolve_teacher(teacher: str, weights: bool = True, family: str | None = None) -> Path:
     """The folder of a teacher; a GGUF file is converted once and kept in the cache.
 
     Without `weights`, of a hub model the config file alone.
@@ -47,7 +47,7 @@ def resolve_teacher(teacher: str, weights: bool = True) -> Path:
         return convert_gguf(path)
     if path.exists():
         raise UserError(f"teacher {path} is neither a folder nor a .gguf file")
-    return download(teacher, weights)
+    return download(teacher, weights, family)
 
 
 def package_file(module: str, requirement: str, file: str) -> Path:
@@ -133,7 +133,7 @@ WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]  # not Mistral'
 COMPANIONS = ["*.json", "tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "chat_template*", "LICENSE*"]
 
 
-def download(hub_id: str, weights: bool = True) -> Path:
+def download(hub_id: str, weights: bool = True, family: str | None = None) -> Path:
     """The folder of a hub model, its config looked at before any weight is fetched.
 
     Raises:
@@ -145,7 +145,7 @@ def download(hub_id: str, weights: bool = True) -> Path:
     try:
         with Progress(f"download {hub_id}"):
             config = Path(hf_hub_download(hub_id, "config.json"))
-            read_config(config)
+            read_config(config, family)
             if not weights:
                 return config
             return Path(snapshot_download(hub_id, allow_patterns=[*WEIGHTS, *COMPANIONS]))

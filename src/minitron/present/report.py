@@ -21,7 +21,6 @@ th:first-child, td:first-child { text-align: left; } tr.chosen td { font-weight:
 svg { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 @media print { body { margin: 0; max-width: none; } pre { white-space: pre-wrap; } }
 """
-SHOWN = ("teacher", "student")
 TEACHER, STUDENT = "#999999", "#0072b2"
 """Grey and blue: told apart by every kind of sight, and in print."""
 
@@ -30,7 +29,10 @@ def write_report(run: Path) -> None:
     """Write `report.html` into a finished run directory."""
     record, results = read_json(run / "run.json"), read_json(run / "eval.json")
     candidates, metrics = read_jsonl(run / "candidates.jsonl"), read_jsonl(run / "metrics.jsonl")
-    teacher, student = (_sizes(Arch.from_config(read_config(run / name).to_dict()).sizes) for name in SHOWN)
+    read_as = {"teacher": record["recipe"].get("family"), "student": None}
+    teacher, student = (
+        _sizes(Arch.from_config(read_config(run / name, family).to_dict()).sizes) for name, family in read_as.items()
+    )
     chosen = read_json(run / "arch.json")
     recipe, measured = record["recipe"], results["student"]
     share = measured["num_parameters"] / results["teacher"]["num_parameters"]

@@ -18,8 +18,23 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+class UnsupportedFamilyError(UserError):
+    """A `model_type` that no table is for."""
+
+
 def family_of(model_type: str) -> Family:
-    """The table of a `model_type`; an unknown one is a `UserError` that lists the supported ones."""
+    """The table of a `model_type`; an unknown one is an `UnsupportedFamilyError` that lists the supported ones."""
     if model_type not in FAMILIES:
-        raise UserError(f"model_type '{model_type}' is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        supported = ", ".join(sorted(FAMILIES))
+        raise UnsupportedFamilyError(f"model_type '{model_type}' is not supported; supported: {supported}")
     return FAMILIES[model_type]
+
+
+def family_that_fits(tensor_names: set[str]) -> Family | None:
+    """The first family whose table has a row for every one of these tensors and misses none that it must have."""
+    for family in FAMILIES.values():
+        matched = [family.match(name) for name in tensor_names]
+        required = {row for row in family.rows if row.condition is None and not row.is_buffer}
+        if all(matched) and required <= {found[0] for found in matched if found}:
+            return family
+    return None
