@@ -1,4 +1,4 @@
-"""What a recipe names, opened: teacher, text, budget; each when first asked for."""
+"""What a recipe names, opened: teacher, text, candidates; each when first asked for."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from minitron.model.source import open_teacher
 from minitron.prune.calibrate import calibrate
 from minitron.prune.importance import Importance
 from minitron.recipe import Recipe
-from minitron.search.budget import Budget, parse_budget
+from minitron.search.budget import parse_budget
 from minitron.search.candidates import feasible
 from minitron.search.rank import search
 
@@ -79,11 +79,10 @@ class Inputs:
         )
 
     @cached_property
-    def budget(self) -> Budget:
-        """The range of sizes, known to hold at least one shape."""
+    def candidates(self) -> list[Arch]:
+        """Every shape within the target's budget; at least one."""
         budget = parse_budget(self.recipe.target_params, self.teacher.arch, self.recipe.search.tolerance)
-        feasible(self.teacher.arch, budget)
-        return budget
+        return feasible(self.teacher.arch, budget)
 
     def calibrate(self) -> dict[str, Tensor]:
         """The statistics of the first training blocks."""
@@ -91,5 +90,7 @@ class Inputs:
         return calibrate(self.model, self.teacher.arch, self.splits.train[:num_blocks])
 
     def search(self, importance: Importance, log: Path) -> Arch:
-        """The best shape within the budget."""
-        return search(self.teacher, self.model, importance, self.splits.heldout, self.budget, self.recipe.search, log)
+        """The best of the candidates."""
+        return search(
+            self.teacher, self.model, importance, self.splits.heldout, self.candidates, self.recipe.search, log
+        )

@@ -137,7 +137,7 @@ def calibrate_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any
 def search_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
     """Write `candidates.jsonl` and `arch.json` for a teacher and a budget into the folder `out`."""
     inputs = _inputs_alone(recipe, out, overwrite, mark="candidates.jsonl")
-    _ = inputs.budget
+    _ = inputs.candidates
     importance = score(inputs.calibrate(), inputs.teacher.arch)
     with whole_folder(out) as staging:
         arch = inputs.search(importance, staging / "candidates.jsonl")
@@ -164,7 +164,7 @@ def prune_alone(
         arch = teacher.arch.resized(**sizes)
         teacher.arch.require_prunable_to(arch)
     else:
-        _ = inputs.budget
+        _ = inputs.candidates
     require_space(out, teacher.num_bytes)
     scores = _read_importance(importance, teacher.arch) if importance else score(inputs.calibrate(), teacher.arch)
     if arch is None:
@@ -254,14 +254,14 @@ def _inputs_alone(
 def _check(run: Run, inputs: Inputs) -> None:
     """Look at everything that can be wrong before anything is written."""
     _ = inputs.dtype
-    target = inputs.budget.high
+    largest = max(arch.num_parameters for arch in inputs.candidates)
     with Progress("check teacher", inputs.teacher.num_bytes, "bytes") as progress:
         run.bind("teacher", inputs.teacher.fingerprint(progress.advance))
     run.bind("data", inputs.splits.fingerprint())
     if run.is_begun:
         return
     # Pruned and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.
-    require_space(run.folder, 2 * inputs.teacher.num_bytes + 2 * 12 * target)
+    require_space(run.folder, 2 * inputs.teacher.num_bytes + 2 * 12 * largest)
 
 
 def _link_teacher(run: Run, teacher: Checkpoint) -> None:

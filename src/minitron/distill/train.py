@@ -158,7 +158,7 @@ def accumulate(
     device = next(teacher.parameters()).device
     mine = ids.chunk(world.size)[world.rank]
     total = torch.zeros((), dtype=torch.float64, device=device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype in {torch.bfloat16, torch.float16})
+    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     for part in mine.split(recipe.micro_batch_size):
         part = part.to(device)
         with torch.no_grad():
@@ -241,7 +241,9 @@ def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
 
 def _load(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world: World) -> int:
     """Restore the last checkpoint, if there is one, and return the step it was taken after."""
-    recover_folder(work / "checkpoint")
+    if world.is_main:
+        recover_folder(work / "checkpoint")
+    world.barrier()
     if not (work / "checkpoint").is_dir():
         return 0
     for parameter in student.parameters():
@@ -257,8 +259,11 @@ def _load(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world
 
 
 def _write_student(student: Headless, pruned: Checkpoint, out: Path, world: World) -> None:
-    # Gathering a sharded parameter takes every rank; writing takes one.
-    state = {name: whole(parameter).to(pruned.dtype).cpu() for name, parameter in student.model.named_parameters()}
+    state = {}
+    for name, parameter in student.model.named_parameters():
+        value = whole(parameter)  # gathering takes every rank; keeping and writing take one
+        if world.is_main:
+            state[name] = value.to(pruned.dtype).cpu()
     if world.is_main:
         with Progress("write student"), whole_folder(out) as staging:
             write_model(staging, student.model, state, pruned)

@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from minitron.errors import UserError
 from minitron.files import require_space, require_writable, whole_folder
-from minitron.model.checkpoint import Checkpoint, open_checkpoint, read_config
+from minitron.model.checkpoint import COMPANIONS, Checkpoint, open_checkpoint, read_config
 from minitron.model.families import family_of
 from minitron.progress import Progress
 
@@ -130,7 +130,6 @@ def _content_hash(path: Path, progress: Progress) -> str:
 
 
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]  # not Mistral's second, consolidated copy
-COMPANIONS = ["*.json", "tokenizer*", "vocab*", "merges.txt", "*.tiktoken", "chat_template*", "LICENSE*"]
 
 
 def download(hub_id: str, weights: bool = True, family: str | None = None) -> Path:
@@ -148,7 +147,7 @@ def download(hub_id: str, weights: bool = True, family: str | None = None) -> Pa
             read_config(config, family)
             if not weights:
                 return config
-            return Path(snapshot_download(hub_id, allow_patterns=[*WEIGHTS, *COMPANIONS]))
+            return Path(snapshot_download(hub_id, allow_patterns=[*WEIGHTS, "*.json", *COMPANIONS]))
     except GatedRepoError as error:
         raise UserError(
             f"hub model '{hub_id}' is gated: accept its terms on its page, then log in (hf auth login)"

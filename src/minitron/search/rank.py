@@ -19,8 +19,7 @@ from minitron.progress import Progress
 from minitron.prune.importance import Importance, kept_share, select
 from minitron.prune.trim import trimmed
 from minitron.recipe import SearchRecipe
-from minitron.search.budget import Budget
-from minitron.search.candidates import feasible, grid, shortlist
+from minitron.search.candidates import grid, shortlist
 
 
 def search(
@@ -28,22 +27,18 @@ def search(
     model: nn.Module,
     importance: Importance,
     heldout: Blocks,
-    budget: Budget,
+    candidates: list[Arch],
     recipe: SearchRecipe,
     log: Path,
 ) -> Arch:
-    """The best shape within the budget: all are predicted, a diverse short list is measured.
+    """The best of the candidates: all are predicted, a diverse short list is measured.
 
     `log` is `candidates.jsonl`: the short list with its predicted losses, then one measured loss after the
     other, so that an interrupted search measures only what is missing.
-
-    Raises:
-        UserError: no shape fits the budget.
     """
     rows = read_jsonl(log)
     measure = _Measurer(teacher, model, importance, heldout)
     if not rows:
-        candidates = feasible(teacher.arch, budget)
         rows = _short_list(teacher.arch, importance, candidates, recipe.shortlist, measure)
         write_jsonl(log, rows)
     done = sum(row["zero_shot_loss"] is not None for row in rows)
