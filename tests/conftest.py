@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,22 @@ SIZES = {
     "num_key_value_heads": 3,
     "head_dim": 8,
     "max_position_embeddings": 256,
+}
+
+MAMBA = {
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 8,
+    "n_groups": 3,
+    "ssm_state_size": 16,
+    "chunk_size": 16,
+    "eos_token_id": 257,
+}
+HYBRID = {"mamba_n_groups": 3, "mamba_d_state": 16, "mamba_chunk_size": 16, "eos_token_id": 257}
+EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
 }
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -76,6 +93,64 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {"eos_token_id": 257, "bos_token_id": 256}),
     "gpt_neox-sequential": ("gpt_neox", {"eos_token_id": 257, "use_parallel_residual": False, "attention_bias": False}),
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 48, "pad_token_id": 1}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1, 2]},
+    ),
+    "qwen3_moe-period": (
+        "qwen3_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+        },
+    ),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
+    "mamba2": (
+        "mamba2",
+        {"num_heads": 12, "n_groups": 2, "state_size": 16, "chunk_size": 16, "use_bias": True, "eos_token_id": 257},
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {**MAMBA, **EXPERTS, "hybrid_override_pattern": "M-*EM-*E", "use_bias": True, "mlp_bias": True},
+    ),
+    "nemotron_h-latent": (
+        "nemotron_h",
+        {**MAMBA, **EXPERTS, "hybrid_override_pattern": "ME*MEM*E", "moe_latent_size": 16},
+    ),
+    "bamba": (
+        "bamba",
+        {"attn_layer_indices": [1, 2], "mamba_n_heads": 12, "mamba_d_head": 8, **HYBRID, "mamba_proj_bias": True},
+    ),
+    "falcon_h1": (
+        "falcon_h1",
+        {
+            "mamba_d_ssm": 48,
+            "mamba_n_heads": 6,
+            **HYBRID,
+            "mamba_rms_norm": True,
+            "lm_head_multiplier": 0.5,
+            "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.9],
+            "ssm_in_multiplier": 1.3,
+            "key_multiplier": 0.6,
+        },
+    ),
+    "falcon_h1-biases": (
+        "falcon_h1",
+        {
+            "mamba_d_ssm": 48,
+            "mamba_n_heads": 6,
+            **HYBRID,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "mamba_proj_bias": True,
+            "projectors_bias": True,
+        },
+    ),
     "qwen3-bias": ("qwen3", {"attention_bias": True, "tie_word_embeddings": False}),
 }
 """Every family, and within it every row that a config can switch on or off."""
@@ -100,19 +175,34 @@ def make_model(folder: Path, variant: str, seed: int = 0, **changes: Any) -> Pat
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
+            if parameter.ndim == 1 or name.endswith("bias"):
                 parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name else 0.0))
             else:
                 parameter.mul_(4.0)  # away from the near-uniform outputs of a fresh initialisation
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
+@pytest.fixture(scope="session")
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """Gives the tiny model of a variant, made once for all tests, which only read it."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    @cache
+    def teacher(variant: str) -> Checkpoint:
+        return open_checkpoint(make_model(folder / variant, variant))
+
+    return teacher
+
+
 @pytest.fixture(params=VARIANTS)
-def teacher(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoint:
+def teacher(request: pytest.FixtureRequest, teachers: Callable[[str], Checkpoint]) -> Checkpoint:
     """A tiny model of each variant in turn."""
-    return open_checkpoint(make_model(tmp_path / "teacher", request.param))
+    return teachers(request.param)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron.errors import UserError
-from minitron.model.anatomy import parse_rows, parse_taps
 from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from minitron.model.grammar import parse_rows, parse_taps
 
 AXIS_SIZES = {"hidden": 16, "query": 6, "kv": 2, "head_dim": 4, "ffn": 10}
 
@@ -39,10 +39,10 @@ def test_a_tap_needs_a_side() -> None:
 
 def test_every_tensor_matches_exactly_one_row(teacher: Checkpoint) -> None:
     stored = load_file(teacher.folder / "model.safetensors")
-    family, expected = teacher.arch.family, dict(expected_shapes(teacher.arch))
+    expected = dict(expected_shapes(teacher.arch))
     assert set(stored) == set(expected)
     for name, tensor in stored.items():
-        rows = [row for row in family.rows if row.present(teacher.arch.flags) and row.pattern.fullmatch(name)]
+        rows = [row for row in teacher.arch.rows if row.pattern.fullmatch(name)]
         assert len(rows) == 1, name
         assert tuple(tensor.shape) == expected[name]
 

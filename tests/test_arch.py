@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from minitron.errors import UserError
+from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, read_config
 
@@ -59,6 +60,25 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
          "sliding_window": 512, "query_pre_attn_scalar": 256, "tie_word_embeddings": True},
         268_098_176, 100_326_016,
     ),
+    "Nemotron-H-8B": (
+        {"model_type": "nemotron_h", "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+         "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 21504, "mamba_num_heads": 128,
+         "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "head_dim": 128},
+        8_100_852_736, 7_027_110_912,
+    ),
+    "Nemotron-Nano-12B-v2": (
+        {"model_type": "nemotron_h", "hidden_size": 5120, "intermediate_size": 20480, "mamba_num_heads": 128,
+         "mamba_head_dim": 80, "n_groups": 8, "ssm_state_size": 128, "num_attention_heads": 40,
+         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072,
+         "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-"},
+        12_310_001_152, 10_967_823_872,
+    ),
+    "Mixtral-8x7B": (
+        {"model_type": "mixtral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8},
+        46_702_792_704, 46_440_648_704,
+    ),
     "Qwen3-8B": (
         {"model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "head_dim": 128,
          "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
@@ -84,19 +104,73 @@ def test_count_equals_the_model_on_the_meta_device(teacher: Checkpoint) -> None:
 
 
 def test_sizes_are_checked(teacher: Checkpoint) -> None:
+    arch = teacher.arch
     with pytest.raises(UserError, match="did you mean 'hidden_size'"):
-        teacher.arch.resized(hiden_size=32)
-    with pytest.raises(UserError, match=r"not a multiple|is not 5"):
-        teacher.arch.resized(num_attention_heads=5)
+        arch.resized(hiden_size=32)
     with pytest.raises(UserError, match="at least 1"):
-        teacher.arch.resized(intermediate_size=0)
-    with pytest.raises(UserError, match="above the teacher's 64"):
-        teacher.arch.require_prunable_to(teacher.arch.resized(intermediate_size=65))
+        arch.resized(hidden_size=0)
     with pytest.raises(UserError, match="vocab_size cannot be pruned"):
-        teacher.arch.require_prunable_to(teacher.arch.resized(vocab_size=100))
-    if "kv" in teacher.arch.family.prunable_axes:
+        arch.require_prunable_to(arch.resized(vocab_size=100))
+    if "intermediate_size" in arch.sizes:
+        with pytest.raises(UserError, match="above the teacher's 64"):
+            arch.require_prunable_to(arch.resized(intermediate_size=65))
+    for axis in {"query", "mhead"} & set(arch.axes):
+        with pytest.raises(UserError, match=r"is not (a multiple of|48)"):
+            arch.resized(**{AXES[axis]: 5})
+    if "expert" in arch.axes:
+        with pytest.raises(UserError, match="num_local_experts 1 is below num_experts_per_tok 2"):
+            arch.resized(num_local_experts=1)
+    if "kv" in arch.prunable_axes:
         with pytest.raises(UserError, match="6 a group, above the teacher's 2"):
-            teacher.arch.require_prunable_to(teacher.arch.resized(num_key_value_heads=1))
-    elif "num_key_value_heads" in teacher.arch.sizes:
+            arch.require_prunable_to(arch.resized(num_key_value_heads=1))
+    elif "num_key_value_heads" in arch.sizes:
         with pytest.raises(UserError, match="num_key_value_heads cannot be pruned"):
-            teacher.arch.require_prunable_to(teacher.arch.resized(num_key_value_heads=1))
+            arch.require_prunable_to(arch.resized(num_key_value_heads=1))
+
+
+def test_depth_is_shared_out_to_the_kinds_of_layers(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Nemotron-Nano-12B-v2"][0]))
+    arch = Arch.from_config(read_config(tmp_path).to_dict())
+    assert arch.kinds == {"attention": 6, "mamba": 28, "mlp": 28}
+    assert arch.resized(num_hidden_layers=31).kinds == {"attention": 3, "mamba": 14, "mlp": 14}
+    assert arch.resized(num_hidden_layers=3).kinds == {"attention": 1, "mamba": 1, "mlp": 1}
+    assert arch.resized(num_hidden_layers=62).layers == arch.layers
+    for depth in range(3, 63):
+        counts = arch.resized(num_hidden_layers=depth).kinds
+        assert sum(counts.values()) == depth
+        assert all(abs(counts[kind] - depth * all_ / 62) < 1 or counts[kind] == 1 for kind, all_ in arch.kinds.items())
+    by_kind = arch.resized(num_mamba_layers=27, num_mlp_layers=25, num_attention_layers=4)
+    assert by_kind.sizes["num_hidden_layers"] == 56
+    with pytest.raises(UserError, match="one layer of each kind"):
+        arch.resized(num_hidden_layers=2)
+    with pytest.raises(UserError, match="num_hidden_layers 56 is not the sum of"):
+        arch.resized(num_hidden_layers=56, num_mamba_layers=28)
+
+
+# Cuts of published teachers, and the counts of the published models that they are.
+MINITRONS: list[tuple[str, dict[str, int], int]] = [
+    ("Nemotron-4-15B", {"hidden_size": 3072, "intermediate_size": 9216, "num_attention_heads": 24}, 4_190_509_056),
+    ("Mistral-NeMo-12B", {"hidden_size": 4096, "intermediate_size": 11520}, 8_414_105_600),
+    ("Llama-3.1-8B", {"hidden_size": 3072, "intermediate_size": 9216}, 4_512_746_496),
+    ("Llama-3.1-8B", {"num_hidden_layers": 16}, 4_540_469_248),
+    (
+        "Nemotron-H-8B",
+        {"hidden_size": 3072, "intermediate_size": 12288, "mamba_num_heads": 112},
+        4_489_223_040,
+    ),
+    (
+        "Nemotron-Nano-12B-v2",
+        {"hidden_size": 4480, "intermediate_size": 15680, "num_mamba_layers": 27, "num_mlp_layers": 25,
+         "num_attention_layers": 4},
+        8_888_227_328,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "sizes", "num_parameters"), MINITRONS)
+def test_published_minitrons(name: str, sizes: dict[str, int], num_parameters: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name][0]))
+    teacher = Arch.from_config(read_config(tmp_path).to_dict())
+    student = teacher.resized(**sizes)
+    teacher.require_prunable_to(student)
+    assert student.num_parameters == num_parameters

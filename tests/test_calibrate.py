@@ -1,15 +1,19 @@
 """Statistics against the formulas, computed the slow way from the activations of single blocks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint
 from minitron.prune.calibrate import calibrate
-from minitron.prune.importance import score
+from minitron.prune.importance import score, score_shape, select
 
 CPU = torch.device("cpu")
 
@@ -20,49 +24,156 @@ def blocks() -> Blocks:
     return Blocks(ids, torch.ones_like(ids, dtype=torch.int32))
 
 
+class Seen(dict[str, list[Tensor]]):
+    """What went into or came out of modules, a list of (tokens, width) by module, block after block."""
+
+    def watch(self, module: torch.nn.Module, name: str, output: bool = False) -> None:
+        if output:
+            module.register_forward_hook(lambda _, __, out: self.add(name, out))
+        else:
+            module.register_forward_pre_hook(lambda _, inputs: self.add(name, inputs[0]))
+
+    def add(self, name: str, activation: Tensor) -> None:
+        self.setdefault(name, []).append(activation.flatten(0, -2))
+
+    def aggregate(self, name: str) -> Tensor:
+        """Batch L2 of the sequence mean of absolute values."""
+        return torch.stack([x.abs().mean(dim=0) for x in self[name]]).square().sum(dim=0).sqrt().double()
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def test_one_pass_gives_every_score(teacher: Checkpoint, blocks: Blocks) -> None:
-    model = load_model(teacher, CPU, torch.float32)
-    importance = score(calibrate(model, teacher.arch, blocks), teacher.arch)
-    seen: dict[str, list[Tensor]] = {}
+    model, arch = load_model(teacher, CPU, torch.float32), teacher.arch
+    importance = score(calibrate(model, arch, blocks), arch, "x")
+    assert {axis: list(scores.shape) for axis, scores in importance.items()} == {
+        axis: score_shape(arch, axis) for axis in arch.prunable_axes
+    }
+    seen, single = Seen(), [tap for tap in arch.family.taps if len(tap.axes) == 1 and tap.side != "routed"]
+    for tap in single:
+        for i in arch.layer_numbers(tap.kind) if tap.axes[0] in arch.axes else []:
+            name = tap.module.replace("{i}", str(i))
+            if name not in seen:
+                seen[name] = []
+                seen.watch(model.get_submodule(name), name, output=tap.side == "output")
+    layers = [model.get_submodule(arch.family.layer.replace("{i}", str(i))) for i in range(arch.axis_size("layer"))]
+    residuals: list[list[Tensor]] = [[] for _ in layers]
+    for layer, outputs in zip(layers, residuals, strict=True):
+        layer.register_forward_hook(
+            lambda _, __, out, outputs=outputs: outputs.append(out[0] if isinstance(out, tuple) else out)
+        )
+    for ids in blocks.ids:
+        model(input_ids=ids[None])
 
-    def keep(name: str, output: bool = False) -> None:
-        module = model.get_submodule(name)
-        if output:
-            module.register_forward_hook(lambda _, __, out: seen.setdefault(name, []).append(out.flatten(0, -2)))
-        else:
-            module.register_forward_pre_hook(
-                lambda _, inputs: seen.setdefault(name, []).append(inputs[0].flatten(0, -2))
+    hidden = [seen.aggregate(tap.module.replace("{i}", str(i)))
+              for tap in single if tap.axes == ("hidden",) for i in range(arch.axis_size("layer"))]  # fmt: skip
+    assert_close(importance["hidden"], torch.stack(hidden).sum(dim=0))
+    for tap in single:
+        (axis,) = tap.axes
+        if axis == "hidden" or axis not in arch.axes:
+            continue
+        for i in arch.layer_numbers(tap.kind):
+            whole = seen.aggregate(tap.module.replace("{i}", str(i)))
+            assert_close(importance[axis][i], whole.view(arch.axis_size(axis), -1).norm(dim=1))
+    for i in range(1, len(layers)):  # what goes into a layer is what the one before put out
+        cosines = [cosine_similarity(*pair, dim=-1).mean() for pair in zip(residuals[i - 1], residuals[i], strict=True)]
+        influence = 1 - torch.stack(cosines).mean().double()
+        torch.testing.assert_close(importance["layer"][i], influence, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", ["x", "z", "out_proj"])
+@torch.no_grad()
+def test_mamba_heads_and_channels_are_scored_by_what_is_chosen(
+    teachers: Callable[[str], Checkpoint], blocks: Blocks, choice: str
+) -> None:
+    teacher = teachers("nemotron_h")
+    model, arch = load_model(teacher, CPU, torch.float32), teacher.arch
+    importance = score(calibrate(model, arch, blocks), arch, choice)
+    seen, mixer = Seen(), model.model.layers[0].mixer
+    seen.watch(mixer.in_proj, "in", output=True)
+    seen.watch(mixer.out_proj, "out_proj")
+    for ids in blocks.ids:
+        model(input_ids=ids[None])
+    seen["z"], seen["x"] = [x[:, :48] for x in seen["in"]], [x[:, 48:96] for x in seen["in"]]
+    aggregate = seen.aggregate(choice).view(6, 8)
+    assert_close(importance["mhead"][0], aggregate)
+    assert_close(importance["mchan"][0], aggregate.norm(dim=0))
+    others = {"x", "z", "out_proj"} - {choice}
+    assert not any(torch.allclose(importance["mhead"][0], seen.aggregate(o).view(6, 8), rtol=1e-3) for o in others)
+
+
+@torch.no_grad()
+def test_mamba_heads_are_ranked_in_their_group_on_the_channels_that_stay(
+    teachers: Callable[[str], Checkpoint], blocks: Blocks
+) -> None:
+    arch = teachers("nemotron_h").arch
+    importance = score(calibrate(load_model(teachers("nemotron_h"), CPU, torch.float32), arch, blocks), arch, "x")
+    # Channels 0 and 1 are the best overall. Head 1 is the better of its group (0 1) on all channels, head 0 on these.
+    heads = torch.full((6, 8), 0.1, dtype=torch.float64)
+    heads[:, :2] = 5.0
+    heads[1, 2:] = 4.0
+    heads[1, :2] = 4.0
+    heads[[3, 4], :2] = 9.0
+    importance["mhead"][0], importance["mchan"][0] = heads, heads.norm(dim=0)
+    cut = select(importance, arch, arch.resized(mamba_num_heads=3, mamba_head_dim=2))
+    assert cut["mchan"][0].tolist() == [0, 1]
+    assert cut["mhead"][0].tolist() == [0, 3, 4]
+    whole = select(importance, arch, arch.resized(mamba_num_heads=3))
+    assert whole["mhead"][0].tolist() == [1, 3, 4]
+
+
+@pytest.mark.parametrize("variant", ["mixtral", "qwen3_moe", "gpt_oss", "nemotron_h", "nemotron_h-latent"])
+@torch.no_grad()
+def test_experts_are_scored_by_the_tokens_that_reach_them(
+    teachers: Callable[[str], Checkpoint], blocks: Blocks, variant: str
+) -> None:
+    teacher = teachers(variant)
+    model, arch = load_model(teacher, CPU, torch.float32), teacher.arch
+    model.set_experts_implementation("eager")
+    importance = score(calibrate(model, arch, blocks), arch, "x")
+    layer = arch.layer_numbers("moe")[0] if arch.kinds else 0
+    experts = next(m for n, m in model.named_modules() if n.endswith("experts") and f"layers.{layer}." in n)
+    calls: list[tuple[Tensor, ...]] = []
+    hook = experts.register_forward_pre_hook(lambda _, args: calls.append(args))
+    for ids in blocks.ids:
+        model(input_ids=ids[None])
+    hook.remove()
+    ffn = importance["expert_ffn" if "expert_ffn" in importance else "ffn"][layer]
+    down = experts.down_proj if experts.is_transposed else experts.down_proj.mT  # (experts, ffn, hidden)
+    for e in range(4):
+        squared, norms = torch.zeros(ffn.shape[1]), []
+        for states, numbers, weights in calls:
+            token, place = (numbers == e).nonzero(as_tuple=True)
+            # The expert alone, asked for the tokens that reach it with a weight of one: linear in its second matrix.
+            chosen, ones = torch.full((len(token), 1), e), torch.ones(len(token), 1)
+            norms.append(experts(states[token], chosen, ones).norm(dim=1) * weights[token, place])
+            seen = neurons(experts, e, states[token])
+            squared += (seen.abs().sum(dim=0) / len(states)).square()
+            bias = experts.down_proj_bias[e] if experts.has_bias else 0.0
+            torch.testing.assert_close(
+                seen @ down[e] + bias, experts(states[token], chosen, ones), atol=1e-4, rtol=1e-4
             )
+        assert_close(ffn[e], squared.sqrt())
+        assert_close(importance["expert"][layer][e], torch.cat(norms).sum() / max(1, len(torch.cat(norms))))
 
-    taps = {tap.module: tap for tap in teacher.arch.family.taps}
-    for i in range(4):
-        for name, tap in taps.items():
-            keep(name.replace("{i}", str(i)), output=tap.side == "output")
-    residuals = [model(input_ids=ids[None], output_hidden_states=True).hidden_states for ids in blocks.ids]
 
-    def aggregate(axis: str, layer: int) -> Tensor:
-        """Batch L2 of the sequence mean of absolute values, summed over the taps of an axis."""
-        names = [name.replace("{i}", str(layer)) for name, tap in taps.items() if tap.axis == axis]
-        return torch.stack(
-            [torch.stack([x.abs().mean(dim=0) for x in seen[name]]).square().sum(dim=0).sqrt() for name in names]
-        ).sum(dim=0)
-
-    hidden = torch.stack([aggregate("hidden", i) for i in range(4)]).sum(dim=0)
-    torch.testing.assert_close(importance["hidden"], hidden.double(), rtol=1e-4, atol=1e-5)
-    for i in range(4):
-        torch.testing.assert_close(importance["ffn"][i], aggregate("ffn", i).double(), rtol=1e-4, atol=1e-5)
-        if "query" not in importance:
-            continue
-        query = aggregate("query", i).view(6, 8).norm(dim=1)
-        torch.testing.assert_close(importance["query"][i], query.double(), rtol=1e-4, atol=1e-5)
-        if "kv" not in importance:
-            continue
-        torch.testing.assert_close(importance["kv"][i], query.view(3, 2).norm(dim=1).double(), rtol=1e-4, atol=1e-5)
-    for i in range(3):  # the last hidden state is normalised, so the last layer's output is not among them
-        cosines = [torch.nn.functional.cosine_similarity(h[i][0], h[i + 1][0], dim=-1).mean() for h in residuals]
-        influence = 1 - torch.stack(cosines).mean()
-        torch.testing.assert_close(importance["layer"][i], influence.double(), rtol=1e-3, atol=1e-5)
+def neurons(experts: Any, number: int, states: Tensor) -> Tensor:
+    """What enters an expert's second matrix, read off by making that matrix the identity."""
+    down, hidden = experts.down_proj.clone(), states.shape[1]
+    pieces, width = [], down.shape[1] if experts.is_transposed else down.shape[2]
+    ones, chosen = torch.ones(len(states), 1), torch.full((len(states), 1), number)
+    bias = experts.down_proj_bias[number] if experts.has_bias else 0.0
+    for start in range(0, width, hidden):
+        eye = torch.zeros(width, hidden)
+        for i in range(min(hidden, width - start)):
+            eye[start + i, i] = 1.0
+        experts.down_proj[number] = eye if experts.is_transposed else eye.T
+        pieces.append((experts(states, chosen, ones) - bias)[:, : width - start])
+    experts.down_proj.copy_(down)
+    return torch.cat(pieces, dim=1)
 
 
 def test_hooks_are_gone_afterwards(teacher: Checkpoint, blocks: Blocks) -> None:
@@ -74,8 +185,7 @@ def test_hooks_are_gone_afterwards(teacher: Checkpoint, blocks: Blocks) -> None:
 def test_broken_activations_are_an_error(teacher: Checkpoint, blocks: Blocks) -> None:
     model = load_model(teacher, CPU, torch.float32)
     with torch.no_grad():
-        tap = next(tap for tap in teacher.arch.family.taps if tap.axis == "ffn")
-        model.get_submodule(tap.module.replace("{i}", "1")).weight[0, 0] = float("nan")
+        next(parameter for name, parameter in model.named_parameters() if ".1." in name).flatten()[0] = float("nan")
     with pytest.raises(UserError, match="hold NaN or infinity"):
         calibrate(model, teacher.arch, blocks)
 

@@ -79,8 +79,8 @@ def test_the_short_list_takes_the_best_that_differ() -> None:
 
 def test_kept_share_of_grouped_heads_is_taken_within_the_groups() -> None:
     importance = {"query": torch.tensor([[3.0, 1.0, 0.0] * 3])}
-    assert kept_share(importance, SMOLLM2, "query", 1) == pytest.approx(0.9)
-    assert kept_share(importance, SMOLLM2, "query", 2) == pytest.approx(1.0)
+    assert kept_share(importance, SMOLLM2, SMOLLM2.resized(num_attention_heads=3), "query") == pytest.approx(0.9)
+    assert kept_share(importance, SMOLLM2, SMOLLM2.resized(num_attention_heads=6), "query") == pytest.approx(1.0)
 
 
 def test_a_llama_with_biases_keeps_to_shapes_that_its_config_class_takes() -> None:

@@ -66,14 +66,21 @@ def compress(
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(help="A teacher as in compress, or a config.json by itself.")],
+    batch: Annotated[int, typer.Option(min=1, help="Sequences that the memory is for.")] = 1,
+    context: Annotated[str, typer.Option(help="Tokens of each, such as 4096 or 128k, a k being 1,024.")] = "4k",
     family: Family = None,
     seed: Seed = None,
     device: Device = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, float16, float32 or float8, of weights and cache.")
+    ] = "bfloat16",
     as_json: Json = False,
 ) -> None:
-    """Sizes and exact parameter counts, and whether the weights fit the family's table."""
-    _print_record(_pipeline().inspect(model, family), as_json)
+    """Sizes, exact parameter counts, the memory that serving takes, and whether the weights fit the family's table."""
+    record = _pipeline().inspect(model, family, batch, context, dtype)
+    if not as_json:
+        record["memory"] = {key: f"{size / 2**30:.2f} GiB" for key, size in record["memory"].items()}
+    _print_record(record, as_json)
 
 
 @app.command()
@@ -127,6 +134,17 @@ def prune(
     num_hidden_layers: Annotated[int | None, typer.Option(help="Layers.")] = None,
     num_attention_heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
     num_key_value_heads: Annotated[int | None, typer.Option(help="KV groups.")] = None,
+    num_local_experts: Annotated[int | None, typer.Option(help="Experts of a layer.")] = None,
+    moe_intermediate_size: Annotated[int | None, typer.Option(help="Neurons of an expert.")] = None,
+    moe_shared_expert_intermediate_size: Annotated[
+        int | None, typer.Option("--moe-shared-expert-intermediate-size", help="Neurons of the shared experts.")
+    ] = None,
+    mamba_num_heads: Annotated[int | None, typer.Option(help="Mamba heads.")] = None,
+    mamba_head_dim: Annotated[int | None, typer.Option(help="Channels of a Mamba head.")] = None,
+    num_mamba_layers: Annotated[int | None, typer.Option(help="Of a hybrid, layers with a Mamba mixer.")] = None,
+    num_attention_layers: Annotated[int | None, typer.Option(help="Of a hybrid, layers with attention.")] = None,
+    num_mlp_layers: Annotated[int | None, typer.Option(help="Of a hybrid, layers with an MLP only.")] = None,
+    num_moe_layers: Annotated[int | None, typer.Option(help="Layers with experts, where others have none.")] = None,
     arch: Annotated[Path | None, typer.Option(help="An arch.json instead of sizes.")] = None,
     target_params: Target = None,
     importance: Annotated[Path | None, typer.Option(help="A folder that calibrate wrote, instead of --data.")] = None,
@@ -145,6 +163,11 @@ def prune(
     sizes = {
         "hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": num_hidden_layers,
         "num_attention_heads": num_attention_heads, "num_key_value_heads": num_key_value_heads,
+        "num_local_experts": num_local_experts, "moe_intermediate_size": moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": moe_shared_expert_intermediate_size,
+        "mamba_num_heads": mamba_num_heads, "mamba_head_dim": mamba_head_dim, "num_mamba_layers": num_mamba_layers,
+        "num_attention_layers": num_attention_layers, "num_mlp_layers": num_mlp_layers,
+        "num_moe_layers": num_moe_layers,
     }  # fmt: skip
     given = {name: size for name, size in sizes.items() if size is not None}
     if sum(map(bool, (given, arch, target_params))) > 1:

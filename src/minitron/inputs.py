@@ -15,7 +15,7 @@ from minitron.model.causal import load_model, resolve_device, resolve_dtype
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.source import open_teacher
 from minitron.prune.calibrate import calibrate
-from minitron.prune.importance import Importance
+from minitron.prune.importance import Importance, score
 from minitron.recipe import Recipe
 from minitron.search.budget import parse_budget
 from minitron.search.candidates import feasible
@@ -84,10 +84,16 @@ class Inputs:
         budget = parse_budget(self.recipe.target_params, self.teacher.arch, self.recipe.search.tolerance)
         return feasible(self.teacher.arch, budget)
 
-    def calibrate(self) -> dict[str, Tensor]:
+    @cached_property
+    def statistics(self) -> dict[str, Tensor]:
         """The statistics of the first training blocks."""
         num_blocks = max(1, self.recipe.calibration.tokens // self.context)
         return calibrate(self.model, self.teacher.arch, self.splits.train[:num_blocks])
+
+    @cached_property
+    def importance(self) -> Importance:
+        """The scores of every axis, from these statistics."""
+        return score(self.statistics, self.teacher.arch, self.recipe.calibration.mamba_scores)
 
     def search(self, importance: Importance, log: Path) -> Arch:
         """The best of the candidates."""

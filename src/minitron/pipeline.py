@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from minitron.data.blocks import Blocks, load_tokenizer, read_blocks
 from minitron.distill.distributed import World, joined_world, num_ranks
@@ -28,13 +27,14 @@ from minitron.measure.perplexity import measure_perplexity
 from minitron.model.arch import Arch
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, open_safetensors, read_config
+from minitron.model.memory import DTYPE_BYTES, attention_windows, memory
 from minitron.model.source import open_teacher, resolve_teacher
 from minitron.present.card import write_card
 from minitron.present.report import write_report
 from minitron.progress import Progress
-from minitron.prune.importance import Importance, score, select
+from minitron.prune.importance import Importance, score_shape, select
 from minitron.prune.trim import write_trimmed
-from minitron.recipe import Recipe
+from minitron.recipe import Recipe, parse_context
 from minitron.run import Run, open_run
 
 
@@ -58,7 +58,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
         _link_teacher(run, inputs.teacher)
         if not run.is_done("calibrate"):
             with run.stage("calibrate"):
-                _write_statistics(out, inputs.teacher.arch, inputs.calibrate())
+                _write_statistics(out, inputs)
         importance = load_file(run.path("importance.safetensors"))
         if not run.is_done("search"):
             with run.stage("search"):
@@ -85,17 +85,30 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
     return dict(read_json(run.path("eval.json")))
 
 
-def inspect(model: str, family: str | None = None) -> dict[str, Any]:
-    """What a model is, from its config alone; a folder's weights are held against its family's table."""
+def inspect(
+    model: str, family: str | None = None, batch: int = 1, context: str = "4k", dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    """What a model is and what serving it takes, from its config alone; a folder's weights are held against its table.
+
+    Raises:
+        UserError: `context` or `dtype` is none, or the model cannot be read.
+    """
+    if dtype not in DTYPE_BYTES:
+        raise UserError(f"unknown dtype '{dtype}'; accepted: {', '.join(DTYPE_BYTES)}")
+    num_tokens = parse_context(context)
     path = _config_or_folder(model, family)
     checked = has_weights(path)
-    arch = open_checkpoint(path, family).arch if checked else Arch.from_config(read_config(path, family).to_dict())
+    config = (open_checkpoint(path, family).config if checked else read_config(path, family)).to_dict()
+    arch = Arch.from_config(config)
+    needed = memory(arch, batch, num_tokens, dtype, attention_windows(config))
     return {
         "model_type": arch.model_type,
         "num_parameters": arch.num_parameters,
         "num_non_embedding_parameters": arch.num_non_embedding_parameters,
         "arch": arch.to_dict(),
         "weights_checked": checked,
+        "memory": needed.to_dict(),
+        "memory_of": {"batch": batch, "context": num_tokens, "dtype": dtype},
     }
 
 
@@ -128,9 +141,9 @@ def _config_or_folder(model: str, family: str | None) -> Path:
 def calibrate_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
     """Write `calibration.safetensors` and `importance.safetensors` of a teacher into the folder `out`."""
     inputs = _inputs_alone(recipe, out, overwrite, mark="importance.safetensors")
-    statistics = inputs.calibrate()
+    _ = inputs.statistics
     with whole_folder(out) as staging:
-        importance = _write_statistics(staging, inputs.teacher.arch, statistics)
+        importance = _write_statistics(staging, inputs)
     return {"out": str(out), "importance": {axis: list(scores.shape) for axis, scores in importance.items()}}
 
 
@@ -138,7 +151,7 @@ def search_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
     """Write `candidates.jsonl` and `arch.json` for a teacher and a budget into the folder `out`."""
     inputs = _inputs_alone(recipe, out, overwrite, mark="candidates.jsonl")
     _ = inputs.candidates
-    importance = score(inputs.calibrate(), inputs.teacher.arch)
+    importance = inputs.importance
     with whole_folder(out) as staging:
         arch = inputs.search(importance, staging / "candidates.jsonl")
         write_json(staging / "arch.json", arch.to_dict())
@@ -166,7 +179,7 @@ def prune_alone(
     else:
         _ = inputs.candidates
     require_space(out, teacher.num_bytes)
-    scores = _read_importance(importance, teacher.arch) if importance else score(inputs.calibrate(), teacher.arch)
+    scores = _read_importance(importance, teacher.arch) if importance else inputs.importance
     if arch is None:
         with TemporaryDirectory() as folder:
             arch = inputs.search(scores, Path(folder) / "candidates.jsonl")
@@ -270,9 +283,9 @@ def _link_teacher(run: Run, teacher: Checkpoint) -> None:
         link.symlink_to(teacher.folder.absolute(), target_is_directory=True)
 
 
-def _write_statistics(folder: Path, arch: Arch, statistics: dict[str, Tensor]) -> Importance:
-    importance = score(statistics, arch)
-    for name, tensors in (("calibration", statistics), ("importance", importance)):
+def _write_statistics(folder: Path, inputs: Inputs) -> Importance:
+    importance = inputs.importance
+    for name, tensors in (("calibration", inputs.statistics), ("importance", importance)):
         with whole_file(folder / f"{name}.safetensors") as staging:
             save_file({key: value.contiguous() for key, value in tensors.items()}, staging)
     return importance
@@ -282,10 +295,9 @@ def _read_importance(path: Path, teacher: Arch) -> Importance:
     path = path / "importance.safetensors" if path.is_dir() else path
     file = open_safetensors(path)
     importance: Importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for axis in teacher.family.prunable_axes:
-        layers = [teacher.axis_size("layer")] if axis in teacher.family.per_layer_axes else []
+    for axis in teacher.prunable_axes:
         found = list(importance[axis].shape) if axis in importance else None
-        if found != [*layers, teacher.axis_size(axis)]:
+        if found != score_shape(teacher, axis):
             raise UserError(f"{path} is not the importance of this teacher: axis {axis} has shape {found}")
     return importance
 

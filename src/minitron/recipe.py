@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -22,6 +22,18 @@ def parse_count(text: Any) -> int:
     if count < 1:
         raise ValueError(f"'{text}' is not a count; accepted: a number such as 40000, 40k, 2M or 4.2B")
     return count
+
+
+def parse_context(text: str) -> int:
+    """`4096` or `128k`, as an integer; a length's k is 1,024.
+
+    Raises:
+        UserError: it is neither, or not positive.
+    """
+    found = re.fullmatch(r"([1-9]\d*)(k?)", text.strip(), re.IGNORECASE)
+    if not found:
+        raise UserError(f"context '{text}' is no length; accepted: a number of tokens such as 4096, or 128k")
+    return int(found[1]) * (1024 if found[2] else 1)
 
 
 def _share(target: Any) -> Any:
@@ -44,6 +56,9 @@ class CalibrationRecipe(_Strict):
     """What importance is measured on."""
 
     tokens: Count = 32_768
+    mamba_scores: Literal["x", "z", "out_proj"] = "x"
+    """What Mamba heads and channels are scored by: the x or the z that the input projection makes, or what enters
+    the output projection."""
 
 
 class SearchRecipe(_Strict):

@@ -1,21 +1,10 @@
-"""The grammar in which a family is written: one row per tensor, one axis per dimension.
-
-    model.embed_tokens.weight                  vocab hidden
-    model.layers.{i}.self_attn.q_proj.weight   (query head_dim) hidden
-    model.layers.{i}.self_attn.q_proj.bias     (query head_dim)            if attention_bias
-    lm_head.weight                             vocab hidden                if not tie_word_embeddings
-    (phi3) …self_attn.qkv_proj.weight          (query head_dim | kv head_dim | kv head_dim) hidden
-
-A dimension is an axis, or in parentheses a product of axes and integers, outermost first; `|` joins
-products one after the other. `{i}` stands for the layer. `if` names a boolean of the config. The shape `-`
-marks a buffer that old checkpoints carry and nobody reads.
-"""
+"""What a family is made of: rows, taps, norms and the few things they cannot say. Text becomes these in `grammar`."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 Factor = str | int
 Segment = tuple[Factor, ...]  # a product of axes and integers, outermost first
@@ -25,28 +14,55 @@ AXES = {
     "vocab": "vocab_size",
     "hidden": "hidden_size",
     "ffn": "intermediate_size",
+    "expert": "num_local_experts",
+    "routed": "num_experts_per_tok",
+    "expert_group": "n_group",
+    "expert_ffn": "moe_intermediate_size",
+    "shared_ffn": "moe_shared_expert_intermediate_size",
+    "latent": "moe_latent_size",
     "query": "num_attention_heads",
     "kv": "num_key_value_heads",
     "head_dim": "head_dim",
+    "mhead": "mamba_num_heads",
+    "mchan": "mamba_head_dim",
+    "mgroup": "n_groups",
+    "state": "ssm_state_size",
+    "conv": "conv_kernel",
     "position": "max_position_embeddings",
     "layer": "num_hidden_layers",
 }
 """What an axis of the grammar is called in a Hugging Face config, and everywhere in this project."""
 
+KINDS = {
+    "mamba": "mamba",
+    "linear_attention": "mamba",
+    "attention": "attention",
+    "full_attention": "attention",
+    "mlp": "mlp",
+    "moe": "moe",
+}
+"""What configs call the kinds of layers, and what the tables call them."""
+
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor, or one tensor of every layer."""
+    """One tensor, or one tensor of every layer, or one of every expert of every layer."""
 
     name: str
     dimensions: tuple[Dimension, ...]
+    kind: str | None = None
+    """The kind of layer that has it; None: all."""
     condition: str | None = None
+    is_ignored: bool = False
+    """Carried by old checkpoints, read by nobody."""
     is_buffer: bool = False
+    """Stored and cut like a parameter, but not counted as one."""
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the tensor's full name; the group `i` is the layer."""
-        return re.compile(re.escape(self.name).replace(r"\{i\}", r"(?P<i>\d+)"))
+        """Matches the tensor's full name; the groups `i` and `e` are the layer and the expert."""
+        escaped = re.escape(self.name)
+        return re.compile(escaped.replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"(?P<e>\d+)"))
 
     @property
     def is_per_layer(self) -> bool:
@@ -54,13 +70,28 @@ class Row:
         return "{i}" in self.name
 
     @property
-    def axes(self) -> set[str]:
-        """The axes that any of its dimensions runs along."""
-        return {f for dim in self.dimensions for segment in dim for f in segment if isinstance(f, str)}
+    def is_per_expert(self) -> bool:
+        """Whether every expert has a tensor of its own."""
+        return "{e}" in self.name
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the tensors of all experts are one, the expert its first dimension."""
+        return len(self.dimensions) > 1 and self.dimensions[0] == (("expert",),)
+
+    @cached_property
+    def axes(self) -> frozenset[str]:
+        """The axes that any of its dimensions runs along, and the experts' where each has a tensor of its own."""
+        used = {f for dim in self.dimensions for segment in dim for f in segment if isinstance(f, str)}
+        return frozenset(used | {"expert"}) if self.is_per_expert else frozenset(used)
+
+    def tensor_name(self, layer: int | None = None, expert: int | None = None) -> str:
+        """The name of the tensor of a layer and an expert."""
+        return self.name.replace("{i}", str(layer)).replace("{e}", str(expert))
 
     def present(self, flags: Mapping[str, bool]) -> bool:
         """Whether a model with these config booleans has the tensor."""
-        if self.is_buffer:
+        if self.is_ignored:
             return False
         if self.condition is None:
             return True
@@ -78,13 +109,91 @@ class Row:
         return tuple(sum(product(segment) for segment in dim) for dim in self.dimensions)
 
 
+class Place(NamedTuple):
+    """Where a tensor stands: its row, and the layer and expert it belongs to, if to one."""
+
+    row: Row
+    layer: int | None
+    expert: int | None
+
+
 @dataclass(frozen=True)
 class Tap:
-    """Where the activation along an axis is read: the input or the output of a module of every layer."""
+    """Where the activation along an axis is read, in every layer or in every layer of a kind.
 
-    axis: str
+    `side` is `input` or `output` of the module; `routed` reads a module that holds all experts of a layer.
+    """
+
+    axes: tuple[str, ...]
+    """The axis it scores; or two, the outer one scored on those entries of the inner one that are kept."""
     module: str
     side: str
+    stretch: int | None = None
+    """Of an activation that is several products of the axes one after the other, which one."""
+    kind: str | None = None
+    choice: str | None = None
+    """Several taps of the same axes are told apart by this; one is chosen when importance is scored."""
+
+    @property
+    def key(self) -> str:
+        """What its statistics are filed under."""
+        return self.module if self.stretch is None else f"{self.module}[{self.stretch}]"
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm over the residual channels, and the parts of the names of the tensors that read its output.
+
+    One that nobody reads stands behind a block: its output is added to the residual stream.
+    """
+
+    module: str
+    readers: tuple[str, ...]
+    condition: str | None = None
+    """A config boolean without which it stands behind the block it is named after."""
+
+    def is_read_by(self, row: Row) -> bool:
+        """Whether a row's tensor multiplies the output of this norm."""
+        in_reach = row.is_per_layer == ("{i}" in self.module)
+        return in_reach and any(f".{reader}." in f".{row.name}." for reader in self.readers)
+
+
+@dataclass(frozen=True)
+class LayerKinds:
+    """How a config says of what kind each layer is."""
+
+    entry: str
+    """A list of kinds; or, where `listed` is given, of the numbers of the layers of that kind."""
+    listed: str | None = None
+    otherwise: str | None = None
+    period: str | None = None
+    """A config entry n: of the layers not listed, only every n-th is `otherwise`, the rest are `listed` too."""
+
+    def read(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """The kind of every layer."""
+        if self.listed is None or self.otherwise is None:
+            return tuple(KINDS[kind] for kind in config[self.entry])
+        numbers, period = config[self.entry] or [], config[self.period] if self.period else 1
+        return tuple(
+            self.listed if i in numbers or (i + 1) % period else self.otherwise for i in range(config[AXES["layer"]])
+        )
+
+    def write(self, layers: tuple[str, ...]) -> dict[str, Any]:
+        """The config entries of these layers; a list of kinds is cut as every list with an entry per layer."""
+        if self.listed is None:
+            return {}
+        entries: dict[str, Any] = {self.entry: [i for i, kind in enumerate(layers) if kind == self.listed]}
+        return {**entries, self.period: 1} if self.period else entries
+
+
+@dataclass(frozen=True)
+class Product:
+    """Two axes whose product is a multiple of a third, since some tensors have one dimension for both."""
+
+    axes: tuple[str, str]
+    of: str = "hidden"
+    ratio: str | None = None
+    """The config entry of the integer multiple; None: it is 1."""
 
 
 @dataclass(frozen=True)
@@ -113,22 +222,34 @@ class Family:
     """The module of one layer, whose input and output are the residual stream."""
     grouped: Mapping[str, str] = field(default_factory=lambda: {"query": "kv"})
     """Axes whose entries are dealt out equally to, and ranked within, the entries of another axis."""
+    floors: Mapping[str, str] = field(default_factory=lambda: {"expert": "routed"})
+    """Axes that keep at least as many entries as another axis has."""
     config_names: Mapping[str, str] = field(default_factory=dict)
     """Axes that this family's config calls otherwise."""
-    config_copies: Mapping[str, str] = field(default_factory=dict)
-    """Further config entries that say the size of an axis."""
+    config_products: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Further config entries that say the size of an axis, or of a product of axes."""
     ffn_multiple: int | None = None
     """The ffn is this many times hidden where the config does not say."""
-    is_square: bool = False
-    """The network has no head_dim of its own: hidden is query heads times head_dim, whatever is cut."""
+    product: Product | None = None
+    """An equation that every shape must satisfy."""
     prefix: str = ""
     """The first part of most names, which some published checkpoints leave out."""
     per_layer_lists: tuple[str, ...] = ("layer_types",)
     """Config lists with an entry per layer, cut together with depth."""
+    kinds: LayerKinds | None = None
+    """How its config says of what kind each layer is; None: all layers are alike."""
+    norms: tuple[Norm, ...] = ()
+    """The norms over hidden."""
+    norm_offset: float = 0.0
+    """What its norms add to their weights."""
+    is_centred: bool = False
+    """Its norms subtract the mean."""
     demand: Demand | None = None
     """What its config class refuses beyond what the network does."""
     logit_divisor: str | None = None
     """The config entry that logits are divided by."""
+    logit_multiplier: str | None = None
+    """The config entry that logits are multiplied by."""
     logit_softcap: str | None = None
     """The config entry c of a final `c · tanh(logits / c)`."""
 
@@ -137,72 +258,27 @@ class Family:
         return self.config_names.get(axis, AXES[axis])
 
     @cached_property
-    def axes(self) -> tuple[str, ...]:
-        """The axes that its tensors have, and depth."""
-        used = {axis for row in self.rows for axis in row.axes} | {"layer"}
-        return tuple(axis for axis in AXES if axis in used)
-
-    @cached_property
-    def prunable_axes(self) -> tuple[str, ...]:
-        """The axes that taps score, the groups that these are dealt out to, and depth."""
-        tapped = {tap.axis for tap in self.taps}
-        groups = {group for axis, group in self.grouped.items() if axis in tapped}
-        return tuple(axis for axis in self.axes if axis in tapped | groups | {"layer"})
-
-    @cached_property
     def per_layer_axes(self) -> frozenset[str]:
         """Axes whose entries mean something else in every layer, so that each layer keeps its own."""
         everywhere = {axis for row in self.rows if not row.is_per_layer for axis in row.axes}
         return frozenset(axis for row in self.rows for axis in row.axes) - everywhere
 
     @cached_property
+    def per_expert_axes(self) -> frozenset[str]:
+        """Of these, axes whose entries mean something else in every expert."""
+        of_experts = {axis for row in self.rows if row.is_per_expert or row.is_stacked for axis in row.axes}
+        elsewhere = {axis for row in self.rows if not (row.is_per_expert or row.is_stacked) for axis in row.axes}
+        return frozenset(of_experts - elsewhere - {"expert"})
+
+    @cached_property
     def flags(self) -> frozenset[str]:
         """The config booleans that decide which rows are there."""
         return frozenset(row.condition.removeprefix("not ") for row in self.rows if row.condition)
 
-    def match(self, tensor_name: str) -> tuple[Row, int | None] | None:
-        """The row of a tensor and its layer (None outside the layers), or None when no row fits."""
-        for row in self.rows:
+    def match(self, tensor_name: str, rows: Iterable[Row] | None = None) -> Place | None:
+        """Where a tensor stands among some of the rows, by default all; None when no row fits."""
+        for row in self.rows if rows is None else rows:
             if found := row.pattern.fullmatch(tensor_name):
-                return row, int(found["i"]) if row.is_per_layer else None
+                layer = int(found["i"]) if row.is_per_layer else None
+                return Place(row, layer, int(found["e"]) if row.is_per_expert else None)
         return None
-
-
-def parse_rows(table: str) -> tuple[Row, ...]:
-    """Read a table, a row a line; blank lines and lines starting with `#` are skipped."""
-    return tuple(_parse_row(line.strip()) for line in _lines(table))
-
-
-def parse_taps(table: str) -> tuple[Tap, ...]:
-    """Read lines of `axis  module  input|output`."""
-    taps = []
-    for line in _lines(table):
-        axis, module, side = line.split()
-        if axis not in AXES or side not in {"input", "output"}:
-            raise ValueError(f"not a tap: {line!r}")
-        taps.append(Tap(axis, module, side))
-    return tuple(taps)
-
-
-def _lines(table: str) -> list[str]:
-    return [line for line in table.splitlines() if line.strip() and not line.strip().startswith("#")]
-
-
-def _parse_row(line: str) -> Row:
-    body, _, condition = line.partition(" if ")
-    name, *dimensions = re.findall(r"\([^)]*\)|[^\s()]+", body)
-    if dimensions == ["-"]:
-        return Row(name, (), is_buffer=True)
-    return Row(name, tuple(_parse_dimension(dim) for dim in dimensions), condition.strip() or None)
-
-
-def _parse_dimension(text: str) -> Dimension:
-    return tuple(tuple(_parse_factor(word) for word in segment.split()) for segment in text.strip("()").split("|"))
-
-
-def _parse_factor(word: str) -> Factor:
-    if word.isdigit():
-        return int(word)
-    if word not in AXES:
-        raise ValueError(f"unknown axis {word!r}; known: {', '.join(AXES)}")
-    return word

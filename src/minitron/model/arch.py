@@ -1,21 +1,31 @@
 """The sizes of a model under their config names, and exact counts derived from its family's table."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from math import prod
 from typing import Any
 
 from minitron.errors import UserError, nearest
-from minitron.model.anatomy import AXES, Demand, Family
+from minitron.model.anatomy import AXES, Demand, Family, Place, Row
 from minitron.model.families import family_of
+
+TIED = "tie_word_embeddings"
 
 
 @dataclass(frozen=True)
 class Arch:
-    """The shape of a model: a family, its sizes by config name, and the booleans its table asks about."""
+    """The shape of a model: a family, its sizes by config name, and the booleans its table asks about.
+
+    Where layers are of several kinds, `sizes` also says how many there are of each (`num_mamba_layers`), and
+    `layers` in which order they stand; a shape that nothing has been cut to yet does not know the order.
+    """
 
     model_type: str
     sizes: Mapping[str, int]
     flags: Mapping[str, bool] = field(default_factory=dict)
+    layers: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Arch":
@@ -25,28 +35,91 @@ class Arch:
             UserError: the `model_type` is unknown, or a size is missing.
         """
         family = family_of(str(config.get("model_type")))
-        values = {axis: config.get(family.config_name(axis)) for axis in family.axes}
+        flags = {flag: bool(config.get(flag)) for flag in sorted(family.flags)}
+        layers = family.kinds.read(config) if family.kinds else ()
+        depth = {_kind_size(kind): count for kind, count in sorted(Counter(layers).items())}
+        if layers:
+            depth[AXES["layer"]] = len(layers)
+        arch = cls(family.model_type, depth, flags, layers)
+        values = {axis: config.get(family.config_name(axis)) for axis in arch.axes if AXES[axis] not in depth}
         if values.get("kv", 0) is None:
             values["kv"] = values["query"]
         if values.get("head_dim", 0) is None and values["query"] and values["hidden"]:
             values["head_dim"] = values["hidden"] // values["query"]
-        if values["ffn"] is None and family.ffn_multiple and values["hidden"]:
+        if values.get("ffn", 0) is None and family.ffn_multiple and values["hidden"]:
             values["ffn"] = family.ffn_multiple * values["hidden"]
         if missing := [family.config_name(axis) for axis, size in values.items() if size is None]:
             raise UserError(f"the config does not say {', '.join(missing)}")
-        sizes = {AXES[axis]: int(size) for axis, size in values.items() if size is not None}
+        sizes = {AXES[axis]: int(size) for axis, size in values.items() if size is not None} | depth
         if wrong := [name for name, size in sizes.items() if size < 1]:
             raise UserError(f"the config says {wrong[0]} {sizes[wrong[0]]}")
-        return cls(family.model_type, sizes, {flag: bool(config.get(flag)) for flag in sorted(family.flags)})
+        return replace(arch, sizes=sizes)
 
     @property
     def family(self) -> Family:
         """The table of its family."""
         return family_of(self.model_type)
 
+    @cached_property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of its table that it has."""
+        return tuple(
+            row
+            for row in self.family.rows
+            if row.present(self.flags) and (row.kind is None or _kind_size(row.kind) in self.sizes)
+        )
+
+    @cached_property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that its tensors have, those that these are bound to, and depth."""
+        used = {axis for row in self.rows for axis in row.axes} | {"layer"}
+        bound = {
+            other
+            for relation in (self.family.grouped, self.family.floors)
+            for axis, other in relation.items()
+            if axis in used and other in AXES
+        }
+        return tuple(axis for axis in AXES if axis in used | bound)
+
+    @cached_property
+    def prunable_axes(self) -> tuple[str, ...]:
+        """The axes that taps score, and depth."""
+        tapped = {axis for tap in self.family.taps for axis in tap.axes}
+        return tuple(axis for axis in self.axes if axis in tapped | {"layer"})
+
+    @cached_property
+    def grouped(self) -> Mapping[str, str]:
+        """Of the family's grouped axes, those that this model has."""
+        return {axis: group for axis, group in self.family.grouped.items() if axis in self.axes}
+
     def axis_size(self, axis: str) -> int:
         """How many entries an axis of the grammar has."""
         return self.sizes[AXES[axis]]
+
+    def entries(self, axis: str) -> int:
+        """How many entries an axis has; of a grouped one, within each group."""
+        group = self.grouped.get(axis)
+        return self.axis_size(axis) // (self.axis_size(group) if group else 1)
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """How many layers there are of each kind; empty where all are alike."""
+        used = sorted({kind for row in self.rows if (kind := row.kind)} | set(self.layers))
+        return {kind: self.sizes[_kind_size(kind)] for kind in used}
+
+    def layer_numbers(self, kind: str | None = None) -> list[int]:
+        """The numbers of the layers, or of those of a kind."""
+        if kind is None:
+            return list(range(self.axis_size("layer")))
+        return [i for i, found in enumerate(self.layers) if found == kind]
+
+    def match(self, tensor_name: str) -> Place | None:
+        """Where a tensor stands in this model, or None when it has no such tensor."""
+        place = self.family.match(tensor_name, self.rows)
+        if place is None or place.layer is None:
+            return place
+        is_of_kind = place.row.kind is None or self.layers[place.layer : place.layer + 1] == (place.row.kind,)
+        return place if is_of_kind else None
 
     @property
     def num_parameters(self) -> int:
@@ -65,37 +138,82 @@ class Arch:
     def resized(self, **sizes: int) -> "Arch":
         """The same family with some sizes changed.
 
+        Where layers are of several kinds, `num_hidden_layers` alone is shared out by `split_depth`.
+
         Raises:
-            UserError: a name is no size, a size is below 1, or the heads cannot be dealt out to the groups.
+            UserError: a name is no size, a size is below 1, the entries of an axis cannot be dealt out to its
+                groups, or no `model_type` can express the shape.
         """
         for name, size in sizes.items():
             if name not in self.sizes:
                 raise UserError(f"unknown size '{name}': {nearest(name, list(self.sizes))}")
             if size < 1:
                 raise UserError(f"{name} must be at least 1, not {size}")
-        arch = replace(self, sizes={**self.sizes, **sizes})
-        for axis, group in arch.family.grouped.items():
+        changed = {**self.sizes, **sizes, **self._depth(sizes)}
+        arch = replace(self, sizes=changed, layers=self.layers if self._is_as_deep(changed) else ())
+        for axis, group in arch.grouped.items():
             if arch.axis_size(axis) % arch.axis_size(group):
                 raise UserError(
                     f"{AXES[axis]} {arch.axis_size(axis)} is not a multiple of {AXES[group]} {arch.axis_size(group)}"
                 )
+        for axis, floor in arch.family.floors.items():
+            if axis in arch.axes and arch.axis_size(axis) < arch.axis_size(floor):
+                raise UserError(f"{AXES[axis]} {arch.axis_size(axis)} is below {AXES[floor]} {arch.axis_size(floor)}")
         _ = arch.restatement
         return arch
 
+    def _depth(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        kinds = self.kinds
+        if not kinds:
+            return {}
+        counts = {_kind_size(kind): sizes.get(_kind_size(kind), count) for kind, count in kinds.items()}
+        total = sizes.get(AXES["layer"])
+        if total is not None and not any(name in sizes for name in counts):
+            counts = self.split_depth(total)
+        if total is not None and sum(counts.values()) != total:
+            raise UserError(
+                f"{AXES['layer']} {total} is not the sum of {', '.join(f'{n} {c}' for n, c in counts.items())}"
+            )
+        return {**counts, AXES["layer"]: sum(counts.values())}
+
+    def _is_as_deep(self, sizes: Mapping[str, int]) -> bool:
+        depth = [AXES["layer"], *map(_kind_size, self.kinds)]
+        return all(sizes[name] == self.sizes[name] for name in depth)
+
+    def split_depth(self, depth: int) -> dict[str, int]:
+        """`depth` layers shared out to the kinds as they are now, to the nearest, at least one of each; by size name.
+
+        Raises:
+            UserError: there are fewer layers than kinds, or more than there are now.
+        """
+        kinds, total = self.kinds, self.axis_size("layer")
+        if not len(kinds) <= depth <= total:
+            raise UserError(f"{AXES['layer']} {depth} must be from {len(kinds)}, one layer of each kind, to {total}")
+        quota = {kind: depth * count / total for kind, count in kinds.items()}
+        counts = {kind: max(1, int(share)) for kind, share in quota.items()}
+        while (short := depth - sum(counts.values())) != 0:
+            step = 1 if short > 0 else -1
+            open_kinds = [kind for kind, count in counts.items() if 1 <= count + step <= kinds[kind]]
+            counts[max(open_kinds, key=lambda kind: step * (quota[kind] - counts[kind]))] += step
+        return {_kind_size(kind): count for kind, count in counts.items()}
+
+    def with_layers(self, teacher: "Arch", kept: list[int]) -> "Arch":
+        """This shape with the order of its layers, which are those of the teacher's that are kept."""
+        return replace(self, layers=tuple(teacher.layers[i] for i in kept) if teacher.layers else ())
+
     def require_prunable_to(self, smaller: "Arch") -> None:
         """Raise `UserError` unless `smaller` can be cut out of this shape."""
-        prunable = {AXES[axis] for axis in self.family.prunable_axes}
+        prunable = {AXES[axis] for axis in self.prunable_axes} | {_kind_size(kind) for kind in self.kinds}
         for name, size in smaller.sizes.items():
             if size > self.sizes[name]:
                 raise UserError(f"{name} {size} is above the teacher's {self.sizes[name]}")
             if size != self.sizes[name] and name not in prunable:
                 raise UserError(f"{name} cannot be pruned; prunable: {', '.join(sorted(prunable))}")
-        for axis, group in self.family.grouped.items():
-            per_group, limit = (a.axis_size(axis) // a.axis_size(group) for a in (smaller, self))
-            if per_group > limit:
+        for axis, group in self.grouped.items():
+            if smaller.entries(axis) > self.entries(axis):
                 raise UserError(
                     f"{AXES[axis]} {smaller.axis_size(axis)} over {AXES[group]} {smaller.axis_size(group)} is "
-                    f"{per_group} a group, above the teacher's {limit}"
+                    f"{smaller.entries(axis)} a group, above the teacher's {self.entries(axis)}"
                 )
 
     @property
@@ -106,10 +224,12 @@ class Arch:
             UserError: the demand is not met and no other `model_type` can express the model, or the sizes
                 contradict each other.
         """
-        if self.family.is_square and self.axis_size("hidden") != self.axis_size("query") * self.axis_size("head_dim"):
+        if (product := self.family.product) and not self._agrees(self.sizes):
+            one, other = product.axes
+            times = "a multiple of " if product.ratio else ""
             raise UserError(
-                f"in a {self.model_type} model hidden_size is num_attention_heads × head_dim: "
-                f"{self.axis_size('hidden')} is not {self.axis_size('query')} × {self.axis_size('head_dim')}"
+                f"in a {self.model_type} model {AXES[one]} × {AXES[other]} is {times}{AXES[product.of]}: "
+                f"{self.axis_size(one)} × {self.axis_size(other)} is not {times}{self.axis_size(product.of)}"
             )
         demand = self.family.demand
         if demand is None or self.axis_size(demand.multiple) % self.axis_size(demand.of) == 0:
@@ -124,16 +244,34 @@ class Arch:
     def expressible(self, sizes: Mapping[str, Any]) -> Any:
         """Of many shapes at once, which ones some `model_type` can express; sizes are integer arrays."""
         every, demand = {**self.sizes, **sizes}, self.family.demand
-        if self.family.is_square:
-            return every[AXES["hidden"]] == every[AXES["query"]] * every[AXES["head_dim"]]
         if demand is None or self._can_be_restated:
+            return self._agrees(every)
+        return self._agrees(every) & (every[AXES[demand.multiple]] % every[AXES[demand.of]] == 0)
+
+    def _agrees(self, sizes: Mapping[str, Any]) -> Any:
+        product = self.family.product
+        if product is None:
             return True
-        return every[AXES[demand.multiple]] % every[AXES[demand.of]] == 0
+        both, of = prod(sizes[AXES[axis]] for axis in product.axes), sizes[AXES[product.of]]
+        return both % of == 0 if product.ratio else both == of
 
     @property
     def _can_be_restated(self) -> bool:
         demand = self.family.demand
         return bool(demand and demand.restated_as and not any(self.flags[flag] for flag in demand.without))
+
+    def config_values(self) -> dict[str, Any]:
+        """Its sizes as its family's config says them."""
+        family = self.family
+        values: dict[str, Any] = {family.config_name(axis): self.axis_size(axis) for axis in self.axes}
+        for name, axes in family.config_products.items():
+            values[name] = prod(map(self.axis_size, axes))
+        if family.product and family.product.ratio:
+            values[family.product.ratio] = prod(map(self.axis_size, family.product.axes)) // self.axis_size(
+                family.product.of
+            )
+        values |= {TIED: self.flags[TIED]} if TIED in self.flags else {}
+        return values | (family.kinds.write(self.layers) if family.kinds else {})
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -141,11 +279,17 @@ class Arch:
 
     def _count(self, sizes: Mapping[str, Any], without: str | None = None) -> Any:
         total: Any = 0
-        for row in self.family.rows:
-            if not row.present(self.flags) or without in row.axes:
+        for row in self.rows:
+            if row.is_buffer or without in row.axes:
                 continue
             count: Any = 1
             for dim in row.shape(lambda axis: sizes[AXES[axis]]):
                 count = count * dim
-            total = total + count * (sizes[AXES["layer"]] if row.is_per_layer else 1)
+            if row.is_per_layer:
+                count = count * sizes[_kind_size(row.kind) if row.kind else AXES["layer"]]
+            total = total + (count * sizes[AXES["expert"]] if row.is_per_expert else count)
         return total
+
+
+def _kind_size(kind: str) -> str:
+    return f"num_{kind}_layers"

@@ -33,7 +33,7 @@ Readout = Callable[[Tensor, Head], Any]
 class Headless(nn.Module):
     """A causal language model whose logits are never formed: the caller reads the last hidden states out.
 
-    A family that divides its logits gets its hidden states divided instead, which is the same. Everything, the
+    A family that scales its logits gets its hidden states scaled instead, which is the same. Everything, the
     readout included, happens inside `forward`, so that wrapping this module as a whole (`fully_shard`) covers
     the output matrix too.
     """
@@ -43,15 +43,17 @@ class Headless(nn.Module):
         self.model = model
         config: Any = model.config
         family = family_of(config.model_type)
-        self.divisor = getattr(config, family.logit_divisor) if family.logit_divisor else 1.0
+        divisor = getattr(config, family.logit_divisor) if family.logit_divisor else 1.0
+        multiplier = getattr(config, family.logit_multiplier) if family.logit_multiplier else 1.0
+        self.scale = multiplier / divisor
         self.softcap = getattr(config, family.logit_softcap) if family.logit_softcap else None
 
     def forward(self, input_ids: Tensor, readout: Readout) -> Any:
         """`readout(hidden, head)` for token ids (B, T)."""
         model: Any = self.model
         hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, hidden)
-        if self.divisor != 1.0:
-            hidden = hidden / self.divisor
+        if self.scale != 1.0:
+            hidden = hidden * self.scale
         return readout(hidden, Head(model.get_output_embeddings().weight, self.softcap))
 
 

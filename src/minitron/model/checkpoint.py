@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from minitron.errors import UserError
@@ -124,6 +124,7 @@ def read_config(path: Path, family: str | None = None) -> Any:
     values = read_json(path)
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{path} does not say its model_type")
+    values, _ = PreTrainedConfig.get_config_dict(path)  # decodes what JSON has no number for, such as infinity
     values.pop("auto_map", None)
     model_type = family_of(family or str(values["model_type"])).model_type
     del values["model_type"]
@@ -202,8 +203,7 @@ def student_config(teacher: Checkpoint, arch: Arch, kept_layers: list[int]) -> A
     for name in arch.family.per_layer_lists:
         if isinstance(values.get(name), list):
             values[name] = [values[name][i] for i in kept_layers]
-    values.update({arch.family.config_name(axis): arch.axis_size(axis) for axis in arch.family.axes})
-    values.update({name: arch.axis_size(axis) for name, axis in arch.family.config_copies.items()})
+    values.update(arch.with_layers(teacher.arch, kept_layers).config_values())
     for name in ("transformers_version", "_name_or_path"):
         values.pop(name, None)
     if restatement := arch.restatement:
@@ -252,8 +252,7 @@ def _check_against_table(checkpoint: Checkpoint) -> None:
     arch, folder = checkpoint.arch, checkpoint.folder
     expected = dict(expected_shapes(arch))
     for name in list(checkpoint.tensors):
-        found = arch.family.match(name)
-        if found is None or (name not in expected and not found[0].is_buffer and not _is_tied_copy(arch, name)):
+        if name not in expected and not _is_passed_over(arch, name):
             raise UserError(f"{folder}: no row of the {arch.model_type} table matches tensor {name}")
         if name not in expected:
             del checkpoint.tensors[name]
@@ -266,10 +265,10 @@ def _check_against_table(checkpoint: Checkpoint) -> None:
         raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
 
 
-def _is_tied_copy(arch: Arch, name: str) -> bool:
+def _is_passed_over(arch: Arch, name: str) -> bool:
     # Some writers store the output matrix of a tied model a second time; it is the embedding.
     found = arch.family.match(name)
-    return found is not None and found[0].condition == "not tie_word_embeddings"
+    return found is not None and (found.row.is_ignored or found.row.condition == "not tie_word_embeddings")
 
 
 def has_weights(path: Path) -> bool:
@@ -279,8 +278,8 @@ def has_weights(path: Path) -> bool:
 
 def expected_shapes(arch: Arch) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The name and shape of every tensor that a model of this shape stores, in the order of the table."""
-    for row in arch.family.rows:
-        if row.present(arch.flags):
-            shape = row.shape(arch.axis_size)
-            for i in range(arch.axis_size("layer")) if row.is_per_layer else [0]:
-                yield row.name.replace("{i}", str(i)), shape
+    for row in arch.rows:
+        shape = row.shape(arch.axis_size)
+        for layer in arch.layer_numbers(row.kind) if row.is_per_layer else [None]:
+            for expert in range(arch.axis_size("expert")) if row.is_per_expert else [None]:
+                yield row.tensor_name(layer, expert), shape

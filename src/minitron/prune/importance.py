@@ -4,73 +4,131 @@ import torch
 from torch import Tensor
 
 from minitron.model.arch import Arch
-from minitron.prune.calibrate import BLOCK_INFLUENCE
+from minitron.prune.calibrate import BLOCK_INFLUENCE, ROUTED_NORM
 
 Importance = dict[str, Tensor]
-"""Per axis: (num_layers, size) where each layer has its own entries, (size,) for the others; higher = keep."""
+"""Per axis, higher = keep: (size,), with (num_layers,) before it where each layer has its own entries and
+(num_experts,) before that where each expert has; of Mamba heads (num_layers, size, channels)."""
 
 Kept = dict[str, Tensor]
-"""Per axis: indices of the entries kept, in the student's order; (num_layers of the teacher, size) or (size,)."""
+"""Per axis: indices of the entries kept, in the student's order; (size,), led by the teacher's layers and experts
+as in `Importance`."""
 
 
-def score(statistics: dict[str, Tensor], arch: Arch) -> Importance:
+def score(statistics: dict[str, Tensor], arch: Arch, choice: str) -> Importance:
     """Score every prunable axis; layers and taps are summed where the axis is the same in all of them.
 
     - hidden: Σ over layers and norms of the (batch L2, sequence mean) aggregate of the norm output
       (Minitron, arXiv 2407.14679, section 2.2);
-    - ffn: the aggregate at the input of the second MLP matrix;
+    - ffn, in experts too: the aggregate at the input of the second MLP matrix;
     - query: the L2 norm of the aggregate over a head's channels at the input of the output projection;
     - kv: the L2 norm over the query heads of the group;
+    - expert: the mean over its tokens of router weight × norm of its output (REAP, arXiv 2510.13999);
+    - Mamba channels: the L2 norm of the aggregate over heads; of Mamba heads the aggregate itself, since a head
+      is scored on the channels that are kept (Minitron-SSM, arXiv 2504.11409, section 3). `choice` says whether
+      of `x`, of `z` or of the input of the output projection (`out_proj`);
     - layer: block influence.
     """
     importance: Importance = {"layer": statistics[BLOCK_INFLUENCE].clone()}
     for tap in arch.family.taps:
-        aggregate = statistics[tap.module].sqrt()  # (num_layers, width)
-        size = arch.axis_size(tap.axis)
-        entries = aggregate.unflatten(-1, (size, -1)).norm(dim=-1)  # (num_layers, size)
-        if tap.axis not in arch.family.per_layer_axes:
-            entries = entries.sum(dim=0)
-        importance[tap.axis] = importance[tap.axis] + entries if tap.axis in importance else entries
-    for axis, group in arch.family.grouped.items():
-        if axis not in importance:
+        if tap.choice not in {None, choice} or tap.key not in statistics:
             continue
-        importance[group] = importance[axis].unflatten(-1, (arch.axis_size(group), -1)).norm(dim=-1)
+        axis, *inner = tap.axes
+        aggregate = statistics[tap.key].sqrt()  # (num_layers, …, width)
+        if inner:
+            sizes = [arch.axis_size(axis), arch.axis_size(inner[0])]
+            importance[axis] = aggregate.unflatten(-1, sizes)
+            importance[inner[0]] = importance[axis].norm(dim=-2)
+        elif axis == "expert":
+            total, count = statistics[f"{tap.key}/{ROUTED_NORM}"].unbind(dim=-1)
+            importance[axis] = total / count.clamp_min(1)
+        else:
+            entries = aggregate.unflatten(-1, (arch.axis_size(axis), -1)).norm(dim=-1)  # (num_layers, …, size)
+            if axis not in arch.family.per_layer_axes:
+                entries = entries.sum(dim=0)
+            importance[axis] = importance[axis] + entries if axis in importance else entries
     return importance
+
+
+def score_shape(arch: Arch, axis: str) -> list[int]:
+    """The shape that an axis's importance has."""
+    family, shape = arch.family, [arch.axis_size(axis)]
+    if axis in family.per_expert_axes:
+        shape = [arch.axis_size("expert"), *shape]
+    if axis in family.per_layer_axes:
+        shape = [arch.axis_size("layer"), *shape]
+    return [*shape, arch.axis_size(inner)] if (inner := _inner(arch, axis)) else shape
 
 
 def select(importance: Importance, teacher: Arch, student: Arch) -> Kept:
     """The most important entries of every axis, in the teacher's order.
 
-    Grouped axes (query heads) are ranked inside each kept group and taken equally from each, so that every
-    group keeps its own heads.
+    Entries of a grouped axis (query heads, Mamba heads) are ranked inside each kept group and taken equally from
+    each, so that every group keeps its own. Mamba heads are ranked by the channels that stay. Layers are ranked
+    among those of their kind.
     """
-    kept = {
-        axis: _top(importance[axis], student.axis_size(axis))
-        for axis in teacher.family.prunable_axes
-        if axis not in teacher.family.grouped
-    }
-    for axis, group in teacher.family.grouped.items():
-        if axis not in importance:
-            continue
-        per_group = teacher.axis_size(axis) // teacher.axis_size(group)
-        scores = importance[axis].unflatten(-1, (-1, per_group))  # (…, groups, entries of a group)
-        best = _top(scores, student.axis_size(axis) // student.axis_size(group))
-        numbers = best + per_group * torch.arange(teacher.axis_size(group))[:, None]  # number within the layer
-        chosen = kept[group].unsqueeze(-1).expand(*kept[group].shape, numbers.shape[-1])
-        kept[axis] = numbers.gather(-2, chosen).flatten(-2)
+    kept = {"layer": _kept_layers(importance["layer"], teacher, student)}
+    for axis in _ungrouped_first(teacher):
+        scores = importance[axis]
+        if inner := _inner(teacher, axis):
+            channels = kept[inner].unsqueeze(-2).expand(*scores.shape[:-1], student.axis_size(inner))
+            scores = scores.gather(-1, channels).norm(dim=-1)
+        group = teacher.grouped.get(axis)
+        kept[axis] = _top(scores, student.axis_size(axis)) if group is None else _top_of_groups(
+            scores, student.entries(axis), teacher.axis_size(group), kept.get(group)
+        )  # fmt: skip
     return kept
 
 
-def kept_share(importance: Importance, teacher: Arch, axis: str, size: int) -> float:
-    """The share of an axis's squared scores that its `size` best entries hold, averaged over layers.
+def kept_share(importance: Importance, teacher: Arch, student: Arch, axis: str) -> float:
+    """The share of an axis's squared scores that the student's number of best entries holds, averaged over layers.
 
-    Of a grouped axis, `size` counts the entries within each group.
+    Of a grouped axis, of the entries within each group.
     """
     scores = importance[axis]
-    if group := teacher.family.grouped.get(axis):
+    if axis == "layer":
+        kept = scores[_kept_layers(scores, teacher, student)]
+        return float(kept.square().sum() / scores.square().sum().clamp_min(1e-30))
+    if _inner(teacher, axis):
+        scores = scores.norm(dim=-1)
+    if group := teacher.grouped.get(axis):
         scores = scores.unflatten(-1, (teacher.axis_size(group), -1))
     energy = scores.square().sort(dim=-1, descending=True).values
-    return float((energy[..., :size].sum(-1) / energy.sum(-1).clamp_min(1e-30)).mean())
+    total = energy.sum(-1)
+    share = energy[..., : student.entries(axis)].sum(-1) / total.clamp_min(1e-30)
+    return float(share[total > 0].mean()) if (total > 0).any() else 1.0  # layers without the axis have no scores
+
+
+def _kept_layers(scores: Tensor, teacher: Arch, student: Arch) -> Tensor:
+    if not teacher.kinds:
+        return _top(scores, student.axis_size("layer"))
+    kept: list[Tensor] = []
+    for kind, count in student.kinds.items():
+        numbers = torch.tensor(teacher.layer_numbers(kind))
+        kept.append(numbers[_top(scores[numbers], count)])
+    return torch.cat(kept).sort().values
+
+
+def _ungrouped_first(arch: Arch) -> list[str]:
+    """The prunable axes but depth, each after those that its own choice of entries depends on."""
+    axes = [axis for axis in arch.prunable_axes if axis != "layer"]
+    return sorted(axes, key=lambda axis: axis in arch.grouped or _inner(arch, axis) is not None)
+
+
+def _inner(arch: Arch, axis: str) -> str | None:
+    """The axis on whose kept entries this one is scored."""
+    return next((tap.axes[1] for tap in arch.family.taps if tap.axes[0] == axis and len(tap.axes) > 1), None)
+
+
+def _top_of_groups(scores: Tensor, count: int, num_groups: int, kept_groups: Tensor | None) -> Tensor:
+    """The `count` best of each kept group (all, if none was chosen), numbered within the layer."""
+    per_group = scores.shape[-1] // num_groups
+    best = _top(scores.unflatten(-1, (num_groups, per_group)), count)  # (…, groups, count)
+    numbers = best + per_group * torch.arange(num_groups)[:, None]
+    if kept_groups is not None:
+        chosen = kept_groups.unsqueeze(-1).expand(*kept_groups.shape, count)
+        numbers = numbers.gather(-2, chosen)
+    return numbers.flatten(-2)
 
 
 def _top(scores: Tensor, count: int) -> Tensor:

@@ -1,12 +1,14 @@
 """Cut a teacher down to the kept entries, tensor by tensor, from disk or from memory."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minitron.errors import UserError
+from minitron.model.anatomy import Row
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, expected_shapes, student_config, write_checkpoint
 from minitron.progress import Progress
@@ -19,20 +21,36 @@ def trimmed(teacher: Arch, student: Arch, kept: Kept, tensor: Callable[[str], Te
 
     `kept` holds, for each prunable axis, the teacher's entries in the student's order (see `importance.Kept`).
     """
-    family, layers = teacher.family, kept["layer"].tolist()
+    student = student.with_layers(teacher, kept["layer"].tolist())
     for name, shape in expected_shapes(student):
-        found = family.match(name)
-        assert found is not None, name
-        row, student_layer = found
-        layer = None if student_layer is None else layers[student_layer]
-        maps = {
-            axis: indices if axis not in family.per_layer_axes else indices[layer]
-            for axis, indices in kept.items()
-            if axis in row.axes
-        }
-        value = apply_maps(tensor(row.name.replace("{i}", str(layer))), row, maps, teacher.axis_size)
+        place = student.match(name)
+        assert place is not None, name
+        row, layer, expert = place
+        if layer is not None:
+            layer = int(kept["layer"][layer])
+        if expert is not None:
+            expert = int(kept["expert"][layer][expert])
+        value = _cut(tensor(row.tensor_name(layer, expert)), row, layer, expert, kept, teacher)
         assert tuple(value.shape) == shape, (name, tuple(value.shape), shape)
         yield name, value
+
+
+def _cut(value: Tensor, row: Row, layer: int | None, expert: int | None, kept: Kept, teacher: Arch) -> Tensor:
+    """A tensor of the teacher with every axis cut; experts stacked in one tensor are cut one by one."""
+    per_layer, per_expert = teacher.family.per_layer_axes, teacher.family.per_expert_axes
+    maps = {
+        axis: indices[layer] if axis in per_layer else indices for axis, indices in kept.items() if axis in row.axes
+    }
+    own = per_expert & maps.keys()
+    if own and expert is None:
+        one = replace(row, dimensions=row.dimensions[1:])
+        experts = maps.pop("expert").tolist()
+        return torch.stack(
+            [apply_maps(value[e], one, {**maps, **{axis: maps[axis][e] for axis in own}}, teacher.axis_size)
+             for e in experts]
+        )  # fmt: skip
+    maps.update({axis: maps[axis][expert] for axis in own})
+    return apply_maps(value, row, maps, teacher.axis_size)
 
 
 def write_trimmed(teacher: Checkpoint, student: Arch, kept: Kept, folder: Path) -> None:

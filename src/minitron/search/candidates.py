@@ -1,6 +1,7 @@
 """Every uniform shape within a budget, and a short list of different ones."""
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -12,23 +13,36 @@ from minitron.search.budget import Budget
 SMALLEST_SHARE = 0.25
 """No axis is cut below this share of the teacher's size."""
 STEPS_PER_AXIS = 16
-"""A width axis is cut in steps of a power of two, at least this many to the whole axis."""
+"""An axis is cut in steps of a power of two, at least this many to the whole axis."""
+STEPS_PER_COUNT = 64
+"""The same of layers, heads and experts, which are few."""
+LARGEST_GRID = 2**20
+"""Steps are doubled until the grid has no more shapes than this."""
 SMALLEST_DIFFERENCE = 0.1
 """Two short-listed shapes differ by at least this share in the size of some axis."""
 
 
-def grid(teacher: Arch) -> dict[str, list[int]]:
+def grid(teacher: Arch, coarser: int = 1) -> dict[str, list[int]]:
     """The sizes that each axis may take, by config name; grouped axes by their entries per group."""
     sizes = {}
-    for axis in teacher.family.prunable_axes:
-        size, step = teacher.axis_size(axis), 1
-        if group := teacher.family.grouped.get(axis):
-            size //= teacher.axis_size(group)
-        elif axis not in {"layer", *teacher.family.grouped.values()}:
-            step = 2 ** max(0, math.floor(math.log2(size / STEPS_PER_AXIS)))
-        smallest = math.ceil(size * SMALLEST_SHARE / step)
-        sizes[AXES[axis]] = sorted({size, *(step * i for i in range(smallest, size // step + 1))})
+    counted = {"layer", "expert", *teacher.grouped, *teacher.grouped.values()}
+    for axis in teacher.prunable_axes:
+        size = teacher.entries(axis)
+        steps = (STEPS_PER_COUNT if axis in counted else STEPS_PER_AXIS) / coarser
+        step = 2 ** max(0, math.floor(math.log2(size / steps)))
+        floor = max(_floor(teacher, axis), size * SMALLEST_SHARE)
+        sizes[AXES[axis]] = sorted({size, *(step * i for i in range(math.ceil(floor / step), size // step + 1))})
+    if math.prod(map(len, sizes.values())) > LARGEST_GRID:
+        return grid(teacher, 2 * coarser)
     return sizes
+
+
+def _floor(arch: Arch, axis: str) -> int:
+    if axis == "layer":
+        return max(1, len(arch.kinds))
+    floor = arch.family.floors.get(axis)
+    groups = arch.axis_size(arch.grouped[axis]) if axis in arch.grouped else 1
+    return math.ceil(arch.axis_size(floor) / groups) if floor else 1
 
 
 def feasible(teacher: Arch, budget: Budget) -> list[Arch]:
@@ -40,10 +54,10 @@ def feasible(teacher: Arch, budget: Budget) -> list[Arch]:
     axes = grid(teacher)
     names = list(axes)
     mesh = dict(zip(names, np.meshgrid(*map(np.array, axes.values()), indexing="ij"), strict=True))
-    for axis, group in teacher.family.grouped.items():
-        if axis not in teacher.family.prunable_axes:
-            continue
-        mesh[AXES[axis]] = mesh[AXES[axis]] * mesh[AXES[group]]
+    for axis, group in teacher.grouped.items():
+        if axis in teacher.prunable_axes:
+            mesh[AXES[axis]] = mesh[AXES[axis]] * mesh.get(AXES[group], teacher.axis_size(group))
+    mesh.update(_depth_by_kind(teacher, mesh[AXES["layer"]]))
     counts = np.where(teacher.expressible(mesh), teacher.count_grid(mesh), teacher.num_parameters)
     smallest = int(counts.min())
     if budget.high < smallest:
@@ -62,6 +76,15 @@ def feasible(teacher: Arch, budget: Budget) -> list[Arch]:
     return [
         teacher.resized(**{name: int(values[tuple(position)]) for name, values in mesh.items()}) for position in chosen
     ]
+
+
+def _depth_by_kind(teacher: Arch, depth: Any) -> dict[str, Any]:
+    """For an array of depths, arrays of the number of layers of each kind, by size name."""
+    if not teacher.kinds:
+        return {}
+    depths, positions = np.unique(depth, return_inverse=True)
+    splits = [teacher.split_depth(int(one)) for one in depths]
+    return {name: np.array([split[name] for split in splits])[positions].reshape(depth.shape) for name in splits[0]}
 
 
 def shortlist(candidates: list[Arch], best_first: list[int], count: int) -> list[int]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +80,13 @@ def _short_list(
     proportion to the share of squared importance that it loses there.
     """
 
-    @cache
-    def lost(axis: str, size: int) -> float:
-        return 1 - kept_share(importance, teacher, axis, size)
+    shares: dict[tuple[str, int], float] = {}
+
+    def lost(axis: str, arch: Arch) -> float:
+        key = axis, arch.entries(axis)
+        if key not in shares:
+            shares[key] = kept_share(importance, teacher, arch, axis)
+        return 1 - shares[key]
 
     rises = {}
     probes = _probes(teacher)
@@ -91,11 +94,9 @@ def _short_list(
         whole = measure(teacher)
         progress.advance(1)
         for axis, probe in probes.items():
-            rises[axis] = max(0.0, measure(probe) - whole) / max(lost(axis, _entries(probe, axis)), 1e-9)
+            rises[axis] = max(0.0, measure(probe) - whole) / max(lost(axis, probe), 1e-9)
             progress.advance(1)
-    predicted = [
-        whole + sum(rise * lost(axis, _entries(arch, axis)) for axis, rise in rises.items()) for arch in candidates
-    ]
+    predicted = [whole + sum(rise * lost(axis, arch) for axis, rise in rises.items()) for arch in candidates]
     best_first = sorted(range(len(candidates)), key=lambda i: predicted[i])
     return [
         {
@@ -114,23 +115,17 @@ def _probes(teacher: Arch) -> dict[str, Arch]:
     for name, options in grid(teacher).items():
         axis = next(axis for axis, size_name in AXES.items() if size_name == name)
         for option in sorted(options[:-1], key=lambda size: abs(size - options[(len(options) - 1) // 2])):
-            group = teacher.family.grouped.get(axis)
+            group, product = teacher.grouped.get(axis), teacher.family.product
             sizes = {name: option * (teacher.axis_size(group) if group else 1)}
-            if teacher.family.is_square and axis == "hidden":
-                sizes[AXES["query"]] = option // teacher.axis_size("head_dim")
-            for inner, outer in teacher.family.grouped.items():
+            if product and not product.ratio and axis == product.of:
+                sizes[AXES[product.axes[0]]] = option // teacher.axis_size(product.axes[1])
+            for inner, outer in teacher.grouped.items():
                 if outer == axis:
-                    sizes[AXES[inner]] = option * (teacher.axis_size(inner) // teacher.axis_size(outer))
+                    sizes[AXES[inner]] = option * teacher.entries(inner)
             if teacher.expressible(sizes):
                 probes[axis] = teacher.resized(**sizes)
                 break
     return probes
-
-
-def _entries(arch: Arch, axis: str) -> int:
-    """The size of an axis; of a grouped one, within each group."""
-    group = arch.family.grouped.get(axis)
-    return arch.axis_size(axis) // (arch.axis_size(group) if group else 1)
 
 
 def _arch(teacher: Arch, row: dict[str, Any]) -> Arch:

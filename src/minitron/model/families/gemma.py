@@ -3,8 +3,9 @@
 The config classes refuse a hidden_size that is no multiple of the heads, and no other type is the same network.
 """
 
-from minitron.model.anatomy import Demand, parse_taps
+from minitron.model.anatomy import Demand
 from minitron.model.families.llama import ATTENTION_BIAS, QK_NORM, decoder
+from minitron.model.grammar import parse_norms, parse_taps
 
 MLP_NORMS = """
     model.layers.{i}.pre_feedforward_layernorm.weight     hidden
@@ -15,10 +16,25 @@ TAPS = parse_taps("""
     hidden    model.layers.{i}.input_layernorm              output
     hidden    model.layers.{i}.pre_feedforward_layernorm    output
     query     model.layers.{i}.self_attn.o_proj             input
+    kv        model.layers.{i}.self_attn.o_proj             input
     ffn       model.layers.{i}.mlp.down_proj                input
 """)
 
-SHARED = {"taps": TAPS, "demand": Demand("hidden", "query"), "logit_softcap": "final_logit_softcapping"}
+NORMS = parse_norms("""
+    model.layers.{i}.input_layernorm               q_proj k_proj v_proj
+    model.layers.{i}.post_attention_layernorm
+    model.layers.{i}.pre_feedforward_layernorm     gate_proj up_proj
+    model.layers.{i}.post_feedforward_layernorm
+    model.norm                                     lm_head
+""")
+
+SHARED = {
+    "taps": TAPS,
+    "norms": NORMS,
+    "norm_offset": 1.0,
+    "demand": Demand("hidden", "query"),
+    "logit_softcap": "final_logit_softcapping",
+}
 
 GEMMA2 = decoder("gemma2", ATTENTION_BIAS, MLP_NORMS, **SHARED)
 GEMMA3 = decoder("gemma3_text", ATTENTION_BIAS, QK_NORM, MLP_NORMS, **SHARED)

@@ -3,7 +3,10 @@
 Cutting hidden therefore takes heads with it: hidden_size stays num_attention_heads times head_dim.
 """
 
-from minitron.model.anatomy import Family, parse_rows, parse_taps
+from minitron.model.anatomy import Family, Product
+from minitron.model.grammar import parse_norms, parse_rows, parse_taps
+
+HEADS = Product(("query", "head_dim"))
 
 GPT2 = Family(
     "gpt2",
@@ -36,6 +39,11 @@ GPT2 = Family(
         ffn       transformer.h.{i}.mlp.c_proj     input
     """),
     layer="transformer.h.{i}",
+    norms=parse_norms("""
+        transformer.h.{i}.ln_1    c_attn
+        transformer.h.{i}.ln_2    c_fc
+        transformer.ln_f          lm_head
+    """),
     grouped={},
     config_names={
         "hidden": "n_embd",
@@ -45,7 +53,8 @@ GPT2 = Family(
         "layer": "n_layer",
     },
     ffn_multiple=4,
-    is_square=True,
+    product=HEADS,
+    is_centred=True,
     prefix="transformer.",
 )
 
@@ -80,8 +89,14 @@ GPT_NEOX = Family(
         ffn       gpt_neox.layers.{i}.mlp.dense_4h_to_h           input
     """),
     layer="gpt_neox.layers.{i}",
+    norms=parse_norms("""
+        gpt_neox.layers.{i}.input_layernorm             query_key_value
+        gpt_neox.layers.{i}.post_attention_layernorm    dense_h_to_4h
+        gpt_neox.final_layer_norm                       embed_out
+    """),
     grouped={},
-    is_square=True,
+    product=HEADS,
+    is_centred=True,
 )
 
 OPT = Family(
@@ -117,8 +132,14 @@ OPT = Family(
         ffn       model.decoder.layers.{i}.fc2                   input
     """),
     layer="model.decoder.layers.{i}",
+    norms=parse_norms("""
+        model.decoder.layers.{i}.self_attn_layer_norm    q_proj k_proj v_proj    if do_layer_norm_before
+        model.decoder.layers.{i}.final_layer_norm        fc1                     if do_layer_norm_before
+        model.decoder.final_layer_norm                   lm_head                 if do_layer_norm_before
+    """),
     grouped={},
     config_names={"ffn": "ffn_dim"},
-    config_copies={"word_embed_proj_dim": "hidden"},
-    is_square=True,
+    config_products={"word_embed_proj_dim": ("hidden",)},
+    product=HEADS,
+    is_centred=True,
 )

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from minitron.model.anatomy import Demand, Family, parse_rows, parse_taps
+from minitron.model.anatomy import Demand, Family
+from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 DECODER = """
     model.embed_tokens.weight                           vocab hidden
@@ -49,7 +50,15 @@ TAPS = parse_taps("""
     hidden    model.layers.{i}.input_layernorm             output
     hidden    model.layers.{i}.post_attention_layernorm    output
     query     model.layers.{i}.self_attn.o_proj            input
+    kv        model.layers.{i}.self_attn.o_proj            input
     ffn       model.layers.{i}.mlp.down_proj               input
+""")
+
+
+NORMS = parse_norms("""
+    model.layers.{i}.input_layernorm             q_proj k_proj v_proj
+    model.layers.{i}.post_attention_layernorm    gate_proj up_proj
+    model.norm                                   lm_head
 """)
 
 
@@ -61,7 +70,7 @@ AS_MISTRAL = Demand("hidden", "query", "mistral", {"sliding_window": None}, ("at
 def decoder(model_type: str, *additions: str, **differences: Any) -> Family:
     """A family that is Llama's plus rows, and other entries where they differ."""
     rows = parse_rows("".join([DECODER, *additions]))
-    return replace(Family(model_type, rows, TAPS, layer="model.layers.{i}"), **differences)
+    return replace(Family(model_type, rows, TAPS, layer="model.layers.{i}", norms=NORMS), **differences)
 
 
 LLAMA = decoder("llama", ATTENTION_BIAS, MLP_BIAS, demand=AS_MISTRAL)

@@ -1,7 +1,8 @@
 """Nemotron 3 and 4 and the Minitrons made of them: squared ReLU without a gate, LayerNorm1P with bias."""
 
-from minitron.model.anatomy import Family, parse_rows
-from minitron.model.families.llama import ATTENTION_BIAS, TAPS
+from minitron.model.anatomy import Family
+from minitron.model.families.llama import ATTENTION_BIAS, NORMS, TAPS
+from minitron.model.grammar import parse_rows
 
 NEMOTRON = Family(
     "nemotron",
@@ -26,4 +27,7 @@ NEMOTRON = Family(
     + parse_rows(ATTENTION_BIAS),
     TAPS,
     layer="model.layers.{i}",
+    norms=NORMS,
+    norm_offset=1.0,
+    is_centred=True,
 )

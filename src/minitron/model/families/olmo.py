@@ -3,8 +3,9 @@
 A norm over heads mixes them, so a student without some of them is no masked teacher: heads are not pruned.
 """
 
-from minitron.model.anatomy import Family, parse_rows, parse_taps
+from minitron.model.anatomy import Family
 from minitron.model.families.llama import ATTENTION_BIAS
+from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 OLMO2 = Family(
     "olmo2",
@@ -31,4 +32,9 @@ OLMO2 = Family(
         ffn       model.layers.{i}.mlp.down_proj       input
     """),
     layer="model.layers.{i}",
+    norms=parse_norms("""
+        model.layers.{i}.post_attention_layernorm
+        model.layers.{i}.post_feedforward_layernorm
+        model.norm                                     lm_head
+    """),
 )

@@ -1,7 +1,8 @@
 """Phi-3 and Phi-4: query, key and value in one tensor, gate and up in another."""
 
-from minitron.model.anatomy import Family, parse_rows
+from minitron.model.anatomy import Family
 from minitron.model.families.llama import TAPS
+from minitron.model.grammar import parse_norms, parse_rows
 
 PHI3 = Family(
     "phi3",
@@ -18,4 +19,9 @@ PHI3 = Family(
     """),
     TAPS,
     layer="model.layers.{i}",
+    norms=parse_norms("""
+        model.layers.{i}.input_layernorm             qkv_proj
+        model.layers.{i}.post_attention_layernorm    gate_up_proj
+        model.norm                                   lm_head
+    """),
 )

@@ -1,0 +1,108 @@
+"""Mixtral, Qwen3-MoE and GPT-OSS: the MLP of a layer is a choice of experts.
+
+Mixtral and Qwen3-MoE keep every expert's matrices by themselves on disk; transformers stacks them in memory.
+"""
+
+from minitron.model.anatomy import Family, LayerKinds
+from minitron.model.families.llama import ATTENTION_BIAS, QK_NORM
+from minitron.model.grammar import parse_norms, parse_rows, parse_taps
+
+BACKBONE = """
+    model.embed_tokens.weight                           vocab hidden
+    model.layers.{i}.input_layernorm.weight             hidden
+    model.layers.{i}.self_attn.q_proj.weight            (query head_dim) hidden
+    model.layers.{i}.self_attn.k_proj.weight            (kv head_dim) hidden
+    model.layers.{i}.self_attn.v_proj.weight            (kv head_dim) hidden
+    model.layers.{i}.self_attn.o_proj.weight            hidden (query head_dim)
+    model.layers.{i}.post_attention_layernorm.weight    hidden
+    model.norm.weight                                   hidden
+    lm_head.weight                                      vocab hidden    if not tie_word_embeddings
+"""
+
+TAPS = """
+    hidden    model.layers.{i}.input_layernorm             output
+    hidden    model.layers.{i}.post_attention_layernorm    output
+    query     model.layers.{i}.self_attn.o_proj            input
+    kv        model.layers.{i}.self_attn.o_proj            input
+"""
+
+MIXTRAL = Family(
+    "mixtral",
+    parse_rows(BACKBONE)
+    + parse_rows("""
+        model.layers.{i}.block_sparse_moe.gate.weight              expert hidden
+        model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight    ffn hidden
+        model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight    ffn hidden
+        model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight    hidden ffn
+    """),
+    parse_taps(
+        TAPS
+        + """
+        expert    model.layers.{i}.mlp.experts    routed
+        ffn       model.layers.{i}.mlp.experts    routed
+    """
+    ),
+    layer="model.layers.{i}",
+    norms=parse_norms("""
+        model.layers.{i}.input_layernorm             q_proj k_proj v_proj
+        model.layers.{i}.post_attention_layernorm    gate w1 w3
+        model.norm                                   lm_head
+    """),
+)
+
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    parse_rows(BACKBONE + ATTENTION_BIAS + QK_NORM)
+    + parse_rows("""
+        model.layers.{i}.mlp.gate_proj.weight                 ffn hidden           in mlp
+        model.layers.{i}.mlp.up_proj.weight                   ffn hidden           in mlp
+        model.layers.{i}.mlp.down_proj.weight                 hidden ffn           in mlp
+        model.layers.{i}.mlp.gate.weight                      expert hidden        in moe
+        model.layers.{i}.mlp.experts.{e}.gate_proj.weight     expert_ffn hidden    in moe
+        model.layers.{i}.mlp.experts.{e}.up_proj.weight       expert_ffn hidden    in moe
+        model.layers.{i}.mlp.experts.{e}.down_proj.weight     hidden expert_ffn    in moe
+    """),
+    parse_taps(
+        TAPS
+        + """
+        ffn           model.layers.{i}.mlp.down_proj    input     in mlp
+        expert        model.layers.{i}.mlp.experts      routed    in moe
+        expert_ffn    model.layers.{i}.mlp.experts      routed    in moe
+    """
+    ),
+    layer="model.layers.{i}",
+    kinds=LayerKinds("mlp_only_layers", listed="mlp", otherwise="moe", period="decoder_sparse_step"),
+    norms=parse_norms("""
+        model.layers.{i}.input_layernorm             q_proj k_proj v_proj
+        model.layers.{i}.post_attention_layernorm    gate gate_proj up_proj
+        model.norm                                   lm_head
+    """),
+)
+
+GPT_OSS = Family(
+    "gpt_oss",
+    parse_rows(BACKBONE + ATTENTION_BIAS)
+    + parse_rows("""
+        # All experts in one tensor, inputs first; gate and up of one neuron side by side.
+        model.layers.{i}.self_attn.sinks                  query
+        model.layers.{i}.mlp.router.weight                expert hidden
+        model.layers.{i}.mlp.router.bias                  expert
+        model.layers.{i}.mlp.experts.gate_up_proj         expert hidden (ffn 2)
+        model.layers.{i}.mlp.experts.gate_up_proj_bias    expert (ffn 2)
+        model.layers.{i}.mlp.experts.down_proj            expert ffn hidden
+        model.layers.{i}.mlp.experts.down_proj_bias       expert hidden
+    """),
+    parse_taps(
+        TAPS
+        + """
+        expert    model.layers.{i}.mlp.experts    routed
+        ffn       model.layers.{i}.mlp.experts    routed
+    """
+    ),
+    layer="model.layers.{i}",
+    norms=parse_norms("""
+        model.layers.{i}.input_layernorm             q_proj k_proj v_proj
+        model.layers.{i}.post_attention_layernorm    router gate_up_proj
+        model.norm                                   lm_head
+    """),
+)

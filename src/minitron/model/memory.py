@@ -1,0 +1,68 @@
+"""What it takes to hold and run a model: bytes of weights, of KV cache and of Mamba state; exact, no torch."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from minitron.model.arch import Arch
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
+MAMBA_STATE_BYTES = 4
+"""The recurrent state is kept in float32 whatever the weights are in, as vLLM and Nemotron-H do."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what they are for."""
+
+    weights: int
+    kv_cache: int
+    mamba_state: int
+
+    @property
+    def total(self) -> int:
+        """All of it; activations are not counted."""
+        return self.weights + self.kv_cache + self.mamba_state
+
+    def to_dict(self) -> dict[str, int]:
+        """For JSON."""
+        return {**asdict(self), "total": self.total}
+
+
+def memory(arch: Arch, batch: int, context: int, dtype: str, windows: list[int] | None = None) -> Memory:
+    """The memory of `batch` sequences of `context` tokens each.
+
+    - weights: every parameter in `dtype`;
+    - KV cache: 2 × KV heads × head_dim × tokens for each layer with attention, in `dtype`; a layer with a
+      sliding window keeps no more tokens than that (`windows`, of the layers with one);
+    - Mamba state: heads × channels × state in float32 for each layer with a mixer, and the last
+      conv_kernel − 1 inputs of its convolution in `dtype`.
+    """
+    size, width = arch.axis_size, DTYPE_BYTES[dtype]
+    kv_cache = state = 0
+    if num_attention := _num_layers_along(arch, "query"):
+        per_token = 2 * size("kv" if "kv" in arch.axes else "query") * size("head_dim") * width
+        sliding = [min(context, window) for window in windows or []]
+        kv_cache = batch * per_token * (sum(sliding) + (num_attention - len(sliding)) * context)
+    if num_mixers := _num_layers_along(arch, "mhead"):
+        inner, groups = size("mhead") * size("mchan"), 2 * size("mgroup") * size("state")
+        recurrent = inner * size("state") * MAMBA_STATE_BYTES
+        state = batch * num_mixers * (recurrent + (inner + groups) * (size("conv") - 1) * width)
+    return Memory(arch.num_parameters * width, kv_cache, state)
+
+
+def attention_windows(config: Mapping[str, Any]) -> list[int]:
+    """The windows of the layers that attend to the last tokens only."""
+    window, kinds = config.get("sliding_window"), config.get("layer_types")
+    if not window:
+        return []
+    if kinds:
+        return [int(window)] * kinds.count("sliding_attention")
+    return [int(window)] * int(config["num_hidden_layers"])
+
+
+def _num_layers_along(arch: Arch, axis: str) -> int:
+    kinds = {row.kind for row in arch.rows if row.is_per_layer and axis in row.axes}
+    if None in kinds:
+        return arch.axis_size("layer")
+    return sum(arch.kinds[kind] for kind in kinds if kind)

@@ -1,0 +1,106 @@
+"""Property 5: turning the residual stream leaves the logits unchanged."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitron.errors import UserError
+from minitron.model.arch import TIED, Arch
+from minitron.model.causal import build_model, load_model
+from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint, student_config
+from minitron.prune.rotate import Rotated, untied
+from tests.conftest import make_model
+
+CPU = torch.device("cpu")
+
+
+def random_rotation(size: int, is_centred: bool = False) -> Tensor:
+    """A random orthogonal matrix; a centred one keeps the vector of ones."""
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    if not is_centred:
+        return orthogonal(turn)
+    basis = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    basis[:, 0] = 1.0
+    basis = orthogonal(basis)  # the first column is along the ones
+    inner = torch.block_diag(torch.ones(1, 1, dtype=torch.float64), orthogonal(turn[1:, 1:]))
+    rotation: Tensor = basis @ inner @ basis.T
+    return rotation
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    q: Tensor = torch.linalg.qr(matrix).Q
+    return q
+
+
+def signed_permutation(size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.where(torch.rand(size, generator=generator) < 0.5, -1.0, 1.0).double()
+    return torch.eye(size, dtype=torch.float64)[torch.randperm(size, generator=generator)] * signs
+
+
+def suitable(arch: Arch) -> Tensor:
+    """The most general matrix that the family can be turned by."""
+    if any(not norm.readers for norm in arch.family.norms):
+        return signed_permutation(arch.axis_size("hidden"))
+    return random_rotation(arch.axis_size("hidden"), arch.family.is_centred)
+
+
+@torch.no_grad()
+def logits(model: Any, input_ids: Tensor) -> Tensor:
+    model.set_experts_implementation("eager")  # the others do not know float64
+    return model.double()(input_ids=input_ids).logits  # type: ignore[no-any-return]
+
+
+def turned_logits(teacher: Checkpoint, tensors: dict[str, Tensor], input_ids: Tensor) -> Tensor:
+    config = student_config(teacher, untied(teacher.arch), list(range(teacher.arch.axis_size("layer"))))
+    return logits(build_model(config, tensors.items(), CPU), input_ids)
+
+
+def turn(teacher: Checkpoint, rotation: Tensor) -> dict[str, Tensor]:
+    read = Rotated(teacher.arch, rotation, lambda name: teacher.tensor(name).double())
+    return {name: read(name) for name, _ in expected_shapes(untied(teacher.arch))}
+
+
+def test_a_rotation_leaves_the_logits_unchanged(teacher: Checkpoint, input_ids: Tensor) -> None:
+    tensors = turn(teacher, suitable(teacher.arch))
+    assert {name: tuple(value.shape) for name, value in tensors.items()} == dict(expected_shapes(untied(teacher.arch)))
+    expected = logits(load_model(teacher, CPU, torch.float64), input_ids)
+    found = turned_logits(teacher, tensors, input_ids)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_rotation_that_one_tensor_misses_changes_them(teacher: Checkpoint, input_ids: Tensor) -> None:
+    tensors = turn(teacher, suitable(teacher.arch))
+    missed = [row for row in teacher.arch.rows if row.is_per_layer and len(row.dimensions) > 1 and "hidden" in row.axes]
+    name = missed[-1].tensor_name(teacher.arch.layer_numbers(missed[-1].kind)[0], 0)
+    tensors[name] = teacher.tensor(name).double()
+    expected = logits(load_model(teacher, CPU, torch.float64), input_ids)
+    assert (turned_logits(teacher, tensors, input_ids) - expected).abs().max() > 1e-3
+
+
+def test_what_cannot_be_turned_is_refused(teacher: Checkpoint, tmp_path: Path) -> None:
+    rotation = random_rotation(teacher.arch.axis_size("hidden"))
+    if any(not norm.readers for norm in teacher.arch.family.norms):
+        with pytest.raises(UserError, match="norms behind its blocks"):
+            turn(teacher, rotation)
+    elif teacher.arch.family.is_centred:
+        with pytest.raises(UserError, match="subtract the mean"):
+            turn(teacher, rotation)
+    else:
+        turn(teacher, rotation)
+
+
+def test_an_opt_with_its_norms_behind_is_refused(tmp_path: Path) -> None:
+    teacher = open_checkpoint(make_model(tmp_path / "opt", "opt", do_layer_norm_before=False))
+    with pytest.raises(UserError, match="norms behind its blocks"):
+        turn(teacher, random_rotation(48, is_centred=True))
+
+
+def test_a_tied_model_gets_an_output_matrix_of_its_own(tmp_path: Path) -> None:
+    teacher = open_checkpoint(make_model(tmp_path / "llama", "llama-tied"))
+    assert untied(teacher.arch).num_parameters == teacher.arch.num_parameters + 258 * 48
+    assert not student_config(teacher, untied(teacher.arch), [0, 1, 2, 3]).to_dict()[TIED]
