@@ -113,13 +113,15 @@ def test_sizes_are_checked(teacher: Checkpoint) -> None:
         arch.require_prunable_to(arch.resized(vocab_size=100))
     if "intermediate_size" in arch.sizes:
         with pytest.raises(UserError, match="above the teacher's 64"):
-            arch.require_prunable_to(arch.resized(intermediate_size=65))
+            arch.require_prunable_to(arch.resized(intermediate_size=72))
     for axis in {"query", "mhead"} & set(arch.axes):
         with pytest.raises(UserError, match=r"is not (a multiple of|48)"):
             arch.resized(**{AXES[axis]: 5})
     if "expert" in arch.axes:
         with pytest.raises(UserError, match="num_local_experts 1 is below num_experts_per_tok 2"):
             arch.resized(num_local_experts=1)
+        with pytest.raises(UserError, match="20 is no multiple of 8, which experts need"):
+            arch.resized(**{AXES["expert_ffn" if "expert_ffn" in arch.axes else "ffn"]: 20})
     if "kv" in arch.prunable_axes:
         with pytest.raises(UserError, match="6 a group, above the teacher's 2"):
             arch.require_prunable_to(arch.resized(num_key_value_heads=1))

@@ -146,8 +146,10 @@ def test_another_seed_gives_other_bits(made: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "variant", ["gpt2", "gpt_neox", "opt", "nemotron", "gemma2", "phi3", "olmo2", "smollm3", "granite"]
-)
+    "variant",
+    ["gpt2", "gpt_neox", "opt", "nemotron", "gemma2", "phi3", "olmo2", "smollm3", "granite", "mixtral", "qwen3_moe",
+     "gpt_oss", "mamba2", "nemotron_h", "nemotron_h-latent", "bamba", "falcon_h1"],
+)  # fmt: skip
 def test_a_family_goes_through(variant: str, tmp_path: Path, text_file: Path) -> None:
     teacher = make_model(tmp_path / "model", variant)
     results = pipeline.compress(recipe(teacher, text_file, target_params=0.7), tmp_path / "run")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minitron.data.blocks import pack
-from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import load_model
+from minitron.measure.perplexity import measure_perplexity, next_token_nll
+from minitron.model.causal import Head, load_model
 from minitron.model.checkpoint import Checkpoint
 from tests.conftest import byte_tokenizer
 
@@ -26,3 +26,19 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(teacher: Checkpoint, mon
     num_bytes = int(blocks.num_bytes[:, 1:].sum())
     assert figures.bits_per_byte == pytest.approx(mean * figures.num_tokens / math.log(2) / num_bytes, rel=1e-4)
     assert num_bytes < int(blocks.num_bytes.sum())
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_gradient_is_that_of_the_whole_logits(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitron.measure.perplexity.CHUNK_TOKENS", 3)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(0, 11, (2, 8), generator=generator)
+    next_token_nll(hidden, Head(weight, softcap), ids).backward()
+    found = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    logits = hidden @ weight.T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    torch.testing.assert_close(found, (hidden.grad, weight.grad))

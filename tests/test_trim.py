@@ -95,7 +95,7 @@ CUTS = {
     "kv": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "kv and query": {"num_attention_heads": 2, "num_key_value_heads": 2},
     "expert": {"num_local_experts": 3},
-    "expert_ffn": {"moe_intermediate_size": 12},
+    "expert_ffn": {"moe_intermediate_size": 16},
     "shared_ffn": {"moe_shared_expert_intermediate_size": 24},
     "mhead": {"mamba_num_heads": 6},
     "mchan": {"mamba_head_dim": 4},
@@ -198,7 +198,7 @@ def cut_everywhere(arch: Arch) -> Arch:
         return cut_to(arch, "all but hidden").resized(hidden_size=32, num_attention_heads=4)
     if product:
         return arch.resized(hidden_size=36, mamba_num_heads=6, mamba_head_dim=6, num_hidden_layers=3)
-    return cut_to(arch, "all but hidden").resized(hidden_size=36)
+    return cut_to(arch, "all but hidden").resized(hidden_size=40)
 
 
 def along(arch: Arch, axis: str) -> tuple[str, int]:

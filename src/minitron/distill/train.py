@@ -33,8 +33,8 @@ from minitron.files import (
     write_json,
     write_jsonl,
 )
-from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import Head, Headless, load_model
+from minitron.measure.perplexity import measure_perplexity, next_token_nll
+from minitron.model.causal import Head, Headless, Readout, load_model
 from minitron.model.checkpoint import Checkpoint, write_model
 from minitron.progress import Progress
 from minitron.recipe import DistillRecipe
@@ -45,7 +45,7 @@ NUM_EVALUATIONS = 5
 
 
 def distill(
-    teacher: nn.Module,
+    teacher: nn.Module | None,
     pruned: Checkpoint,
     train: Blocks,
     heldout: Blocks,
@@ -58,6 +58,8 @@ def distill(
     world: World,
 ) -> None:
     """Train the pruned checkpoint on the teacher's distribution and write the student to `out`.
+
+    Without a teacher it learns from the text itself, by next-token cross-entropy: what training from scratch is.
 
     `work` receives `metrics.jsonl`, a row a step, and `checkpoint/`, from which a killed run continues and which
     the caller may remove once the student is safe. Weights train in float32; `dtype` is that of the
@@ -76,7 +78,7 @@ def distill(
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
     )
-    _loop(Headless(teacher), student, optimizer, train, heldout, recipe, work, seed, dtype, world)
+    _loop(Headless(teacher) if teacher else None, student, optimizer, train, heldout, recipe, work, seed, dtype, world)
     _write_student(student, pruned, out, world)
 
 
@@ -101,7 +103,7 @@ def learning_rate(step: int, num_steps: int, recipe: DistillRecipe) -> float:
 
 
 def _loop(
-    teacher: Headless,
+    teacher: Headless | None,
     student: Headless,
     optimizer: torch.optim.Optimizer,
     train: Blocks,
@@ -149,25 +151,29 @@ def _loop(
 
 
 def accumulate(
-    teacher: Headless, student: Headless, ids: Tensor, recipe: DistillRecipe, dtype: torch.dtype, world: World
+    teacher: Headless | None, student: Headless, ids: Tensor, recipe: DistillRecipe, dtype: torch.dtype, world: World
 ) -> Tensor:
     """Add one step's gradient to the student's from this rank's share of the blocks `ids` (B, T).
 
     Returns this rank's part of the loss; the parts of all ranks add up to the mean over the step's tokens.
     """
-    device = next(teacher.parameters()).device
+    device = next(student.parameters()).device
     mine = ids.chunk(world.size)[world.rank]
     total = torch.zeros((), dtype=torch.float64, device=device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     for part in mine.split(recipe.micro_batch_size):
         part = part.to(device)
-        with torch.no_grad():
-            teacher_hidden, teacher_head = teacher(part, lambda hidden, head: (hidden, head))
         # The one place where the loss is normalised: by the tokens of the whole step, on all ranks.
-        readout = partial(
-            _readout, teacher_hidden=teacher_hidden, teacher_head=teacher_head, num_tokens=ids.numel(),
-            temperature=recipe.temperature,
-        )  # fmt: skip
+        readout: Readout
+        if teacher is None:
+            readout = partial(_cross_entropy, input_ids=part, num_tokens=ids[:, 1:].numel())
+        else:
+            with torch.no_grad():
+                teacher_hidden, teacher_head = teacher(part, lambda hidden, head: (hidden, head))
+            readout = partial(
+                _forward_kl, teacher_hidden=teacher_hidden, teacher_head=teacher_head, num_tokens=ids.numel(),
+                temperature=recipe.temperature,
+            )  # fmt: skip
         with autocast:
             loss = student(part, readout)
         (loss * world.size).backward()  # FSDP averages gradients over ranks; the loss is a sum already
@@ -175,7 +181,12 @@ def accumulate(
     return total
 
 
-def _readout(
+def _cross_entropy(hidden: Tensor, head: Head, input_ids: Tensor, num_tokens: int) -> Tensor:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return next_token_nll(hidden, head, input_ids) / num_tokens
+
+
+def _forward_kl(
     hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head, num_tokens: int, temperature: float
 ) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
@@ -259,7 +270,8 @@ def _load(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world
 
 
 def _write_student(student: Headless, pruned: Checkpoint, out: Path, world: World) -> None:
-    state = {}
+    saved = student.model.state_dict().keys()
+    state = {name: buffer for name, buffer in student.model.named_buffers() if name in saved}
     for name, parameter in student.model.named_parameters():
         value = whole(parameter)  # gathering takes every rank; keeping and writing take one
         if world.is_main:

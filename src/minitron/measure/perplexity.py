@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
@@ -65,14 +66,23 @@ def next_token_nll(hidden: Tensor, head: Head, input_ids: Tensor) -> Tensor:
     """Negative log-likelihood in nats, summed over the predicted tokens, as a float64 scalar.
 
     hidden (B, T, hidden), input_ids (B, T); logits are formed in float32 (or float64
-    when the states are) for at most `CHUNK_TOKENS` tokens at once.
+    when the states are) for at most `CHUNK_TOKENS` tokens at once, and again for the gradient where there is one.
     """
     states, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for part, labels in zip(states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
-        logits = part.to(dtype) @ head.weight.to(dtype).T  # (chunk, vocab)
-        if head.softcap:
-            logits = logits.div_(head.softcap).tanh_().mul_(head.softcap)
-        total += nn.functional.cross_entropy(logits, labels, reduction="sum").double()
+        total = (
+            total
+            + checkpoint(
+                _chunk_nll, part.to(dtype), head, labels, use_reentrant=False, preserve_rng_state=False
+            ).double()
+        )
     return total
+
+
+def _chunk_nll(states: Tensor, head: Head, labels: Tensor) -> Tensor:
+    logits = states @ head.weight.to(states.dtype).T  # (chunk, vocab)
+    if head.softcap:
+        logits = head.softcap * torch.tanh(logits / head.softcap)
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -12,6 +12,8 @@ from minitron.model.anatomy import AXES, Demand, Family, Place, Row
 from minitron.model.families import family_of
 
 TIED = "tie_word_embeddings"
+EXPERT_MULTIPLE = 8
+"""Experts are multiplied in groups, by kernels that read rows of 16 bytes: 8 numbers of bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,19 @@ class Arch:
         for axis, floor in arch.family.floors.items():
             if axis in arch.axes and arch.axis_size(axis) < arch.axis_size(floor):
                 raise UserError(f"{AXES[axis]} {arch.axis_size(axis)} is below {AXES[floor]} {arch.axis_size(floor)}")
+        for axis in self._experts_axes:
+            if arch.axis_size(axis) != self.axis_size(axis) and arch.axis_size(axis) % EXPERT_MULTIPLE:
+                raise UserError(
+                    f"{AXES[axis]} {arch.axis_size(axis)} is no multiple of {EXPERT_MULTIPLE}, which experts need"
+                )
         _ = arch.restatement
         return arch
+
+    @cached_property
+    def _experts_axes(self) -> frozenset[str]:
+        """The axes along which the experts' matrices run."""
+        own = [row for row in self.rows if row.axes & self.family.per_expert_axes]
+        return frozenset(axis for row in own for axis in row.axes) - {"expert"}
 
     def _depth(self, sizes: Mapping[str, int]) -> dict[str, int]:
         kinds = self.kinds
@@ -249,11 +262,13 @@ class Arch:
         return self._agrees(every) & (every[AXES[demand.multiple]] % every[AXES[demand.of]] == 0)
 
     def _agrees(self, sizes: Mapping[str, Any]) -> Any:
-        product = self.family.product
-        if product is None:
-            return True
-        both, of = prod(sizes[AXES[axis]] for axis in product.axes), sizes[AXES[product.of]]
-        return both % of == 0 if product.ratio else both == of
+        agree: Any = True
+        for axis in self._experts_axes:
+            agree = agree & (sizes[AXES[axis]] % EXPERT_MULTIPLE == 0)
+        if product := self.family.product:
+            both, of = prod(sizes[AXES[axis]] for axis in product.axes), sizes[AXES[product.of]]
+            agree = agree & (both % of == 0 if product.ratio else both == of)
+        return agree
 
     @property
     def _can_be_restated(self) -> bool:
@@ -275,7 +290,7 @@ class Arch:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"model_type": self.model_type, **self.sizes, **self.flags}
+        return {"model_type": self.model_type, **self.flags, **self.sizes}
 
     def _count(self, sizes: Mapping[str, Any], without: str | None = None) -> Any:
         total: Any = 0
