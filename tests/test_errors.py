@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minitron import cli
+from minitron import cli, pipeline
 from tests.conftest import make_model
 
 Run = Callable[..., str]
@@ -120,6 +120,16 @@ def test_an_unknown_type_with_unknown_tensors_names_no_flag(place: Place, refuse
     place.tensors(lambda tensors: tensors.update({"adapter.weight": torch.zeros(2)}))
     assert "--family" not in refused(*compress(place))
     assert "model_type 'lama' is not supported" in refused(*compress(place, "--family", "lama"))
+
+
+def test_quantised_weights(place: Place, refused: Run) -> None:
+    place.config(quantization_config={"quant_method": "mxfp4"})
+    assert "holds quantised weights (mxfp4); convert them to bfloat16 first" in refused(*compress(place))
+
+
+def test_a_config_alone_may_be_of_a_quantised_model(place: Place) -> None:
+    place.config(quantization_config={"quant_method": "mxfp4"})
+    assert pipeline.inspect(str(place.teacher / "config.json"))["num_parameters"] > 0
 
 
 def test_unknown_tensor(place: Place, refused: Run) -> None:

@@ -1,5 +1,6 @@
 """Properties 3, 4, 6 and 7: permutations change nothing, a trimmed student is its masked teacher, and it reloads."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -224,6 +225,37 @@ def test_a_trimmed_student_is_its_masked_teacher(teacher: Checkpoint, cut: str, 
     student = build(teacher, arch, kept)
     assert sum(parameter.numel() for parameter in student.parameters()) == arch.num_parameters
     torch.testing.assert_close(logits(student, input_ids), expected, atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_student_without_some_channels_is_a_teacher_whose_channels_are_zero(
+    teacher: Checkpoint, input_ids: Tensor
+) -> None:
+    """Where norms do not subtract the mean; they see the zeros too, so weights and epsilon make up for them."""
+    arch = teacher.arch
+    if arch.family.is_centred:
+        pytest.skip("a mean over fewer channels is another mean")
+    is_bound = arch.family.product is not None
+    student = arch.resized(hidden_size=36, mamba_head_dim=6) if is_bound else arch.resized(hidden_size=24)
+    kept = select(random_importance(arch), arch, student)
+    share = student.axis_size("hidden") / arch.axis_size("hidden")
+    model = load_model(teacher, CPU, torch.float32)
+    gone = sorted(set(range(arch.axis_size("hidden"))) - set(kept["hidden"].tolist()))
+    norms = [norm.module.split(".", 1)[1].replace("{i}", r"\d+") for norm in arch.family.norms]
+    model.get_input_embeddings().weight[:, gone] = 0.0
+    for name, module in model.named_modules():
+        if hasattr(module, "conv1d"):
+            layer = next(i for i in range(arch.axis_size("layer")) if f".{i}." in name)
+            mask_mixer(module, kept["mhead"][layer], kept["mchan"][layer])
+        if any(re.search(rf"(^|\.){norm}$", name) for norm in norms):
+            offset = arch.family.norm_offset
+            module.weight.copy_((module.weight + offset) * share**0.5 - offset)
+            epsilon = "eps" if hasattr(module, "eps") else "variance_epsilon"
+            setattr(module, epsilon, getattr(module, epsilon) * share)
+            module.register_forward_pre_hook(lambda _, args: (args[0].index_fill(-1, torch.tensor(gone), 0.0),))
+    torch.testing.assert_close(
+        logits(build(teacher, student, kept), input_ids), logits(model, input_ids), atol=5e-4, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("cut", ["layer", *(cut for cut in CUTS if cut in AXES and cut != "layer")])

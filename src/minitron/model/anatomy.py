@@ -242,6 +242,8 @@ class Family:
     """The norms over hidden."""
     norm_offset: float = 0.0
     """What its norms add to their weights."""
+    scales_embedding: bool = False
+    """It multiplies embeddings by the root of hidden_size."""
     is_centred: bool = False
     """Its norms subtract the mean."""
     demand: Demand | None = None

@@ -124,6 +124,11 @@ class Arch:
         return place if is_of_kind else None
 
     @property
+    def embedding(self) -> Row:
+        """The row of the input embeddings."""
+        return next(row for row in self.rows if row.axes == {"vocab", "hidden"})
+
+    @property
     def num_parameters(self) -> int:
         """All parameters, tied ones once; exact."""
         return int(self._count(self.sizes))

@@ -92,8 +92,8 @@ def open_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
     `family` reads it as another `model_type` than its config says.
 
     Raises:
-        UserError: no config, an unsupported `model_type`, pickled or missing or damaged weights, a tensor that
-            no row matches or whose shape is not the row's, or a row without its tensor.
+        UserError: no config, an unsupported `model_type`, quantised or pickled or missing or damaged weights, a
+            tensor that no row matches or whose shape is not the row's, or a row without its tensor.
     """
     try:
         config = read_config(folder, family)
@@ -102,6 +102,11 @@ def open_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
         if fitting := family_that_fits(set(_locate_tensors(folder))):
             hint = f"; its tensors match the table of {fitting.model_type}: try --family {fitting.model_type}"
         raise UserError(f"{error}{hint}") from error
+    if quantization := getattr(config, "quantization_config", None):
+        raise UserError(
+            f"{folder} holds quantised weights ({dict(quantization).get('quant_method', 'of unknown method')}); "
+            "convert them to bfloat16 first, or take a checkpoint that has them so"
+        )
     arch = Arch.from_config(config.to_dict())
     stored, prefix = _locate_tensors(folder), arch.family.prefix
     is_unprefixed = bool(prefix) and not any(name.startswith(prefix) for name in stored)

@@ -54,7 +54,7 @@ class Rotated:
         """The rotated tensor of that name."""
         place = untied(self.arch).match(name)
         assert place is not None, name
-        stored = self.tensor(self._embedding.name if self._is_output(place.row) else name)
+        stored = self.tensor(self.arch.embedding.name if self._is_output(place.row) else name)
         return self._turned(stored.double(), place).to(stored.dtype) if "hidden" in place.row.axes else stored
 
     def _turned(self, value: Tensor, place: Place) -> Tensor:
@@ -91,10 +91,6 @@ class Rotated:
         if self.arch.family.is_centred and (weight == 0).any():
             raise UserError(f"{name} holds a zero, which cannot be moved past the bias of its norm")
         return weight
-
-    @property
-    def _embedding(self) -> Row:
-        return next(row for row in self.arch.rows if row.axes == {"vocab", "hidden"})
 
     def _is_output(self, row: Row) -> bool:
         return self.arch.flags[TIED] and row.condition == f"not {TIED}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minitron.errors import UserError
 from minitron.model.anatomy import Row
-from minitron.model.arch import Arch
+from minitron.model.arch import TIED, Arch
 from minitron.model.checkpoint import Checkpoint, expected_shapes, student_config, write_checkpoint
 from minitron.progress import Progress
 from minitron.prune.importance import Kept
@@ -31,6 +31,8 @@ def trimmed(teacher: Arch, student: Arch, kept: Kept, tensor: Callable[[str], Te
         if expert is not None:
             expert = int(kept["expert"][layer][expert])
         value = _cut(tensor(row.tensor_name(layer, expert)), row, layer, expert, kept, teacher)
+        if teacher.family.scales_embedding:
+            value = _with_the_scale_kept(value, row, teacher, student)
         assert tuple(value.shape) == shape, (name, tuple(value.shape), shape)
         yield name, value
 
@@ -51,6 +53,20 @@ def _cut(value: Tensor, row: Row, layer: int | None, expert: int | None, kept: K
         )  # fmt: skip
     maps.update({axis: maps[axis][expert] for axis in own})
     return apply_maps(value, row, maps, teacher.axis_size)
+
+
+def _with_the_scale_kept(value: Tensor, row: Row, teacher: Arch, student: Arch) -> Tensor:
+    """Embeddings multiplied by √hidden_size when they are read, so that they keep the size they had in the teacher.
+
+    Where they are the output matrix too, the final norm takes back what they gained.
+    """
+    gain = (teacher.axis_size("hidden") / student.axis_size("hidden")) ** 0.5
+    family, scaled = teacher.family, value.float()
+    if row == teacher.embedding:
+        scaled = scaled * gain
+    elif row.name == f"{family.norms[-1].module}.weight" and teacher.flags[TIED]:
+        scaled = (scaled + family.norm_offset) / gain - family.norm_offset
+    return scaled.to(value.dtype)
 
 
 def write_trimmed(teacher: Checkpoint, student: Arch, kept: Kept, folder: Path) -> None:

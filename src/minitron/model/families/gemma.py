@@ -32,6 +32,7 @@ SHARED = {
     "taps": TAPS,
     "norms": NORMS,
     "norm_offset": 1.0,
+    "scales_embedding": True,
     "demand": Demand("hidden", "query"),
     "logit_softcap": "final_logit_softcapping",
 }
