@@ -1,6 +1,6 @@
 """Train a small Llama, GPT-NeoX, Qwen3-MoE and Nemotron-H from scratch, then run `minitron compress` on each.
 
-    python benchmarks/four_kinds.py FOLDER [--tokens 600k] [--distill-tokens 200k] [KIND …]
+    python benchmarks/four_kinds.py FOLDER [--tokens 2M] [--distill-tokens 200k] [KIND …]
 
 FOLDER receives `tokenizer/`, and for each kind `teacher/` and the run directory `run/`. The teachers are trained by
 the project's own loop, without a teacher of their own, on the built-in `wiki` corpus with a tokenizer of 2,048 tokens
@@ -30,9 +30,12 @@ VOCABULARY, CONTEXT, SEED = 2048, 256, 0
 EVALUATION_TOKENS, HELDOUT_TOKENS = 16_384, 4_096
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 256,
+    "hidden_size": 128,
     "num_attention_heads": 8,
-    "head_dim": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "intermediate_size": 384,
+    "num_hidden_layers": 6,
     "max_position_embeddings": CONTEXT,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -41,18 +44,18 @@ SIZES: dict[str, Any] = {
     "dtype": "float32",
 }
 KINDS: dict[str, dict[str, Any]] = {
-    "llama": {"num_hidden_layers": 6, "num_key_value_heads": 4, "intermediate_size": 768},
-    "gpt_neox": {"num_hidden_layers": 6, "intermediate_size": 1024},
+    "llama": {},
+    "gpt_neox": {"intermediate_size": 512},
     "qwen3_moe": {
-        "num_hidden_layers": 6, "num_key_value_heads": 4, "intermediate_size": 768, "mlp_only_layers": [0],
-        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True,
+        "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "mlp_only_layers": [0],
+        "norm_topk_prob": True,
     },
     "nemotron_h": {
-        "hybrid_override_pattern": "M-M-M*-M-M-", "num_key_value_heads": 4, "intermediate_size": 768,
-        "mamba_num_heads": 16, "mamba_head_dim": 32, "n_groups": 4, "ssm_state_size": 32, "chunk_size": 64,
+        "hybrid_override_pattern": "M-M*-M-M-", "mamba_num_heads": 16, "mamba_head_dim": 16, "n_groups": 4,
+        "ssm_state_size": 32, "chunk_size": 64,
     },
 }  # fmt: skip
-"""Differences from `SIZES`; between 5 and 12 million parameters."""
+"""Differences from `SIZES`; between 1.5 and 4 million parameters."""
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -79,7 +82,7 @@ def train_teacher(kind: str, folder: Path, tokenizer_folder: Path, num_tokens: i
         "wiki", tokenizer, VOCABULARY, CONTEXT, SEED, EVALUATION_TOKENS, HELDOUT_TOKENS, train_tokens=num_tokens
     )
     recipe = DistillRecipe(
-        tokens=num_tokens, batch_size=8, micro_batch_size=8, learning_rate=2e-3, weight_decay=0.1, warmup_ratio=0.1
+        tokens=num_tokens, batch_size=8, micro_batch_size=8, learning_rate=3e-3, weight_decay=0.1, warmup_ratio=0.1
     )
     work = folder / "work"
     work.mkdir(exist_ok=True)
@@ -96,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("kinds", nargs="*", default=list(KINDS))
-    parser.add_argument("--tokens", type=parse_count, default=600_000)
+    parser.add_argument("--tokens", type=parse_count, default=2_000_000)
     parser.add_argument("--distill-tokens", type=parse_count, default=200_000)
     parser.add_argument("--target-params", default=0.7)
     options = parser.parse_args()
