@@ -61,6 +61,16 @@ def test_inspect_takes_a_folder_or_a_config(verb: Verb, tmp_path: Path) -> None:
     assert whole["model_type"] == "qwen2"
 
 
+def test_inspect_says_what_serving_takes(verb: Verb, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "nemotron_h")
+    found = verb("inspect", folder, "--batch", "3", "--context", "2k", "--dtype", "float32")
+    assert found["memory_of"] == {"batch": 3, "context": 2048, "dtype": "float32"}
+    assert found["memory"]["kv_cache"] == 3 * 2048 * 2 * (2 * 3 * 8 * 4)
+    assert found["memory"]["weights"] == 4 * found["num_parameters"]
+    with pytest.raises(AssertionError, match="unknown dtype 'int3'"):
+        verb("inspect", folder, "--dtype", "int3")
+
+
 NEMOTRON_15B = {
     "model_type": "nemotron", "vocab_size": 256000, "hidden_size": 6144, "intermediate_size": 24576, "head_dim": 128,
     "num_hidden_layers": 32, "num_attention_heads": 48, "num_key_value_heads": 8, "tie_word_embeddings": False,
@@ -73,7 +83,35 @@ NEMO_12B = {
     "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 14336, "head_dim": 128,
     "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
 }  # fmt: skip
+NEMOTRON_H = {
+    "model_type": "nemotron_h", "vocab_size": 131072, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4,
+    "num_key_value_heads": 8, "head_dim": 128, "mamba_num_heads": 128,
+}  # fmt: skip
+NEMOTRON_H_8B = {
+    **NEMOTRON_H, "hidden_size": 4096, "intermediate_size": 21504, "mamba_head_dim": 64, "num_attention_heads": 32,
+    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+}  # fmt: skip
+NANO_12B = {
+    **NEMOTRON_H, "hidden_size": 5120, "intermediate_size": 20480, "mamba_head_dim": 80, "num_attention_heads": 40,
+    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
+}  # fmt: skip
 PUBLISHED_CUTS = {
+    "Nemotron-H-4B": (
+        NEMOTRON_H_8B,
+        {"hidden-size": 3072, "intermediate-size": 12288, "mamba-num-heads": 112},
+        4_489_223_040,
+    ),
+    "Nemotron-Nano-9B-v2": (
+        NANO_12B,
+        {
+            "hidden-size": 4480,
+            "intermediate-size": 15680,
+            "num-mamba-layers": 27,
+            "num-mlp-layers": 25,
+            "num-attention-layers": 4,
+        },
+        8_888_227_328,
+    ),
     "Minitron-8B": (NEMOTRON_15B, {"hidden-size": 4096, "intermediate-size": 16384}, 8_271_699_968),
     "Minitron-4B": (
         NEMOTRON_15B,

@@ -72,8 +72,8 @@ def inspect(
     seed: Seed = None,
     device: Device = None,
     dtype: Annotated[
-        str, typer.Option(help="bfloat16, float16, float32 or float8, of weights and cache.")
-    ] = "bfloat16",
+        str, typer.Option(help="Of weights and cache: auto (bfloat16), float32, float16 or float8.")
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Sizes, exact parameter counts, the memory that serving takes, and whether the weights fit the family's table."""

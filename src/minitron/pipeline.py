@@ -86,15 +86,16 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
 
 
 def inspect(
-    model: str, family: str | None = None, batch: int = 1, context: str = "4k", dtype: str = "bfloat16"
+    model: str, family: str | None = None, batch: int = 1, context: str = "4k", dtype: str = "auto"
 ) -> dict[str, Any]:
-    """What a model is and what serving it takes, from its config alone; a folder's weights are held against its table.
+    """What a model is and what serving it takes, in bfloat16 by default, from its config alone; a folder's weights are held against its table.
 
     Raises:
         UserError: `context` or `dtype` is none, or the model cannot be read.
     """
+    dtype = "bfloat16" if dtype == "auto" else dtype
     if dtype not in DTYPE_BYTES:
-        raise UserError(f"unknown dtype '{dtype}'; accepted: {', '.join(DTYPE_BYTES)}")
+        raise UserError(f"unknown dtype '{dtype}'; accepted: auto, {', '.join(DTYPE_BYTES)}")
     num_tokens = parse_context(context)
     path = _config_or_folder(model, family)
     checked = has_weights(path)

@@ -79,7 +79,7 @@ class Arch:
             other
             for relation in (self.family.grouped, self.family.floors)
             for axis, other in relation.items()
-            if axis in used and other in AXES
+            if axis in used
         }
         return tuple(axis for axis in AXES if axis in used | bound)
 
