@@ -88,7 +88,9 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
 def inspect(
     model: str, family: str | None = None, batch: int = 1, context: str = "4k", dtype: str = "auto"
 ) -> dict[str, Any]:
-    """What a model is and what serving it takes, in bfloat16 by default, from its config alone; a folder's weights are held against its table.
+    """What a model is and what serving it takes, in bfloat16 by default, from its config alone.
+
+    The weights of a folder that has some are held against the family's table.
 
     Raises:
         UserError: `context` or `dtype` is none, or the model cannot be read.
