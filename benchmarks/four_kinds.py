@@ -75,7 +75,7 @@ def train_teacher(kind: str, folder: Path, tokenizer_folder: Path, num_tokens: i
     """A random model of a kind, trained on the corpus without the blocks that `compress` evaluates on."""
     torch.manual_seed(SEED)
     random = folder / "random"
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **KINDS[kind])).save_pretrained(random)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | KINDS[kind])).save_pretrained(random)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.save_pretrained(random)
     splits = read_splits(
