@@ -116,11 +116,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nemotron_h": (
         "nemotron_h",
-        {**MAMBA, **EXPERTS, "hybrid_override_pattern": "M-*EM-*E", "use_bias": True, "mlp_bias": True},
+        {**MAMBA, **EXPERTS, "hybrid_override_pattern": "M-*EM-*E", "use_bias": True},
     ),
     "nemotron_h-latent": (
         "nemotron_h",
-        {**MAMBA, **EXPERTS, "hybrid_override_pattern": "ME*MEM*E", "moe_latent_size": 16},
+        {**MAMBA, **EXPERTS, "hybrid_override_pattern": "ME*MEM*E", "moe_latent_size": 16, "mlp_bias": True},
     ),
     "bamba": (
         "bamba",

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minitron.errors import UserError
-from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint, student_config
 from minitron.model.grammar import parse_rows, parse_taps
+from tests.conftest import make_model
 
 AXIS_SIZES = {"hidden": 16, "query": 6, "kv": 2, "head_dim": 4, "ffn": 10}
 
@@ -24,6 +25,47 @@ def test_products_and_joined_segments_give_shapes() -> None:
     assert fused.axes == {"query", "kv", "head_dim", "hidden"}
     assert gate_up.present({"mlp_bias": True})
     assert not gate_up.present({"mlp_bias": False})
+
+
+def test_kinds_experts_and_conditions() -> None:
+    bias, weight, buffer = parse_rows("""
+        a.{i}.fc.bias                hidden         in moe if mlp_bias and not moe_latent_size
+        a.{i}.experts.{e}.weight     ffn hidden     in moe
+        a.{i}.gate.correction        expert         in moe as buffer
+    """)
+    assert (bias.kind, weight.kind, bias.is_per_expert, weight.is_per_expert) == ("moe", "moe", False, True)
+    assert bias.present({"mlp_bias": True, "moe_latent_size": False})
+    assert not bias.present({"mlp_bias": True, "moe_latent_size": True})
+    assert not bias.present({"mlp_bias": False, "moe_latent_size": False})
+    assert weight.tensor_name(3, 7) == "a.3.experts.7.weight"
+    assert weight.axes == {"expert", "ffn", "hidden"}
+    assert buffer.is_buffer
+
+
+@pytest.mark.parametrize("line", ["a.weight", "a.weight hidden in attic", "a.weight hidden as parameter"])
+def test_what_is_no_row_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match=r"not a row|unknown axis"):
+        parse_rows(line)
+
+
+def test_layers_for_predicting_further_tokens_are_left_behind(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "nemotron_h-latent", num_nextn_predict_layers=1)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "mtp.layers.0.eh_proj.weight": torch.zeros(2)}, folder / "model.safetensors")
+    teacher = open_checkpoint(folder)
+    assert set(teacher.tensors) == set(tensors)
+    student = student_config(teacher, teacher.arch, list(range(8)))
+    assert (teacher.config.num_nextn_predict_layers, student.num_nextn_predict_layers) == (1, 0)
+
+
+def test_the_order_of_layers_is_asked_for(tmp_path: Path) -> None:
+    arch = open_checkpoint(make_model(tmp_path / "model", "bamba")).arch
+    shallow = arch.resized(num_hidden_layers=2)
+    with pytest.raises(ValueError, match="order of the layers is not known"):
+        dict(expected_shapes(shallow))
+    with pytest.raises(ValueError, match="order of the layers is not known"):
+        shallow.config_values()
+    assert shallow.with_layers(arch, [0, 1]).config_values()["attn_layer_indices"] == [1]
 
 
 @pytest.mark.parametrize("line", ["a.weight hidden width", "a.weight (query headdim)"])

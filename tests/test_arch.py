@@ -133,14 +133,16 @@ def test_sizes_are_checked(teacher: Checkpoint) -> None:
 def test_depth_is_shared_out_to_the_kinds_of_layers(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Nemotron-Nano-12B-v2"][0]))
     arch = Arch.from_config(read_config(tmp_path).to_dict())
-    assert arch.kinds == {"attention": 6, "mamba": 28, "mlp": 28}
-    assert arch.resized(num_hidden_layers=31).kinds == {"attention": 3, "mamba": 14, "mlp": 14}
-    assert arch.resized(num_hidden_layers=3).kinds == {"attention": 1, "mamba": 1, "mlp": 1}
+    assert arch.layer_counts == {"attention": 6, "mamba": 28, "mlp": 28}
+    assert arch.resized(num_hidden_layers=31).layer_counts == {"attention": 3, "mamba": 14, "mlp": 14}
+    assert arch.resized(num_hidden_layers=3).layer_counts == {"attention": 1, "mamba": 1, "mlp": 1}
     assert arch.resized(num_hidden_layers=62).layers == arch.layers
     for depth in range(3, 63):
-        counts = arch.resized(num_hidden_layers=depth).kinds
+        counts = arch.resized(num_hidden_layers=depth).layer_counts
         assert sum(counts.values()) == depth
-        assert all(abs(counts[kind] - depth * all_ / 62) < 1 or counts[kind] == 1 for kind, all_ in arch.kinds.items())
+        assert all(
+            abs(counts[kind] - depth * all_ / 62) < 1 or counts[kind] == 1 for kind, all_ in arch.layer_counts.items()
+        )
     by_kind = arch.resized(num_mamba_layers=27, num_mlp_layers=25, num_attention_layers=4)
     assert by_kind.sizes["num_hidden_layers"] == 56
     with pytest.raises(UserError, match="one layer of each kind"):

@@ -85,24 +85,28 @@ def test_one_pass_gives_every_score(teacher: Checkpoint, blocks: Blocks) -> None
 
 
 @pytest.mark.parametrize("choice", ["x", "z", "out_proj"])
+@pytest.mark.parametrize("variant", ["mamba2", "nemotron_h", "bamba", "falcon_h1"])
 @torch.no_grad()
 def test_mamba_heads_and_channels_are_scored_by_what_is_chosen(
-    teachers: Callable[[str], Checkpoint], blocks: Blocks, choice: str
+    teachers: Callable[[str], Checkpoint], blocks: Blocks, variant: str, choice: str
 ) -> None:
-    teacher = teachers("nemotron_h")
+    teacher = teachers(variant)
     model, arch = load_model(teacher, CPU, torch.float32), teacher.arch
     importance = score(calibrate(model, arch, blocks), arch, choice)
-    seen, mixer = Seen(), model.model.layers[0].mixer
+    layer = arch.layer_numbers("mamba")[0] if arch.layer_counts else 0
+    block = model.get_submodule(arch.family.layer.replace("{i}", str(layer)))
+    seen, mixer = Seen(), next(module for module in block.modules() if hasattr(module, "conv1d"))
     seen.watch(mixer.in_proj, "in", output=True)
     seen.watch(mixer.out_proj, "out_proj")
     for ids in blocks.ids:
         model(input_ids=ids[None])
-    seen["z"], seen["x"] = [x[:, :48] for x in seen["in"]], [x[:, 48:96] for x in seen["in"]]
-    aggregate = seen.aggregate(choice).view(6, 8)
-    assert_close(importance["mhead"][0], aggregate)
-    assert_close(importance["mchan"][0], aggregate.norm(dim=0))
-    others = {"x", "z", "out_proj"} - {choice}
-    assert not any(torch.allclose(importance["mhead"][0], seen.aggregate(o).view(6, 8), rtol=1e-3) for o in others)
+    shape, width = (mixer.num_heads, mixer.head_dim), mixer.num_heads * mixer.head_dim
+    seen["z"], seen["x"] = [x[:, :width] for x in seen["in"]], [x[:, width : 2 * width] for x in seen["in"]]
+    aggregate = seen.aggregate(choice).view(shape)
+    assert_close(importance["mhead"][layer], aggregate)
+    assert_close(importance["mchan"][layer], aggregate.norm(dim=0))
+    for other in {"x", "z", "out_proj"} - {choice}:
+        assert not torch.allclose(importance["mhead"][layer], seen.aggregate(other).view(shape), rtol=1e-3)
 
 
 @torch.no_grad()
@@ -134,7 +138,7 @@ def test_experts_are_scored_by_the_tokens_that_reach_them(
     model, arch = load_model(teacher, CPU, torch.float32), teacher.arch
     model.set_experts_implementation("eager")
     importance = score(calibrate(model, arch, blocks), arch, "x")
-    layer = arch.layer_numbers("moe")[0] if arch.kinds else 0
+    layer = arch.layer_numbers("moe")[0] if arch.layer_counts else 0
     experts = next(m for n, m in model.named_modules() if n.endswith("experts") and f"layers.{layer}." in n)
     calls: list[tuple[Tensor, ...]] = []
     hook = experts.register_forward_pre_hook(lambda _, args: calls.append(args))

@@ -94,6 +94,12 @@ def test_what_cannot_be_turned_is_refused(teacher: Checkpoint, tmp_path: Path) -
         turn(teacher, rotation)
 
 
+def test_what_is_no_rotation_is_refused(teacher: Checkpoint) -> None:
+    for matrix in (torch.randn(48, 48), torch.zeros(48, 48).index_fill(0, torch.tensor(0), 1.0)):
+        with pytest.raises(ValueError, match="not orthogonal"):
+            Rotated(teacher.arch, matrix, teacher.tensor)
+
+
 def test_an_opt_with_its_norms_behind_is_refused(tmp_path: Path) -> None:
     teacher = open_checkpoint(make_model(tmp_path / "opt", "opt", do_layer_norm_before=False))
     with pytest.raises(UserError, match="norms behind its blocks"):

@@ -1,14 +1,20 @@
 """Budgets, the grid and the short list, on sizes alone; the search itself runs in test_compress."""
 
+from math import prod
+from pathlib import Path
+
 import pytest
 import torch
 
 from minitron.errors import UserError
 from minitron.model.arch import Arch
+from minitron.model.causal import build_model
+from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.importance import kept_share
 from minitron.search.budget import Budget, parse_budget
 from minitron.search.candidates import SMALLEST_DIFFERENCE, _difference, feasible, grid, shortlist
 from minitron.search.rank import _probes
+from tests.conftest import make_model
 
 SMOLLM2 = Arch.from_config(
     {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -91,3 +97,53 @@ def test_a_llama_with_biases_keeps_to_shapes_that_its_config_class_takes() -> No
     assert {"ffn", "query", "layer"} <= set(_probes(biased))
     free = feasible(SMOLLM2, parse_budget("0.6", SMOLLM2, 0.05))
     assert any(arch.sizes["hidden_size"] % arch.sizes["num_attention_heads"] for arch in free)
+
+
+NANO_12B = Arch.from_config({
+    "model_type": "nemotron_h", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 20480,
+    "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "mamba_num_heads": 128, "mamba_head_dim": 80,
+    "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "use_conv_bias": True,
+    "layers_block_type": (["mamba", "mlp"] * 3 + ["mamba", "attention", "mlp"]) * 6 + ["mamba", "mlp"] * 4,
+})  # fmt: skip
+QWEN3_30B = Arch.from_config({
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768, "head_dim": 128,
+    "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_local_experts": 128,
+    "num_experts_per_tok": 8, "mlp_only_layers": [], "decoder_sparse_step": 1,
+})  # fmt: skip
+
+
+@pytest.mark.parametrize("teacher", [NANO_12B, QWEN3_30B], ids=["nano", "qwen3-moe"])
+def test_the_grid_of_a_large_hybrid_stays_small_and_cuts_every_axis(teacher: Arch) -> None:
+    axes = grid(teacher)
+    assert prod(map(len, axes.values())) <= 2**20
+    assert all(len(options) >= 3 for options in axes.values()), axes
+    found = feasible(teacher, parse_budget("0.8", teacher, 0.05))
+    for name in axes:
+        assert len({arch.sizes[name] for arch in found}) > 1, name
+    for arch in found[:: max(1, len(found) // 100)]:
+        teacher.require_prunable_to(arch)
+        assert arch == teacher.resized(**{name: arch.sizes[name] for name in teacher.sizes})
+
+
+def test_depth_of_a_hybrid_keeps_every_kind() -> None:
+    for arch in feasible(NANO_12B, parse_budget("0.5", NANO_12B, 0.05)):
+        assert arch.sizes["num_hidden_layers"] == sum(arch.layer_counts.values())
+        assert min(arch.layer_counts.values()) >= 1
+
+
+def test_mamba_heads_are_offered_in_eights_and_experts_above_those_chosen() -> None:
+    assert all(8 * heads % 8 == 0 for heads in grid(NANO_12B)["mamba_num_heads"])
+    single = NANO_12B.resized(n_groups=1)
+    assert all(heads % 8 == 0 for heads in grid(single)["mamba_num_heads"])
+    assert min(grid(QWEN3_30B)["num_local_experts"]) >= 8
+    assert all(size % 8 == 0 for size in grid(QWEN3_30B)["moe_intermediate_size"])
+
+
+def test_the_search_does_not_round_what_a_model_keeps_in_float32(tmp_path: Path) -> None:
+    teacher = open_checkpoint(make_model(tmp_path / "model", "nemotron_h"))
+    correction = "backbone.layers.3.mixer.gate.e_score_correction_bias"
+    fine = torch.tensor([30.0, 30.01, 30.02, 30.03])
+    tensors = {name: fine if name == correction else teacher.tensor(name) for name in teacher.tensors}
+    model = build_model(teacher.config, tensors.items(), torch.device("cpu"), torch.bfloat16)
+    assert torch.equal(model.model.layers[3].mixer.gate.e_score_correction_bias, fine)
+    assert model.lm_head.weight.dtype == torch.bfloat16

@@ -178,8 +178,8 @@ def cut_to(arch: Arch, cut: str) -> Arch:
     """The shape of a cut; a family without the axis skips the test."""
     prunable = {AXES[axis] for axis in arch.prunable_axes}
     sizes = {name: size for name, size in CUTS[cut].items() if name in prunable}
-    if "num_hidden_layers" in sizes and arch.kinds:
-        sizes["num_hidden_layers"] = len(arch.kinds) + sizes["num_hidden_layers"] - 2
+    if "num_hidden_layers" in sizes and arch.layer_counts:
+        sizes["num_hidden_layers"] = len(arch.layer_counts) + sizes["num_hidden_layers"] - 2
     if "mamba_num_heads" in sizes:
         sizes["mamba_num_heads"] = arch.axis_size("mhead") // 2
     if arch.family.product and arch.family.product.axes[0] == "query":
@@ -241,7 +241,7 @@ def test_a_student_without_some_channels_is_a_teacher_whose_channels_are_zero(
     share = student.axis_size("hidden") / arch.axis_size("hidden")
     model = load_model(teacher, CPU, torch.float32)
     gone = sorted(set(range(arch.axis_size("hidden"))) - set(kept["hidden"].tolist()))
-    norms = [norm.module.split(".", 1)[1].replace("{i}", r"\d+") for norm in arch.family.norms]
+    norms = [norm.name.split(".", 1)[1].replace("{i}", r"\d+") for norm in arch.family.norms]
     model.get_input_embeddings().weight[:, gone] = 0.0
     for name, module in model.named_modules():
         if hasattr(module, "conv1d"):
@@ -267,7 +267,7 @@ def test_a_student_trimmed_in_the_wrong_order_is_not(teacher: Checkpoint, cut: s
     if cut == "layer":
         importance = random_importance(teacher.arch)
         others = select({**importance, "layer": -importance["layer"]}, teacher.arch, arch)["layer"]
-        wrong = {**kept, "layer": others if teacher.arch.kinds else kept["layer"].flip(0)}
+        wrong = {**kept, "layer": others if teacher.arch.layer_counts else kept["layer"].flip(0)}
         tensors = dict(trimmed(teacher.arch, arch, wrong, teacher.tensor))
         kept = wrong
     else:

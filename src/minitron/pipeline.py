@@ -245,7 +245,13 @@ def read_arch(path: Path, teacher: Arch) -> Arch:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     values = read_json(path)
-    arch = teacher.resized(**{key: size for key, size in values.items() if key not in {"model_type", *teacher.flags}})
+    arch = teacher.resized(
+        **{
+            key: size
+            for key, size in values.items()
+            if key not in {"model_type", *(teacher.flags.keys() - teacher.sizes.keys())}
+        }
+    )
     teacher.require_prunable_to(arch)
     return arch
 

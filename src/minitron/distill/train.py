@@ -1,4 +1,4 @@
-"""The training loop: a pruned student learns the teacher's distribution over the next token.
+"""The training loop: a pruned student learns the teacher's distribution over the next token, or the text itself.
 
 The state of a run is the step, the student and the optimizer; which blocks a step sees follows from the seed
 and the step alone. A run that is killed continues from its last checkpoint to the same bits (on a CPU).
@@ -78,7 +78,18 @@ def distill(
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
     )
-    _loop(Headless(teacher) if teacher else None, student, optimizer, train, heldout, recipe, work, seed, dtype, world)
+    _loop(
+        Headless(teacher) if teacher is not None else None,
+        student,
+        optimizer,
+        train,
+        heldout,
+        recipe,
+        work,
+        seed,
+        dtype,
+        world,
+    )
     _write_student(student, pruned, out, world)
 
 

@@ -15,7 +15,7 @@ AXES = {
     "hidden": "hidden_size",
     "ffn": "intermediate_size",
     "expert": "num_local_experts",
-    "routed": "num_experts_per_tok",
+    "chosen": "num_experts_per_tok",
     "expert_group": "n_group",
     "expert_ffn": "moe_intermediate_size",
     "shared_ffn": "moe_shared_expert_intermediate_size",
@@ -76,7 +76,7 @@ class Row:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether the tensors of all experts are one, the expert its first dimension."""
+        """Whether its first of several dimensions runs along the experts."""
         return len(self.dimensions) > 1 and self.dimensions[0] == (("expert",),)
 
     @cached_property
@@ -93,9 +93,13 @@ class Row:
         """Whether a model with these config booleans has the tensor."""
         if self.is_ignored:
             return False
-        if self.condition is None:
-            return True
-        return flags[self.condition.removeprefix("not ")] != self.condition.startswith("not ")
+        return all(flags[flag] == wanted for flag, wanted in self.conditions.items())
+
+    @property
+    def conditions(self) -> dict[str, bool]:
+        """The booleans of the config that it needs, and what they must be."""
+        parts = self.condition.split(" and ") if self.condition else []
+        return {part.removeprefix("not "): not part.startswith("not ") for part in parts}
 
     def shape(self, size: Callable[[str], Any]) -> tuple[Any, ...]:
         """The tensor's shape when axis `a` has `size(a)` entries (integers, or integer arrays)."""
@@ -147,14 +151,15 @@ class Norm:
     One that nobody reads stands behind a block: its output is added to the residual stream.
     """
 
-    module: str
+    name: str
+    """What the names of its weight and bias begin with, in files."""
     readers: tuple[str, ...]
     condition: str | None = None
     """A config boolean without which it stands behind the block it is named after."""
 
     def is_read_by(self, row: Row) -> bool:
         """Whether a row's tensor multiplies the output of this norm."""
-        in_reach = row.is_per_layer == ("{i}" in self.module)
+        in_reach = row.is_per_layer == ("{i}" in self.name)
         return in_reach and any(f".{reader}." in f".{row.name}." for reader in self.readers)
 
 
@@ -222,7 +227,7 @@ class Family:
     """The module of one layer, whose input and output are the residual stream."""
     grouped: Mapping[str, str] = field(default_factory=lambda: {"query": "kv"})
     """Axes whose entries are dealt out equally to, and ranked within, the entries of another axis."""
-    floors: Mapping[str, str] = field(default_factory=lambda: {"expert": "routed"})
+    floors: Mapping[str, str] = field(default_factory=lambda: {"expert": "chosen"})
     """Axes that keep at least as many entries as another axis has."""
     config_names: Mapping[str, str] = field(default_factory=dict)
     """Axes that this family's config calls otherwise."""
@@ -234,6 +239,10 @@ class Family:
     """An equation that every shape must satisfy."""
     prefix: str = ""
     """The first part of most names, which some published checkpoints leave out."""
+    left_behind: str = ""
+    """What the names of tensors begin with that transformers does not load; students are without them."""
+    student_values: Mapping[str, Any] = field(default_factory=dict)
+    """Config entries that every student has so."""
     per_layer_lists: tuple[str, ...] = ("layer_types",)
     """Config lists with an entry per layer, cut together with depth."""
     kinds: LayerKinds | None = None
@@ -267,7 +276,7 @@ class Family:
 
     @cached_property
     def per_expert_axes(self) -> frozenset[str]:
-        """Of these, axes whose entries mean something else in every expert."""
+        """Axes within a layer whose entries mean something else in every expert, so that each keeps its own."""
         of_experts = {axis for row in self.rows if row.is_per_expert or row.is_stacked for axis in row.axes}
         elsewhere = {axis for row in self.rows if not (row.is_per_expert or row.is_stacked) for axis in row.axes}
         return frozenset(of_experts - elsewhere - {"expert"})
@@ -275,7 +284,7 @@ class Family:
     @cached_property
     def flags(self) -> frozenset[str]:
         """The config booleans that decide which rows are there."""
-        return frozenset(row.condition.removeprefix("not ") for row in self.rows if row.condition)
+        return frozenset(flag for row in self.rows for flag in row.conditions)
 
     def match(self, tensor_name: str, rows: Iterable[Row] | None = None) -> Place | None:
         """Where a tensor stands among some of the rows, by default all; None when no row fits."""

@@ -1,7 +1,7 @@
 """The sizes of a model under their config names, and exact counts derived from its family's table."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
@@ -104,24 +104,36 @@ class Arch:
         return self.axis_size(axis) // (self.axis_size(group) if group else 1)
 
     @property
-    def kinds(self) -> dict[str, int]:
+    def layer_counts(self) -> dict[str, int]:
         """How many layers there are of each kind; empty where all are alike."""
         used = sorted({kind for row in self.rows if (kind := row.kind)} | set(self.layers))
         return {kind: self.sizes[_kind_size(kind)] for kind in used}
 
     def layer_numbers(self, kind: str | None = None) -> list[int]:
-        """The numbers of the layers, or of those of a kind."""
+        """The numbers of the layers, or of those of a kind, whose order must be known for that."""
         if kind is None:
             return list(range(self.axis_size("layer")))
-        return [i for i, found in enumerate(self.layers) if found == kind]
+        return [i for i, found in enumerate(self._ordered_layers) if found == kind]
+
+    @property
+    def _ordered_layers(self) -> tuple[str, ...]:
+        if self.layer_counts and not self.layers:
+            raise ValueError("the order of the layers is not known: give them by `with_layers`")
+        return self.layers
+
+    def places(self) -> Iterator[Place]:
+        """Every tensor that a model of this shape stores, in the order of the table."""
+        for row in self.rows:
+            for layer in self.layer_numbers(row.kind) if row.is_per_layer else [None]:
+                for expert in range(self.axis_size("expert")) if row.is_per_expert else [None]:
+                    yield Place(row, layer, expert)
 
     def match(self, tensor_name: str) -> Place | None:
         """Where a tensor stands in this model, or None when it has no such tensor."""
         place = self.family.match(tensor_name, self.rows)
         if place is None or place.layer is None:
             return place
-        is_of_kind = place.row.kind is None or self.layers[place.layer : place.layer + 1] == (place.row.kind,)
-        return place if is_of_kind else None
+        return place if place.layer in self.layer_numbers(place.row.kind) else None
 
     @property
     def embedding(self) -> Row:
@@ -167,12 +179,15 @@ class Arch:
             if axis in arch.axes and arch.axis_size(axis) < arch.axis_size(floor):
                 raise UserError(f"{AXES[axis]} {arch.axis_size(axis)} is below {AXES[floor]} {arch.axis_size(floor)}")
         for axis in self._experts_axes:
-            if arch.axis_size(axis) != self.axis_size(axis) and arch.axis_size(axis) % EXPERT_MULTIPLE:
+            if not self._suits_experts(arch.axis_size(axis), axis):
                 raise UserError(
                     f"{AXES[axis]} {arch.axis_size(axis)} is no multiple of {EXPERT_MULTIPLE}, which experts need"
                 )
-        _ = arch.restatement
+        arch.require_expressible()
         return arch
+
+    def _suits_experts(self, size: Any, axis: str) -> Any:
+        return (size == self.axis_size(axis)) | (size % EXPERT_MULTIPLE == 0)
 
     @cached_property
     def _experts_axes(self) -> frozenset[str]:
@@ -181,7 +196,7 @@ class Arch:
         return frozenset(axis for row in own for axis in row.axes) - {"expert"}
 
     def _depth(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        kinds = self.kinds
+        kinds = self.layer_counts
         if not kinds:
             return {}
         counts = {_kind_size(kind): sizes.get(_kind_size(kind), count) for kind, count in kinds.items()}
@@ -195,7 +210,7 @@ class Arch:
         return {**counts, AXES["layer"]: sum(counts.values())}
 
     def _is_as_deep(self, sizes: Mapping[str, int]) -> bool:
-        depth = [AXES["layer"], *map(_kind_size, self.kinds)]
+        depth = [AXES["layer"], *map(_kind_size, self.layer_counts)]
         return all(sizes[name] == self.sizes[name] for name in depth)
 
     def split_depth(self, depth: int) -> dict[str, int]:
@@ -204,7 +219,7 @@ class Arch:
         Raises:
             UserError: there are fewer layers than kinds, or more than there are now.
         """
-        kinds, total = self.kinds, self.axis_size("layer")
+        kinds, total = self.layer_counts, self.axis_size("layer")
         if not len(kinds) <= depth <= total:
             raise UserError(f"{AXES['layer']} {depth} must be from {len(kinds)}, one layer of each kind, to {total}")
         quota = {kind: depth * count / total for kind, count in kinds.items()}
@@ -221,7 +236,7 @@ class Arch:
 
     def require_prunable_to(self, smaller: "Arch") -> None:
         """Raise `UserError` unless `smaller` can be cut out of this shape."""
-        prunable = {AXES[axis] for axis in self.prunable_axes} | {_kind_size(kind) for kind in self.kinds}
+        prunable = {AXES[axis] for axis in self.prunable_axes} | {_kind_size(kind) for kind in self.layer_counts}
         for name, size in smaller.sizes.items():
             if size > self.sizes[name]:
                 raise UserError(f"{name} {size} is above the teacher's {self.sizes[name]}")
@@ -234,46 +249,48 @@ class Arch:
                     f"{smaller.entries(axis)} a group, above the teacher's {self.entries(axis)}"
                 )
 
-    @property
-    def restatement(self) -> Demand | None:
-        """Its config class's demand, when this shape must be written under another `model_type` for it.
-
-        Raises:
-            UserError: the demand is not met and no other `model_type` can express the model, or the sizes
-                contradict each other.
-        """
-        if (product := self.family.product) and not self._agrees(self.sizes):
+    def require_expressible(self) -> None:
+        """Raise `UserError` unless some `model_type` can express this shape."""
+        if (product := self.family.product) and not self._has_its_product(self.sizes):
             one, other = product.axes
             times = "a multiple of " if product.ratio else ""
             raise UserError(
                 f"in a {self.model_type} model {AXES[one]} × {AXES[other]} is {times}{AXES[product.of]}: "
                 f"{self.axis_size(one)} × {self.axis_size(other)} is not {times}{self.axis_size(product.of)}"
             )
-        demand = self.family.demand
-        if demand is None or self.axis_size(demand.multiple) % self.axis_size(demand.of) == 0:
-            return None
-        if not self._can_be_restated:
+        if (demand := self._unmet_demand) and not self._can_be_restated:
             raise UserError(
                 f"{AXES[demand.multiple]} {self.axis_size(demand.multiple)} must be a multiple of "
                 f"{AXES[demand.of]} {self.axis_size(demand.of)} in such a {self.model_type} model"
             )
-        return demand
+
+    @property
+    def restatement(self) -> Demand | None:
+        """Its config class's demand, when this shape must be written under another `model_type` for it."""
+        return self._unmet_demand if self._can_be_restated else None
+
+    @property
+    def _unmet_demand(self) -> Demand | None:
+        demand = self.family.demand
+        is_met = demand is None or self.axis_size(demand.multiple) % self.axis_size(demand.of) == 0
+        return None if is_met else demand
 
     def expressible(self, sizes: Mapping[str, Any]) -> Any:
-        """Of many shapes at once, which ones some `model_type` can express; sizes are integer arrays."""
+        """Of many shapes at once, which ones can be made of this one; sizes are integer arrays that broadcast."""
         every, demand = {**self.sizes, **sizes}, self.family.demand
-        if demand is None or self._can_be_restated:
-            return self._agrees(every)
-        return self._agrees(every) & (every[AXES[demand.multiple]] % every[AXES[demand.of]] == 0)
-
-    def _agrees(self, sizes: Mapping[str, Any]) -> Any:
-        agree: Any = True
+        fits = self._has_its_product(every)
         for axis in self._experts_axes:
-            agree = agree & (sizes[AXES[axis]] % EXPERT_MULTIPLE == 0)
-        if product := self.family.product:
-            both, of = prod(sizes[AXES[axis]] for axis in product.axes), sizes[AXES[product.of]]
-            agree = agree & (both % of == 0 if product.ratio else both == of)
-        return agree
+            fits = fits & self._suits_experts(every[AXES[axis]], axis)
+        if demand is not None and not self._can_be_restated:
+            fits = fits & (every[AXES[demand.multiple]] % every[AXES[demand.of]] == 0)
+        return fits
+
+    def _has_its_product(self, sizes: Mapping[str, Any]) -> Any:
+        product = self.family.product
+        if product is None:
+            return True
+        both, of = prod(sizes[AXES[axis]] for axis in product.axes), sizes[AXES[product.of]]
+        return both % of == 0 if product.ratio else both == of
 
     @property
     def _can_be_restated(self) -> bool:
@@ -291,11 +308,12 @@ class Arch:
                 family.product.of
             )
         values |= {TIED: self.flags[TIED]} if TIED in self.flags else {}
-        return values | (family.kinds.write(self.layers) if family.kinds else {})
+        return values | (family.kinds.write(self._ordered_layers) if family.kinds else {})
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {"model_type": self.model_type, **self.flags, **self.sizes}
+        flags = {name: flag for name, flag in self.flags.items() if name not in AXES.values()}
+        return {"model_type": self.model_type, **flags, **self.sizes}
 
     def _count(self, sizes: Mapping[str, Any], without: str | None = None) -> Any:
         total: Any = 0

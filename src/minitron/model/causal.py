@@ -91,10 +91,12 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
         return model.to(device).eval()
 
 
-def build_model(config: Any, tensors: Iterable[tuple[str, Tensor]], device: torch.device) -> Any:
-    """A transformers model around tensors that are in memory already, in evaluation mode."""
+def build_model(
+    config: Any, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype | None = None
+) -> Any:
+    """A transformers model around tensors that are in memory already, in evaluation mode; in their dtype by default."""
     transformers_logging.disable_progress_bar()
     state = dict(tensors)
-    dtype = next(iter(state.values())).dtype
+    dtype = dtype or next(iter(state.values())).dtype
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()

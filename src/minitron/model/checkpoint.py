@@ -209,6 +209,7 @@ def student_config(teacher: Checkpoint, arch: Arch, kept_layers: list[int]) -> A
         if isinstance(values.get(name), list):
             values[name] = [values[name][i] for i in kept_layers]
     values.update(arch.with_layers(teacher.arch, kept_layers).config_values())
+    values.update(arch.family.student_values)
     for name in ("transformers_version", "_name_or_path"):
         values.pop(name, None)
     if restatement := arch.restatement:
@@ -272,6 +273,8 @@ def _check_against_table(checkpoint: Checkpoint) -> None:
 
 def _is_passed_over(arch: Arch, name: str) -> bool:
     # Some writers store the output matrix of a tied model a second time; it is the embedding.
+    if arch.family.left_behind and name.startswith(arch.family.left_behind):
+        return True
     found = arch.family.match(name)
     return found is not None and (found.row.is_ignored or found.row.condition == "not tie_word_embeddings")
 
@@ -283,8 +286,5 @@ def has_weights(path: Path) -> bool:
 
 def expected_shapes(arch: Arch) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The name and shape of every tensor that a model of this shape stores, in the order of the table."""
-    for row in arch.rows:
-        shape = row.shape(arch.axis_size)
-        for layer in arch.layer_numbers(row.kind) if row.is_per_layer else [None]:
-            for expert in range(arch.axis_size("expert")) if row.is_per_expert else [None]:
-                yield row.tensor_name(layer, expert), shape
+    for row, layer, expert in arch.places():
+        yield row.tensor_name(layer, expert), row.shape(arch.axis_size)

@@ -10,8 +10,8 @@
 
 A dimension is an axis, or in parentheses a product of axes and integers, outermost first; `|` joins
 products one after the other. `{i}` stands for the layer, `{e}` for the expert. `in` names the one kind of
-layer that has the tensor, `if` a boolean of the config. `as buffer` marks what is stored and cut but is no
-parameter. The shape `-` marks a buffer that old checkpoints carry and nobody reads.
+layer that has the tensor, `if` a boolean of the config or several (`if A and not B`). `as buffer` marks what
+is stored and cut but is no parameter. The shape `-` marks a buffer that old checkpoints carry and nobody reads.
 """
 
 import re
@@ -57,8 +57,8 @@ def _lines(table: str) -> list[str]:
 
 def _parse_row(line: str) -> Row:
     found = re.fullmatch(
-        r"(?P<name>\S+)\s+(?P<shape>.+?)(?:\s+in (?P<kind>\w+))?(?:\s+if (?P<condition>(?:not )?\w+))?"
-        r"(?P<buffer>\s+as buffer)?",
+        r"(?P<name>\S+)\s+(?P<shape>.+?)(?:\s+in (?P<kind>\w+))?"
+        r"(?:\s+if (?P<condition>(?:not )?\w+(?: and (?:not )?\w+)*))?(?P<buffer>\s+as buffer)?",
         line,
     )
     if not found or found["kind"] not in {None, *KINDS.values()}:

@@ -8,7 +8,7 @@ from minitron.model.arch import Arch
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 MAMBA_STATE_BYTES = 4
-"""The recurrent state is kept in float32 whatever the weights are in, as vLLM and Nemotron-H do."""
+"""The recurrent state counts as float32 whatever the weights are in, as in transformers; some servers halve it."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,12 @@ def attention_windows(config: Mapping[str, Any]) -> list[int]:
     window, kinds = config.get("sliding_window"), config.get("layer_types")
     if not window:
         return []
-    if kinds:
-        return [int(window)] * kinds.count("sliding_attention")
-    return [int(window)] * int(config["num_hidden_layers"])
+    # Without a list of kinds all layers have the window; a hybrid whose config counts no layers has none with one.
+    return [int(window)] * (kinds.count("sliding_attention") if kinds else config.get("num_hidden_layers", 0))
 
 
 def _num_layers_along(arch: Arch, axis: str) -> int:
     kinds = {row.kind for row in arch.rows if row.is_per_layer and axis in row.axes}
     if None in kinds:
         return arch.axis_size("layer")
-    return sum(arch.kinds[kind] for kind in kinds if kind)
+    return sum(arch.layer_counts[kind] for kind in kinds if kind)

@@ -67,7 +67,9 @@ def calibrate(model: nn.Module, arch: Arch, blocks: Blocks) -> dict[str, Tensor]
 
     base: Any = model.base_model
     with ExitStack() as hooks, Progress("calibrate", blocks.num_tokens) as progress:
-        for tap in {tap.key: tap for tap in arch.family.taps if tap.kind is None or tap.kind in arch.kinds}.values():
+        for tap in {
+            tap.key: tap for tap in arch.family.taps if tap.kind is None or tap.kind in arch.layer_counts
+        }.values():
             for layer in arch.layer_numbers(tap.kind):
                 hooks.enter_context(_tapped(model, tap, layer, read(tap, layer)))
         for layer in range(arch.axis_size("layer")):

@@ -100,10 +100,10 @@ def kept_share(importance: Importance, teacher: Arch, student: Arch, axis: str) 
 
 
 def _kept_layers(scores: Tensor, teacher: Arch, student: Arch) -> Tensor:
-    if not teacher.kinds:
+    if not teacher.layer_counts:
         return _top(scores, student.axis_size("layer"))
     kept: list[Tensor] = []
-    for kind, count in student.kinds.items():
+    for kind, count in student.layer_counts.items():
         numbers = torch.tensor(teacher.layer_numbers(kind))
         kept.append(numbers[_top(scores[numbers], count)])
     return torch.cat(kept).sort().values

@@ -30,6 +30,7 @@ class Rotated:
     back in the dtype that the tensor is stored in.
 
     Raises:
+        ValueError: the matrix is not orthogonal.
         UserError: the model cannot be turned this way and stay of its family. Norms that subtract the mean
             commute with Q only if Q keeps the vector of ones; norms behind a block keep their weights, so that Q
             can only permute and flip channels.
@@ -40,13 +41,16 @@ class Rotated:
     tensor: Callable[[str], Tensor]
 
     def __post_init__(self) -> None:
+        turn = self.rotation.double()
+        if not torch.allclose(turn.T @ turn, torch.eye(len(turn), dtype=turn.dtype), atol=1e-6):
+            raise ValueError("the matrix is not orthogonal")
         behind = [norm for norm in self.arch.family.norms if not self._is_read(norm)]
         if behind and not _is_signed_permutation(self.rotation):
             raise UserError(
-                f"{self.arch.model_type} has norms behind its blocks ({behind[0].module}), whose weights nothing "
+                f"{self.arch.model_type} has norms behind its blocks ({behind[0].name}), whose weights nothing "
                 "else can take: its channels can be permuted but not rotated"
             )
-        sums = self.rotation.double().sum(dim=0)
+        sums = turn.sum(dim=0)
         if self.arch.family.is_centred and not torch.allclose(sums, torch.ones_like(sums), atol=1e-6):
             raise UserError(f"the norms of {self.arch.model_type} subtract the mean, which this rotation moves")
 
@@ -60,13 +64,13 @@ class Rotated:
     def _turned(self, value: Tensor, place: Place) -> Tensor:
         row, layer, _ = place
         for norm in self.arch.family.norms:
-            if row.name == f"{norm.module}.weight":
+            if row.name == f"{norm.name}.weight":
                 offset = self.arch.family.norm_offset
                 moved = (
                     torch.ones_like(value) if self._is_read(norm) else (value + offset) @ self.rotation.double().abs()
                 )
                 return moved - offset
-            if row.name == f"{norm.module}.bias":
+            if row.name == f"{norm.name}.bias":
                 return (value / self._weight(norm, layer)) @ self.rotation.double()
         dim = row.dimensions.index((("hidden",),))
         value = value.movedim(dim, -1)
@@ -84,7 +88,7 @@ class Rotated:
         Raises:
             UserError: by zero somewhere, which cannot be moved past the bias that the norm adds.
         """
-        name = f"{norm.module}.weight".replace("{i}", str(layer))
+        name = f"{norm.name}.weight".replace("{i}", str(layer))
         if self.arch.match(name) is None:
             return torch.ones(self.arch.axis_size("hidden"), dtype=torch.float64)
         weight = self.tensor(name).double() + self.arch.family.norm_offset
@@ -93,9 +97,8 @@ class Rotated:
         return weight
 
     def _is_output(self, row: Row) -> bool:
-        return self.arch.flags[TIED] and row.condition == f"not {TIED}"
+        return self.arch.flags.get(TIED, False) and row.condition == f"not {TIED}"
 
 
 def _is_signed_permutation(rotation: Tensor) -> bool:
-    size = rotation.abs()
-    return bool(((size - size.round()).abs() < 1e-9).all() and (size.sum(dim=0) == 1).all())
+    return bool(((rotation - rotation.round()).abs() < 1e-9).all())  # of an orthogonal matrix

@@ -1,4 +1,4 @@
-"""Cut a teacher down to the kept entries, tensor by tensor, from disk or from memory."""
+"""Cut a teacher down to the kept entries, tensor by tensor."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,7 +10,7 @@ from torch import Tensor
 from minitron.errors import UserError
 from minitron.model.anatomy import Row
 from minitron.model.arch import TIED, Arch
-from minitron.model.checkpoint import Checkpoint, expected_shapes, student_config, write_checkpoint
+from minitron.model.checkpoint import Checkpoint, student_config, write_checkpoint
 from minitron.progress import Progress
 from minitron.prune.importance import Kept
 from minitron.prune.maps import apply_maps
@@ -22,10 +22,8 @@ def trimmed(teacher: Arch, student: Arch, kept: Kept, tensor: Callable[[str], Te
     `kept` holds, for each prunable axis, the teacher's entries in the student's order (see `importance.Kept`).
     """
     student = student.with_layers(teacher, kept["layer"].tolist())
-    for name, shape in expected_shapes(student):
-        place = student.match(name)
-        assert place is not None, name
-        row, layer, expert = place
+    for row, layer, expert in student.places():
+        name = row.tensor_name(layer, expert)
         if layer is not None:
             layer = int(kept["layer"][layer])
         if expert is not None:
@@ -33,7 +31,7 @@ def trimmed(teacher: Arch, student: Arch, kept: Kept, tensor: Callable[[str], Te
         value = _cut(tensor(row.tensor_name(layer, expert)), row, layer, expert, kept, teacher)
         if teacher.family.scales_embedding:
             value = _with_the_scale_kept(value, row, teacher, student)
-        assert tuple(value.shape) == shape, (name, tuple(value.shape), shape)
+        assert value.shape == row.shape(student.axis_size), (name, tuple(value.shape))
         yield name, value
 
 
@@ -64,7 +62,7 @@ def _with_the_scale_kept(value: Tensor, row: Row, teacher: Arch, student: Arch) 
     family, scaled = teacher.family, value.float()
     if row == teacher.embedding:
         scaled = scaled * gain
-    elif row.name == f"{family.norms[-1].module}.weight" and teacher.flags[TIED]:
+    elif row.name == f"{family.norms[-1].name}.weight" and teacher.flags[TIED]:
         scaled = (scaled + family.norm_offset) / gain - family.norm_offset
     return scaled.to(value.dtype)
 

@@ -13,36 +13,47 @@ from minitron.search.budget import Budget
 SMALLEST_SHARE = 0.25
 """No axis is cut below this share of the teacher's size."""
 STEPS_PER_AXIS = 16
-"""An axis is cut in steps of a power of two, at least this many to the whole axis."""
+"""An axis is cut in steps of a power of two, at least this many to the whole axis if the grid stays small enough."""
 STEPS_PER_COUNT = 64
 """The same of layers, heads and experts, which are few."""
 LARGEST_GRID = 2**20
-"""Steps are doubled until the grid has no more shapes than this."""
+"""The step of the axis with the most options is doubled until the grid has no more shapes than this."""
+MAMBA_HEADS_MULTIPLE = 8
+"""Where the teacher's Mamba heads are a multiple of this, so are the student's: CUDA's convolution asks for it."""
 SMALLEST_DIFFERENCE = 0.1
 """Two short-listed shapes differ by at least this share in the size of some axis."""
 
 
-def grid(teacher: Arch, coarser: int = 1) -> dict[str, list[int]]:
+def grid(teacher: Arch) -> dict[str, list[int]]:
     """The sizes that each axis may take, by config name; grouped axes by their entries per group."""
-    sizes = {}
+    steps = {axis: _finest_step(teacher, axis) for axis in teacher.prunable_axes}
+    options = {axis: _options(teacher, axis, step) for axis, step in steps.items()}
+    while math.prod(map(len, options.values())) > LARGEST_GRID:
+        longest = max(options, key=lambda axis: len(options[axis]))
+        steps[longest] *= 2
+        options[longest] = _options(teacher, longest, steps[longest])
+    return {AXES[axis]: sizes for axis, sizes in options.items()}
+
+
+def _finest_step(teacher: Arch, axis: str) -> int:
+    size = teacher.entries(axis)
+    if axis == "mhead" and teacher.axis_size(axis) % MAMBA_HEADS_MULTIPLE == 0:
+        return MAMBA_HEADS_MULTIPLE // math.gcd(MAMBA_HEADS_MULTIPLE, teacher.axis_size(teacher.grouped[axis]))
     counted = {"layer", "expert", *teacher.grouped, *teacher.grouped.values()}
-    for axis in teacher.prunable_axes:
-        size = teacher.entries(axis)
-        steps = (STEPS_PER_COUNT if axis in counted else STEPS_PER_AXIS) / coarser
-        step = 2 ** max(0, math.floor(math.log2(size / steps)))
-        floor = max(_floor(teacher, axis), size * SMALLEST_SHARE)
-        sizes[AXES[axis]] = sorted({size, *(step * i for i in range(math.ceil(floor / step), size // step + 1))})
-    if math.prod(map(len, sizes.values())) > LARGEST_GRID:
-        return grid(teacher, 2 * coarser)
-    return sizes
+    return 1 << max(0, math.floor(math.log2(size / (STEPS_PER_COUNT if axis in counted else STEPS_PER_AXIS))))
+
+
+def _options(teacher: Arch, axis: str, step: int) -> list[int]:
+    size = teacher.entries(axis)
+    smallest = math.ceil(max(_floor(teacher, axis), size * SMALLEST_SHARE) / step)
+    return sorted({size, *(step * i for i in range(smallest, size // step + 1))})
 
 
 def _floor(arch: Arch, axis: str) -> int:
     if axis == "layer":
-        return max(1, len(arch.kinds))
+        return max(1, len(arch.layer_counts))
     floor = arch.family.floors.get(axis)
-    groups = arch.axis_size(arch.grouped[axis]) if axis in arch.grouped else 1
-    return math.ceil(arch.axis_size(floor) / groups) if floor else 1
+    return arch.axis_size(floor) if floor else 1
 
 
 def feasible(teacher: Arch, budget: Budget) -> list[Arch]:
@@ -53,7 +64,7 @@ def feasible(teacher: Arch, budget: Budget) -> list[Arch]:
     """
     axes = grid(teacher)
     names = list(axes)
-    mesh = dict(zip(names, np.meshgrid(*map(np.array, axes.values()), indexing="ij"), strict=True))
+    mesh = dict(zip(names, np.meshgrid(*map(np.array, axes.values()), indexing="ij", sparse=True), strict=True))
     for axis, group in teacher.grouped.items():
         if axis in teacher.prunable_axes:
             mesh[AXES[axis]] = mesh[AXES[axis]] * mesh.get(AXES[group], teacher.axis_size(group))
@@ -73,14 +84,13 @@ def feasible(teacher: Arch, budget: Budget) -> list[Arch]:
             f"no shape has between {budget.low:,} and {budget.high:,} parameters; "
             f"feasible sizes near it: {', '.join(f'{count:,}' for count in near)}"
         )
-    return [
-        teacher.resized(**{name: int(values[tuple(position)]) for name, values in mesh.items()}) for position in chosen
-    ]
+    values = {name: np.broadcast_to(sizes, counts.shape)[tuple(chosen.T)].tolist() for name, sizes in mesh.items()}
+    return [teacher.resized(**dict(zip(values, sizes, strict=True))) for sizes in zip(*values.values(), strict=True)]
 
 
 def _depth_by_kind(teacher: Arch, depth: Any) -> dict[str, Any]:
     """For an array of depths, arrays of the number of layers of each kind, by size name."""
-    if not teacher.kinds:
+    if not teacher.layer_counts:
         return {}
     depths, positions = np.unique(depth, return_inverse=True)
     splits = [teacher.split_depth(int(one)) for one in depths]

@@ -1,7 +1,6 @@
 """Rank shapes by the loss of the pruned, untrained model on held-out blocks."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +56,16 @@ class _Measurer:
     def __init__(self, teacher: Checkpoint, model: nn.Module, importance: Importance, heldout: Blocks) -> None:
         self.teacher, self.model, self.importance, self.heldout = teacher, model, importance, heldout
 
+    def whole(self) -> float:
+        """The teacher's own loss."""
+        return math.log(measure_perplexity(self.model, self.heldout).perplexity)
+
     def __call__(self, arch: Arch) -> float:
         kept = select(self.importance, self.teacher.arch, arch)
         config = student_config(self.teacher, arch, kept["layer"].tolist())
         parameter = next(self.model.parameters())
         tensors = trimmed(self.teacher.arch, arch, kept, self.teacher.tensor)
-        student = build_model(config, ((name, value.to(parameter.dtype)) for name, value in tensors), parameter.device)
+        student = build_model(config, tensors, parameter.device, parameter.dtype)
         return math.log(measure_perplexity(student, self.heldout).perplexity)
 
 
@@ -71,7 +74,7 @@ def _short_list(
     importance: Importance,
     candidates: list[Arch],
     count: int,
-    measure: Callable[[Arch], float],
+    measure: _Measurer,
 ) -> list[dict[str, Any]]:
     """The candidates of the lowest predicted loss that differ enough, as rows to be measured.
 
@@ -91,7 +94,7 @@ def _short_list(
     rises = {}
     probes = _probes(teacher)
     with Progress("probe", len(probes) + 1, "axes") as progress:
-        whole = measure(teacher)
+        whole = measure.whole()
         progress.advance(1)
         for axis, probe in probes.items():
             rises[axis] = max(0.0, measure(probe) - whole) / max(lost(axis, probe), 1e-9)

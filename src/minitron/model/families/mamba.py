@@ -11,9 +11,9 @@ from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 GROUPED = {"query": "kv", "mhead": "mgroup", "expert": "expert_group"}
 
 
-def mixer(module: str, *kind: str, projection_bias: tuple[str, str], conv_bias: str) -> str:
+def mixer(module: str, projection_bias: tuple[str, str], conv_bias: str, kind: str | None = None) -> str:
     """The rows of a Mamba-2 mixer; `projection_bias` are the flags of the input's and the output's."""
-    where = f"in {kind[0]}" if kind else ""
+    where = f"in {kind}" if kind else ""
     wide = "mhead mchan | mgroup state | mgroup state"
     return f"""
         {module}.in_proj.weight     (mhead mchan | {wide} | mhead) hidden    {where}
@@ -28,12 +28,12 @@ def mixer(module: str, *kind: str, projection_bias: tuple[str, str], conv_bias: 
     """
 
 
-def mixer_taps(module: str, *kind: str) -> str:
+def mixer_taps(module: str, kind: str | None = None) -> str:
     """Where Mamba heads and channels are scored: what the input projection makes of x or of z, or the output's input.
 
     Minitron-SSM, arXiv 2504.11409, section 3 and table 2.
     """
-    where = f"in {kind[0]}" if kind else ""
+    where = f"in {kind}" if kind else ""
     return f"""
         (mhead mchan)    {module}.in_proj     output[1]    {where}    as x
         (mhead mchan)    {module}.in_proj     output[0]    {where}    as z
@@ -51,7 +51,7 @@ MAMBA2 = Family(
         backbone.norm_f.weight                   hidden
         lm_head.weight                           vocab hidden    if not tie_word_embeddings
         """
-        + mixer("backbone.layers.{i}.mixer", projection_bias=("use_bias", "use_bias"), conv_bias="use_conv_bias")
+        + mixer("backbone.layers.{i}.mixer", ("use_bias", "use_bias"), "use_conv_bias")
     ),
     parse_taps("hidden    backbone.layers.{i}.norm    output" + mixer_taps("backbone.layers.{i}.mixer")),
     layer="backbone.layers.{i}",
@@ -68,6 +68,7 @@ NEMOTRON_H = Family(
     "nemotron_h",
     parse_rows(
         """
+        # In files `backbone`, in memory `model`. transformers never ties this family's embeddings.
         backbone.embeddings.weight                                      vocab hidden
         backbone.layers.{i}.norm.weight                                 hidden
         backbone.layers.{i}.mixer.norm.weight                           (mhead mchan)              in mamba
@@ -87,16 +88,16 @@ NEMOTRON_H = Family(
         backbone.layers.{i}.mixer.experts.{e}.down_proj.weight          latent expert_ffn  in moe if moe_latent_size
         backbone.layers.{i}.mixer.fc1_latent_proj.weight                latent hidden        in moe if moe_latent_size
         backbone.layers.{i}.mixer.fc2_latent_proj.weight                hidden latent        in moe if moe_latent_size
+        backbone.layers.{i}.mixer.fc1_latent_proj.bias                  latent    in moe if moe_latent_size and mlp_bias
+        backbone.layers.{i}.mixer.fc2_latent_proj.bias                  hidden    in moe if moe_latent_size and mlp_bias
         backbone.layers.{i}.mixer.shared_experts.up_proj.weight         shared_ffn hidden    in moe
         backbone.layers.{i}.mixer.shared_experts.up_proj.bias           shared_ffn           in moe if mlp_bias
         backbone.layers.{i}.mixer.shared_experts.down_proj.weight       hidden shared_ffn    in moe
         backbone.layers.{i}.mixer.shared_experts.down_proj.bias         hidden               in moe if mlp_bias
         backbone.norm_f.weight                                          hidden
-        lm_head.weight                                                  vocab hidden    if not tie_word_embeddings
+        lm_head.weight                                                  vocab hidden
         """
-        + mixer(
-            "backbone.layers.{i}.mixer", "mamba", projection_bias=("use_bias", "use_bias"), conv_bias="use_conv_bias"
-        )
+        + mixer("backbone.layers.{i}.mixer", ("use_bias", "use_bias"), "use_conv_bias", "mamba")
     ),
     parse_taps(
         """
@@ -114,6 +115,8 @@ NEMOTRON_H = Family(
     grouped=GROUPED,
     config_names={"expert": "n_routed_experts"},
     per_layer_lists=("layers_block_type",),
+    left_behind="mtp.",
+    student_values={"num_nextn_predict_layers": 0},
     kinds=LayerKinds("layers_block_type"),
     norms=parse_norms("""
         backbone.layers.{i}.norm    q_proj k_proj v_proj in_proj up_proj gate fc1_latent_proj
@@ -150,16 +153,16 @@ HYBRID_NORMS = parse_norms("""
 """)
 
 
-def hybrid_taps(*kinds: str) -> str:
-    """The taps of Bamba and Falcon-H1; `kinds` are those of the layers with attention and with a mixer."""
-    attention = f"in {kinds[0]}" if kinds else ""
+def hybrid_taps(attention_kind: str | None = None, mixer_kind: str | None = None) -> str:
+    """The taps of Bamba, whose layers have attention or a mixer, and of Falcon-H1, whose layers have both."""
+    attention = f"in {attention_kind}" if attention_kind else ""
     return f"""
         hidden    model.layers.{{i}}.input_layernorm           output
         hidden    model.layers.{{i}}.pre_ff_layernorm          output
         query     model.layers.{{i}}.self_attn.o_proj          input    {attention}
         kv        model.layers.{{i}}.self_attn.o_proj          input    {attention}
         ffn       model.layers.{{i}}.feed_forward.down_proj    input
-    """ + mixer_taps("model.layers.{i}.mamba", *kinds[1:])
+    """ + mixer_taps("model.layers.{i}.mamba", mixer_kind)
 
 
 BAMBA = Family(
@@ -177,12 +180,7 @@ BAMBA = Family(
         model.layers.{i}.self_attn.v_proj.bias      (kv head_dim)              in attention if attention_bias
         model.layers.{i}.self_attn.o_proj.bias      hidden                     in attention if attention_bias
         """
-        + mixer(
-            "model.layers.{i}.mamba",
-            "mamba",
-            projection_bias=("mamba_proj_bias", "mamba_proj_bias"),
-            conv_bias="mamba_conv_bias",
-        )
+        + mixer("model.layers.{i}.mamba", ("mamba_proj_bias", "mamba_proj_bias"), "mamba_conv_bias", "mamba")
     ),
     parse_taps(hybrid_taps("attention", "mamba")),
     layer="model.layers.{i}",
@@ -206,11 +204,7 @@ FALCON_H1 = Family(
         model.layers.{i}.self_attn.v_proj.weight    (kv head_dim) hidden
         model.layers.{i}.self_attn.o_proj.weight    hidden (query head_dim)
         """
-        + mixer(
-            "model.layers.{i}.mamba",
-            projection_bias=("mamba_proj_bias", "projectors_bias"),
-            conv_bias="mamba_conv_bias",
-        )
+        + mixer("model.layers.{i}.mamba", ("mamba_proj_bias", "projectors_bias"), "mamba_conv_bias")
     ),
     parse_taps(hybrid_taps()),
     layer="model.layers.{i}",
