@@ -83,7 +83,7 @@ def test_a_permutation_that_one_tensor_misses_changes_them(teacher: Checkpoint, 
     skip_without(teacher.arch, axis)
     tensors = dict(trimmed(teacher.arch, teacher.arch, permuted(teacher.arch, axis), teacher.tensor))
     missed, _ = along(teacher.arch, axis)
-    tensors[missed] = teacher.tensor(missed)
+    tensors.update({name: teacher.tensor(name) for name in missed})
     layers = list(range(teacher.arch.axis_size("layer")))
     model = build_model(student_config(teacher, teacher.arch, layers), tensors.items(), CPU)
     expected = logits(load_model(teacher, CPU, torch.float32), input_ids)
@@ -202,8 +202,8 @@ def cut_everywhere(arch: Arch) -> Arch:
     return cut_to(arch, "all but hidden").resized(hidden_size=40)
 
 
-def along(arch: Arch, axis: str) -> tuple[str, int]:
-    """A tensor along an axis, in the last layer that has one, and the dimension that runs along it."""
+def along(arch: Arch, axis: str) -> tuple[list[str], int]:
+    """A tensor along an axis, in the last layer that has one (of experts, each one's), and the dimension along it."""
     found = [
         (row, dim)
         for row in arch.rows
@@ -214,7 +214,8 @@ def along(arch: Arch, axis: str) -> tuple[str, int]:
         found = [(row, dim) for row, dim in found if not row.is_per_layer and len(row.dimensions) == 1]
     row, dim = found[-1]
     layer = arch.layer_numbers(row.kind)[-1] if row.is_per_layer else None
-    return row.tensor_name(layer, 0), dim
+    experts = range(arch.axis_size("expert")) if row.is_per_expert else [None]
+    return [row.tensor_name(layer, expert) for expert in experts], dim
 
 
 @pytest.mark.parametrize("cut", CUTS)
@@ -271,8 +272,8 @@ def test_a_student_trimmed_in_the_wrong_order_is_not(teacher: Checkpoint, cut: s
         tensors = dict(trimmed(teacher.arch, arch, wrong, teacher.tensor))
         kept = wrong
     else:
-        name, dim = along(arch.with_layers(teacher.arch, kept["layer"].tolist()), cut)
-        tensors[name] = tensors[name].flip(dim)
+        names, dim = along(arch.with_layers(teacher.arch, kept["layer"].tolist()), cut)
+        tensors.update({name: tensors[name].flip(dim) for name in names})
     student = build_model(student_config(teacher, arch, kept["layer"].tolist()), tensors.items(), CPU)
     assert (logits(student, input_ids) - expected).abs().max() > 1e-3
 
@@ -312,7 +313,7 @@ def test_shards_hold_every_tensor_once(teacher: Checkpoint, tmp_path: Path, monk
 
 def test_a_broken_weight_stops_trimming(teacher: Checkpoint, tmp_path: Path) -> None:
     kept = select(random_importance(teacher.arch), teacher.arch, teacher.arch)
-    broken, _ = along(teacher.arch, "ffn" if "ffn" in teacher.arch.axes else "mhead")
+    (broken, *_), _ = along(teacher.arch, "ffn" if "ffn" in teacher.arch.axes else "mhead")
 
     class Broken(Checkpoint):
         def tensor(self, name: str) -> Tensor:
