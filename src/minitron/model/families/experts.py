@@ -4,20 +4,8 @@ Mixtral and Qwen3-MoE keep every expert's matrices by themselves on disk; transf
 """
 
 from minitron.model.anatomy import Family, LayerKinds
-from minitron.model.families.llama import ATTENTION_BIAS, QK_NORM
+from minitron.model.families.llama import ATTENTION_BIAS, BACKBONE, QK_NORM
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
-
-BACKBONE = """
-    model.embed_tokens.weight                           vocab hidden
-    model.layers.{i}.input_layernorm.weight             hidden
-    model.layers.{i}.self_attn.q_proj.weight            (query head_dim) hidden
-    model.layers.{i}.self_attn.k_proj.weight            (kv head_dim) hidden
-    model.layers.{i}.self_attn.v_proj.weight            (kv head_dim) hidden
-    model.layers.{i}.self_attn.o_proj.weight            hidden (query head_dim)
-    model.layers.{i}.post_attention_layernorm.weight    hidden
-    model.norm.weight                                   hidden
-    lm_head.weight                                      vocab hidden    if not tie_word_embeddings
-"""
 
 TAPS = """
     hidden    model.layers.{i}.input_layernorm             output

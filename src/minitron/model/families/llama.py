@@ -6,7 +6,7 @@ from typing import Any
 from minitron.model.anatomy import Demand, Family
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
-DECODER = """
+BACKBONE = """
     model.embed_tokens.weight                           vocab hidden
     model.layers.{i}.input_layernorm.weight             hidden
     model.layers.{i}.self_attn.q_proj.weight            (query head_dim) hidden
@@ -14,12 +14,15 @@ DECODER = """
     model.layers.{i}.self_attn.v_proj.weight            (kv head_dim) hidden
     model.layers.{i}.self_attn.o_proj.weight            hidden (query head_dim)
     model.layers.{i}.post_attention_layernorm.weight    hidden
-    model.layers.{i}.mlp.gate_proj.weight               ffn hidden
-    model.layers.{i}.mlp.up_proj.weight                 ffn hidden
-    model.layers.{i}.mlp.down_proj.weight               hidden ffn
     model.norm.weight                                   hidden
     lm_head.weight                                      vocab hidden    if not tie_word_embeddings
     model.layers.{i}.self_attn.rotary_emb.inv_freq      -
+"""
+
+MLP = """
+    model.layers.{i}.mlp.gate_proj.weight               ffn hidden
+    model.layers.{i}.mlp.up_proj.weight                 ffn hidden
+    model.layers.{i}.mlp.down_proj.weight               hidden ffn
 """
 
 ATTENTION_BIAS = """
@@ -69,7 +72,7 @@ AS_MISTRAL = Demand("hidden", "query", "mistral", {"sliding_window": None}, ("at
 
 def decoder(model_type: str, *additions: str, **differences: Any) -> Family:
     """A family that is Llama's plus rows, and other entries where they differ."""
-    rows = parse_rows("".join([DECODER, *additions]))
+    rows = parse_rows("".join([BACKBONE, MLP, *additions]))
     return replace(Family(model_type, rows, TAPS, layer="model.layers.{i}", norms=NORMS), **differences)
 
 
