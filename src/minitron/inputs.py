@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron.data.blocks import Splits, load_tokenizer, read_splits
+from minitron.data.blocks import Blocks, Splits, load_tokenizer, read_splits
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.causal import load_model, resolve_device, resolve_dtype
@@ -84,11 +84,15 @@ class Inputs:
         budget = parse_budget(self.recipe.target_params, self.teacher.arch, self.recipe.search.tolerance)
         return feasible(self.teacher.arch, budget)
 
+    @property
+    def calibration_blocks(self) -> Blocks:
+        """The first training blocks."""
+        return self.splits.train[: max(1, self.recipe.calibration.tokens // self.context)]
+
     @cached_property
     def statistics(self) -> dict[str, Tensor]:
-        """The statistics of the first training blocks."""
-        num_blocks = max(1, self.recipe.calibration.tokens // self.context)
-        return calibrate(self.model, self.teacher.arch, self.splits.train[:num_blocks])
+        """What calibration sums up."""
+        return calibrate(self.model, self.teacher.arch, self.calibration_blocks)
 
     @cached_property
     def importance(self) -> Importance:

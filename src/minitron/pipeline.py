@@ -33,6 +33,7 @@ from minitron.present.card import write_card
 from minitron.present.report import write_report
 from minitron.progress import Progress
 from minitron.prune.importance import Importance, score_shape, select
+from minitron.prune.repair import NO_REPAIRS, measure_repairs
 from minitron.prune.trim import write_trimmed
 from minitron.recipe import Recipe, parse_context
 from minitron.run import Run, open_run
@@ -67,7 +68,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
         arch = read_arch(run.path("arch.json"), inputs.teacher.arch)
         if not run.is_done("prune"):
             with run.stage("prune"):
-                _write_pruned(inputs.teacher, arch, importance, run.path("pruned"))
+                _write_pruned(inputs, arch, importance, run.path("pruned"))
         if not run.is_done("distill"):
             with run.stage("distill"):
                 pruned = open_checkpoint(run.path("pruned"))
@@ -186,7 +187,7 @@ def prune_alone(
     if arch is None:
         with TemporaryDirectory() as folder:
             arch = inputs.search(scores, Path(folder) / "candidates.jsonl")
-    _write_pruned(teacher, arch, scores, out)
+    _write_pruned(inputs, arch, scores, out)
     return {"out": str(out), **_shape(arch)}
 
 
@@ -311,9 +312,13 @@ def _read_importance(path: Path, teacher: Arch) -> Importance:
     return importance
 
 
-def _write_pruned(teacher: Checkpoint, arch: Arch, importance: Importance, folder: Path) -> None:
+def _write_pruned(inputs: Inputs, arch: Arch, importance: Importance, folder: Path) -> None:
+    teacher, recipe = inputs.teacher, inputs.recipe.prune
+    kept, repairs = select(importance, teacher.arch, arch), NO_REPAIRS
+    if recipe.rescale_norms or recipe.refit:
+        repairs = measure_repairs(inputs.model, teacher, arch, kept, inputs.calibration_blocks, recipe)
     with whole_folder(folder) as staging:
-        write_trimmed(teacher, arch, select(importance, teacher.arch, arch), staging)
+        write_trimmed(teacher, arch, kept, staging, repairs)
 
 
 def _distill(inputs: Inputs, pruned: Checkpoint, out: Path, work: Path, world: World) -> None:

@@ -61,6 +61,17 @@ class CalibrationRecipe(_Strict):
     the output projection."""
 
 
+class PruneRecipe(_Strict):
+    """What is mended when a shape is cut."""
+
+    rescale_norms: bool = True
+    """Norms over fewer channels keep their scale."""
+    refit: bool = True
+    """Tensors that read a cut axis are fitted to what is left of it."""
+    ridge: float = Field(0.01, ge=0)
+    """Damping of that fit, as a share of the mean second moment."""
+
+
 class SearchRecipe(_Strict):
     """How a shape is found."""
 
@@ -112,6 +123,7 @@ class Recipe(_Strict):
     dtype: str = "auto"
     calibration: CalibrationRecipe = CalibrationRecipe()
     search: SearchRecipe = SearchRecipe()
+    prune: PruneRecipe = PruneRecipe()
     distill: DistillRecipe = DistillRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
 

@@ -19,15 +19,13 @@ Maps = dict[str, Tensor]
 def apply_maps(tensor: Tensor, row: Row, maps: Maps, axis_size: Callable[[str], int]) -> Tensor:
     """Apply the maps to every dimension of a tensor laid out as its row says."""
     for dim, dimension in enumerate(row.dimensions):
-        indices = _indices(dimension, maps, axis_size)
-        if indices is not None:
-            tensor = tensor.index_select(dim, indices.to(tensor.device))
+        if any(factor in maps for segment in dimension for factor in segment):
+            tensor = tensor.index_select(dim, kept_positions(dimension, maps, axis_size).to(tensor.device))
     return tensor
 
 
-def _indices(dimension: Dimension, maps: Maps, axis_size: Callable[[str], int]) -> Tensor | None:
-    if not any(factor in maps for segment in dimension for factor in segment):
-        return None
+def kept_positions(dimension: Dimension, maps: Maps, axis_size: Callable[[str], int]) -> Tensor:
+    """The positions along a dimension that are kept, in the student's order."""
     pieces, start = [], 0
     for segment in dimension:
         # Positions of the kept entries in a row-major product of axes, built from the outermost in.

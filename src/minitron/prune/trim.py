@@ -14,6 +14,7 @@ from minitron.model.checkpoint import Checkpoint, student_config, write_checkpoi
 from minitron.progress import Progress
 from minitron.prune.importance import Kept
 from minitron.prune.maps import apply_maps
+from minitron.prune.repair import NO_REPAIRS, Repairs
 
 
 def trimmed(teacher: Arch, student: Arch, kept: Kept, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -67,8 +68,8 @@ def _with_the_scale_kept(value: Tensor, row: Row, teacher: Arch, student: Arch) 
     return scaled.to(value.dtype)
 
 
-def write_trimmed(teacher: Checkpoint, student: Arch, kept: Kept, folder: Path) -> None:
-    """Stream the pruned checkpoint into an empty folder, in the teacher's dtype.
+def write_trimmed(teacher: Checkpoint, student: Arch, kept: Kept, folder: Path, repairs: Repairs = NO_REPAIRS) -> None:
+    """Stream the pruned checkpoint into an empty folder, mended by the repairs, in the teacher's dtype.
 
     Raises:
         UserError: a tensor of the teacher holds NaN or infinity.
@@ -78,7 +79,7 @@ def write_trimmed(teacher: Checkpoint, student: Arch, kept: Kept, folder: Path) 
         value = teacher.tensor(name)
         if not torch.isfinite(value).all():
             raise UserError(f"{teacher.tensors[name]}: tensor {name} holds NaN or infinity")
-        return value
+        return repairs.mend(name, value)
 
     config = student_config(teacher, student, kept["layer"].tolist())
     with Progress("prune", student.num_parameters, "parameters") as progress:
