@@ -114,7 +114,7 @@ pipeline.compress(recipe(teacher, text), out)
 """
 
 KILLS = [
-    ("check teacher", 5), ("calibrate", 10), ("probe", 2), ("search", 2), ("repair", 2), ("prune", 7), ("distill", 1),
+    ("check teacher", 5), ("calibrate", 10), ("probe", 2), ("search", 2), ("prune", 7), ("distill", 1),
     ("distill", 9), ("distill", 16), ("evaluate teacher", 3), ("evaluate student", 3),
 ]  # fmt: skip
 

@@ -80,6 +80,8 @@ def measure_repairs(
         watched += _norms(teacher, kept, repairs, base)
     if recipe.refit:
         watched += _readers(checkpoint, kept, repairs, base, recipe.ridge)
+    if not watched:
+        return repairs
     widest = max((watch.width for watch in watched if watch.is_matrix), default=0)
     if blocks.num_tokens < widest:
         raise UserError(
