@@ -145,9 +145,7 @@ def test_the_stages_one_after_the_other(verb: Verb, tmp_path: Path, text_file: P
     stats = ("--importance", tmp_path / "stats")
     pruned = verb("prune", teacher, tmp_path / "pruned", "--arch", tmp_path / "shape" / "arch.json", *stats, *text)
     assert pruned["arch"] == found["arch"]
-    by_size = verb(
-        "prune", teacher, tmp_path / "by-size", "--hidden-size", "36", "--num-hidden-layers", "3", *stats, "--plain"
-    )
+    by_size = verb("prune", teacher, tmp_path / "by-size", "--hidden-size", "36", "--num-hidden-layers", "3", *stats)
     assert (by_size["arch"]["hidden_size"], by_size["arch"]["num_hidden_layers"]) == (36, 3)
     by_target = verb("prune", teacher, tmp_path / "by-target", "--target-params", "0.6", *text)
     assert by_target["num_parameters"] <= 0.6 * open_checkpoint(teacher).arch.num_parameters

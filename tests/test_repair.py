@@ -17,7 +17,8 @@ from minitron.recipe import PruneRecipe
 from tests.test_trim import cut_everywhere, random_importance
 
 CPU = torch.device("cpu")
-EXACT = PruneRecipe(ridge=0.0)
+EXACT = PruneRecipe(refit=True, ridge=0.0)
+BOTH = PruneRecipe(refit=True, rescale_norms=True)
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_a_rescaled_norm_puts_out_what_it_did(teachers: Callable[[str], Checkpoi
     teacher = teachers("llama")
     model, arch = load_model(teacher, CPU, torch.float32), teacher.arch.resized(hidden_size=24)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
-    repairs = measure_repairs(model, teacher, arch, kept, blocks, PruneRecipe(refit=False))
+    repairs = measure_repairs(model, teacher, arch, kept, blocks, PruneRecipe(rescale_norms=True))
     assert len(repairs.norm_scales) == 9
     assert not repairs.refits
     for name in ("model.layers.2.post_attention_layernorm", "model.norm"):
@@ -81,7 +82,7 @@ def test_every_family_can_be_mended(teacher: Checkpoint, blocks: Blocks) -> None
     arch = cut_everywhere(teacher.arch)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     model = load_model(teacher, CPU, torch.float32)
-    repairs = measure_repairs(model, teacher, arch, kept, blocks, PruneRecipe())
+    repairs = measure_repairs(model, teacher, arch, kept, blocks, BOTH)
     assert set(repairs.norm_scales) | set(repairs.refits) <= set(teacher.tensors)
     assert repairs.norm_scales
     plain = dict(trimmed(teacher.arch, arch, kept, teacher.tensor))
@@ -100,4 +101,4 @@ def test_too_few_tokens_for_a_refit(teachers: Callable[[str], Checkpoint], block
     arch = teacher.arch.resized(intermediate_size=24)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     with pytest.raises(UserError, match="a refit of 64 inputs needs at least as many calibration tokens; there are 48"):
-        measure_repairs(load_model(teacher, CPU, torch.float32), teacher, arch, kept, blocks[:1], PruneRecipe())
+        measure_repairs(load_model(teacher, CPU, torch.float32), teacher, arch, kept, blocks[:1], BOTH)

@@ -30,7 +30,6 @@ Data = Annotated[
 Family = Annotated[str | None, typer.Option(help="Read the teacher as this model_type, whatever its config says.")]
 Tokens = Annotated[str | None, typer.Option(help="Tokens to distil on, such as 2M.")]
 Context = Annotated[int | None, typer.Option(help="Tokens in a block.")]
-Plain = Annotated[bool, typer.Option("--plain", help="Cut only: neither norms rescaled nor readers refitted.")]
 Seed = Annotated[int | None, typer.Option(help="Decides the order of the text.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the forward passes.")]
@@ -51,13 +50,12 @@ def compress(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
-    plain: Plain = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """The main job: search a shape, prune, distil, evaluate. Run again to continue."""
     loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data, context=context,
-                     seed=seed, device=device, dtype=dtype, **_repairs(plain), **{"distill.tokens": tokens}
+                     seed=seed, device=device, dtype=dtype, **{"distill.tokens": tokens}
                      )  # fmt: skip
     results = _pipeline().compress(loaded, out, overwrite)
     if as_json:
@@ -158,7 +156,6 @@ def prune(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
-    plain: Plain = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out; needs no weights.")] = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -182,7 +179,7 @@ def prune(
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
     loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data, context=context,
-                     seed=seed, device=device, dtype=dtype, **_repairs(plain))  # fmt: skip
+                     seed=seed, device=device, dtype=dtype)  # fmt: skip
     _print_record(_pipeline().prune_alone(loaded, given, arch, importance, out, overwrite), as_json)
 
 
@@ -281,10 +278,6 @@ def _recipe(path: Path | None, **options: Any) -> Any:
     from minitron.recipe import load_recipe
 
     return load_recipe(path, options)
-
-
-def _repairs(plain: bool) -> dict[str, Any]:
-    return {"prune.rescale_norms": False, "prune.refit": False} if plain else {}
 
 
 def _print_json(record: dict[str, Any]) -> None:

@@ -62,11 +62,11 @@ class CalibrationRecipe(_Strict):
 
 
 class PruneRecipe(_Strict):
-    """What is mended when a shape is cut."""
+    """What is mended when a shape is cut; nothing by default (docs/studies/pruning.md)."""
 
-    rescale_norms: bool = True
+    rescale_norms: bool = False
     """Norms over fewer channels keep their scale."""
-    refit: bool = True
+    refit: bool = False
     """Tensors that read a cut axis are fitted to what is left of it."""
     ridge: float = Field(0.01, ge=0)
     """Damping of that fit, as a share of the mean second moment."""
