@@ -132,9 +132,11 @@ def test_depth_of_a_hybrid_keeps_every_kind() -> None:
 
 
 def test_mamba_heads_are_offered_in_eights_and_experts_above_those_chosen() -> None:
-    assert all(8 * heads % 8 == 0 for heads in grid(NANO_12B)["mamba_num_heads"])
-    single = NANO_12B.resized(n_groups=1)
-    assert all(heads % 8 == 0 for heads in grid(single)["mamba_num_heads"])
+    for groups in (1, 2, 4):
+        teacher = NANO_12B.resized(n_groups=groups)
+        assert all(groups * heads % 8 == 0 for heads in grid(teacher)["mamba_num_heads"])
+    odd = NANO_12B.resized(n_groups=1, mamba_num_heads=12)
+    assert any(heads % 8 for heads in grid(odd)["mamba_num_heads"])
     assert min(grid(QWEN3_30B)["num_local_experts"]) >= 8
     assert all(size % 8 == 0 for size in grid(QWEN3_30B)["moe_intermediate_size"])
 

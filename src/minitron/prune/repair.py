@@ -11,7 +11,7 @@ Two repairs, both from one more pass of the teacher over calibration blocks, now
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,7 @@ def measure_repairs(
         UserError: there are fewer calibration tokens than a refit has unknowns in a row.
     """
     teacher = checkpoint.arch
-    repairs, base = Repairs(teacher.family.norm_offset), _Base(model)
+    repairs, base = Repairs(teacher.family.norm_offset), cast(nn.Module, model.base_model)
     watched: list[_Watch] = []
     if recipe.rescale_norms and student.axis_size("hidden") < teacher.axis_size("hidden"):
         watched += _norms(teacher, kept, repairs, base)
@@ -90,7 +90,7 @@ def measure_repairs(
     passes = list(_passes(watched))
     with Progress("repair", len(passes) * blocks.num_tokens) as progress:
         for part in passes:
-            _watch(base, part, blocks, progress)
+            _run(base, part, blocks, progress)
     return repairs
 
 
@@ -114,19 +114,12 @@ class _Watch:
         self.total = value if self.total is None else self.total.add_(value)
 
 
-class _Base:
-    """Modules of a model by the names that tensors have in files, which may begin otherwise than in memory."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model
-
-    def module(self, name: str) -> nn.Module:
-        """The module whose name in files this is."""
-        found: nn.Module = self.model.base_model.get_submodule(name.split(".", 1)[1])
-        return found
+def _module(base: nn.Module, name: str) -> nn.Module:
+    """The module of this name in files, where names may begin otherwise than in memory."""
+    return base.get_submodule(name.split(".", 1)[1])
 
 
-def _norms(teacher: Arch, kept: Kept, repairs: Repairs, base: _Base) -> Iterator[_Watch]:
+def _norms(teacher: Arch, kept: Kept, repairs: Repairs, base: nn.Module) -> Iterator[_Watch]:
     share_of_size = len(kept["hidden"]) / teacher.axis_size("hidden")
     for norm in teacher.family.norms:
         for layer in teacher.layer_numbers() if "{i}" in norm.name else [None]:
@@ -139,11 +132,11 @@ def _norms(teacher: Arch, kept: Kept, repairs: Repairs, base: _Base) -> Iterator
                 repairs.norm_scales[f"{name}.weight"] = (share / share_of_size) ** 0.5
 
             yield _Watch(
-                base.module(name), teacher.axis_size("hidden"), False, finish, is_centred=teacher.family.is_centred
+                _module(base, name), teacher.axis_size("hidden"), False, finish, is_centred=teacher.family.is_centred
             )
 
 
-def _readers(checkpoint: Checkpoint, kept: Kept, repairs: Repairs, base: _Base, ridge: float) -> Iterator[_Watch]:
+def _readers(checkpoint: Checkpoint, kept: Kept, repairs: Repairs, base: nn.Module, ridge: float) -> Iterator[_Watch]:
     teacher = checkpoint.arch
     within_layers = [axis for axis in kept if axis in teacher.family.per_layer_axes]
     modules = {tap.module: tap.kind for tap in teacher.family.taps if tap.side == "input" and tap.axes != ("hidden",)}
@@ -163,14 +156,11 @@ def _readers(checkpoint: Checkpoint, kept: Kept, repairs: Repairs, base: _Base, 
                 fitted = best_reader(weight.movedim(dim, -1).double(), moment.double().cpu(), positions, ridge)
                 repairs.refits[name] = Refit(dim, positions, fitted.to(weight.dtype))
 
-            yield _Watch(base.module(name.removesuffix(".weight")), width, True, finish)
+            yield _Watch(_module(base, name.removesuffix(".weight")), width, True, finish)
 
 
 def best_reader(weight: Tensor, moment: Tensor, positions: Tensor, ridge: float) -> Tensor:
-    """W C[:, k] (C[k, k] + λI)⁻¹, (…, kept), for W (…, width) and C (width, width): the least-squares best reader.
-
-    Zero inputs that are kept stay unread.
-    """
+    """W C[:, k] (C[k, k] + λI)⁻¹, (…, kept), for W (…, width) and C (width, width): the least-squares best reader."""
     inner = moment[positions][:, positions]
     damping = max(ridge * float(inner.diagonal().mean()), torch.finfo(inner.dtype).tiny)
     damped = inner + damping * torch.eye(len(inner), dtype=inner.dtype)
@@ -198,14 +188,14 @@ def _passes(watched: list[_Watch]) -> Iterator[list[_Watch]]:
         yield part
 
 
-def _watch(base: _Base, part: list[_Watch], blocks: Blocks, progress: Progress) -> None:
-    device = next(base.model.parameters()).device
+def _run(base: nn.Module, part: list[_Watch], blocks: Blocks, progress: Progress) -> None:
+    device = next(base.parameters()).device
     with ExitStack() as hooks:
         for watch in part:
             handle = watch.module.register_forward_pre_hook(lambda _, inputs, watch=watch: watch.add(inputs[0]))
             hooks.callback(handle.remove)
         for ids in blocks.ids.split(1):
-            base.model.base_model(input_ids=ids.to(device), use_cache=False)
+            base(input_ids=ids.to(device), use_cache=False)
             progress.advance(ids.numel())
     for watch in part:
         if watch.total is None or not torch.isfinite(watch.total).all():

@@ -4,15 +4,16 @@ Mixtral and Qwen3-MoE keep every expert's matrices by themselves on disk; transf
 """
 
 from minitron.model.anatomy import Family, LayerKinds
-from minitron.model.families.llama import ATTENTION_BIAS, BACKBONE, QK_NORM
+from minitron.model.families.llama import ATTENTION_BIAS, ATTENTION_TAPS, BACKBONE, QK_NORM
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
-TAPS = """
-    hidden    model.layers.{i}.input_layernorm             output
-    hidden    model.layers.{i}.post_attention_layernorm    output
-    query     model.layers.{i}.self_attn.o_proj            input
-    kv        model.layers.{i}.self_attn.o_proj            input
-"""
+EXPERT_TAPS = parse_taps(
+    ATTENTION_TAPS
+    + """
+    expert    model.layers.{i}.mlp.experts    routed
+    ffn       model.layers.{i}.mlp.experts    routed
+    """
+)
 
 MIXTRAL = Family(
     "mixtral",
@@ -23,13 +24,7 @@ MIXTRAL = Family(
         model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight    ffn hidden
         model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight    hidden ffn
     """),
-    parse_taps(
-        TAPS
-        + """
-        expert    model.layers.{i}.mlp.experts    routed
-        ffn       model.layers.{i}.mlp.experts    routed
-    """
-    ),
+    EXPERT_TAPS,
     layer="model.layers.{i}",
     norms=parse_norms("""
         model.layers.{i}.input_layernorm             q_proj k_proj v_proj
@@ -51,7 +46,7 @@ QWEN3_MOE = Family(
         model.layers.{i}.mlp.experts.{e}.down_proj.weight     hidden expert_ffn    in moe
     """),
     parse_taps(
-        TAPS
+        ATTENTION_TAPS
         + """
         ffn           model.layers.{i}.mlp.down_proj    input     in mlp
         expert        model.layers.{i}.mlp.experts      routed    in moe
@@ -80,13 +75,7 @@ GPT_OSS = Family(
         model.layers.{i}.mlp.experts.down_proj            expert ffn hidden
         model.layers.{i}.mlp.experts.down_proj_bias       expert hidden
     """),
-    parse_taps(
-        TAPS
-        + """
-        expert    model.layers.{i}.mlp.experts    routed
-        ffn       model.layers.{i}.mlp.experts    routed
-    """
-    ),
+    EXPERT_TAPS,
     layer="model.layers.{i}",
     norms=parse_norms("""
         model.layers.{i}.input_layernorm             q_proj k_proj v_proj

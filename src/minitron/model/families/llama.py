@@ -49,14 +49,14 @@ QK_NORM = """
     model.layers.{i}.self_attn.k_norm.weight            head_dim
 """
 
-TAPS = parse_taps("""
+ATTENTION_TAPS = """
     hidden    model.layers.{i}.input_layernorm             output
     hidden    model.layers.{i}.post_attention_layernorm    output
     query     model.layers.{i}.self_attn.o_proj            input
     kv        model.layers.{i}.self_attn.o_proj            input
-    ffn       model.layers.{i}.mlp.down_proj               input
-""")
+"""
 
+TAPS = parse_taps(ATTENTION_TAPS + "ffn    model.layers.{i}.mlp.down_proj    input")
 
 NORMS = parse_norms("""
     model.layers.{i}.input_layernorm             q_proj k_proj v_proj
