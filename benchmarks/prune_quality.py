@@ -1,69 +1,152 @@
-"""How far from the teacher a cut model starts: perplexity before any training, plain and with each repair.
+"""How near to the teacher a cut model starts, and what is left of that after equal distillation.
 
-    python benchmarks/prune_quality.py [TEACHER] [--tokens 16k]
+    python benchmarks/prune_quality.py [TEACHER] [--wikitext FILE] [--tokens 100k] [--shapes ffn hidden ...]
 
-Cuts the teacher (by default the built-in smollm2) to each shape of `SHAPES`, with importance, energies and second
-moments from the same calibration tokens, and prints a line a shape and repair: parameters, perplexity, seconds to work it out.
+Cuts the teacher (by default the built-in smollm2) to each shape of `SHAPES` by each method of `METHODS`, everything
+measured on the same calibration tokens, and prints a line each: parameters, seconds, and perplexity on held-out wiki
+text and on WikiText-2 validation (in its tokenised form, which is put back to plain text here), in contexts of 512.
+With `--tokens`, each is then distilled on the same blocks in the same order and measured again.
 """
 
 import argparse
 import json
+import re
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from minitron.data.blocks import Blocks, load_tokenizer, read_blocks
+from minitron.distill.distributed import World
+from minitron.distill.train import distill
+from minitron.files import whole_folder
 from minitron.inputs import Inputs
 from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import build_model
-from minitron.model.checkpoint import student_config
-from minitron.prune.importance import select
-from minitron.prune.repair import Repairs, measure_repairs
-from minitron.prune.trim import trimmed
-from minitron.recipe import PruneRecipe, Recipe, parse_count
+from minitron.model.causal import load_model
+from minitron.model.checkpoint import open_checkpoint
+from minitron.prune.repair import mended
+from minitron.prune.trim import cut_to, write_pruned
+from minitron.recipe import PLAIN, PruneRecipe, Recipe, parse_count
 
-SHAPES = [
-    {"intermediate_size": 768},
-    {"hidden_size": 448, "intermediate_size": 1152},
-    {"num_attention_heads": 6, "intermediate_size": 1024},
-    {"intermediate_size": 960, "num_hidden_layers": 26},
-]
-REPAIRS = {
-    "plain": PruneRecipe(),
-    "rescale_norms": PruneRecipe(rescale_norms=True),
-    "refit": PruneRecipe(refit=True),
-    "both": PruneRecipe(rescale_norms=True, refit=True),
+SHAPES = {
+    "ffn": {"intermediate_size": 768},
+    "hidden": {"hidden_size": 448, "intermediate_size": 1152},
+    "heads": {"num_attention_heads": 6, "intermediate_size": 1024},
+    "depth": {"intermediate_size": 960, "num_hidden_layers": 26},
+    "half": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 28},
 }
+METHODS = {
+    "plain": PLAIN,
+    "rescale": PruneRecipe(rotate=False, refit=False),
+    "rotate": PruneRecipe(rotate=True, refit=False),
+    "refit": PruneRecipe(rotate=False, rescale_norms=False),
+    "all": PruneRecipe(),
+}
+NEEDS_HIDDEN = {"rescale", "rotate", "all"}
 
 
 def main() -> None:
-    """A line a shape and repair."""
+    """A line a shape and method."""
     parser = argparse.ArgumentParser()
     parser.add_argument("teacher", nargs="?", default="smollm2")
-    parser.add_argument("--tokens", type=parse_count, default=16_384)
+    parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--tokens", type=parse_count)
+    parser.add_argument("--calibration", type=parse_count, default=16_384)
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     options = parser.parse_args()
-    inputs = Inputs(Recipe.model_validate({
-        "teacher": options.teacher, "context": 512, "search": {"tokens": 512}, "evaluation": {"tokens": 8192},
-        "calibration": {"tokens": options.tokens}, "distill": {"tokens": options.tokens},
-    }))  # fmt: skip
-    teacher, blocks = inputs.teacher, inputs.calibration_blocks
-    for sizes in SHAPES:
-        arch = teacher.arch.resized(**sizes)
-        kept = select(inputs.importance, teacher.arch, arch)
-        config = student_config(teacher, arch, kept["layer"].tolist())
-        for name, recipe in REPAIRS.items():
-            started = time.monotonic()
-            repairs = measure_repairs(inputs.model, teacher, arch, kept, blocks, recipe)
-            seconds = time.monotonic() - started
+    recipe = Recipe.model_validate({
+        "teacher": options.teacher, "context": 512, "dtype": options.dtype, "search": {"tokens": 2048},
+        "evaluation": {"tokens": 8192}, "calibration": {"tokens": options.calibration},
+        "distill": {"tokens": options.tokens or options.calibration, "learning_rate": options.learning_rate,
+                    "batch_size": options.batch_size},
+    })  # fmt: skip
+    inputs = Inputs(recipe)
+    texts = {"wiki": inputs.splits.evaluation}
+    if options.wikitext:
+        texts["wikitext-2"] = read_wikitext(options.wikitext, inputs)
+    show(shape="whole", num_parameters=inputs.teacher.arch.num_parameters, **measured(inputs.model, texts))
+    remember(inputs.model)
+    for name in options.shapes:
+        for method in options.methods:
+            if method not in NEEDS_HIDDEN or "hidden_size" in SHAPES[name]:
+                with TemporaryDirectory() as folder:
+                    study(inputs, texts, name, method, Path(folder), options.tokens is not None)
 
-            def mended(tensor: str, repairs: Repairs = repairs) -> Tensor:
-                return repairs.mend(tensor, teacher.tensor(tensor))
 
-            student = build_model(config, trimmed(teacher.arch, arch, kept, mended), inputs.device)
-            found = measure_perplexity(student, inputs.splits.evaluation)
-            print(json.dumps({
-                **sizes, "num_parameters": arch.num_parameters, "repairs": name,
-                "perplexity": round(found.perplexity, 2), "num_tokens": found.num_tokens, "seconds": round(seconds, 1),
-            }), flush=True)  # fmt: skip
+def study(inputs: Inputs, texts: dict[str, Blocks], name: str, method: str, folder: Path, trains: bool) -> None:
+    """Cut, measure, and if asked for distil and measure again."""
+    teacher, recipe, started = inputs.teacher, METHODS[method], time.monotonic()
+    arch = teacher.arch.resized(**SHAPES[name])
+    with whole_folder(folder / "pruned") as staging:
+        write_pruned(
+            teacher, cut_to(arch, teacher, inputs.importance, recipe),
+            lambda cut: mended(teacher, cut, inputs.calibration_blocks, recipe, inputs.device, torch.float32), staging,
+        )  # fmt: skip
+    seconds, pruned = time.monotonic() - started, open_checkpoint(folder / "pruned")
+    about = {"shape": name, "method": method, "num_parameters": arch.num_parameters}
+    figures = measured(load_model(pruned, inputs.device, torch.float32), texts)
+    show(**about, tokens=0, seconds=round(seconds, 1), **figures)
+    if trains:
+        started = time.monotonic()
+        distill(inputs.model, pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
+                folder / "student", folder, inputs.recipe.seed, inputs.device, inputs.dtype, World())  # fmt: skip
+        seconds, student = time.monotonic() - started, open_checkpoint(folder / "student")
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        curve = [round(row["heldout_perplexity"], 1) for row in rows if "heldout_perplexity" in row]
+        figures = measured(load_model(student, inputs.device, torch.float32), texts)
+        show(**about, tokens=rows[-1]["tokens"], seconds=round(seconds, 1), **figures, along_the_way=curve)
+
+
+def measured(model: Any, texts: dict[str, Blocks]) -> dict[str, float]:
+    """Perplexity by text."""
+    return {name: round(measure_perplexity(model, blocks).perplexity, 2) for name, blocks in texts.items()}
+
+
+def remember(model: Any) -> None:
+    """Make a teacher run over each block once: all students see the same ones."""
+    forward: Callable[..., Any] = model.base_model.forward
+    memory: dict[bytes, Tensor] = {}
+
+    def remembered(input_ids: Tensor, **kwargs: Any) -> Any:
+        key = input_ids.cpu().numpy().tobytes()
+        if key in memory:
+            return type("Output", (), {"last_hidden_state": memory[key].to(input_ids.device).float()})
+        output = forward(input_ids=input_ids, **kwargs)
+        memory[key] = output.last_hidden_state.to("cpu", torch.bfloat16)
+        return output
+
+    model.base_model.forward = remembered
+
+
+def read_wikitext(path: Path, inputs: Inputs) -> Blocks:
+    """The first 8,192 tokens, detokenised."""
+    with TemporaryDirectory() as folder:
+        plain = Path(folder) / "wikitext.txt"
+        plain.write_text("\n".join(detokenised(path)), encoding="utf-8")
+        vocab_size = inputs.teacher.arch.sizes["vocab_size"]
+        return read_blocks(str(plain), load_tokenizer(inputs.teacher.folder), vocab_size, 512, 0, 8192)
+
+
+def detokenised(path: Path) -> Iterator[str]:
+    """Lines without the spaces that the tokenised form puts around punctuation."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        line = re.sub(r" @([-,.])@ ", r"\1", line.strip())
+        line = re.sub(r" ([,.;:!?)\]'%]|n't|'s)", r"\1", line)
+        line = re.sub(r"([(\[$]) ", r"\1", line)
+        yield re.sub(r'" (.*?) "', r'"\1"', line)
+
+
+def show(**row: Any) -> None:
+    """One line of JSON."""
+    print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

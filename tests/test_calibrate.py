@@ -10,18 +10,48 @@ from torch.nn.functional import cosine_similarity
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
+from minitron.model.anatomy import Tap
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint
 from minitron.prune.calibrate import calibrate
-from minitron.prune.importance import score, score_shape, select
+from minitron.prune.importance import Importance, score, score_shape, select
+from minitron.recipe import CalibrationRecipe
 
 CPU = torch.device("cpu")
+MINITRON = CalibrationRecipe()
 
 
 @pytest.fixture
 def blocks() -> Blocks:
     ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
     return Blocks(ids, torch.ones_like(ids, dtype=torch.int32))
+
+
+def importance_of(teacher: Checkpoint, blocks: Blocks, recipe: CalibrationRecipe = MINITRON) -> Importance:
+    """By the true pass, in float64 where the family's kernels know it."""
+    return score(calibrate(teacher, blocks, recipe, CPU, dtype_of(teacher)), teacher.arch, recipe)
+
+
+def dtype_of(teacher: Checkpoint) -> torch.dtype:
+    return torch.float32 if "expert" in teacher.arch.axes else torch.float64
+
+
+def reference_model(teacher: Checkpoint) -> Any:
+    model = load_model(teacher, CPU, torch.float64)
+    model.set_experts_implementation("eager")  # the others do not know float64
+    return model
+
+
+OVER_TOKENS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.abs().mean(dim=0),
+    "l2": lambda x: x.square().sum(dim=0).sqrt(),
+    "var": lambda x: (x - x.mean(dim=0)).square().mean(dim=0),
+}
+OVER_BLOCKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda s: s.mean(dim=0),
+    "l2": lambda s: s.square().sum(dim=0).sqrt(),
+    "var": lambda s: (s - s.mean(dim=0)).square().mean(dim=0),
+}
 
 
 class Seen(dict[str, list[Tensor]]):
@@ -34,21 +64,21 @@ class Seen(dict[str, list[Tensor]]):
             module.register_forward_pre_hook(lambda _, inputs: self.add(name, inputs[0]))
 
     def add(self, name: str, activation: Tensor) -> None:
-        self.setdefault(name, []).append(activation.flatten(0, -2))
+        self.setdefault(name, []).append(activation.flatten(0, -2).double())
 
-    def aggregate(self, name: str) -> Tensor:
-        """Batch L2 of the sequence mean of absolute values."""
-        return torch.stack([x.abs().mean(dim=0) for x in self[name]]).square().sum(dim=0).sqrt().double()
-
-
-def assert_close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-5)
+    def aggregate(self, name: str, batch: str = "l2", sequence: str = "mean") -> Tensor:
+        """By default the batch L2 of the sequence mean of absolute values."""
+        return OVER_BLOCKS[batch](torch.stack([OVER_TOKENS[sequence](x) for x in self[name]]))
 
 
-@torch.no_grad()
-def test_one_pass_gives_every_score(teacher: Checkpoint, blocks: Blocks) -> None:
-    model, arch = load_model(teacher, CPU, torch.float32), teacher.arch
-    importance = score(calibrate(model, arch, blocks), arch, "x")
+def assert_close(found: Tensor, expected: Tensor, teacher: Checkpoint) -> None:
+    exact = dtype_of(teacher) == torch.float64
+    torch.testing.assert_close(found, expected, rtol=1e-9 if exact else 1e-4, atol=1e-12 if exact else 1e-5)
+
+
+def assert_scores(teacher: Checkpoint, blocks: Blocks, recipe: CalibrationRecipe) -> None:
+    """Every axis but experts and Mamba heads against sums over the activations of a whole model, module by module."""
+    model, arch, importance = reference_model(teacher), teacher.arch, importance_of(teacher, blocks, recipe)
     assert {axis: list(scores.shape) for axis, scores in importance.items()} == {
         axis: score_shape(arch, axis) for axis in arch.prunable_axes
     }
@@ -68,31 +98,51 @@ def test_one_pass_gives_every_score(teacher: Checkpoint, blocks: Blocks) -> None
     for ids in blocks.ids:
         model(input_ids=ids[None])
 
-    hidden = [seen.aggregate(tap.module.replace("{i}", str(i)))
-              for tap in single if tap.axes == ("hidden",) for i in range(arch.axis_size("layer"))]  # fmt: skip
-    assert_close(importance["hidden"], torch.stack(hidden).sum(dim=0))
+    def aggregate(tap: Tap, i: int) -> Tensor:
+        return seen.aggregate(tap.module.replace("{i}", str(i)), recipe.batch, recipe.sequence)
+
+    hidden = [aggregate(tap, i) for tap in single if tap.axes == ("hidden",) for i in range(arch.axis_size("layer"))]
+    assert_close(importance["hidden"], torch.stack(hidden).sum(dim=0), teacher)
     for tap in single:
         (axis,) = tap.axes
         if axis == "hidden" or axis not in arch.axes:
             continue
         for i in arch.layer_numbers(tap.kind):
-            whole = seen.aggregate(tap.module.replace("{i}", str(i)))
-            assert_close(importance[axis][i], whole.view(arch.axis_size(axis), -1).norm(dim=1))
+            entries = aggregate(tap, i).view(arch.axis_size(axis), -1).norm(dim=1)
+            assert_close(importance[axis][i], entries, teacher)
     for i in range(1, len(layers)):  # what goes into a layer is what the one before put out
         cosines = [cosine_similarity(*pair, dim=-1).mean() for pair in zip(residuals[i - 1], residuals[i], strict=True)]
-        influence = 1 - torch.stack(cosines).mean().double()
+        influence = 1 - torch.stack(cosines).mean()
         torch.testing.assert_close(importance["layer"][i], influence, rtol=1e-3, atol=1e-5)
+
+
+@torch.no_grad()
+def test_one_pass_layer_by_layer_gives_every_score_of_the_whole_model(teacher: Checkpoint, blocks: Blocks) -> None:
+    assert_scores(teacher, blocks, MINITRON)
+
+
+@pytest.mark.parametrize("batch", ["l2", "mean", "var"])
+@pytest.mark.parametrize("sequence", ["mean", "l2", "var"])
+@torch.no_grad()
+def test_every_aggregate(teachers: Callable[[str], Checkpoint], blocks: Blocks, batch: Any, sequence: Any) -> None:
+    recipe = CalibrationRecipe(batch=batch, sequence=sequence)
+    assert_scores(teachers("llama"), blocks, recipe)
+    if recipe != MINITRON:
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(
+                importance_of(teachers("llama"), blocks, recipe)["ffn"], importance_of(teachers("llama"), blocks)["ffn"]
+            )
 
 
 @pytest.mark.parametrize("choice", ["x", "z", "out_proj"])
 @pytest.mark.parametrize("variant", ["mamba2", "nemotron_h", "bamba", "falcon_h1"])
 @torch.no_grad()
 def test_mamba_heads_and_channels_are_scored_by_what_is_chosen(
-    teachers: Callable[[str], Checkpoint], blocks: Blocks, variant: str, choice: str
+    teachers: Callable[[str], Checkpoint], blocks: Blocks, variant: str, choice: Any
 ) -> None:
     teacher = teachers(variant)
-    model, arch = load_model(teacher, CPU, torch.float32), teacher.arch
-    importance = score(calibrate(model, arch, blocks), arch, choice)
+    model, arch = reference_model(teacher), teacher.arch
+    importance = importance_of(teacher, blocks, CalibrationRecipe(mamba_scores=choice))
     layer = arch.layer_numbers("mamba")[0] if arch.layer_counts else 0
     block = model.get_submodule(arch.family.layer.replace("{i}", str(layer)))
     seen, mixer = Seen(), next(module for module in block.modules() if hasattr(module, "conv1d"))
@@ -103,8 +153,8 @@ def test_mamba_heads_and_channels_are_scored_by_what_is_chosen(
     shape, width = (mixer.num_heads, mixer.head_dim), mixer.num_heads * mixer.head_dim
     seen["z"], seen["x"] = [x[:, :width] for x in seen["in"]], [x[:, width : 2 * width] for x in seen["in"]]
     aggregate = seen.aggregate(choice).view(shape)
-    assert_close(importance["mhead"][layer], aggregate)
-    assert_close(importance["mchan"][layer], aggregate.norm(dim=0))
+    assert_close(importance["mhead"][layer], aggregate, teacher)
+    assert_close(importance["mchan"][layer], aggregate.norm(dim=0), teacher)
     for other in {"x", "z", "out_proj"} - {choice}:
         assert not torch.allclose(importance["mhead"][layer], seen.aggregate(other).view(shape), rtol=1e-3)
 
@@ -114,7 +164,7 @@ def test_mamba_heads_are_ranked_in_their_group_on_the_channels_that_stay(
     teachers: Callable[[str], Checkpoint], blocks: Blocks
 ) -> None:
     arch = teachers("nemotron_h").arch
-    importance = score(calibrate(load_model(teachers("nemotron_h"), CPU, torch.float32), arch, blocks), arch, "x")
+    importance = importance_of(teachers("nemotron_h"), blocks)
     # Channels 0 and 1 are the best overall. Head 1 is the better of its group (0 1) on all channels, head 0 on these.
     heads = torch.full((6, 8), 0.1, dtype=torch.float64)
     heads[:, :2] = 5.0
@@ -135,9 +185,9 @@ def test_experts_are_scored_by_the_tokens_that_reach_them(
     teachers: Callable[[str], Checkpoint], blocks: Blocks, variant: str
 ) -> None:
     teacher = teachers(variant)
-    model, arch = load_model(teacher, CPU, torch.float32), teacher.arch
-    model.set_experts_implementation("eager")
-    importance = score(calibrate(model, arch, blocks), arch, "x")
+    model, arch = reference_model(teacher), teacher.arch
+    importance = importance_of(teacher, blocks)
+    unweighted = importance_of(teacher, blocks, CalibrationRecipe(expert_scores="norm"))
     layer = arch.layer_numbers("moe")[0] if arch.layer_counts else 0
     experts = next(m for n, m in model.named_modules() if n.endswith("experts") and f"layers.{layer}." in n)
     calls: list[tuple[Tensor, ...]] = []
@@ -148,30 +198,33 @@ def test_experts_are_scored_by_the_tokens_that_reach_them(
     ffn = importance["expert_ffn" if "expert_ffn" in importance else "ffn"][layer]
     down = experts.down_proj if experts.is_transposed else experts.down_proj.mT  # (experts, ffn, hidden)
     for e in range(4):
-        squared, norms = torch.zeros(ffn.shape[1]), []
+        squared, norms, weighted = torch.zeros(ffn.shape[1], dtype=torch.float64), [], []
         for states, numbers, weights in calls:
             token, place = (numbers == e).nonzero(as_tuple=True)
             # The expert alone, asked for the tokens that reach it with a weight of one: linear in its second matrix.
-            chosen, ones = torch.full((len(token), 1), e), torch.ones(len(token), 1)
-            norms.append(experts(states[token], chosen, ones).norm(dim=1) * weights[token, place])
+            chosen, ones = torch.full((len(token), 1), e), torch.ones(len(token), 1, dtype=torch.float64)
+            norms.append(experts(states[token], chosen, ones).norm(dim=1))
+            weighted.append(norms[-1] * weights[token, place])
             seen = neurons(experts, e, states[token])
             squared += (seen.abs().sum(dim=0) / len(states)).square()
             bias = experts.down_proj_bias[e] if experts.has_bias else 0.0
             torch.testing.assert_close(
                 seen @ down[e] + bias, experts(states[token], chosen, ones), atol=1e-4, rtol=1e-4
             )
-        assert_close(ffn[e], squared.sqrt())
-        assert_close(importance["expert"][layer][e], torch.cat(norms).sum() / max(1, len(torch.cat(norms))))
+        count = max(1, len(torch.cat(norms)))
+        assert_close(ffn[e], squared.sqrt(), teacher)
+        assert_close(importance["expert"][layer][e], torch.cat(weighted).sum() / count, teacher)
+        assert_close(unweighted["expert"][layer][e], torch.cat(norms).sum() / count, teacher)
 
 
 def neurons(experts: Any, number: int, states: Tensor) -> Tensor:
     """What enters an expert's second matrix, read off by making that matrix the identity."""
     down, hidden = experts.down_proj.clone(), states.shape[1]
     pieces, width = [], down.shape[1] if experts.is_transposed else down.shape[2]
-    ones, chosen = torch.ones(len(states), 1), torch.full((len(states), 1), number)
+    ones, chosen = torch.ones(len(states), 1, dtype=torch.float64), torch.full((len(states), 1), number)
     bias = experts.down_proj_bias[number] if experts.has_bias else 0.0
     for start in range(0, width, hidden):
-        eye = torch.zeros(width, hidden)
+        eye = torch.zeros(width, hidden, dtype=torch.float64)
         for i in range(min(hidden, width - start)):
             eye[start + i, i] = 1.0
         experts.down_proj[number] = eye if experts.is_transposed else eye.T
@@ -180,25 +233,21 @@ def neurons(experts: Any, number: int, states: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-def test_hooks_are_gone_afterwards(teacher: Checkpoint, blocks: Blocks) -> None:
-    model = load_model(teacher, CPU, torch.float32)
-    calibrate(model, teacher.arch, blocks)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
 def test_broken_activations_are_an_error(teacher: Checkpoint, blocks: Blocks) -> None:
-    model = load_model(teacher, CPU, torch.float32)
-    with torch.no_grad():
-        next(parameter for name, parameter in model.named_parameters() if ".1." in name).flatten()[0] = float("nan")
+    class Broken(Checkpoint):
+        def tensor(self, name: str) -> Tensor:
+            value = super().tensor(name)
+            return value * float("nan") if ".1." in name else value
+
+    broken = Broken(**{k: getattr(teacher, k) for k in ("folder", "config", "arch", "tensors")})
     with pytest.raises(UserError, match="hold NaN or infinity"):
-        calibrate(model, teacher.arch, blocks)
+        importance_of(broken, blocks)
 
 
 def test_scores_do_not_depend_on_the_order_of_blocks_but_on_the_blocks(teacher: Checkpoint, blocks: Blocks) -> None:
-    model = load_model(teacher, CPU, torch.float32)
-    one = calibrate(model, teacher.arch, blocks)
-    turned = calibrate(model, teacher.arch, Blocks(blocks.ids.flip(0), blocks.num_bytes))
-    fewer = calibrate(model, teacher.arch, blocks[:2])
+    one = importance_of(teacher, blocks)
+    turned = importance_of(teacher, Blocks(blocks.ids.flip(0), blocks.num_bytes))
+    fewer = importance_of(teacher, blocks[:2])
     for name in one:
         torch.testing.assert_close(one[name], turned[name], rtol=1e-9, atol=1e-12)
         assert not torch.allclose(one[name], fewer[name], rtol=1e-3, atol=0)

@@ -20,7 +20,7 @@ from minitron.model.arch import Arch
 from minitron.model.causal import build_model, load_model
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, student_config
 from minitron.prune.importance import Kept, score_shape, select
-from minitron.prune.trim import trimmed, write_trimmed
+from minitron.prune.trim import Cut, write_pruned
 from tests.conftest import VARIANTS, make_model
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def random_importance(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
 
 def build(teacher: Checkpoint, arch: Arch, kept: Kept) -> Any:
     config = student_config(teacher, arch, kept["layer"].tolist())
-    return build_model(config, trimmed(teacher.arch, arch, kept, teacher.tensor), CPU)
+    return build_model(config, Cut(teacher.arch, arch, kept, teacher.tensor), CPU)
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def test_permuting_an_axis_leaves_the_logits_unchanged(teacher: Checkpoint, axis
 @pytest.mark.parametrize("axis", AXES_WITHIN_LAYERS)
 def test_a_permutation_that_one_tensor_misses_changes_them(teacher: Checkpoint, axis: str, input_ids: Tensor) -> None:
     skip_without(teacher.arch, axis)
-    tensors = dict(trimmed(teacher.arch, teacher.arch, permuted(teacher.arch, axis), teacher.tensor))
+    tensors = dict(Cut(teacher.arch, teacher.arch, permuted(teacher.arch, axis), teacher.tensor))
     missed, _ = along(teacher.arch, axis)
     tensors.update({name: teacher.tensor(name) for name in missed})
     layers = list(range(teacher.arch.axis_size("layer")))
@@ -264,12 +264,12 @@ def test_a_student_trimmed_in_the_wrong_order_is_not(teacher: Checkpoint, cut: s
     arch = cut_to(teacher.arch, cut)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     expected = masked_logits(teacher, kept, input_ids)
-    tensors = dict(trimmed(teacher.arch, arch, kept, teacher.tensor))
+    tensors = dict(Cut(teacher.arch, arch, kept, teacher.tensor))
     if cut == "layer":
         importance = random_importance(teacher.arch)
         others = select({**importance, "layer": -importance["layer"]}, teacher.arch, arch)["layer"]
         wrong = {**kept, "layer": others if teacher.arch.layer_counts else kept["layer"].flip(0)}
-        tensors = dict(trimmed(teacher.arch, arch, wrong, teacher.tensor))
+        tensors = dict(Cut(teacher.arch, arch, wrong, teacher.tensor))
         kept = wrong
     else:
         names, dim = along(arch.with_layers(teacher.arch, kept["layer"].tolist()), cut)
@@ -290,9 +290,9 @@ def test_streamed_trimming_writes_what_trimming_in_memory_gives(teacher: Checkpo
     arch = cut_everywhere(teacher.arch)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     (tmp_path / "out").mkdir()
-    write_trimmed(teacher, arch, kept, tmp_path / "out")
+    write_pruned(teacher, Cut(teacher.arch, arch, kept, teacher.tensor), iter, tmp_path / "out")
     whole = load_file(teacher.folder / "model.safetensors")
-    in_memory = dict(trimmed(teacher.arch, arch, kept, whole.__getitem__))
+    in_memory = dict(Cut(teacher.arch, arch, kept, whole.__getitem__))
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert set(written) == set(in_memory)
     assert all(torch.equal(written[name], in_memory[name]) for name in written)
@@ -304,10 +304,10 @@ def test_shards_hold_every_tensor_once(teacher: Checkpoint, tmp_path: Path, monk
     arch = cut_everywhere(teacher.arch)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     (tmp_path / "out").mkdir()
-    write_trimmed(teacher, arch, kept, tmp_path / "out")
+    write_pruned(teacher, Cut(teacher.arch, arch, kept, teacher.tensor), iter, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     sharded = open_checkpoint(tmp_path / "out")
-    expected = dict(trimmed(teacher.arch, arch, kept, teacher.tensor))
+    expected = dict(Cut(teacher.arch, arch, kept, teacher.tensor))
     assert all(torch.equal(sharded.tensor(name), value) for name, value in expected.items())
 
 
@@ -319,9 +319,9 @@ def test_a_broken_weight_stops_trimming(teacher: Checkpoint, tmp_path: Path) -> 
         def tensor(self, name: str) -> Tensor:
             return super().tensor(name) * (float("nan") if name == broken else 1.0)
 
+    bad = Broken(**{k: getattr(teacher, k) for k in ("folder", "config", "arch", "tensors")})
     with pytest.raises(UserError, match="holds NaN"):
-        write_trimmed(Broken(**{k: getattr(teacher, k) for k in ("folder", "config", "arch", "tensors")}),
-                      teacher.arch, kept, tmp_path)  # fmt: skip
+        write_pruned(bad, Cut(teacher.arch, teacher.arch, kept, bad.tensor), iter, tmp_path)
 
 
 RELOAD = """
@@ -343,7 +343,8 @@ def test_outputs_reload_in_a_fresh_process_and_generate(teachers: Callable[[str]
         teacher, folder = teachers(variant), tmp_path / variant
         arch = cut_everywhere(teacher.arch)
         folder.mkdir()
-        write_trimmed(teacher, arch, select(random_importance(teacher.arch), teacher.arch, arch), folder)
+        kept = select(random_importance(teacher.arch), teacher.arch, arch)
+        write_pruned(teacher, Cut(teacher.arch, arch, kept, teacher.tensor), iter, folder)
         expected.append(f"5 {arch.num_parameters} {folder}")
     folders = [str(tmp_path / variant) for variant in VARIANTS]
     shown = subprocess.run([sys.executable, "-c", RELOAD, *folders], capture_output=True, text=True, check=True).stdout

@@ -33,6 +33,7 @@ Context = Annotated[int | None, typer.Option(help="Tokens in a block.")]
 Seed = Annotated[int | None, typer.Option(help="Decides the order of the text.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the forward passes.")]
+Plain = Annotated[bool, typer.Option("--plain", help="The papers' pruning: no rotation, no rescaled norms, no refit.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")]
 
@@ -50,12 +51,13 @@ def compress(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
+    plain: Plain = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """The main job: search a shape, prune, distil, evaluate. Run again to continue."""
-    loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data, context=context,
-                     seed=seed, device=device, dtype=dtype, **{"distill.tokens": tokens}
+    loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
+                     context=context, seed=seed, device=device, dtype=dtype, **{"distill.tokens": tokens}
                      )  # fmt: skip
     results = _pipeline().compress(loaded, out, overwrite)
     if as_json:
@@ -117,12 +119,13 @@ def search(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
+    plain: Plain = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Find the best shape within a budget: candidates.jsonl and arch.json in OUT."""
-    loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data, context=context,
-                     seed=seed, device=device, dtype=dtype)  # fmt: skip
+    loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
+                     context=context, seed=seed, device=device, dtype=dtype)  # fmt: skip
     _print_record(_pipeline().search_alone(loaded, out, overwrite), as_json)
 
 
@@ -157,6 +160,7 @@ def prune(
     device: Device = None,
     dtype: Dtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out; needs no weights.")] = False,
+    plain: Plain = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -178,8 +182,8 @@ def prune(
         return
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
-    loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data, context=context,
-                     seed=seed, device=device, dtype=dtype)  # fmt: skip
+    loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
+                     context=context, seed=seed, device=device, dtype=dtype)  # fmt: skip
     _print_record(_pipeline().prune_alone(loaded, given, arch, importance, out, overwrite), as_json)
 
 
@@ -274,9 +278,11 @@ def _pipeline() -> Any:
     return pipeline
 
 
-def _recipe(path: Path | None, **options: Any) -> Any:
-    from minitron.recipe import load_recipe
+def _recipe(path: Path | None, plain: Any = False, **options: Any) -> Any:
+    from minitron.recipe import PLAIN, load_recipe
 
+    if plain:
+        options.update({f"prune.{name}": value for name, value in PLAIN.model_dump().items()})
     return load_recipe(path, options)
 
 

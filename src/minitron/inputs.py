@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from minitron.data.blocks import Blocks, Splits, load_tokenizer, read_splits
 from minitron.errors import UserError
@@ -14,8 +13,10 @@ from minitron.model.arch import Arch
 from minitron.model.causal import load_model, resolve_device, resolve_dtype
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.source import open_teacher
-from minitron.prune.calibrate import calibrate
+from minitron.prune.calibrate import Statistics, calibrate
+from minitron.prune.depth import score_depth
 from minitron.prune.importance import Importance, score
+from minitron.prune.rotate import turns
 from minitron.recipe import Recipe
 from minitron.search.budget import parse_budget
 from minitron.search.candidates import feasible
@@ -29,6 +30,8 @@ class Inputs:
     """What a recipe names, each opened when first asked for."""
 
     recipe: Recipe
+    removed: frozenset[int] | None = None
+    """How many layers may have to go; None: what the candidates say, or without a target up to half of them."""
 
     @cached_property
     def teacher(self) -> Checkpoint:
@@ -90,17 +93,41 @@ class Inputs:
         return self.splits.train[: max(1, self.recipe.calibration.tokens // self.context)]
 
     @cached_property
-    def statistics(self) -> dict[str, Tensor]:
-        """What calibration sums up."""
-        return calibrate(self.model, self.teacher.arch, self.calibration_blocks)
+    def statistics(self) -> Statistics:
+        """What calibration sums up.
+
+        Raises:
+            UserError: the calibration text is one token over and over.
+        """
+        blocks, recipe = self.calibration_blocks, self.recipe
+        if len(tokens := blocks.ids.unique()) < 2:
+            raise UserError(f"the calibration text holds token {int(tokens)} alone: is it nothing but padding?")
+        moment = turns(self.teacher.arch, recipe.prune)
+        return calibrate(self.teacher, blocks, recipe.calibration, self.device, self.dtype, moment)
 
     @cached_property
     def importance(self) -> Importance:
-        """The scores of every axis, from these statistics."""
-        return score(self.statistics, self.teacher.arch, self.recipe.calibration.mamba_scores)
+        """The scores of every axis, from these statistics, and of depth as the recipe says."""
+        arch, depth = self.teacher.arch, self.recipe.depth
+        importance = score(self.statistics, arch, self.recipe.calibration)
+        if depth.score == "block_influence" and depth.removal == "one_shot":
+            return importance
+        tokenizer = load_tokenizer(self.teacher.folder) if depth.score == "task" else None
+        blocks = self.calibration_blocks[: max(1, depth.tokens // self.context)]
+        return importance | score_depth(self.model, arch, blocks, depth, self._removed, tokenizer)
+
+    @property
+    def _removed(self) -> set[int]:
+        depth = self.teacher.arch.axis_size("layer")
+        if self.removed is not None:
+            return set(self.removed)
+        if self.recipe.target_params is None:
+            return set(range(1, depth // 2 + 1))
+        return {depth - arch.axis_size("layer") for arch in self.candidates}
 
     def search(self, importance: Importance, log: Path) -> Arch:
         """The best of the candidates."""
         return search(
-            self.teacher, self.model, importance, self.splits.heldout, self.candidates, self.recipe.search, log
-        )
+            self.teacher, self.model, importance, self.splits.heldout, self.candidates, self.recipe.search,
+            self.recipe.prune, log,
+        )  # fmt: skip

@@ -1,6 +1,7 @@
 """The order of the stages. `compress` is the main job; the other functions run one stage alone."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,9 +33,10 @@ from minitron.model.source import open_teacher, resolve_teacher
 from minitron.present.card import write_card
 from minitron.present.report import write_report
 from minitron.progress import Progress
-from minitron.prune.importance import Importance, score_shape, select
-from minitron.prune.repair import NO_REPAIRS, measure_repairs
-from minitron.prune.trim import write_trimmed
+from minitron.prune.calibrate import STREAM_MOMENT
+from minitron.prune.importance import Importance, score_shape
+from minitron.prune.repair import mended
+from minitron.prune.trim import cut_to, write_pruned
 from minitron.recipe import Recipe, parse_context
 from minitron.run import Run, open_run
 
@@ -183,7 +185,10 @@ def prune_alone(
     else:
         _ = inputs.candidates
     require_space(out, teacher.num_bytes)
-    scores = _read_importance(importance, teacher.arch) if importance else inputs.importance
+    if arch is not None:
+        removed = teacher.arch.axis_size("layer") - arch.axis_size("layer")
+        inputs = replace(inputs, removed=frozenset({removed}))
+    scores = _read_importance(importance, teacher) if importance else inputs.importance
     if arch is None:
         with TemporaryDirectory() as folder:
             arch = inputs.search(scores, Path(folder) / "candidates.jsonl")
@@ -295,30 +300,34 @@ def _link_teacher(run: Run, teacher: Checkpoint) -> None:
 
 def _write_statistics(folder: Path, inputs: Inputs) -> Importance:
     importance = inputs.importance
-    for name, tensors in (("calibration", inputs.statistics), ("importance", importance)):
+    sums = {key: value for key, value in inputs.statistics.items() if key != STREAM_MOMENT}  # that goes with the scores
+    for name, tensors in (("calibration", sums), ("importance", importance)):
         with whole_file(folder / f"{name}.safetensors") as staging:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, staging)
+            entries = {key: value.contiguous() for key, value in tensors.items()}
+            save_file(entries, staging, metadata={"teacher": inputs.teacher.identity()})
     return importance
 
 
-def _read_importance(path: Path, teacher: Arch) -> Importance:
+def _read_importance(path: Path, teacher: Checkpoint) -> Importance:
     path = path / "importance.safetensors" if path.is_dir() else path
     file = open_safetensors(path)
     importance: Importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for axis in teacher.prunable_axes:
+    for axis in teacher.arch.prunable_axes:
         found = list(importance[axis].shape) if axis in importance else None
-        if found != score_shape(teacher, axis):
+        if found != score_shape(teacher.arch, axis):
             raise UserError(f"{path} is not the importance of this teacher: axis {axis} has shape {found}")
+    if (file.metadata() or {}).get("teacher") != teacher.identity():
+        raise UserError(f"{path} is not the importance of this teacher: it was measured on other weights")
     return importance
 
 
 def _write_pruned(inputs: Inputs, arch: Arch, importance: Importance, folder: Path) -> None:
     teacher, recipe = inputs.teacher, inputs.recipe.prune
-    kept, repairs = select(importance, teacher.arch, arch), NO_REPAIRS
-    if recipe.rescale_norms or recipe.refit:
-        repairs = measure_repairs(inputs.model, teacher, arch, kept, inputs.calibration_blocks, recipe)
     with whole_folder(folder) as staging:
-        write_trimmed(teacher, arch, kept, staging, repairs)
+        write_pruned(
+            teacher, cut_to(arch, teacher, importance, recipe),
+            lambda cut: mended(teacher, cut, inputs.calibration_blocks, recipe, inputs.device, inputs.dtype), staging,
+        )  # fmt: skip
 
 
 def _distill(inputs: Inputs, pruned: Checkpoint, out: Path, work: Path, world: World) -> None:

@@ -56,20 +56,46 @@ class CalibrationRecipe(_Strict):
     """What importance is measured on."""
 
     tokens: Count = 32_768
+    batch: Literal["l2", "mean", "var"] = "l2"
+    """How the aggregates of blocks become one score (Minitron, arXiv 2407.14679, table 13)."""
+    sequence: Literal["mean", "l2", "var"] = "mean"
+    """How a block's tokens become one aggregate: of absolute values, of squares, or about their mean."""
     mamba_scores: Literal["x", "z", "out_proj"] = "x"
     """What Mamba heads and channels are scored by: the x or the z that the input projection makes, or what enters
     the output projection."""
+    expert_scores: Literal["reap", "norm"] = "reap"
+    """Experts by the norm of their output with or without the router's weight."""
+
+
+class DepthRecipe(_Strict):
+    """How layers are chosen."""
+
+    score: Literal["block_influence", "perplexity", "kl", "logits_mse", "task"] = "block_influence"
+    """What is lost without a layer; all but the first of the whole model in memory, on the first calibration tokens."""
+    removal: Literal["one_shot", "iterative", "contiguous"] = "one_shot"
+    """The lowest scores go; or the lowest goes and the rest is scored anew; or the best block of layers goes."""
+    tokens: Count = 4_096
+    task: str | None = None
+    """A jsonl file of items (see `measure.choices.read_items`), whose accuracy is the score `task`."""
+    items: Count = 200
+    """Of these, the first so many."""
 
 
 class PruneRecipe(_Strict):
-    """What is mended when a shape is cut; nothing by default (docs/studies/pruning.md)."""
+    """What is done beyond dropping entries when a shape is cut; the defaults are those of docs/studies/pruning.md."""
 
-    rescale_norms: bool = False
+    rotate: bool | None = None
+    """Hidden is cut along principal directions instead of channels; None: where the family allows it."""
+    rescale_norms: bool = True
     """Norms over fewer channels keep their scale."""
-    refit: bool = False
-    """Tensors that read a cut axis are fitted to what is left of it."""
+    refit: bool = True
+    """Tensors that write the stream are fitted, layer after layer, to what the student lacks."""
     ridge: float = Field(0.01, ge=0)
     """Damping of that fit, as a share of the mean second moment."""
+
+
+PLAIN = PruneRecipe(rotate=False, rescale_norms=False, refit=False)
+"""The papers' method without any of the additions."""
 
 
 class SearchRecipe(_Strict):
@@ -122,6 +148,7 @@ class Recipe(_Strict):
     device: str = "auto"
     dtype: str = "auto"
     calibration: CalibrationRecipe = CalibrationRecipe()
+    depth: DepthRecipe = DepthRecipe()
     search: SearchRecipe = SearchRecipe()
     prune: PruneRecipe = PruneRecipe()
     distill: DistillRecipe = DistillRecipe()

@@ -157,6 +157,10 @@ class Norm:
     condition: str | None = None
     """A config boolean without which it stands behind the block it is named after."""
 
+    def is_in_front(self, flags: Mapping[str, bool]) -> bool:
+        """Whether it stands in front of a block, which reads its output alone."""
+        return bool(self.readers) and (self.condition is None or flags[self.condition])
+
     def is_read_by(self, row: Row) -> bool:
         """Whether a row's tensor multiplies the output of this norm."""
         in_reach = row.is_per_layer == ("{i}" in self.name)
@@ -253,6 +257,8 @@ class Family:
     """What its norms add to their weights."""
     scales_embedding: bool = False
     """It multiplies embeddings by the root of hidden_size."""
+    scales_residual: bool = False
+    """What its blocks put out is multiplied by a number of the config before the residual stream gains it."""
     is_centred: bool = False
     """Its norms subtract the mean."""
     demand: Demand | None = None

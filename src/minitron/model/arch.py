@@ -234,6 +234,10 @@ class Arch:
         """This shape with the order of its layers, which are those of the teacher's that are kept."""
         return replace(self, layers=tuple(teacher.layers[i] for i in kept) if teacher.layers else ())
 
+    def depth_of(self, layers: tuple[str, ...]) -> dict[str, int]:
+        """The sizes that say how deep a model of these layers is; of one layer where all are alike."""
+        return {_kind_size(kind): layers.count(kind) for kind in self.layer_counts} | {AXES["layer"]: len(layers) or 1}
+
     def require_prunable_to(self, smaller: "Arch") -> None:
         """Raise `UserError` unless `smaller` can be cut out of this shape."""
         prunable = {AXES[axis] for axis in self.prunable_axes} | {_kind_size(kind) for kind in self.layer_counts}

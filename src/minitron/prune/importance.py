@@ -3,51 +3,73 @@
 import torch
 from torch import Tensor
 
+from minitron.errors import UserError
 from minitron.model.arch import Arch
-from minitron.prune.calibrate import BLOCK_INFLUENCE, ROUTED_NORM
+from minitron.prune.calibrate import BLOCK_INFLUENCE, NUM_BLOCKS, ROUTED, STREAM_MOMENT, Statistics
+from minitron.recipe import CalibrationRecipe
 
 Importance = dict[str, Tensor]
 """Per axis, higher = keep: (size,), with (num_layers,) before it where each layer has its own entries and
-(num_experts,) before that where each expert has; of Mamba heads (num_layers, size, channels)."""
+(num_experts,) before that where each expert has; of Mamba heads (num_layers, size, channels). Beside them the
+`stream_moment` (hidden, hidden) of the calibration, where it was taken."""
+
+LAYER_BLOCKS = "layer_blocks"
+"""Beside them, where layers go as one block: the damage of leaving out n layers from s on, (num_layers + 1,
+num_layers); infinite where nothing was tried."""
 
 Kept = dict[str, Tensor]
 """Per axis: indices of the entries kept, in the student's order; (size,), led by the teacher's layers and experts
 as in `Importance`."""
 
 
-def score(statistics: dict[str, Tensor], arch: Arch, choice: str) -> Importance:
+def score(statistics: Statistics, arch: Arch, recipe: CalibrationRecipe) -> Importance:
     """Score every prunable axis; layers and taps are summed where the axis is the same in all of them.
 
-    - hidden: Σ over layers and norms of the (batch L2, sequence mean) aggregate of the norm output
-      (Minitron, arXiv 2407.14679, section 2.2);
+    The aggregate of a tap is the recipe's over blocks (`l2`, `mean` or `var`) of its aggregate over tokens
+    (Minitron, arXiv 2407.14679, section 2.2 and table 13: batch L2 of the sequence mean).
+
+    - hidden: Σ over layers and norms of the aggregate of the norm output;
     - ffn, in experts too: the aggregate at the input of the second MLP matrix;
     - query: the L2 norm of the aggregate over a head's channels at the input of the output projection;
     - kv: the L2 norm over the query heads of the group;
-    - expert: the mean over its tokens of router weight × norm of its output (REAP, arXiv 2510.13999);
+    - expert: the mean over its tokens of router weight × norm of its output (`reap`, arXiv 2510.13999), or of the
+      norm alone (`norm`, as Model-Optimizer has it);
     - Mamba channels: the L2 norm of the aggregate over heads; of Mamba heads the aggregate itself, since a head
-      is scored on the channels that are kept (Minitron-SSM, arXiv 2504.11409, section 3). `choice` says whether
+      is scored on the channels that are kept (Minitron-SSM, arXiv 2504.11409, section 3). The recipe says whether
       of `x`, of `z` or of the input of the output projection (`out_proj`);
     - layer: block influence.
     """
     importance: Importance = {"layer": statistics[BLOCK_INFLUENCE].clone()}
+    if STREAM_MOMENT in statistics:
+        importance[STREAM_MOMENT] = statistics[STREAM_MOMENT]
+    num_blocks = int(statistics[NUM_BLOCKS])
     for tap in arch.family.taps:
-        if tap.choice not in {None, choice} or tap.key not in statistics:
+        if tap.choice not in {None, recipe.mamba_scores} or tap.key not in statistics:
             continue
         axis, *inner = tap.axes
-        aggregate = statistics[tap.key].sqrt()  # (num_layers, …, width)
+        aggregate = _over_blocks(statistics[tap.key], num_blocks, recipe.batch)  # (num_layers, …, width)
         if inner:
             sizes = [arch.axis_size(axis), arch.axis_size(inner[0])]
             importance[axis] = aggregate.unflatten(-1, sizes)
             importance[inner[0]] = importance[axis].norm(dim=-2)
         elif axis == "expert":
-            total, count = statistics[f"{tap.key}/{ROUTED_NORM}"].unbind(dim=-1)
-            importance[axis] = total / count.clamp_min(1)
+            weighted, norms, count = statistics[f"{tap.key}/{ROUTED}"].unbind(dim=-1)
+            importance[axis] = (weighted if recipe.expert_scores == "reap" else norms) / count.clamp_min(1)
         else:
             entries = aggregate.unflatten(-1, (arch.axis_size(axis), -1)).norm(dim=-1)  # (num_layers, …, size)
             if axis not in arch.family.per_layer_axes:
                 entries = entries.sum(dim=0)
             importance[axis] = importance[axis] + entries if axis in importance else entries
     return importance
+
+
+def _over_blocks(sums: Tensor, num_blocks: int, aggregate: str) -> Tensor:
+    """From Σ s and Σ s² over blocks, (num_layers, 2, …): √Σ s², mean s or the variance of s."""
+    first, second = sums.unbind(dim=1)
+    if aggregate == "l2":
+        return second.sqrt()
+    mean = first / num_blocks
+    return mean if aggregate == "mean" else (second / num_blocks - mean.square()).clamp_min(0)
 
 
 def score_shape(arch: Arch, axis: str) -> list[int]:
@@ -65,9 +87,12 @@ def select(importance: Importance, teacher: Arch, student: Arch) -> Kept:
 
     Entries of a grouped axis (query heads, Mamba heads) are ranked inside each kept group and taken equally from
     each, so that every group keeps its own. Mamba heads are ranked by the channels that stay. Layers are ranked
-    among those of their kind.
+    among those of their kind, or go as the one block that does least damage.
+
+    Raises:
+        UserError: nothing is known of blocks of so many layers.
     """
-    kept = {"layer": _kept_layers(importance["layer"], teacher, student)}
+    kept = {"layer": _kept_layers(importance, teacher, student)}
     for axis in _ungrouped_first(teacher):
         scores = importance[axis]
         if inner := _inner(teacher, axis):
@@ -87,7 +112,7 @@ def kept_share(importance: Importance, teacher: Arch, student: Arch, axis: str) 
     """
     scores = importance[axis]
     if axis == "layer":
-        kept = scores[_kept_layers(scores, teacher, student)]
+        kept = scores[_kept_layers(importance, teacher, student)]
         return float(kept.square().sum() / scores.square().sum().clamp_min(1e-30))
     if _inner(teacher, axis):
         scores = scores.norm(dim=-1)
@@ -99,7 +124,14 @@ def kept_share(importance: Importance, teacher: Arch, student: Arch, axis: str) 
     return float(share[total > 0].mean()) if (total > 0).any() else 1.0  # layers without the axis have no scores
 
 
-def _kept_layers(scores: Tensor, teacher: Arch, student: Arch) -> Tensor:
+def _kept_layers(importance: Importance, teacher: Arch, student: Arch) -> Tensor:
+    scores = importance["layer"]
+    if (blocks := importance.get(LAYER_BLOCKS)) is not None:
+        depth, count = teacher.axis_size("layer"), teacher.axis_size("layer") - student.axis_size("layer")
+        start = int(blocks[count].argmin())
+        if not torch.isfinite(blocks[count, start]):
+            raise UserError(f"the importance says nothing of leaving out {count} layers in a row")
+        return torch.tensor([i for i in range(depth) if not start <= i < start + count])
     if not teacher.layer_counts:
         return _top(scores, student.axis_size("layer"))
     kept: list[Tensor] = []

@@ -1,204 +1,376 @@
 """What brings a cut model nearer to its teacher before the first training token; free at inference, stock on disk.
 
-Two repairs, both from one more pass of the teacher over calibration blocks, now that it is known what is kept:
+Teacher and student are walked through side by side, layer after layer, over the same calibration blocks:
 
-- **norm rescale**: a norm over the channels kept divides by another root mean square than over all of them. With e²
-  the share of the stream's energy that they carry there, its weight times e·√(d/k) restores the scale.
-- **refit**: a tensor that reads a cut axis, W x, is replaced by the least-squares best reader of what is left,
-  W C[:, k] (C[k, k] + λI)⁻¹ x_k, C the second moment of x; λ is `ridge` times the mean of C[k, k]'s diagonal.
+- **norm rescale**: a norm over fewer channels divides by another root mean square than over all of them. With e²
+  the share of the stream's energy that the student's channels carry there, mean over tokens, the norm's weight times
+  e·√(d/k) restores the scale.
+- **refit**: each tensor that writes the stream is corrected by least squares, one after the other, on the inputs
+  that it has in the student as mended so far: W + Δ, Δ = E Xᵀ (X Xᵀ + λI)⁻¹, where X is that input and E what the
+  student's stream lacks behind it of the teacher's. So each tensor makes up for what was cut from its own input and
+  for what all before it could not; the last one before dropped layers makes up for these. λ is `ridge` times the
+  mean of X Xᵀ's diagonal: with few tokens Δ stays small, and the cut tensor as it is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
-from minitron.model.anatomy import Row
+from minitron.model.anatomy import Norm, Row
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.experts import run_expert
 from minitron.progress import Progress
-from minitron.prune.importance import Kept
+from minitron.prune.calibrate import STREAM_MOMENT
+from minitron.prune.importance import Importance
+from minitron.prune.layers import Layer, Layers, Stream
 from minitron.prune.maps import kept_positions
+from minitron.prune.trim import Cut
 from minitron.recipe import PruneRecipe
 
-MOMENT_BYTES = 2 * 1024**3
-"""Second moments of as many layers as this holds are taken in one pass over the blocks."""
+DOUBLE_WIDTH = 4096
+"""Systems of more unknowns than this are solved in float32: their matrices are large, the ridge keeps them tame."""
+LEAST_RIDGE = 1e-7
 
-
-@dataclass(frozen=True)
-class Refit:
-    """A reader's new values along its dimension `dim`, at the `positions` that are kept."""
-
-    dim: int
-    positions: Tensor  # (kept,)
-    fitted: Tensor  # (…, kept)
-
-    def __call__(self, value: Tensor) -> Tensor:
-        """The whole tensor with what is kept put right."""
-        mended = value.movedim(self.dim, -1).clone()
-        mended[..., self.positions] = self.fitted
-        return mended.movedim(-1, self.dim)
-
-
-@dataclass(frozen=True)
-class Repairs:
-    """By the names of the teacher's tensors: what norm weights are multiplied by, and the refitted readers."""
-
-    norm_offset: float = 0.0
-    norm_scales: dict[str, float] = field(default_factory=dict)
-    refits: dict[str, Refit] = field(default_factory=dict)
-
-    def mend(self, name: str, value: Tensor) -> Tensor:
-        """A tensor of the teacher as it should be before it is cut."""
-        if name in self.norm_scales:
-            scaled = (value.double() + self.norm_offset) * self.norm_scales[name] - self.norm_offset
-            return scaled.to(value.dtype)
-        return self.refits[name](value) if name in self.refits else value
-
-
-NO_REPAIRS = Repairs()
+Tensors = dict[tuple[Row, int | None], Tensor]
+"""A layer's tensors as the student has them, by row and expert."""
 
 
 @torch.no_grad()
-def measure_repairs(
-    model: nn.Module, checkpoint: Checkpoint, student: Arch, kept: Kept, blocks: Blocks, recipe: PruneRecipe
-) -> Repairs:
-    """Run the blocks through the teacher `model` of `checkpoint` and work out the repairs that the recipe asks for.
+def mended(
+    teacher: Checkpoint,
+    cut: Cut,
+    blocks: Blocks,
+    recipe: PruneRecipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    folder: Path | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """The student's tensors by name, with the repairs that the recipe asks for; one layer of each model in memory.
 
     Raises:
-        UserError: there are fewer calibration tokens than a refit has unknowns in a row.
+        UserError: there are fewer calibration tokens than a refit has unknowns in a row, or activations are NaN.
     """
-    teacher = checkpoint.arch
-    repairs, base = Repairs(teacher.family.norm_offset), cast(nn.Module, model.base_model)
-    watched: list[_Watch] = []
-    if recipe.rescale_norms and student.axis_size("hidden") < teacher.axis_size("hidden"):
-        watched += _norms(teacher, kept, repairs, base)
+    rescale = recipe.rescale_norms and cut.student.axis_size("hidden") < cut.teacher.axis_size("hidden")
+    if not rescale and not recipe.refit:
+        with Progress("prune", cut.student.num_parameters, "parameters") as progress:
+            for name, value in cut:
+                yield name, value
+                progress.advance(value.numel())
+        return
     if recipe.refit:
-        watched += _readers(checkpoint, kept, repairs, base, recipe.ridge)
-    if not watched:
-        return repairs
-    widest = max((watch.width for watch in watched if watch.is_matrix), default=0)
+        _require_tokens(cut, blocks)
+    walk = _Walk(teacher, cut, blocks, recipe if rescale else recipe.model_copy(update={"rescale_norms": False}),
+                 device, dtype, folder)  # fmt: skip
+    last = cut.teacher.family.norms[-1]
+    for row in cut.student.rows:
+        if not row.is_per_layer and row.name != f"{last.name}.weight":
+            yield row.name, cut(row, None, None)
+    with Progress("repair", cut.teacher.axis_size("layer") * blocks.num_tokens) as progress:
+        for new, number in enumerate(cut.layers):
+            progress.note(f"layer {number + 1} of {cut.teacher.axis_size('layer')}")
+            for (row, expert), value in walk.layer(number, progress).items():
+                yield row.tensor_name(new, expert), value
+    for row in cut.student.rows:
+        if row.name == f"{last.name}.weight":
+            value = cut(row, None, None)
+            yield row.name, walk.scaled(value, [walk.share(stream) for stream in walk.teacher]) if rescale else value
+
+
+def rescaled(cut: Cut, importance: Importance) -> Iterator[tuple[str, Tensor]]:
+    """The student's tensors by name, all norms rescaled alike: what `mended` does without a pass over any text.
+
+    e² is taken from the moment that all norms have in common; without that in `importance` nothing is rescaled.
+    """
+    moment, names = importance.get(STREAM_MOMENT), [norm.name for norm in cut.teacher.family.norms]
+    scale = 1.0
+    if moment is not None and cut.student.axis_size("hidden") < len(moment):
+        share = cut.project(cut.project(moment).T).trace() / moment.trace()
+        scale = float(share * len(moment) / cut.student.axis_size("hidden")) ** 0.5
+    for name, value in cut:
+        place = cut.student.match(name)
+        is_norm = place is not None and place.row.name.removesuffix(".weight") in names
+        yield name, _scaled(value, cut.teacher.family.norm_offset, scale) if is_norm else value
+
+
+def _scaled(weight: Tensor, offset: float, scale: float) -> Tensor:
+    """A norm's weight, to which the norm adds an offset, so that it puts out `scale` times as much."""
+    return ((weight.double() + offset) * scale - offset).to(weight.dtype)
+
+
+class _Walk:
+    """The streams of teacher and student behind the layers done so far."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        cut: Cut,
+        blocks: Blocks,
+        recipe: PruneRecipe,
+        device: torch.device,
+        dtype: torch.dtype,
+        folder: Path | None,
+    ) -> None:
+        self.cut, self.blocks, self.recipe, self.device = cut, blocks, recipe, device
+        self.make_stream = lambda size: Stream(blocks, size, dtype, folder)
+        self.current: Tensors = {}
+        self.teacher_layers = Layers.of(checkpoint, device, dtype)
+        self.student_layers = Layers(checkpoint, cut.student, self._tensor, device, dtype)
+        self.teacher = self.teacher_layers.embedded(blocks, folder)
+        if recipe.refit:
+            self.current = cut.layer(cut.layers[0])
+            self.student = self.student_layers.embedded(blocks, folder)
+        self.done = 0
+
+    def _tensor(self, row: Row, layer: int | None, expert: int | None) -> Tensor:
+        if layer is None:
+            return self.cut(row, None, expert)
+        return self.current[row, expert] if (row, expert) in self.current else self.cut(row, layer, expert)
+
+    def layer(self, number: int, progress: Progress) -> Tensors:
+        """Move both streams past a layer of the teacher that is kept, and past those dropped behind it."""
+        self._pass_dropped(number, progress)
+        self.current = self.cut.layer(number)
+        teacher = self.teacher_layers.load(number)
+        writers = _writers(self.cut.teacher, number) if self.recipe.refit else []
+        targets = [self.make_stream(self.cut.student.axis_size("hidden")) for _ in writers]
+        shares: dict[str, list[Tensor]] = {}
+        experts = _Experts.of(self.cut, self.current, number) if self.recipe.refit else None
+        for i in range(len(self.blocks)):
+            with ExitStack() as hooks:
+                if self.recipe.rescale_norms:
+                    for norm in self._norms():
+                        module, seen = teacher.stored_module(norm.name), shares.setdefault(norm.name, [])
+                        hooks.callback(
+                            module.register_forward_pre_hook(
+                                lambda _, inputs, seen=seen: seen.append(self.share(inputs[0]))
+                            ).remove
+                        )
+                if experts:
+                    hooks.callback(experts.watch(teacher).remove)
+                before = self.teacher[i].to(self.device)
+                output, seen_at = teacher.watched(before, [writer.point(teacher) for writer in writers])
+            self.teacher[i] = output
+            for target, value in zip(targets, seen_at, strict=True):
+                target[i] = self.cut.project(value)
+            progress.advance(self.blocks.context)
+        del teacher
+        self.done = number + 1
+        for row, expert in self.current:
+            if found := [seen for name, seen in shares.items() if row.name == f"{name}.weight"]:
+                self.current[row, expert] = self.scaled(self.current[row, expert], found[0])
+        if experts:
+            self.current.update(experts.fitted(self.recipe.ridge))
+        if self.recipe.refit:
+            following = [n for n in self.cut.layers if n > number]
+            self._pass_dropped(following[0] if following else self.cut.teacher.axis_size("layer"), progress)
+            self._refit(number, writers, targets)
+        return self.current
+
+    def _pass_dropped(self, number: int, progress: Progress) -> None:
+        """Move the teacher's stream up to a layer."""
+        for dropped in range(self.done, number):
+            layer = self.teacher_layers.load(dropped)
+            for i in range(len(self.blocks)):
+                self.teacher[i] = layer(self.teacher[i].to(self.device))
+                progress.advance(self.blocks.context)
+        self.done = max(self.done, number)
+
+    def _refit(self, number: int, writers: list["_Writer"], targets: list[Stream]) -> None:
+        student = self.student_layers.load(number)
+        for writer, target in zip(writers, targets, strict=True):
+            moment: Any = 0
+            cross: Any = 0
+            reads = student.stored_module(writer.module), "input"
+            for i in range(len(self.blocks)):
+                output, (inputs, found) = student.watched(
+                    self.student[i].to(self.device), [reads, writer.point(student)]
+                )
+                wanted = target[i].to(self.device)
+                if writer.is_last:
+                    found, wanted = output, self.cut.project(self.teacher[i].to(self.device))
+                x = inputs.flatten(0, -2).float()
+                lacking = (wanted.float() - found.float()).flatten(0, -2)
+                moment, cross = moment + x.T @ x, cross + x.T @ lacking
+            change = correction(moment, cross, self.recipe.ridge).movedim(-1, writer.dim)
+            weight = self.current[writer.row, None]
+            self.current[writer.row, None] = mended_weight = (weight.float() + change.cpu()).to(weight.dtype)
+            module: Any = student.stored_module(writer.module)
+            module.weight.copy_(mended_weight)
+        for i in range(len(self.blocks)):
+            self.student[i] = student(self.student[i].to(self.device))
+
+    def _norms(self) -> list[Norm]:
+        return [norm for norm in self.cut.teacher.family.norms if "{i}" in norm.name]
+
+    def share(self, stream: Tensor) -> Tensor:
+        """The share of each token's energy that the student's channels carry, (tokens,)."""
+        stream = stream.to(self.device).flatten(0, -2).float()
+        if self.cut.teacher.family.is_centred:
+            stream = stream - stream.mean(dim=-1, keepdim=True)
+        return self.cut.project(stream).square().sum(dim=-1) / stream.square().sum(dim=-1).clamp_min(1e-12)
+
+    def scaled(self, weight: Tensor, shares: list[Tensor]) -> Tensor:
+        """A norm's weight times e·√(d/k)."""
+        kept = self.cut.student.axis_size("hidden") / self.cut.teacher.axis_size("hidden")
+        scale = float((torch.cat(shares).mean() / kept).sqrt())
+        return _scaled(weight, self.cut.teacher.family.norm_offset, scale)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """A tensor that writes the residual stream, and where it shows what is lacking behind it."""
+
+    row: Row
+    dim: int
+    """The dimension of its inputs."""
+    before: Norm | None = None
+    """The norm that reads the stream it has written; None: its own output is held against the teacher's."""
+    is_last: bool = False
+    """Its stream is that behind the layer."""
+
+    @property
+    def module(self) -> str:
+        """The module that multiplies by it, as files name it."""
+        return self.row.name.removesuffix(".weight")
+
+    def point(self, layer: Layer) -> tuple[nn.Module, str]:
+        """Where a student should have what its teacher has."""
+        if self.before is None:
+            return layer.stored_module(self.module), "output"
+        return layer.stored_module(self.before.name), "input"
+
+
+def _writers(arch: Arch, number: int) -> list[_Writer]:
+    """The tensors that write the stream in a layer, in the order in which they do, but for those of experts."""
+    family, kind = arch.family, arch.layers[number] if arch.layers else None
+    modules = {tap.module: None for tap in family.taps
+               if tap.side == "input" and tap.axes != ("hidden",) and tap.kind in {None, kind}}  # fmt: skip
+    found = []
+    for module in modules:
+        row = _read_by(arch, module)
+        if row is not None:
+            found.append(_Writer(row, next(i for i, dim in enumerate(row.dimensions) if dim != (("hidden",),))))
+    in_front = [norm for norm in family.norms if "{i}" in norm.name and norm.is_in_front(arch.flags)]
+    if family.scales_residual or any(not norm.is_in_front(arch.flags) for norm in family.norms):
+        return found  # what they write is not what the stream gains
+    following = [*in_front[1:], None]
+    return [
+        replace(writer, before=norm or in_front[-1], is_last=norm is None)
+        for i, writer in enumerate(found)
+        for norm in [following[i] if i + 1 < len(found) and i < len(following) else None]
+    ]
+
+
+def _read_by(arch: Arch, module: str) -> Row | None:
+    """The row of the tensor that multiplies the input of a module, named as in memory, and gives hidden."""
+    wanted = f"{module.split('.', 1)[1]}.weight"
+    rows = (row for row in arch.rows if row.name.split(".", 1)[-1] == wanted)
+    return next((row for row in rows if "hidden" in row.axes), None)
+
+
+@dataclass
+class _Experts:
+    """The matrices with which a layer's experts write, fitted to what is left of their inputs, each by itself.
+
+    On the teacher's own tokens and choices of experts, weighted as the router weights them.
+    """
+
+    cut: Cut
+    number: int
+    row: Row
+    tensors: Tensors
+    moments: dict[int, Tensor]
+    crosses: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, cut: Cut, tensors: Tensors, number: int) -> "_Experts | None":
+        """Those of a layer, if it has experts and their inputs are cut."""
+        teacher = cut.teacher
+        axes = [axis for axis in teacher.family.per_expert_axes if axis in teacher.axes]
+        rows = [row for row, _ in tensors if row.axes & set(axes) and len(row.dimensions) > 1 + row.is_stacked]
+        if not rows or all(teacher.axis_size(axis) == cut.student.axis_size(axis) for axis in axes):
+            return None
+        return cls(cut, number, rows[-1], tensors, {}, {})  # in every table the last one writes
+
+    def watch(self, teacher: Layer) -> torch.utils.hooks.RemovableHandle:
+        """Adds to the moments whenever the teacher's experts run."""
+        tap = next(tap for tap in self.cut.teacher.family.taps if tap.side == "routed")
+        return teacher.module(tap.module).register_forward_pre_hook(
+            lambda module, args, kwargs: self._add(module, *args, *kwargs.values()), with_kwargs=True
+        )
+
+    def _add(self, module: Any, states: Tensor, numbers: Tensor, weights: Tensor) -> None:
+        for new, expert in enumerate(self.cut.kept["expert"][self.number].tolist()):
+            token, place = (numbers == expert).nonzero(as_tuple=True)
+            inner, _ = run_expert(module, expert, states[token])
+            inner = inner.float() * weights[token, place].float()[:, None]
+            positions = self._positions(expert).to(inner.device)
+            matrix = module.down_proj[expert].float()
+            dropped = torch.ones(inner.shape[-1], dtype=torch.bool, device=inner.device)
+            dropped[positions] = False
+            lacking = inner[:, dropped] @ (matrix[dropped] if module.is_transposed else matrix[:, dropped].T)
+            if "hidden" in self.row.axes:
+                lacking = self.cut.project(lacking)
+            x = inner[:, positions]
+            self.moments[new] = self.moments.get(new, 0) + x.T @ x
+            self.crosses[new] = self.crosses.get(new, 0) + x.T @ lacking
+
+    def _positions(self, expert: int) -> Tensor:
+        axis = next(iter(self.row.axes & self.cut.teacher.family.per_expert_axes))
+        maps = {axis: self.cut.kept[axis][self.number][expert]}
+        return kept_positions(((axis,),), maps, self.cut.teacher.axis_size)
+
+    def fitted(self, ridge: float) -> Tensors:
+        """The mended tensors."""
+        changed = {new: correction(self.moments[new], self.crosses[new], ridge).cpu() for new in self.moments}
+        dimensions = self.row.dimensions[1:] if self.row.is_stacked else self.row.dimensions
+        inputs_first = not set(dimensions[0][0]).isdisjoint(self.cut.teacher.family.per_expert_axes)
+        changes = {new: change.T if inputs_first else change for new, change in changed.items()}
+        if self.row.is_stacked:
+            value = self.tensors[self.row, None]
+            return {(self.row, None): (value.float() + torch.stack([changes[e] for e in sorted(changes)])).to(value)}
+        return {
+            (self.row, e): (value.float() + change).to(value.dtype)
+            for e, change in changes.items()
+            for value in [self.tensors[self.row, e]]
+        }
+
+
+def correction(moment: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Δ = (moment + λI)⁻¹ cross, transposed to (outputs, inputs); λ is `ridge` times the mean of the diagonal.
+
+    Of moment X Xᵀ (inputs, inputs) and cross X Eᵀ (inputs, outputs) it is the least-squares best Δ in ΔX ≈ E.
+
+    Raises:
+        UserError: they hold NaN or infinity.
+    """
+    if not (torch.isfinite(moment).all() and torch.isfinite(cross).all()):
+        raise UserError("activations hold NaN or infinity: the teacher's weights are broken, or its dtype is too small")
+    dtype = torch.float64 if len(moment) <= DOUBLE_WIDTH else torch.float32
+    damped = moment.to(dtype, copy=True)
+    damped.diagonal().add_(max(ridge, LEAST_RIDGE) * damped.diagonal().mean().clamp_min(1e-30))
+    return torch.cholesky_solve(cross.to(dtype), torch.linalg.cholesky(damped)).T.float()
+
+
+def _require_tokens(cut: Cut, blocks: Blocks) -> None:
+    kinds = dict.fromkeys(cut.teacher.layers) if cut.teacher.layers else [None]
+    widest = max(
+        (
+            writer.row.shape(cut.student.axis_size)[writer.dim]
+            for kind in kinds
+            for writer in _writers(cut.teacher, cut.teacher.layer_numbers(kind)[0])
+        ),
+        default=0,
+    )
     if blocks.num_tokens < widest:
         raise UserError(
             f"a refit of {widest} inputs needs at least as many calibration tokens; there are {blocks.num_tokens}"
         )
-    passes = list(_passes(watched))
-    with Progress("repair", len(passes) * blocks.num_tokens) as progress:
-        for part in passes:
-            _run(base, part, blocks, progress)
-    return repairs
-
-
-@dataclass
-class _Watch:
-    """One module whose input is summed up, and what becomes of the sum."""
-
-    module: nn.Module
-    width: int
-    is_matrix: bool
-    finish: Callable[[Tensor], None]
-    is_centred: bool = False
-    total: Tensor | None = None
-
-    def add(self, activation: Tensor) -> None:
-        """Σ x xᵀ, or of a norm's input Σ x², over tokens, in float32."""
-        x = activation.flatten(0, -2).float()
-        if self.is_centred:
-            x = x - x.mean(dim=-1, keepdim=True)
-        value = x.T @ x if self.is_matrix else x.square().sum(dim=0)
-        self.total = value if self.total is None else self.total.add_(value)
-
-
-def _module(base: nn.Module, name: str) -> nn.Module:
-    """The module of this name in files, where names may begin otherwise than in memory."""
-    return base.get_submodule(name.split(".", 1)[1])
-
-
-def _norms(teacher: Arch, kept: Kept, repairs: Repairs, base: nn.Module) -> Iterator[_Watch]:
-    share_of_size = len(kept["hidden"]) / teacher.axis_size("hidden")
-    for norm in teacher.family.norms:
-        for layer in teacher.layer_numbers() if "{i}" in norm.name else [None]:
-            name = norm.name.replace("{i}", str(layer))
-            if teacher.match(f"{name}.weight") is None:
-                continue
-
-            def finish(energy: Tensor, name: str = name) -> None:
-                share = float(energy[kept["hidden"].to(energy.device)].sum() / energy.sum())
-                repairs.norm_scales[f"{name}.weight"] = (share / share_of_size) ** 0.5
-
-            yield _Watch(
-                _module(base, name), teacher.axis_size("hidden"), False, finish, is_centred=teacher.family.is_centred
-            )
-
-
-def _readers(checkpoint: Checkpoint, kept: Kept, repairs: Repairs, base: nn.Module, ridge: float) -> Iterator[_Watch]:
-    teacher = checkpoint.arch
-    within_layers = [axis for axis in kept if axis in teacher.family.per_layer_axes]
-    modules = {tap.module: tap.kind for tap in teacher.family.taps if tap.side == "input" and tap.axes != ("hidden",)}
-    for module, kind in modules.items():
-        for layer in teacher.layer_numbers(kind):
-            row = _read_by(teacher, module)
-            name = row.tensor_name(layer)
-            dim = next(i for i, dimension in enumerate(row.dimensions) if dimension != (("hidden",),))
-            maps = {axis: kept[axis][layer] for axis in within_layers}
-            positions = kept_positions(row.dimensions[dim], maps, teacher.axis_size)
-            width = row.shape(teacher.axis_size)[dim]
-            if len(positions) == width:
-                continue
-
-            def finish(moment: Tensor, name: str = name, dim: int = dim, positions: Tensor = positions) -> None:
-                weight = checkpoint.tensor(name)
-                fitted = best_reader(weight.movedim(dim, -1).double(), moment.double().cpu(), positions, ridge)
-                repairs.refits[name] = Refit(dim, positions, fitted.to(weight.dtype))
-
-            yield _Watch(_module(base, name.removesuffix(".weight")), width, True, finish)
-
-
-def best_reader(weight: Tensor, moment: Tensor, positions: Tensor, ridge: float) -> Tensor:
-    """W C[:, k] (C[k, k] + λI)⁻¹, (…, kept), for W (…, width) and C (width, width): the least-squares best reader."""
-    inner = moment[positions][:, positions]
-    damping = max(ridge * float(inner.diagonal().mean()), torch.finfo(inner.dtype).tiny)
-    damped = inner + damping * torch.eye(len(inner), dtype=inner.dtype)
-    fitted: Tensor = torch.linalg.solve(damped, moment[positions] @ weight.T).T
-    return fitted
-
-
-def _read_by(arch: Arch, module: str) -> Row:
-    """The row of the tensor that multiplies the input of a module, named as in memory."""
-    wanted = f"{module.split('.', 1)[1]}.weight"
-    return next(row for row in arch.rows if row.name.split(".", 1)[-1] == wanted)
-
-
-def _passes(watched: list[_Watch]) -> Iterator[list[_Watch]]:
-    part: list[_Watch] = []
-    size = 0
-    for watch in watched:
-        num_bytes = 4 * (watch.width**2 if watch.is_matrix else watch.width)
-        if part and size + num_bytes > MOMENT_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(watch)
-        size += num_bytes
-    if part:
-        yield part
-
-
-def _run(base: nn.Module, part: list[_Watch], blocks: Blocks, progress: Progress) -> None:
-    device = next(base.parameters()).device
-    with ExitStack() as hooks:
-        for watch in part:
-            handle = watch.module.register_forward_pre_hook(lambda _, inputs, watch=watch: watch.add(inputs[0]))
-            hooks.callback(handle.remove)
-        for ids in blocks.ids.split(1):
-            base(input_ids=ids.to(device), use_cache=False)
-            progress.advance(ids.numel())
-    for watch in part:
-        if watch.total is None or not torch.isfinite(watch.total).all():
-            raise UserError("the teacher's activations hold NaN or infinity: its weights are broken")
-        watch.finish(watch.total)
-        watch.total = None

@@ -1,7 +1,8 @@
-"""Cut a teacher down to the kept entries, tensor by tensor."""
+"""Cut a teacher down to what is kept, tensor by tensor."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -11,82 +12,141 @@ from minitron.errors import UserError
 from minitron.model.anatomy import Row
 from minitron.model.arch import TIED, Arch
 from minitron.model.checkpoint import Checkpoint, student_config, write_checkpoint
-from minitron.progress import Progress
-from minitron.prune.importance import Kept
+from minitron.prune.calibrate import STREAM_MOMENT
+from minitron.prune.importance import Importance, Kept, select
 from minitron.prune.maps import apply_maps
-from minitron.prune.repair import NO_REPAIRS, Repairs
+from minitron.prune.rotate import Rotated, principal_basis, turns
+from minitron.recipe import PruneRecipe
 
 
-def trimmed(teacher: Arch, student: Arch, kept: Kept, tensor: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """The student's tensors by name; `tensor` gives the teacher's, each asked for once.
+@dataclass(frozen=True)
+class Cut:
+    """The teacher's tensors as the student has them; `tensor` reads the teacher's, each asked for once.
 
     `kept` holds, for each prunable axis, the teacher's entries in the student's order (see `importance.Kept`).
+    With a `basis` (hidden, size) the residual stream is turned into it instead, whatever `kept` says of hidden.
     """
-    student = student.with_layers(teacher, kept["layer"].tolist())
-    for row, layer, expert in student.places():
-        name = row.tensor_name(layer, expert)
-        if layer is not None:
-            layer = int(kept["layer"][layer])
+
+    teacher: Arch
+    student: Arch
+    kept: Kept
+    tensor: Callable[[str], Tensor]
+    basis: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """The student's tensors by name, layer after layer, after those that stand outside the layers."""
+        for row, _, expert in self._rows_of(None):
+            yield row.tensor_name(expert=expert), self(row, None, expert)
+        for new, number in enumerate(self.layers):
+            for (row, expert), value in self.layer(number).items():
+                yield row.tensor_name(new, expert), value
+
+    @property
+    def layers(self) -> list[int]:
+        """The teacher's numbers of the layers that are kept."""
+        return self.kept["layer"].tolist()
+
+    def layer(self, number: int) -> dict[tuple[Row, int | None], Tensor]:
+        """The tensors that the student keeps of a layer of the teacher, by row and the student's expert."""
+        return {(row, expert): self(row, number, expert) for row, _, expert in self._rows_of(number)}
+
+    def __call__(self, row: Row, layer: int | None, expert: int | None) -> Tensor:
+        """The tensor of a row, of a layer numbered as in the teacher, and of an expert as in the student."""
         if expert is not None:
-            expert = int(kept["expert"][layer][expert])
-        value = _cut(tensor(row.tensor_name(layer, expert)), row, layer, expert, kept, teacher)
-        if teacher.family.scales_embedding:
-            value = _with_the_scale_kept(value, row, teacher, student)
-        assert value.shape == row.shape(student.axis_size), (name, tuple(value.shape))
-        yield name, value
+            expert = int(self.kept["expert"][layer][expert])
+        value = self._cut(self._source(row.tensor_name(layer, expert)), row, layer, expert)
+        if self.teacher.family.scales_embedding:
+            value = self._with_the_scale_kept(value, row)
+        assert value.shape == row.shape(self.student.axis_size), (row.name, layer, expert, tuple(value.shape))
+        return value
+
+    def project(self, stream: Tensor) -> Tensor:
+        """The teacher's residual stream (…, hidden) as the student should have it."""
+        if self.basis is not None:
+            return stream @ self.basis.to(stream)
+        return stream[..., self.kept["hidden"].to(stream.device)] if "hidden" in self.kept else stream
+
+    @cached_property
+    def _source(self) -> Callable[[str], Tensor]:
+        if self.basis is None:
+            return self.tensor
+        return Rotated(self.teacher, self.basis, self.tensor, is_tied=self.student.flags.get(TIED, False))
+
+    @cached_property
+    def _maps(self) -> Kept:
+        return {axis: indices for axis, indices in self.kept.items() if axis != "hidden" or self.basis is None}
+
+    def _rows_of(self, number: int | None) -> Iterator[tuple[Row, int | None, int | None]]:
+        for row in self.student.rows:
+            kind_fits = number is None or row.kind is None or row.kind == self.teacher.layers[number]
+            if row.is_per_layer == (number is not None) and kind_fits:
+                for expert in range(self.student.axis_size("expert")) if row.is_per_expert else [None]:
+                    yield row, number, expert
+
+    def _cut(self, value: Tensor, row: Row, layer: int | None, expert: int | None) -> Tensor:
+        """A tensor of the teacher with every axis cut; experts stacked in one tensor are cut one by one."""
+        per_layer, per_expert = self.teacher.family.per_layer_axes, self.teacher.family.per_expert_axes
+        maps = {
+            axis: indices[layer] if axis in per_layer else indices
+            for axis, indices in self._maps.items()
+            if axis in row.axes
+        }
+        own = per_expert & maps.keys()
+        if own and expert is None:
+            one = replace(row, dimensions=row.dimensions[1:])
+            experts = maps.pop("expert").tolist()
+            return torch.stack(
+                [apply_maps(value[e], one, {**maps, **{axis: maps[axis][e] for axis in own}}, self.teacher.axis_size)
+                 for e in experts]
+            )  # fmt: skip
+        maps.update({axis: maps[axis][expert] for axis in own})
+        return apply_maps(value, row, maps, self.teacher.axis_size)
+
+    def _with_the_scale_kept(self, value: Tensor, row: Row) -> Tensor:
+        """Embeddings multiplied by √hidden_size when they are read, so that they keep the size they had in the teacher.
+
+        Where they are the output matrix too, the final norm takes back what they gained.
+        """
+        teacher, family, scaled = self.teacher, self.teacher.family, value.float()
+        gain = (teacher.axis_size("hidden") / self.student.axis_size("hidden")) ** 0.5
+        if row == teacher.embedding:
+            scaled = scaled * gain
+        elif row.name == f"{family.norms[-1].name}.weight" and teacher.flags[TIED]:
+            scaled = (scaled + family.norm_offset) / gain - family.norm_offset
+        return scaled.to(value.dtype)
 
 
-def _cut(value: Tensor, row: Row, layer: int | None, expert: int | None, kept: Kept, teacher: Arch) -> Tensor:
-    """A tensor of the teacher with every axis cut; experts stacked in one tensor are cut one by one."""
-    per_layer, per_expert = teacher.family.per_layer_axes, teacher.family.per_expert_axes
-    maps = {
-        axis: indices[layer] if axis in per_layer else indices for axis, indices in kept.items() if axis in row.axes
-    }
-    own = per_expert & maps.keys()
-    if own and expert is None:
-        one = replace(row, dimensions=row.dimensions[1:])
-        experts = maps.pop("expert").tolist()
-        return torch.stack(
-            [apply_maps(value[e], one, {**maps, **{axis: maps[axis][e] for axis in own}}, teacher.axis_size)
-             for e in experts]
-        )  # fmt: skip
-    maps.update({axis: maps[axis][expert] for axis in own})
-    return apply_maps(value, row, maps, teacher.axis_size)
+def cut_to(student: Arch, teacher: Checkpoint, importance: Importance, recipe: PruneRecipe) -> Cut:
+    """How the teacher is cut to a shape: what is kept of every axis, and the basis where hidden is turned.
 
-
-def _with_the_scale_kept(value: Tensor, row: Row, teacher: Arch, student: Arch) -> Tensor:
-    """Embeddings multiplied by √hidden_size when they are read, so that they keep the size they had in the teacher.
-
-    Where they are the output matrix too, the final norm takes back what they gained.
+    Raises:
+        UserError: the recipe asks for a rotation that the family or the importance cannot give.
     """
-    gain = (teacher.axis_size("hidden") / student.axis_size("hidden")) ** 0.5
-    family, scaled = teacher.family, value.float()
-    if row == teacher.embedding:
-        scaled = scaled * gain
-    elif row.name == f"{family.norms[-1].name}.weight" and teacher.flags[TIED]:
-        scaled = (scaled + family.norm_offset) / gain - family.norm_offset
-    return scaled.to(value.dtype)
+    kept, basis = select(importance, teacher.arch, student), None
+    size = student.axis_size("hidden")
+    if size < teacher.arch.axis_size("hidden") and turns(teacher.arch, recipe):
+        if STREAM_MOMENT not in importance:
+            raise UserError("the importance was measured without the moment of the stream: calibrate with prune.rotate")
+        norm = teacher.arch.family.norms[-1]
+        gain = teacher.tensor(f"{norm.name}.weight").double() + teacher.arch.family.norm_offset
+        basis = principal_basis(teacher.arch, size, importance[STREAM_MOMENT], gain)
+    return Cut(teacher.arch, student, kept, teacher.tensor, basis)
 
 
-def write_trimmed(teacher: Checkpoint, student: Arch, kept: Kept, folder: Path, repairs: Repairs = NO_REPAIRS) -> None:
-    """Stream the pruned checkpoint into an empty folder, mended by the repairs, in the teacher's dtype.
+def write_pruned(
+    teacher: Checkpoint, cut: Cut, tensors: Callable[[Cut], Iterator[tuple[str, Tensor]]], folder: Path
+) -> None:
+    """Stream the pruned checkpoint into an empty folder, in the teacher's dtype; `tensors` makes them of the cut.
 
     Raises:
         UserError: a tensor of the teacher holds NaN or infinity.
     """
 
-    def tensor(name: str) -> Tensor:
+    def checked(name: str) -> Tensor:
         value = teacher.tensor(name)
         if not torch.isfinite(value).all():
             raise UserError(f"{teacher.tensors[name]}: tensor {name} holds NaN or infinity")
-        return repairs.mend(name, value)
+        return value
 
-    config = student_config(teacher, student, kept["layer"].tolist())
-    with Progress("prune", student.num_parameters, "parameters") as progress:
-
-        def counted() -> Iterator[tuple[str, Tensor]]:
-            for name, value in trimmed(teacher.arch, student, kept, tensor):
-                yield name, value
-                progress.advance(value.numel())
-
-        write_checkpoint(folder, config, counted(), companions_from=teacher.folder)
+    config = student_config(teacher, cut.student, cut.layers)
+    write_checkpoint(folder, config, tensors(replace(cut, tensor=checked)), companions_from=teacher.folder)

@@ -1,6 +1,7 @@
 """Rank shapes by the loss of the pruned, untrained model on held-out blocks."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from minitron.model.arch import Arch
 from minitron.model.causal import build_model
 from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.progress import Progress
-from minitron.prune.importance import Importance, kept_share, select
-from minitron.prune.trim import trimmed
-from minitron.recipe import SearchRecipe
+from minitron.prune.importance import Importance, kept_share
+from minitron.prune.repair import rescaled
+from minitron.prune.trim import cut_to
+from minitron.recipe import PruneRecipe, SearchRecipe
 from minitron.search.candidates import grid, shortlist
 
 
@@ -27,6 +29,7 @@ def search(
     heldout: Blocks,
     candidates: list[Arch],
     recipe: SearchRecipe,
+    pruning: PruneRecipe,
     log: Path,
 ) -> Arch:
     """The best of the candidates: all are predicted, a diverse short list is measured.
@@ -35,7 +38,7 @@ def search(
     other, so that an interrupted search measures only what is missing.
     """
     rows = read_jsonl(log)
-    measure = _Measurer(teacher, model, importance, heldout)
+    measure = _Measurer(teacher, model, importance, heldout, pruning)
     if not rows:
         rows = _short_list(teacher.arch, importance, candidates, recipe.shortlist, measure)
         write_jsonl(log, rows)
@@ -50,21 +53,28 @@ def search(
     return _arch(teacher.arch, best)
 
 
+@dataclass(frozen=True)
 class _Measurer:
-    """Prunes the teacher in memory to a shape and gives its loss on the held-out blocks, in nats a token."""
+    """Cuts the teacher in memory to a shape and gives its loss on the held-out blocks, in nats a token.
 
-    def __init__(self, teacher: Checkpoint, model: nn.Module, importance: Importance, heldout: Blocks) -> None:
-        self.teacher, self.model, self.importance, self.heldout = teacher, model, importance, heldout
+    As pruning will cut it, but for the refit, which takes a walk over the text for every shape.
+    """
+
+    teacher: Checkpoint
+    model: nn.Module
+    importance: Importance
+    heldout: Blocks
+    pruning: PruneRecipe
 
     def whole(self) -> float:
         """The teacher's own loss."""
         return math.log(measure_perplexity(self.model, self.heldout).perplexity)
 
     def __call__(self, arch: Arch) -> float:
-        kept = select(self.importance, self.teacher.arch, arch)
-        config = student_config(self.teacher, arch, kept["layer"].tolist())
+        cut = cut_to(arch, self.teacher, self.importance, self.pruning)
+        config = student_config(self.teacher, arch, cut.layers)
         parameter = next(self.model.parameters())
-        tensors = trimmed(self.teacher.arch, arch, kept, self.teacher.tensor)
+        tensors = rescaled(cut, self.importance) if self.pruning.rescale_norms else cut
         student = build_model(config, tensors, parameter.device, parameter.dtype)
         return math.log(measure_perplexity(student, self.heldout).perplexity)
 

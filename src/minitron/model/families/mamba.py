@@ -213,4 +213,5 @@ FALCON_H1 = Family(
     config_products={"mamba_d_ssm": ("mhead", "mchan")},
     norms=HYBRID_NORMS,
     logit_multiplier="lm_head_multiplier",
+    scales_residual=True,
 )

@@ -1,0 +1,227 @@
+"""Which layers a model can do without: what happens to it when some are left out.
+
+Every score is of the whole model in memory, with the layers in question passed over.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitron.data.blocks import Blocks
+from minitron.distill.losses import forward_kl
+from minitron.errors import UserError
+from minitron.measure.choices import accuracy, read_items
+from minitron.measure.perplexity import next_token_nll
+from minitron.model.arch import Arch
+from minitron.model.causal import Head, Headless
+from minitron.progress import Progress
+from minitron.prune.importance import LAYER_BLOCKS, Importance
+from minitron.recipe import DepthRecipe
+
+CHUNK_TOKENS = 256
+
+Damage = Callable[[], float]
+"""How far the model, as it now stands, is from the whole one; higher is worse."""
+
+
+@torch.no_grad()
+def score_depth(
+    model: nn.Module, arch: Arch, blocks: Blocks, recipe: DepthRecipe, removed: set[int], tokenizer: Any
+) -> Importance:
+    """The importance of layers by the recipe's score and way of removal.
+
+    The damage is the rise in loss, the KL to the whole model's distribution, the squared error of the logits as a
+    share of their squares, or the fall in a task's accuracy. By way of removal:
+
+    - `one_shot`: `layer`, (num_layers,), the damage of leaving each one out alone (Minitron, arXiv 2407.14679,
+      section 2.2);
+    - `iterative`: `layer`, the order in which they go when the one that does least damage goes first and the
+      others are scored anew (Nemotron Nano 2, arXiv 2508.14444, section 4; normalised as in Nemotron Elastic,
+      arXiv 2511.16664), as far as the largest of the numbers in `removed`;
+    - `contiguous`: `layer_blocks`, (num_layers + 1, num_layers), the damage of leaving out n layers from s on, for
+      every n in `removed`, infinite elsewhere (Minitron in practice, arXiv 2408.11796, section 2).
+
+    Raises:
+        UserError: contiguous layers of a model whose layers are of several kinds, or a task without its file.
+    """
+    if recipe.removal == "contiguous" and arch.layer_counts:
+        raise UserError(f"the layers of a {arch.model_type} are of several kinds: they are not removed as one block")
+    depth, deepest, removed = arch.axis_size("layer"), max(removed, default=0), removed - {0}
+    if recipe.score == "block_influence":
+        if recipe.removal == "iterative":
+            raise UserError("block influence is measured once: depth.removal iterative needs another depth.score")
+        return {LAYER_BLOCKS: _influence_of_blocks(model, arch, blocks, removed)}
+    spans = [(start, count) for count in sorted(removed) for start in range(depth - count + 1)]
+    trials = {"one_shot": depth, "iterative": sum(depth - n for n in range(deepest)), "contiguous": len(spans)}
+    with Passable(model, arch) as layers, Progress("depth", trials[recipe.removal], "trials") as progress:
+        damage = _damage(model, blocks, recipe, tokenizer)
+        whole = damage()
+
+        def without(left_out: list[int]) -> float:
+            with layers.without(left_out):
+                found = damage() - whole
+            progress.advance(1)
+            return found
+
+        if recipe.removal == "one_shot":
+            return {"layer": torch.tensor([without([i]) for i in range(depth)], dtype=torch.float64)}
+        if recipe.removal == "iterative":
+            return {"layer": _order_of_removal(depth, deepest, without)}
+        table = torch.full((depth + 1, depth), torch.inf, dtype=torch.float64)
+        table[0] = 0.0
+        for start, count in spans:
+            table[count, start] = without(list(range(start, start + count)))
+        return {LAYER_BLOCKS: table}
+
+
+def _influence_of_blocks(model: nn.Module, arch: Arch, blocks: Blocks, removed: set[int]) -> Tensor:
+    """`layer_blocks` of 1 − cos(stream before the block, stream behind it), mean over tokens, from one pass."""
+    depth, device = arch.axis_size("layer"), next(model.parameters()).device
+    layers = [model.get_submodule(arch.family.layer.replace("{i}", str(i))) for i in range(depth)]
+    streams: list[Tensor] = []
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        streams.append((args[0] if args else kwargs["hidden_states"]).float())
+
+    def leave(_: nn.Module, __: Any, output: Any) -> None:
+        streams.append((output[0] if isinstance(output, tuple) else output).float())
+
+    handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(leave))
+    table = torch.full((depth + 1, depth), torch.inf, dtype=torch.float64)
+    with Progress("depth", blocks.num_tokens) as progress:
+        for count in {0, *removed}:
+            table[count, : depth - count + 1] = 0.0
+        for ids in blocks.ids.split(1):
+            streams.clear()
+            Headless(model)(ids.to(device), lambda hidden, head: None)
+            for count in removed:
+                for start in range(depth - count + 1):
+                    cosine = nn.functional.cosine_similarity(streams[start], streams[start + count], dim=-1)
+                    table[count, start] += float((1 - cosine).sum()) / blocks.num_tokens
+            progress.advance(ids.numel())
+    for handle in handles:
+        handle.remove()
+    return table
+
+
+def _order_of_removal(depth: int, deepest: int, without: Callable[[list[int]], float]) -> Tensor:
+    """When each layer goes, counted from 0; those that stay are above all that go."""
+    gone: list[int] = []
+    for _ in range(deepest):
+        trials = {i: without([*gone, i]) for i in range(depth) if i not in gone}
+        gone.append(min(trials, key=trials.__getitem__))
+    order = torch.full((depth,), float(depth), dtype=torch.float64)
+    order[gone] = torch.arange(len(gone), dtype=torch.float64)
+    return order
+
+
+class Passable:
+    """A model any of whose layers can be passed over for a while, as a context manager."""
+
+    def __init__(self, model: nn.Module, arch: Arch) -> None:
+        stack = model.get_submodule(arch.family.layer.removesuffix(".{i}"))
+        assert isinstance(stack, nn.ModuleList)
+        self.stack, self.whole = stack, list(stack)
+
+    def __enter__(self) -> "Passable":
+        for i, layer in enumerate(self.whole):
+            self.stack[i] = _Layer(layer)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for i, layer in enumerate(self.whole):
+            self.stack[i] = layer
+
+    @contextmanager
+    def without(self, left_out: list[int]) -> Iterator[None]:
+        """Pass over these layers."""
+        layers: list[Any] = list(self.stack)
+        for i in left_out:
+            layers[i].is_passed_over = True
+        yield
+        for i in left_out:
+            layers[i].is_passed_over = False
+
+
+class _Layer(nn.Module):
+    """A layer, or nothing in its place; what a model asks a layer about itself is answered by the layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.is_passed_over, self.gives_tuple = layer, False, False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_passed_over:
+            output = self.layer(*args, **kwargs)
+            self.gives_tuple = isinstance(output, tuple)
+            return output
+        stream = args[0] if args else kwargs["hidden_states"]
+        return (stream, None) if self.gives_tuple else stream
+
+
+def _damage(model: nn.Module, blocks: Blocks, recipe: DepthRecipe, tokenizer: Any) -> Damage:
+    """The score of the recipe, with what it needs of the whole model remembered."""
+    headless, device = Headless(model), next(model.parameters()).device
+    parts = [ids.to(device) for ids in blocks.ids.split(1)]
+    if recipe.score == "task":
+        if recipe.task is None:
+            raise UserError("depth.score task needs depth.task, a jsonl file of items")
+        items = read_items(Path(recipe.task), recipe.items)
+        return lambda: -accuracy(model, tokenizer, items)
+    if recipe.score == "perplexity":
+        num_predicted = blocks.num_tokens - len(blocks)
+        return lambda: (
+            sum(float(headless(ids, partial(next_token_nll, input_ids=ids))) for ids in parts) / num_predicted
+        )
+
+    def states(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+        return hidden, head
+
+    reference = [headless(ids, states) for ids in parts]
+    if recipe.score == "kl":
+
+        def divergence(hidden: Tensor, head: Head, whole: tuple[Tensor, Head]) -> float:
+            return float(
+                forward_kl(
+                    hidden, head.weight, whole[0], head.weight, blocks.num_tokens,
+                    student_softcap=head.softcap, teacher_softcap=head.softcap,
+                )
+            )  # fmt: skip
+
+        return lambda: sum(headless(ids, partial(divergence, whole=w)) for ids, w in zip(parts, reference, strict=True))
+    total = sum(float(_squares(hidden, None, head)) for hidden, head in reference)
+
+    def error(hidden: Tensor, head: Head, whole: tuple[Tensor, Head]) -> float:
+        return float(_squares(hidden, whole[0], head)) / total
+
+    return lambda: sum(headless(ids, partial(error, whole=w)) for ids, w in zip(parts, reference, strict=True))
+
+
+def _squares(hidden: Tensor, whole: Tensor | None, head: Head) -> Tensor:
+    """Σ (logits − those of the whole model)² over tokens and vocabulary, a chunk of tokens at a time."""
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for start in range(0, hidden.shape[1], CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        logits = _logits(hidden[0, part], head)
+        if whole is not None:
+            logits = logits - _logits(whole[0, part], head)
+        total += logits.square().sum().double()
+    return total
+
+
+def _logits(states: Tensor, head: Head) -> Tensor:
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    logits = states.to(dtype) @ head.weight.to(dtype).T
+    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits

@@ -1,0 +1,183 @@
+"""A checkpoint run layer by layer, each loaded from disk when its turn comes: for models larger than memory.
+
+A layer runs inside a model of its own family that has this one layer, so that masks, positions and whatever else a
+family gives to its layers are made by transformers as ever; only the residual stream is put in and taken out here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitron.data.blocks import Blocks
+from minitron.model.anatomy import Row
+from minitron.model.arch import Arch
+from minitron.model.causal import build_model
+from minitron.model.checkpoint import Checkpoint, student_config
+
+SPILL_BYTES = 2**30
+"""A stream larger than this lies in a file instead of in memory."""
+
+
+class Stream:
+    """The residual stream of some blocks at one depth: entry i is that of block i, (1, T, hidden).
+
+    Larger than `SPILL_BYTES`, it lies in a nameless file in `folder`, by default that of temporary files.
+    """
+
+    def __init__(self, blocks: Blocks, hidden_size: int, dtype: torch.dtype, folder: Path | None = None) -> None:
+        self.shape, self.dtype = (1, blocks.context, hidden_size), dtype
+        self.num_bytes = blocks.context * hidden_size * dtype.itemsize
+        self.entries: list[Tensor | None] = [None] * len(blocks)
+        self.file = TemporaryFile(dir=folder) if len(blocks) * self.num_bytes > SPILL_BYTES else None  # noqa: SIM115
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self.entries)))
+
+    def __getitem__(self, i: int) -> Tensor:
+        if self.file is None:
+            entry = self.entries[i]
+            assert entry is not None, f"block {i} was never written"
+            return entry
+        self.file.seek(i * self.num_bytes)
+        return torch.frombuffer(bytearray(self.file.read(self.num_bytes)), dtype=self.dtype).view(self.shape)
+
+    def __setitem__(self, i: int, value: Tensor) -> None:
+        value = value.detach().to("cpu", self.dtype).contiguous()
+        if self.file is None:
+            self.entries[i] = value
+        else:
+            self.file.seek(i * self.num_bytes)
+            self.file.write(value.view(torch.uint8).numpy().data)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer in memory, in a model around it; modules are named as in the whole model."""
+
+    number: int
+    model: Any
+    arch: Arch
+
+    def module(self, name: str) -> nn.Module:
+        """The module that `name`, with `{i}` for the layer's number, stands for."""
+        found: nn.Module = self.model.get_submodule(name.replace("{i}", "0"))
+        return found
+
+    def stored_module(self, name: str) -> nn.Module:
+        """The same for a name as files have it, which may begin otherwise than in memory."""
+        found: nn.Module = self.model.base_model.get_submodule(name.replace("{i}", "0").split(".", 1)[1])
+        return found
+
+    def __call__(self, stream: Tensor) -> Tensor:
+        """What the layer makes of the residual stream (1, T, hidden)."""
+        layer = self.module(self.arch.family.layer)
+        outputs: list[Tensor] = []
+
+        def put_in(_: nn.Module, args: Any, kwargs: Any) -> Any:
+            return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+
+        def take_out(_: nn.Module, __: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = [layer.register_forward_pre_hook(put_in, with_kwargs=True), layer.register_forward_hook(take_out)]
+        try:
+            _run(self.model, torch.zeros(stream.shape[:2], dtype=torch.int64, device=stream.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs[0]
+
+    def watched(self, stream: Tensor, points: list[tuple[nn.Module, str]]) -> tuple[Tensor, list[Tensor]]:
+        """The layer's output, and what went into or came out of (`input`, `output`) some of its modules."""
+        seen: dict[int, Tensor] = {}
+
+        def entered(i: int) -> Callable[..., None]:
+            return lambda _, inputs: seen.update({i: inputs[0]})
+
+        def left(i: int) -> Callable[..., None]:
+            return lambda _, __, output: seen.update({i: output})
+
+        handles = [
+            module.register_forward_pre_hook(entered(i)) if side == "input" else module.register_forward_hook(left(i))
+            for i, (module, side) in enumerate(points)
+        ]
+        try:
+            output = self(stream)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return output, [seen[i].view(*stream.shape[:-1], -1) for i in range(len(points))]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Layers of one shape, `arch`, numbered as in the checkpoint that they are of or are cut from.
+
+    `tensor` gives the tensor of a row, a layer of the checkpoint and an expert of `arch`.
+    """
+
+    checkpoint: Checkpoint
+    arch: Arch
+    tensor: Callable[[Row, int | None, int | None], Tensor]
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> "Layers":
+        """Those of a checkpoint as it lies on disk."""
+        return cls(
+            checkpoint, checkpoint.arch, lambda *place: checkpoint.tensor(Row.tensor_name(*place)), device, dtype
+        )
+
+    def load(self, number: int) -> Layer:
+        """The layer of that number, alone, on the device."""
+
+        def tensor(row: Row, expert: int | None) -> Tensor:
+            # What stands outside the layers takes no part.
+            value = self.tensor(row, number, expert) if row.is_per_layer else None
+            return torch.zeros(row.shape(alone.axis_size)) if value is None else value
+
+        alone = self._alone(number, vocab_size=1)
+        return self._build(number, alone, tensor)
+
+    def embedded(self, blocks: Blocks, folder: Path | None = None) -> Stream:
+        """What enters the first layer."""
+        # Only the rows of the embedding that the blocks use are needed.
+        vocabulary, ids = blocks.ids.unique(return_inverse=True)
+        alone = self._alone(0, vocab_size=len(vocabulary))
+
+        def tensor(row: Row, expert: int | None) -> Tensor:
+            value = self.tensor(row, 0 if row.is_per_layer else None, expert)
+            return value[vocabulary] if (("vocab",),) in row.dimensions[:1] else value
+
+        first = self._build(0, alone, tensor)
+        stream = Stream(blocks, self.arch.axis_size("hidden"), self.dtype, folder)
+        inputs: list[Tensor] = []
+        handle = first.module(self.arch.family.layer).register_forward_pre_hook(
+            lambda _, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for i, block in enumerate(ids.split(1)):
+            _run(first.model, block.to(self.device))
+            stream[i] = inputs.pop()
+        handle.remove()
+        return stream
+
+    def _alone(self, number: int, vocab_size: int) -> Arch:
+        kinds = self.checkpoint.arch.layers[number : number + 1]
+        sizes = {**self.arch.sizes, **self.checkpoint.arch.depth_of(kinds), "vocab_size": vocab_size}
+        return replace(self.arch, sizes=sizes, layers=kinds)
+
+    def _build(self, number: int, alone: Arch, tensor: Callable[[Row, int | None], Tensor]) -> Layer:
+        config = student_config(self.checkpoint, alone, [number])
+        config.pad_token_id = None  # it is beyond such a vocabulary
+        tensors = ((row.tensor_name(layer, expert), tensor(row, expert)) for row, layer, expert in alone.places())
+        return Layer(number, build_model(config, tensors, self.device, self.dtype), self.arch)
+
+
+def _run(model: Any, ids: Tensor) -> None:
+    model.base_model(input_ids=ids, use_cache=False)
