@@ -1,5 +1,7 @@
 """Property 5: turning the residual stream leaves the logits unchanged."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,12 @@ from minitron.errors import UserError
 from minitron.model.arch import TIED, Arch
 from minitron.model.causal import build_model, load_model
 from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint, student_config
-from minitron.prune.rotate import Rotated, untied
+from minitron.prune.calibrate import STREAM_MOMENT
+from minitron.prune.importance import score_shape
+from minitron.prune.repair import rescaled
+from minitron.prune.rotate import Rotated, obstacle, principal_basis, untied
+from minitron.prune.trim import cut_to
+from minitron.recipe import PLAIN, PruneRecipe
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -110,3 +117,83 @@ def test_a_tied_model_gets_an_output_matrix_of_its_own(tmp_path: Path) -> None:
     teacher = open_checkpoint(make_model(tmp_path / "llama", "llama-tied"))
     assert untied(teacher.arch).num_parameters == teacher.arch.num_parameters + 258 * 48
     assert not student_config(teacher, untied(teacher.arch), [0, 1, 2, 3]).to_dict()[TIED]
+
+
+def narrow(teacher: Checkpoint, size: int) -> tuple[Checkpoint, Tensor]:
+    """The teacher with a stream that stays within a random space of so many dimensions, and that space's projector."""
+    arch = teacher.arch
+    turn = random_rotation(48, arch.family.is_centred)[:, :size]
+    if arch.family.is_centred:
+        ones = torch.ones(48, 1, dtype=torch.float64)
+        turn = orthogonal(torch.cat([ones, turn[:, 1:] - ones @ ones.T @ turn[:, 1:] / 48], dim=1))
+    projector = turn @ turn.T
+
+    class Narrow(Checkpoint):
+        def tensor(self, name: str) -> Tensor:
+            value, row = super().tensor(name).double(), arch.family.match(name).row  # type: ignore[union-attr]
+            reads = any(norm.is_read_by(row) for norm in arch.family.norms)
+            is_norm = any(row.name.startswith(f"{norm.name}.") for norm in arch.family.norms)
+            if "hidden" in row.axes and not reads and not is_norm:
+                dim = row.dimensions.index((("hidden",),))
+                value = (value.movedim(dim, -1) @ projector).movedim(-1, dim)
+            # What norms add lies outside the space, and no norm of the student can add it.
+            return value * 0 if is_norm and row.name.endswith("bias") else value
+
+    return Narrow(
+        **{k: getattr(teacher, k) for k in ("folder", "config", "arch", "tensors", "is_unprefixed")}
+    ), projector
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-biases", "nemotron", "mixtral", "nemotron_h", "falcon_h1"])
+def test_a_stream_that_needs_fewer_dimensions_is_cut_to_them_without_loss(
+    teachers: Callable[[str], Checkpoint], variant: str, input_ids: Tensor
+) -> None:
+    teacher, moment = narrow(teachers(variant), 24)
+    arch = teacher.arch
+    student = arch.resized(hidden_size=24)
+    importance = {axis: torch.ones(score_shape(arch, axis)) for axis in arch.prunable_axes} | {STREAM_MOMENT: moment}
+    whole = {name: teacher.tensor(name) for name in teacher.tensors}
+    heads = arch.resized(hidden_size=48)
+    expected = logits(build_model(student_config(teacher, heads, arch.layer_numbers()), whole.items(), CPU), input_ids)
+    found = {}
+    for name, recipe in {"turned": PruneRecipe(), "plain": PLAIN}.items():
+        cut = cut_to(student, teacher, importance, recipe)
+        model = build_model(student_config(teacher, student, cut.layers), rescaled(cut, importance), CPU)
+        found[name] = logits(model, input_ids)
+    # The norms' epsilon weighs more where the stream has less energy a channel.
+    torch.testing.assert_close(found["turned"], expected, atol=1e-2, rtol=1e-2)
+    assert (found["plain"] - expected).abs().max() > 0.1
+
+
+def test_a_tied_model_stays_tied_in_a_basis_of_its_own(
+    teachers: Callable[[str], Checkpoint], input_ids: Tensor
+) -> None:
+    teacher, generator = teachers("llama-tied"), torch.Generator().manual_seed(0)
+    mixing = torch.randn(48, 48, generator=generator, dtype=torch.float64)
+    basis = principal_basis(teacher.arch, 48, mixing @ mixing.T, teacher.tensor)
+    assert not torch.allclose(basis, torch.eye(48, dtype=torch.float64))
+    turned = Rotated(teacher.arch, basis, lambda name: teacher.tensor(name).double(), is_tied=True)
+    tensors = {name: turned(name) for name in teacher.tensors}
+    model = build_model(teacher.config, tensors.items(), CPU)
+    expected = logits(load_model(teacher, CPU, torch.float64), input_ids)
+    torch.testing.assert_close(logits(model, input_ids), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="diagonal"):
+        Rotated(teacher.arch, random_rotation(48), teacher.tensor, is_tied=True)
+    half = principal_basis(teacher.arch, 24, mixing @ mixing.T, teacher.tensor)
+    inner = half.T @ (teacher.tensor("model.norm.weight").double()[:, None] * half)
+    torch.testing.assert_close(inner, torch.diag(inner.diagonal()), atol=1e-9, rtol=0)
+    moment = half.T @ mixing @ mixing.T @ half  # what it holds is what the best 24 directions hold
+    assert float(moment.trace()) == pytest.approx(float(torch.linalg.eigvalsh(mixing @ mixing.T)[24:].sum()))
+
+
+def test_a_rotation_that_is_asked_for_is_refused_where_it_cannot_be(teacher: Checkpoint) -> None:
+    arch = teacher.arch
+    importance = {axis: torch.ones(score_shape(arch, axis)) for axis in arch.prunable_axes}
+    student = replace(arch, sizes={**arch.sizes, "hidden_size": 24})
+    if obstacle(arch):
+        with pytest.raises(UserError, match=r"prune.rotate: .*(norms behind its blocks|tied embeddings)"):
+            cut_to(student, teacher, importance, PruneRecipe(rotate=True))
+        assert cut_to(student, teacher, importance, PruneRecipe()).basis is None
+    else:
+        with pytest.raises(UserError, match="without the moment of the stream"):
+            cut_to(student, teacher, importance, PruneRecipe())

@@ -22,6 +22,8 @@ from minitron.model.arch import Arch
 from minitron.model.families import UnsupportedFamilyError, family_of, family_that_fits
 
 MAX_SHARD_BYTES = 2 * 1024**3
+MAPPED_BYTES = 2**28
+"""Files are closed and opened anew after this much has been read."""
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
 COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken",
               "chat_template*", "generation_config.json", "LICENSE*")  # fmt: skip
@@ -39,11 +41,18 @@ class Checkpoint:
     is_unprefixed: bool = False
     """Whether the names on disk lack the family's prefix, which `tensors` has."""
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+    _read: list[int] = field(default_factory=list, repr=False, compare=False)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, on the CPU, in the dtype it is stored in."""
         with _named(self.tensors[name]):
-            return self._open(self.tensors[name]).get_tensor(self._stored_name(name))  # type: ignore[no-any-return]
+            value: torch.Tensor = self._open(self.tensors[name]).get_tensor(self._stored_name(name))
+        # Files are mapped into memory: what was read of them stays there until they are closed.
+        self._read.append(value.nbytes)
+        if sum(self._read) > MAPPED_BYTES:
+            self._read.clear()
+            self._handles.clear()
+        return value
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header alone."""

@@ -52,16 +52,16 @@ def turns(arch: Arch, recipe: PruneRecipe) -> bool:
     return reason is None and recipe.rotate is not False
 
 
-def principal_basis(arch: Arch, size: int, moment: Tensor, gain: Tensor) -> Tensor:
+def principal_basis(arch: Arch, size: int, moment: Tensor, tensor: Callable[[str], Tensor]) -> Tensor:
     """The directions of the stream that norms see most of, (hidden, size), its columns orthonormal, in float64.
 
-    `moment` (hidden, hidden) is the second moment of the stream before the norms, summed over them; `gain` (hidden,)
-    is what the final norm multiplies by.
+    `moment` (hidden, hidden) is the second moment of what norms make of the stream before they weight it, summed over
+    them; `tensor` reads the model's own. What a norm adds counts as if it were part of the stream.
 
     Within the space that the directions span, the basis is free. A tied model's embedding is read at both ends,
-    so that G = diag(gain) cannot be folded into either; there the basis is taken in which Qᵀ G Q is diagonal,
-    which is the weight of the student's final norm. What is lost is only the part of G Q that leaves the space.
-    Where norms subtract the mean, the vector of ones is kept, as the vector of ones.
+    so that the weight g of the final norm cannot be folded into either; there the basis is taken in which
+    Qᵀ diag(g) Q is diagonal, which is the weight of the student's final norm. What is lost is only the part of
+    diag(g) Q that leaves the space. Where norms subtract the mean, the vector of ones is kept, as the vector of ones.
 
     Raises:
         UserError: the family cannot be turned.
@@ -69,16 +69,38 @@ def principal_basis(arch: Arch, size: int, moment: Tensor, gain: Tensor) -> Tens
     if reason := obstacle(arch):
         raise UserError(reason)
     moment, cut_off = moment.double(), len(moment) - size
+    for norm in arch.family.norms:
+        for layer in arch.layer_numbers() if "{i}" in norm.name else [None]:
+            name = f"{norm.name}.bias".replace("{i}", str(layer))
+            if arch.match(name) is not None:
+                added = tensor(name).double() / norm_weight(arch, norm, layer, tensor)
+                moment = moment + added[:, None] * added
     if arch.family.is_centred:
-        ones = torch.full((len(moment), 1), len(moment) ** -0.5, dtype=moment.dtype, device=moment.device)
+        ones = torch.full((len(moment), 1), len(moment) ** -0.5, dtype=moment.dtype)
         centred = moment - ones @ (ones.T @ moment)
         directions = _principal(centred - (centred @ ones) @ ones.T)[:, cut_off + 1 :]
-        basis: Tensor = torch.cat([ones, directions], dim=1) @ _first_to_ones(size).to(moment)
+        basis: Tensor = torch.cat([ones, directions], dim=1) @ _first_to_ones(size)
         return basis
     directions = _principal(moment)[:, cut_off:]
     if arch.flags.get(TIED, False):
-        directions = directions @ _principal(directions.T @ (gain.to(moment)[:, None] * directions))
+        gain = norm_weight(arch, arch.family.norms[-1], None, tensor)
+        directions = directions @ _principal(directions.T @ (gain[:, None] * directions))
     return directions
+
+
+def norm_weight(arch: Arch, norm: Norm, layer: int | None, tensor: Callable[[str], Tensor]) -> Tensor:
+    """What a norm multiplies by, (hidden,), in float64.
+
+    Raises:
+        UserError: by zero somewhere, which cannot be moved past the bias that the norm adds.
+    """
+    name = f"{norm.name}.weight".replace("{i}", str(layer))
+    if arch.match(name) is None:
+        return torch.ones(arch.axis_size("hidden"), dtype=torch.float64)
+    weight = tensor(name).double() + arch.family.norm_offset
+    if arch.family.is_centred and (weight == 0).any():
+        raise UserError(f"{name} holds a zero, which cannot be moved past the bias of its norm")
+    return weight
 
 
 def _principal(matrix: Tensor) -> Tensor:
@@ -150,7 +172,7 @@ class Rotated:
         value, turn = stored.double(), self.rotation.double().cpu()
         offset = self.arch.family.norm_offset
         if place.row.name == f"{norm.name}.bias":
-            moved = (value / self.weight(norm, place.layer)) @ turn
+            moved = (value / self._weight(norm, place.layer)) @ turn * self._left_over(norm, place.layer).cpu()
         elif self.is_tied and norm == self.arch.family.norms[-1]:
             moved = self._turned_gain().diagonal().cpu() - offset
         elif norm.is_in_front(self.arch.flags):
@@ -165,7 +187,7 @@ class Rotated:
         for norm in self.arch.family.norms:
             if norm.is_read_by(place.row):
                 turn = (
-                    self.weight(norm, place.layer).to(turn)[:, None]
+                    self._weight(norm, place.layer).to(turn)[:, None]
                     * turn
                     / self._left_over(norm, place.layer).to(turn)
                 )
@@ -178,29 +200,18 @@ class Rotated:
             turned[part] = (rows[part].to(turn) @ turn).to("cpu", stored.dtype)
         return turned.view(*value.shape[:-1], -1).movedim(-1, dim)
 
-    def weight(self, norm: Norm, layer: int | None) -> Tensor:
-        """What a norm multiplies by, (hidden,).
-
-        Raises:
-            UserError: by zero somewhere, which cannot be moved past the bias that the norm adds.
-        """
-        name = f"{norm.name}.weight".replace("{i}", str(layer))
-        if self.arch.match(name) is None:
-            return torch.ones(self.arch.axis_size("hidden"), dtype=torch.float64)
-        weight = self.tensor(name).double() + self.arch.family.norm_offset
-        if self.arch.family.is_centred and (weight == 0).any():
-            raise UserError(f"{name} holds a zero, which cannot be moved past the bias of its norm")
-        return weight
+    def _weight(self, norm: Norm, layer: int | None) -> Tensor:
+        return norm_weight(self.arch, norm, layer, self.tensor)
 
     def _left_over(self, norm: Norm, layer: int | None) -> Tensor:
         """What the norm itself still multiplies by, (size,): the root mean square weight of what each channel is of."""
         turn = self.rotation.double()
-        return (self.weight(norm, layer).to(turn).square() @ turn.square()).sqrt()
+        return (self._weight(norm, layer).to(turn).square() @ turn.square()).sqrt()
 
     def _turned_gain(self) -> Tensor:
         """Qᵀ diag(w) Q of the final norm's weight w."""
         turn = self.rotation.double()
-        return turn.T @ (self.weight(self.arch.family.norms[-1], None).to(turn)[:, None] * turn)
+        return turn.T @ (self._weight(self.arch.family.norms[-1], None).to(turn)[:, None] * turn)
 
     def _is_output(self, row: Row) -> bool:
         return self.arch.flags.get(TIED, False) and row.condition == f"not {TIED}"

@@ -127,9 +127,7 @@ def cut_to(student: Arch, teacher: Checkpoint, importance: Importance, recipe: P
     if size < teacher.arch.axis_size("hidden") and turns(teacher.arch, recipe):
         if STREAM_MOMENT not in importance:
             raise UserError("the importance was measured without the moment of the stream: calibrate with prune.rotate")
-        norm = teacher.arch.family.norms[-1]
-        gain = teacher.tensor(f"{norm.name}.weight").double() + teacher.arch.family.norm_offset
-        basis = principal_basis(teacher.arch, size, importance[STREAM_MOMENT], gain)
+        basis = principal_basis(teacher.arch, size, importance[STREAM_MOMENT], teacher.tensor)
     return Cut(teacher.arch, student, kept, teacher.tensor, basis)
 
 

@@ -1,0 +1,202 @@
+"""Calibrating and pruning a model that does not fit: peak memory, and time against a copy of the same bytes.
+
+    python benchmarks/larger_than_memory.py FOLDER [--families llama nemotron] [--sizes 2 7] [--repairs]
+
+Makes random bfloat16 checkpoints of about 2 and 7 billion parameters in FOLDER (once; 4 and 14 GB), then, each in a
+process of its own: calibrates on 16 blocks of 512 random tokens, prunes to about 4/7 by the plain
+method and, with --repairs, with rotation, rescaled norms and refit, and copies the bytes that pruning reads and writes.
+A line of JSON each: seconds and peak memory, in all (`VmHWM`) and without the pages of mapped files (`RssAnon`).
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SHAPES: dict[tuple[str, int], dict[str, int]] = {
+    ("llama", 2): {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
+                   "num_key_value_heads": 8, "head_dim": 64},
+    ("llama", 7): {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+                   "num_key_value_heads": 32, "head_dim": 128},
+    ("nemotron", 2): {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 32,
+                      "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128},
+    ("nemotron", 7): {"hidden_size": 4096, "intermediate_size": 16384, "num_hidden_layers": 32,
+                      "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+}  # fmt: skip
+CUTS = {
+    2: {"hidden_size": 1536, "intermediate_size": 6144},
+    7: {"hidden_size": 3072},
+}
+CUT_FFN = {("llama", 7): 8192, ("nemotron", 7): 10240}
+VOCABULARY = 32_000
+
+
+def main() -> None:
+    """The parent makes checkpoints and starts a process for each measurement."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--families", nargs="+", default=["llama", "nemotron"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[2, 7])
+    parser.add_argument("--repairs", action="store_true")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stage:
+        stage(options.stage, options.folder)
+        return
+    for family in options.families:
+        for size in options.sizes:
+            folder = options.folder / f"{family}-{size}b"
+            if not folder.exists():
+                alone("make", folder)
+            for name in ("calibrate", "prune", *(["repair"] if options.repairs else []), "copy"):
+                alone(name, folder)
+
+
+def alone(name: str, folder: Path) -> None:
+    """One stage in a process of its own."""
+    subprocess.run([sys.executable, __file__, str(folder), "--stage", name], check=True)
+
+
+def stage(name: str, folder: Path) -> None:
+    """Run it and print what it took."""
+    anonymous = AnonymousPeak()
+    started = time.monotonic()
+    found = {"make": make, "calibrate": calibrated, "prune": pruned, "repair": repaired, "copy": copied}[name](folder)
+    seconds = time.monotonic() - started
+    peak = status("VmHWM")
+    print(json.dumps({"model": folder.name, "stage": name, "seconds": round(seconds, 1),
+                      "peak_gb": round(peak / 1e9, 2), "peak_anonymous_gb": round(anonymous.stop() / 1e9, 2),
+                      **found}), flush=True)  # fmt: skip
+
+
+def status(entry: str) -> int:
+    """A size that the kernel states of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(entry)).split()[1]) * 1024
+
+
+class AnonymousPeak:
+    """Watches the memory that is no file's, which the kernel cannot take back."""
+
+    def __init__(self) -> None:
+        self.peak, self.done = 0, threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.02):
+            self.peak = max(self.peak, status("RssAnon"))
+
+    def stop(self) -> int:
+        """The peak, in bytes."""
+        self.done.set()
+        self.thread.join()
+        return self.peak
+
+
+def make(folder: Path) -> dict[str, Any]:
+    """A random checkpoint, tensor by tensor."""
+    from transformers import AutoConfig
+
+    from minitron.files import whole_folder
+    from minitron.model.arch import Arch
+    from minitron.model.checkpoint import expected_shapes, write_checkpoint
+
+    family, size = folder.name.removesuffix("b").split("-")
+    config = AutoConfig.for_model(family, vocab_size=VOCABULARY, max_position_embeddings=4096,
+                                  tie_word_embeddings=False, **SHAPES[family, int(size)])  # fmt: skip
+    config.dtype = torch.bfloat16
+    config.architectures = [{"llama": "LlamaForCausalLM", "nemotron": "NemotronForCausalLM"}[family]]
+    arch, generator = Arch.from_config(config.to_dict()), torch.Generator().manual_seed(0)
+
+    def tensor(shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+
+    with whole_folder(folder) as staging:
+        write_checkpoint(staging, config, ((name, tensor(shape)) for name, shape in expected_shapes(arch)), folder)
+    return {"num_parameters": arch.num_parameters}
+
+
+def inputs(folder: Path) -> tuple[Any, Any]:
+    """The checkpoint, and 16 blocks of 512 random tokens."""
+    from minitron.data.blocks import Blocks
+    from minitron.model.checkpoint import open_checkpoint
+
+    ids = torch.randint(0, VOCABULARY, (16, 512), generator=torch.Generator().manual_seed(1))
+    return open_checkpoint(folder), Blocks(ids, torch.ones_like(ids, dtype=torch.int32))
+
+
+def calibrated(folder: Path) -> dict[str, Any]:
+    """Scores, block influence and the moment of the stream."""
+    from safetensors.torch import save_file
+
+    from minitron.prune.calibrate import calibrate
+    from minitron.prune.importance import score
+    from minitron.recipe import CalibrationRecipe
+
+    teacher, blocks = inputs(folder)
+    recipe = CalibrationRecipe()
+    statistics = calibrate(teacher, blocks, recipe, torch.device("cpu"), torch.bfloat16, True, folder.parent)
+    scores = {name: value.contiguous() for name, value in score(statistics, teacher.arch, recipe).items()}
+    save_file(scores, folder.parent / f"{folder.name}.importance")
+    return {"tokens": blocks.num_tokens}
+
+
+def pruned(folder: Path, repairs: bool = False) -> dict[str, Any]:
+    """The checkpoint cut to about 4/7, plainly or with all repairs."""
+    from safetensors.torch import load_file
+
+    from minitron.files import whole_folder
+    from minitron.prune.repair import mended
+    from minitron.prune.trim import cut_to, write_pruned
+    from minitron.recipe import PLAIN, PruneRecipe
+
+    teacher, blocks = inputs(folder)
+    family, size = folder.name.removesuffix("b").split("-")
+    sizes = dict(CUTS[int(size)])
+    if ffn := CUT_FFN.get((family, int(size))):
+        sizes["intermediate_size"] = ffn
+    student, recipe = teacher.arch.resized(**sizes), PruneRecipe() if repairs else PLAIN
+    importance = load_file(folder.parent / f"{folder.name}.importance")
+    out = folder.parent / f"{folder.name}-pruned"
+    with whole_folder(out) as staging:
+        write_pruned(
+            teacher, cut_to(student, teacher, importance, recipe),
+            lambda cut: mended(teacher, cut, blocks, recipe, torch.device("cpu"), torch.bfloat16, folder.parent),
+            staging,
+        )  # fmt: skip
+    return {"num_parameters": student.num_parameters, "read_gb": round(teacher.num_bytes / 1e9, 2),
+            "written_gb": round(2 * student.num_parameters / 1e9, 2)}  # fmt: skip
+
+
+def repaired(folder: Path) -> dict[str, Any]:
+    """The same with rotation, rescale and refit."""
+    return pruned(folder, repairs=True)
+
+
+def copied(folder: Path) -> dict[str, Any]:
+    """What pruning cannot do without: the teacher read once, the student written once."""
+    buffer, student = bytearray(64 * 2**20), folder.parent / f"{folder.name}-pruned"
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    scratch = folder.parent / "copy"
+    for path in sorted(student.glob("*.safetensors")):
+        with path.open("rb") as source, scratch.open("wb") as target:
+            shutil.copyfileobj(source, target, 64 * 2**20)
+    scratch.unlink()
+    return {}
+
+
+if __name__ == "__main__":
+    main()
