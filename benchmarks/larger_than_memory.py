@@ -65,7 +65,9 @@ def alone(name: str, folder: Path) -> None:
 
 
 def stage(name: str, folder: Path) -> None:
-    """Run it and print what it took."""
+    """Run it and print what it took, imports left out."""
+    import minitron.pipeline  # noqa: F401
+
     anonymous = AnonymousPeak()
     started = time.monotonic()
     found = {"make": make, "calibrate": calibrated, "prune": pruned, "repair": repaired, "copy": copied}[name](folder)

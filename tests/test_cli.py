@@ -139,13 +139,25 @@ def test_the_stages_one_after_the_other(verb: Verb, tmp_path: Path, text_file: P
     recipe.write_text("search: {tokens: 256, shortlist: 2}\nevaluation: {tokens: 512}\ndistill: {batch_size: 1}\n")
     text = ("--data", text_file, "--context", "32", "--recipe", recipe)
     verb("calibrate", teacher, tmp_path / "stats", *text, "--tokens", "1k")
-    assert set(load_file(tmp_path / "stats" / "importance.safetensors")) == {"hidden", "ffn", "query", "kv", "layer"}
+    assert set(load_file(tmp_path / "stats" / "importance.safetensors")) == {
+        "hidden", "ffn", "query", "kv", "layer", "stream_moment",
+    }  # fmt: skip
     found = verb("search", teacher, tmp_path / "shape", *text, "--target-params", "0.6")
     assert json.loads((tmp_path / "shape" / "arch.json").read_text()) == found["arch"]
     stats = ("--importance", tmp_path / "stats")
     pruned = verb("prune", teacher, tmp_path / "pruned", "--arch", tmp_path / "shape" / "arch.json", *stats, *text)
     assert pruned["arch"] == found["arch"]
-    by_size = verb("prune", teacher, tmp_path / "by-size", "--hidden-size", "36", "--num-hidden-layers", "3", *stats)
+    by_size = verb(
+        "prune", teacher, tmp_path / "by-size", "--hidden-size", "36", "--num-hidden-layers", "3", *stats, *text
+    )
+    unmended = verb(
+        "prune", teacher, tmp_path / "plain", "--hidden-size", "36", "--num-hidden-layers", "3", *stats, "--plain"
+    )
+    assert unmended["arch"] == by_size["arch"]
+    plain, mended = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "by-size"))
+    stored = load_file(teacher / "model.safetensors")["model.norm.weight"]
+    assert set(plain["model.norm.weight"].tolist()) < set(stored.tolist())
+    assert not set(mended["model.norm.weight"].tolist()) & set(stored.tolist())
     assert (by_size["arch"]["hidden_size"], by_size["arch"]["num_hidden_layers"]) == (36, 3)
     by_target = verb("prune", teacher, tmp_path / "by-target", "--target-params", "0.6", *text)
     assert by_target["num_parameters"] <= 0.6 * open_checkpoint(teacher).arch.num_parameters

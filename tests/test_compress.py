@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from minitron import pipeline
 from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.model.checkpoint import open_checkpoint
-from minitron.recipe import Recipe, load_recipe
+from minitron.recipe import PLAIN, Recipe, load_recipe
 from tests.conftest import make_model
 
 LAYOUT = {
@@ -69,8 +69,11 @@ def test_the_figures_are_those_of_the_files(made: Path) -> None:
     assert again["perplexity"] != pytest.approx(results["pruned"]["perplexity"])
 
 
-def test_distillation_brings_the_student_closer(made: Path) -> None:
-    rows = [json.loads(line) for line in (made / "run" / "metrics.jsonl").read_text().splitlines()]
+def test_distillation_brings_the_student_closer(made: Path, tmp_path: Path) -> None:
+    # Unmended: so small a random model is mended to within the noise of its blocks.
+    plain = recipe(made / "model", made / "text.txt", prune=PLAIN.model_dump())
+    pipeline.compress(plain, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 16
     assert sum(losses[-4:]) < sum(losses[:4])
@@ -114,7 +117,7 @@ pipeline.compress(recipe(teacher, text), out)
 """
 
 KILLS = [
-    ("check teacher", 5), ("calibrate", 10), ("probe", 2), ("search", 2), ("prune", 7), ("distill", 1),
+    ("check teacher", 5), ("calibrate", 10), ("probe", 2), ("search", 2), ("repair", 7), ("distill", 1),
     ("distill", 9), ("distill", 16), ("evaluate teacher", 3), ("evaluate student", 3),
 ]  # fmt: skip
 

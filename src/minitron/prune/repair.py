@@ -95,7 +95,7 @@ def rescaled(cut: Cut, importance: Importance) -> Iterator[tuple[str, Tensor]]:
         share = cut.project(cut.project(moment).T).trace() / moment.trace()
         scale = float(share * len(moment) / cut.student.axis_size("hidden")) ** 0.5
     for name, value in cut:
-        place = cut.student.match(name)
+        place = cut.student.family.match(name, cut.student.rows)
         is_norm = place is not None and place.row.name.removesuffix(".weight") in names
         yield name, _scaled(value, cut.teacher.family.norm_offset, scale) if is_norm else value
 

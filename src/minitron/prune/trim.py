@@ -140,11 +140,7 @@ def write_pruned(
         UserError: a tensor of the teacher holds NaN or infinity.
     """
 
-    def checked(name: str) -> Tensor:
-        value = teacher.tensor(name)
-        if not torch.isfinite(value).all():
-            raise UserError(f"{teacher.tensors[name]}: tensor {name} holds NaN or infinity")
-        return value
-
     config = student_config(teacher, cut.student, cut.layers)
-    write_checkpoint(folder, config, tensors(replace(cut, tensor=checked)), companions_from=teacher.folder)
+    write_checkpoint(
+        folder, config, tensors(replace(cut, tensor=teacher.checked_tensor)), companions_from=teacher.folder
+    )
