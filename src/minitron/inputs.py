@@ -128,6 +128,5 @@ class Inputs:
     def search(self, importance: Importance, log: Path) -> Arch:
         """The best of the candidates."""
         return search(
-            self.teacher, self.model, importance, self.splits.heldout, self.candidates, self.recipe.search,
-            self.recipe.prune, log,
-        )  # fmt: skip
+            self.teacher, self.model, importance, self.splits.heldout, self.candidates, self.recipe.search, log
+        )

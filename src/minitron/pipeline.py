@@ -36,6 +36,7 @@ from minitron.progress import Progress
 from minitron.prune.calibrate import STREAM_MOMENT
 from minitron.prune.importance import Importance, score_shape
 from minitron.prune.repair import mended
+from minitron.prune.rounds import score_in_rounds
 from minitron.prune.trim import cut_to, write_pruned
 from minitron.recipe import Recipe, parse_context
 from minitron.run import Run, open_run
@@ -323,6 +324,11 @@ def _read_importance(path: Path, teacher: Checkpoint) -> Importance:
 
 def _write_pruned(inputs: Inputs, arch: Arch, importance: Importance, folder: Path) -> None:
     teacher, recipe = inputs.teacher, inputs.recipe.prune
+    if recipe.rounds > 1:
+        importance = score_in_rounds(
+            teacher, arch, importance, recipe.rounds, inputs.calibration_blocks, inputs.recipe.calibration,
+            inputs.device, inputs.dtype, folder.parent,
+        )  # fmt: skip
     with whole_folder(folder) as staging:
         write_pruned(
             teacher, cut_to(arch, teacher, importance, recipe),

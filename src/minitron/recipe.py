@@ -92,6 +92,10 @@ class PruneRecipe(_Strict):
     """Tensors that write the stream are fitted, layer after layer, to what the student lacks."""
     ridge: float = Field(0.01, ge=0)
     """Damping of that fit, as a share of the mean second moment."""
+    rounds: int = Field(1, ge=1)
+    """Importance is measured so often, each time on what the steps before have left."""
+    merge_heads: bool = False
+    """Query heads kept take up the difference to those dropped (Minitron, arXiv 2407.14679, section 2.3)."""
 
 
 PLAIN = PruneRecipe(rotate=False, rescale_norms=False, refit=False)

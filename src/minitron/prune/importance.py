@@ -105,6 +105,24 @@ def select(importance: Importance, teacher: Arch, student: Arch) -> Kept:
     return kept
 
 
+def mirrored_heads(importance: Importance, teacher: Arch, kept: Kept) -> Tensor:
+    """For each query head kept, the dropped one that the residual merge pairs it with, or itself; shaped as they are.
+
+    Of a group's L heads by falling importance, K of them kept, kept head i is paired with head 2K − i + 1: mirrored at
+    the cut (Minitron, arXiv 2407.14679, section 2.3). That head exists for i from 2K − L + 1 on; the printed range
+    begins one earlier.
+    """
+    scores, partners = importance["query"], kept["query"].clone()
+    per_group = teacher.entries("query") if "query" in teacher.grouped else teacher.axis_size("query")
+    for layer, heads in enumerate(kept["query"].tolist()):
+        for group in {head // per_group for head in heads}:
+            ranked = sorted(range(group * per_group, (group + 1) * per_group), key=lambda h: -float(scores[layer, h]))
+            count = sum(head in ranked for head in heads)
+            for i in range(max(0, 2 * count - per_group), count):
+                partners[layer, heads.index(ranked[i])] = ranked[2 * count - 1 - i]
+    return partners
+
+
 def kept_share(importance: Importance, teacher: Arch, student: Arch, axis: str) -> float:
     """The share of an axis's squared scores that the student's number of best entries holds, averaged over layers.
 

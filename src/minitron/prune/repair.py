@@ -28,8 +28,6 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.experts import run_expert
 from minitron.progress import Progress
-from minitron.prune.calibrate import STREAM_MOMENT
-from minitron.prune.importance import Importance
 from minitron.prune.layers import Layer, Layers, Stream
 from minitron.prune.maps import kept_positions
 from minitron.prune.trim import Cut
@@ -82,27 +80,6 @@ def mended(
         if row.name == f"{last.name}.weight":
             value = cut(row, None, None)
             yield row.name, walk.scaled(value, [walk.share(stream) for stream in walk.teacher]) if rescale else value
-
-
-def rescaled(cut: Cut, importance: Importance) -> Iterator[tuple[str, Tensor]]:
-    """The student's tensors by name, all norms rescaled alike: what `mended` does without a pass over any text.
-
-    e² is taken from the moment that all norms have in common; without that in `importance` nothing is rescaled.
-    """
-    moment, names = importance.get(STREAM_MOMENT), [norm.name for norm in cut.teacher.family.norms]
-    scale = 1.0
-    if moment is not None and cut.student.axis_size("hidden") < len(moment):
-        share = cut.project(cut.project(moment).T).trace() / moment.trace()
-        scale = float(share * len(moment) / cut.student.axis_size("hidden")) ** 0.5
-    for name, value in cut:
-        place = cut.student.family.match(name, cut.student.rows)
-        is_norm = place is not None and place.row.name.removesuffix(".weight") in names
-        yield name, _scaled(value, cut.teacher.family.norm_offset, scale) if is_norm else value
-
-
-def _scaled(weight: Tensor, offset: float, scale: float) -> Tensor:
-    """A norm's weight, to which the norm adds an offset, so that it puts out `scale` times as much."""
-    return ((weight.double() + offset) * scale - offset).to(weight.dtype)
 
 
 class _Walk:
@@ -220,8 +197,8 @@ class _Walk:
     def scaled(self, weight: Tensor, shares: list[Tensor]) -> Tensor:
         """A norm's weight times e·√(d/k)."""
         kept = self.cut.student.axis_size("hidden") / self.cut.teacher.axis_size("hidden")
-        scale = float((torch.cat(shares).mean() / kept).sqrt())
-        return _scaled(weight, self.cut.teacher.family.norm_offset, scale)
+        offset, scale = self.cut.teacher.family.norm_offset, float((torch.cat(shares).mean() / kept).sqrt())
+        return ((weight.double() + offset) * scale - offset).to(weight.dtype)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from minitron.model.anatomy import Row
 from minitron.model.arch import TIED, Arch
 from minitron.model.checkpoint import Checkpoint, student_config, write_checkpoint
 from minitron.prune.calibrate import STREAM_MOMENT
-from minitron.prune.importance import Importance, Kept, select
+from minitron.prune.importance import Importance, Kept, mirrored_heads, select
 from minitron.prune.maps import apply_maps
 from minitron.prune.rotate import Rotated, principal_basis, turns
 from minitron.recipe import PruneRecipe
@@ -25,6 +25,8 @@ class Cut:
 
     `kept` holds, for each prunable axis, the teacher's entries in the student's order (see `importance.Kept`).
     With a `basis` (hidden, size) the residual stream is turned into it instead, whatever `kept` says of hidden.
+    `merged` are the dropped query heads that kept ones are merged with (`importance.mirrored_heads`): what makes
+    the queries of a head becomes twice itself less that of the other.
     """
 
     teacher: Arch
@@ -32,6 +34,7 @@ class Cut:
     kept: Kept
     tensor: Callable[[str], Tensor]
     basis: Tensor | None = None
+    merged: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """The student's tensors by name, layer after layer, after those that stand outside the layers."""
@@ -100,7 +103,15 @@ class Cut:
                  for e in experts]
             )  # fmt: skip
         maps.update({axis: maps[axis][expert] for axis in own})
-        return apply_maps(value, row, maps, self.teacher.axis_size)
+        selected = apply_maps(value, row, maps, self.teacher.axis_size)
+        if self.merged is None or not self._makes_heads(row):
+            return selected
+        other = apply_maps(value, row, {**maps, "query": self.merged[layer]}, self.teacher.axis_size)
+        return (2 * selected.float() - other.float()).to(value.dtype)
+
+    def _makes_heads(self, row: Row) -> bool:
+        is_reader = any(norm.is_read_by(row) for norm in self.teacher.family.norms)
+        return "query" in row.axes and ("hidden" not in row.axes or is_reader)
 
     def _with_the_scale_kept(self, value: Tensor, row: Row) -> Tensor:
         """Embeddings multiplied by √hidden_size when they are read, so that they keep the size they had in the teacher.
@@ -128,7 +139,9 @@ def cut_to(student: Arch, teacher: Checkpoint, importance: Importance, recipe: P
         if STREAM_MOMENT not in importance:
             raise UserError("the importance was measured without the moment of the stream: calibrate with prune.rotate")
         basis = principal_basis(teacher.arch, size, importance[STREAM_MOMENT], teacher.tensor)
-    return Cut(teacher.arch, student, kept, teacher.tensor, basis)
+    merges = recipe.merge_heads and student.axis_size("query") < teacher.arch.axis_size("query")
+    merged = mirrored_heads(importance, teacher.arch, kept) if merges else None
+    return Cut(teacher.arch, student, kept, teacher.tensor, basis, merged)
 
 
 def write_pruned(

@@ -16,9 +16,8 @@ from minitron.model.causal import build_model
 from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.progress import Progress
 from minitron.prune.importance import Importance, kept_share
-from minitron.prune.repair import rescaled
 from minitron.prune.trim import cut_to
-from minitron.recipe import PruneRecipe, SearchRecipe
+from minitron.recipe import PLAIN, SearchRecipe
 from minitron.search.candidates import grid, shortlist
 
 
@@ -29,7 +28,6 @@ def search(
     heldout: Blocks,
     candidates: list[Arch],
     recipe: SearchRecipe,
-    pruning: PruneRecipe,
     log: Path,
 ) -> Arch:
     """The best of the candidates: all are predicted, a diverse short list is measured.
@@ -38,7 +36,7 @@ def search(
     other, so that an interrupted search measures only what is missing.
     """
     rows = read_jsonl(log)
-    measure = _Measurer(teacher, model, importance, heldout, pruning)
+    measure = _Measurer(teacher, model, importance, heldout)
     if not rows:
         rows = _short_list(teacher.arch, importance, candidates, recipe.shortlist, measure)
         write_jsonl(log, rows)
@@ -57,25 +55,24 @@ def search(
 class _Measurer:
     """Cuts the teacher in memory to a shape and gives its loss on the held-out blocks, in nats a token.
 
-    As pruning will cut it, but for the refit, which takes a walk over the text for every shape.
+    Plainly: what repairs regain before training they do not regain after it, and then mostly where hidden is cut, so
+    that the losses of mended shapes mislead (docs/studies/pruning.md).
     """
 
     teacher: Checkpoint
     model: nn.Module
     importance: Importance
     heldout: Blocks
-    pruning: PruneRecipe
 
     def whole(self) -> float:
         """The teacher's own loss."""
         return math.log(measure_perplexity(self.model, self.heldout).perplexity)
 
     def __call__(self, arch: Arch) -> float:
-        cut = cut_to(arch, self.teacher, self.importance, self.pruning)
+        cut = cut_to(arch, self.teacher, self.importance, PLAIN)
         config = student_config(self.teacher, arch, cut.layers)
         parameter = next(self.model.parameters())
-        tensors = rescaled(cut, self.importance) if self.pruning.rescale_norms else cut
-        student = build_model(config, tensors, parameter.device, parameter.dtype)
+        student = build_model(config, cut, parameter.device, parameter.dtype)
         return math.log(measure_perplexity(student, self.heldout).perplexity)
 
 

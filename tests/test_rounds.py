@@ -1,0 +1,61 @@
+"""Importance in rounds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from minitron.data.blocks import Blocks
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.prune.calibrate import calibrate
+from minitron.prune.importance import score, select
+from minitron.prune.rounds import score_in_rounds
+from minitron.prune.trim import cut_to, write_pruned
+from minitron.recipe import PLAIN, CalibrationRecipe
+from tests.test_trim import cut_everywhere
+
+CPU = torch.device("cpu")
+RECIPE = CalibrationRecipe()
+
+
+def test_each_round_scores_what_the_last_one_left(teacher: Checkpoint, tmp_path: Path) -> None:
+    ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+    blocks = Blocks(ids, torch.ones_like(ids, dtype=torch.int32))
+    once = score(calibrate(teacher, blocks, RECIPE, CPU, torch.float32), teacher.arch, RECIPE)
+    target = cut_everywhere(teacher.arch)
+
+    def scored(rounds: int) -> dict[str, torch.Tensor]:
+        return score_in_rounds(teacher, target, once, rounds, blocks, RECIPE, CPU, torch.float32, tmp_path)
+
+    assert scored(1) is once
+    thrice = scored(3)
+    assert not list(tmp_path.iterdir())
+    final = select(thrice, teacher.arch, target)
+    assert {axis: kept.shape[-1] for axis, kept in final.items()} == {
+        axis: target.axis_size(axis) for axis in teacher.arch.prunable_axes
+    }
+    assert all(scores.shape == once[axis].shape for axis, scores in thrice.items())
+    gone = int((thrice["layer"] == 0).sum())
+    assert 1 <= gone <= teacher.arch.axis_size("layer") - target.axis_size("layer")
+
+
+@pytest.mark.parametrize("axis", ["intermediate_size", "num_hidden_layers"])
+def test_two_rounds_by_hand(tmp_path: Path, axis: str, request: pytest.FixtureRequest) -> None:
+    teacher = request.getfixturevalue("teachers")("llama")
+    ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
+    blocks = Blocks(ids, torch.ones_like(ids, dtype=torch.int32))
+    once = score(calibrate(teacher, blocks, RECIPE, CPU, torch.float32), teacher.arch, RECIPE)
+    half, quarter = ({axis: 48}, {axis: 32}) if axis == "intermediate_size" else ({axis: 3}, {axis: 2})
+    target = teacher.arch.resized(**quarter)
+    twice = score_in_rounds(teacher, target, once, 2, blocks, RECIPE, CPU, torch.float32, tmp_path)
+    cut = cut_to(teacher.arch.resized(**half), teacher, once, PLAIN)
+    (tmp_path / "half").mkdir()
+    write_pruned(teacher, cut, iter, tmp_path / "half")
+    smaller = open_checkpoint(tmp_path / "half")
+    again = score(calibrate(smaller, blocks, RECIPE, CPU, torch.float32), smaller.arch, RECIPE)
+    second = select(again, smaller.arch, target)
+    expected = cut.kept["layer"][second["layer"]]
+    kept = select(twice, teacher.arch, target)
+    assert torch.equal(kept["layer"], expected)
+    for layer, number in zip(second["layer"].tolist(), expected.tolist(), strict=True):
+        assert torch.equal(kept["ffn"][number], cut.kept["ffn"][number][second["ffn"][layer]])
