@@ -2,9 +2,9 @@
 
     python benchmarks/calibration_cost.py [TEACHER] [--blocks 16] [--rounds 5]
 
-Alternates, in one run, a plain forward pass of a whole model in memory over blocks of 512 tokens, calibration (scores and
-block influence, layers read from disk one by one), and calibration with the second moment of the stream. A line of JSON a
-round with seconds, and the ratios to the plain pass of the same round: median, lowest, highest.
+Alternates, in one run, a plain forward pass of a whole model in memory over blocks of 512 tokens, calibration (scores
+and block influence, layers read from disk one by one), and calibration with the second moment of the stream. A line of
+JSON a round with seconds, and the ratios to the plain pass of the same round: median, lowest, highest.
 """
 
 import argparse
