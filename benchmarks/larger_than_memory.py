@@ -147,7 +147,7 @@ def calibrated(folder: Path) -> dict[str, Any]:
 
     teacher, blocks = inputs(folder)
     recipe = CalibrationRecipe()
-    statistics = calibrate(teacher, blocks, recipe, torch.device("cpu"), torch.bfloat16, True, folder.parent)
+    statistics = calibrate(teacher, blocks, recipe, torch.device("cpu"), torch.bfloat16, True)
     scores = {name: value.contiguous() for name, value in score(statistics, teacher.arch, recipe).items()}
     save_file(scores, folder.parent / f"{folder.name}.importance")
     return {"tokens": blocks.num_tokens}
@@ -173,7 +173,7 @@ def pruned(folder: Path, repairs: bool = False) -> dict[str, Any]:
     with whole_folder(out) as staging:
         write_pruned(
             teacher, cut_to(student, teacher, importance, recipe),
-            lambda cut: mended(teacher, cut, blocks, recipe, torch.device("cpu"), torch.bfloat16, folder.parent),
+            lambda cut: mended(teacher, cut, blocks, recipe, torch.device("cpu"), torch.bfloat16),
             staging,
         )  # fmt: skip
     return {"num_parameters": student.num_parameters, "read_gb": round(teacher.num_bytes / 1e9, 2),

@@ -1,6 +1,7 @@
 """Statistics against the formulas, computed the slow way from the activations of single blocks."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from minitron.errors import UserError
 from minitron.model.anatomy import Tap
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint
+from minitron.prune import layers
 from minitron.prune.calibrate import calibrate
 from minitron.prune.importance import Importance, score, score_shape, select
+from minitron.prune.layers import Stream
 from minitron.recipe import CalibrationRecipe
 
 CPU = torch.device("cpu")
@@ -251,3 +254,21 @@ def test_scores_do_not_depend_on_the_order_of_blocks_but_on_the_blocks(teacher: 
     for name in one:
         torch.testing.assert_close(one[name], turned[name], rtol=1e-9, atol=1e-12)
         assert not torch.allclose(one[name], fewer[name], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stream_in_a_file_is_the_one_in_memory(
+    teachers: Callable[[str], Checkpoint],
+    blocks: Blocks,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    teacher = teachers("llama")
+    in_memory = calibrate(teacher, blocks, MINITRON, CPU, dtype, moment=True)
+    monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(layers, "SPILL_BYTES", 0)
+    assert Stream(blocks, 48, dtype).file is not None
+    spilled = calibrate(teacher, blocks, MINITRON, CPU, dtype, moment=True)
+    assert all(torch.equal(in_memory[name], spilled[name]) for name in in_memory)
+    assert not list((tmp_path / "cache").iterdir())

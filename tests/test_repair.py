@@ -71,11 +71,16 @@ def plain_cut(teacher: Checkpoint, arch: Arch) -> Cut:
 def test_the_best_correction_is_that_of_least_squares() -> None:
     generator = torch.Generator().manual_seed(0)
     x, wanted = (torch.randn(200, n, generator=generator, dtype=torch.float64) for n in (12, 5))
-    found = correction(x.T @ x, x.T @ wanted, 0.0)
+    found = correction(x.T @ x, x.T @ wanted, 0.0, 200)
     torch.testing.assert_close(found.double(), torch.linalg.lstsq(x, wanted).solution.T, rtol=1e-4, atol=1e-5)
-    assert correction(x.T @ x, x.T @ wanted, 10.0).norm() < 0.5 * found.norm()
+    damped = correction(x.T @ x, x.T @ wanted, 100.0, 200)
+    assert damped.norm() < 0.5 * found.norm()
+    damping = torch.eye(12) * (x.T @ x).diagonal().mean() * 100.0 * 12 / 200
+    torch.testing.assert_close(
+        damped.double(), torch.linalg.solve(x.T @ x + damping, x.T @ wanted).T, rtol=1e-4, atol=1e-5
+    )
     with pytest.raises(UserError, match="NaN"):
-        correction(x.T @ x * float("nan"), x.T @ wanted, 0.0)
+        correction(x.T @ x * float("nan"), x.T @ wanted, 0.0, 200)
 
 
 @torch.no_grad()

@@ -90,8 +90,8 @@ class PruneRecipe(_Strict):
     """Norms over fewer channels keep their scale."""
     refit: bool = True
     """Tensors that write the stream are fitted, layer after layer, to what the student lacks."""
-    ridge: float = Field(0.01, ge=0)
-    """Damping of that fit, as a share of the mean second moment."""
+    ridge: float = Field(3.0, ge=0)
+    """Damping of that fit, as a share of the mean second moment, times inputs over calibration tokens."""
     rounds: int = Field(1, ge=1)
     """Importance is measured so often, each time on what the steps before have left."""
     merge_heads: bool = False

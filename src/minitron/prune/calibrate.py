@@ -6,7 +6,6 @@ Statistics are keyed by the module that was read, so that one file serves every 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,6 @@ def calibrate(
     device: torch.device,
     dtype: torch.dtype,
     moment: bool = False,
-    folder: Path | None = None,
 ) -> Statistics:
     """Run the blocks through the teacher and accumulate, in float64 on the CPU:
 
@@ -53,15 +51,15 @@ def calibrate(
     - if the `moment` is asked for, `stream_moment`, (hidden, hidden): the second moment of what norms in front of
       blocks, the final one included, make of the stream before they weight it; mean over tokens, summed over norms.
 
-    One layer is in memory at a time; the stream between two lies in `folder` if it is large.
+    One layer is in memory at a time, and the stream between two of them.
 
     Raises:
         UserError: an activation is NaN or infinite.
     """
     arch, layers = checkpoint.arch, Layers.of(checkpoint, device, dtype)
     gathered = _Gathered(arch, recipe, blocks.num_tokens)
-    with Progress("calibrate", arch.axis_size("layer") * blocks.num_tokens) as progress:
-        stream = layers.embedded(blocks, folder)
+    with Progress("calibrate", arch.axis_size("layer") * blocks.num_tokens, "tokens × layers") as progress:
+        stream = layers.embedded(blocks)
         for number in range(arch.axis_size("layer")):
             layer = layers.load(number)
             progress.note(f"layer {number + 1} of {arch.axis_size('layer')}")

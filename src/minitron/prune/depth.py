@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
-from minitron.distill.losses import forward_kl
 from minitron.errors import UserError
 from minitron.measure.choices import accuracy, read_items
 from minitron.measure.perplexity import next_token_nll
@@ -189,36 +188,37 @@ def _damage(model: nn.Module, blocks: Blocks, recipe: DepthRecipe, tokenizer: An
     def states(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
         return hidden, head
 
-    reference = [headless(ids, states) for ids in parts]
+    reference = [headless(ids, states)[0] for ids in parts]
+    compare = _kl if recipe.score == "kl" else _squared_error
+
+    def difference(hidden: Tensor, head: Head, whole: Tensor) -> float:
+        return sum(
+            compare(_logits(part, head), _logits(of_whole, head))
+            for part, of_whole in zip(hidden[0].split(CHUNK_TOKENS), whole[0].split(CHUNK_TOKENS), strict=True)
+        )
+
+    def total_difference() -> float:
+        total = sum(headless(ids, partial(difference, whole=w)) for ids, w in zip(parts, reference, strict=True))
+        return float(total)
+
     if recipe.score == "kl":
-
-        def divergence(hidden: Tensor, head: Head, whole: tuple[Tensor, Head]) -> float:
-            return float(
-                forward_kl(
-                    hidden, head.weight, whole[0], head.weight, blocks.num_tokens,
-                    student_softcap=head.softcap, teacher_softcap=head.softcap,
-                )
-            )  # fmt: skip
-
-        return lambda: sum(headless(ids, partial(divergence, whole=w)) for ids, w in zip(parts, reference, strict=True))
-    total = sum(float(_squares(hidden, None, head)) for hidden, head in reference)
-
-    def error(hidden: Tensor, head: Head, whole: tuple[Tensor, Head]) -> float:
-        return float(_squares(hidden, whole[0], head)) / total
-
-    return lambda: sum(headless(ids, partial(error, whole=w)) for ids, w in zip(parts, reference, strict=True))
+        return lambda: total_difference() / blocks.num_tokens
+    squares = sum(
+        float(_logits(part, head).square().sum())
+        for ids in parts
+        for hidden, head in [headless(ids, states)]
+        for part in hidden[0].split(CHUNK_TOKENS)
+    )
+    return lambda: total_difference() / squares
 
 
-def _squares(hidden: Tensor, whole: Tensor | None, head: Head) -> Tensor:
-    """Σ (logits − those of the whole model)² over tokens and vocabulary, a chunk of tokens at a time."""
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for start in range(0, hidden.shape[1], CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
-        logits = _logits(hidden[0, part], head)
-        if whole is not None:
-            logits = logits - _logits(whole[0, part], head)
-        total += logits.square().sum().double()
-    return total
+def _kl(logits: Tensor, of_whole: Tensor) -> float:
+    p, q = of_whole.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+    return float((p.exp() * (p - q)).sum())
+
+
+def _squared_error(logits: Tensor, of_whole: Tensor) -> float:
+    return float((logits - of_whole).square().sum())
 
 
 def _logits(states: Tensor, head: Head) -> Tensor:

@@ -6,9 +6,8 @@ family gives to its layers are made by transformers as ever; only the residual s
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from minitron.model.anatomy import Row
 from minitron.model.arch import Arch
 from minitron.model.causal import build_model
 from minitron.model.checkpoint import Checkpoint, student_config
+from minitron.model.source import cache_folder
 
 SPILL_BYTES = 2**30
 """A stream larger than this lies in a file instead of in memory."""
@@ -26,14 +26,22 @@ SPILL_BYTES = 2**30
 class Stream:
     """The residual stream of some blocks at one depth: entry i is that of block i, (1, T, hidden).
 
-    Larger than `SPILL_BYTES`, it lies in a nameless file in `folder`, by default that of temporary files.
+    Larger than `SPILL_BYTES`, it lies in a nameless file in the cache folder, since that of temporary files is often
+    memory.
     """
 
-    def __init__(self, blocks: Blocks, hidden_size: int, dtype: torch.dtype, folder: Path | None = None) -> None:
+    def __init__(self, blocks: Blocks, hidden_size: int, dtype: torch.dtype) -> None:
         self.shape, self.dtype = (1, blocks.context, hidden_size), dtype
         self.num_bytes = blocks.context * hidden_size * dtype.itemsize
         self.entries: list[Tensor | None] = [None] * len(blocks)
-        self.file = TemporaryFile(dir=folder) if len(blocks) * self.num_bytes > SPILL_BYTES else None  # noqa: SIM115
+        self.file: IO[bytes] | None = None
+        if len(blocks) * self.num_bytes > SPILL_BYTES:
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            self.file = TemporaryFile(dir=cache_folder())  # noqa: SIM115
+
+    def __del__(self) -> None:
+        if self.file is not None:
+            self.file.close()
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self.entries)))
@@ -145,7 +153,7 @@ class Layers:
         alone = self._alone(number, vocab_size=1)
         return self._build(number, alone, tensor)
 
-    def embedded(self, blocks: Blocks, folder: Path | None = None) -> Stream:
+    def embedded(self, blocks: Blocks) -> Stream:
         """What enters the first layer."""
         # Only the rows of the embedding that the blocks use are needed.
         vocabulary, ids = blocks.ids.unique(return_inverse=True)
@@ -156,7 +164,7 @@ class Layers:
             return value[vocabulary] if (("vocab",),) in row.dimensions[:1] else value
 
         first = self._build(0, alone, tensor)
-        stream = Stream(blocks, self.arch.axis_size("hidden"), self.dtype, folder)
+        stream = Stream(blocks, self.arch.axis_size("hidden"), self.dtype)
         inputs: list[Tensor] = []
         handle = first.module(self.arch.family.layer).register_forward_pre_hook(
             lambda _, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True

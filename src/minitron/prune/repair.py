@@ -8,14 +8,14 @@ Teacher and student are walked through side by side, layer after layer, over the
 - **refit**: each tensor that writes the stream is corrected by least squares, one after the other, on the inputs
   that it has in the student as mended so far: W + Δ, Δ = E Xᵀ (X Xᵀ + λI)⁻¹, where X is that input and E what the
   student's stream lacks behind it of the teacher's. So each tensor makes up for what was cut from its own input and
-  for what all before it could not; the last one before dropped layers makes up for these. λ is `ridge` times the
-  mean of X Xᵀ's diagonal: with few tokens Δ stays small, and the cut tensor as it is.
+  for what all before it could not; the last one before dropped layers makes up for these. λ is the mean of X Xᵀ's
+  diagonal times `ridge` times the number of inputs over that of tokens: where tokens are few Δ stays small, and with
+  it what the text at hand alone would ask for.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +49,6 @@ def mended(
     recipe: PruneRecipe,
     device: torch.device,
     dtype: torch.dtype,
-    folder: Path | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The student's tensors by name, with the repairs that the recipe asks for; one layer of each model in memory.
 
@@ -66,12 +65,12 @@ def mended(
     if recipe.refit:
         _require_tokens(cut, blocks)
     walk = _Walk(teacher, cut, blocks, recipe if rescale else recipe.model_copy(update={"rescale_norms": False}),
-                 device, dtype, folder)  # fmt: skip
+                 device, dtype)  # fmt: skip
     last = cut.teacher.family.norms[-1]
     for row in cut.student.rows:
         if not row.is_per_layer and row.name != f"{last.name}.weight":
             yield row.name, cut(row, None, None)
-    with Progress("repair", cut.teacher.axis_size("layer") * blocks.num_tokens) as progress:
+    with Progress("repair", cut.teacher.axis_size("layer") * blocks.num_tokens, "tokens × layers") as progress:
         for new, number in enumerate(cut.layers):
             progress.note(f"layer {number + 1} of {cut.teacher.axis_size('layer')}")
             for (row, expert), value in walk.layer(number, progress).items():
@@ -93,17 +92,16 @@ class _Walk:
         recipe: PruneRecipe,
         device: torch.device,
         dtype: torch.dtype,
-        folder: Path | None,
     ) -> None:
         self.cut, self.blocks, self.recipe, self.device = cut, blocks, recipe, device
-        self.make_stream = lambda size: Stream(blocks, size, dtype, folder)
+        self.make_stream = lambda size: Stream(blocks, size, dtype)
         self.current: Tensors = {}
         self.teacher_layers = Layers.of(checkpoint, device, dtype)
         self.student_layers = Layers(checkpoint, cut.student, self._tensor, device, dtype)
-        self.teacher = self.teacher_layers.embedded(blocks, folder)
+        self.teacher = self.teacher_layers.embedded(blocks)
         if recipe.refit:
             self.current = cut.layer(cut.layers[0])
-            self.student = self.student_layers.embedded(blocks, folder)
+            self.student = self.student_layers.embedded(blocks)
         self.done = 0
 
     def _tensor(self, row: Row, layer: int | None, expert: int | None) -> Tensor:
@@ -176,7 +174,7 @@ class _Walk:
                 x = inputs.flatten(0, -2).float()
                 lacking = (wanted.float() - found.float()).flatten(0, -2)
                 moment, cross = moment + x.T @ x, cross + x.T @ lacking
-            change = correction(moment, cross, self.recipe.ridge).movedim(-1, writer.dim)
+            change = correction(moment, cross, self.recipe.ridge, self.blocks.num_tokens).movedim(-1, writer.dim)
             weight = self.current[writer.row, None]
             self.current[writer.row, None] = mended_weight = (weight.float() + change.cpu()).to(weight.dtype)
             module: Any = student.stored_module(writer.module)
@@ -266,6 +264,7 @@ class _Experts:
     tensors: Tensors
     moments: dict[int, Tensor]
     crosses: dict[int, Tensor]
+    num_tokens: dict[int, int]
 
     @classmethod
     def of(cls, cut: Cut, tensors: Tensors, number: int) -> "_Experts | None":
@@ -275,7 +274,7 @@ class _Experts:
         rows = [row for row, _ in tensors if row.axes & set(axes) and len(row.dimensions) > 1 + row.is_stacked]
         if not rows or all(teacher.axis_size(axis) == cut.student.axis_size(axis) for axis in axes):
             return None
-        return cls(cut, number, rows[-1], tensors, {}, {})  # in every table the last one writes
+        return cls(cut, number, rows[-1], tensors, {}, {}, {})  # in every table the last one writes
 
     def watch(self, teacher: Layer) -> torch.utils.hooks.RemovableHandle:
         """Adds to the moments whenever the teacher's experts run."""
@@ -297,6 +296,7 @@ class _Experts:
             if "hidden" in self.row.axes:
                 lacking = self.cut.project(lacking)
             x = inner[:, positions]
+            self.num_tokens[new] = self.num_tokens.get(new, 0) + len(x)
             self.moments[new] = self.moments.get(new, 0) + x.T @ x
             self.crosses[new] = self.crosses.get(new, 0) + x.T @ lacking
 
@@ -307,7 +307,10 @@ class _Experts:
 
     def fitted(self, ridge: float) -> Tensors:
         """The mended tensors."""
-        changed = {new: correction(self.moments[new], self.crosses[new], ridge).cpu() for new in self.moments}
+        changed = {
+            new: correction(moment, self.crosses[new], ridge, self.num_tokens[new]).cpu()
+            for new, moment in self.moments.items()
+        }
         dimensions = self.row.dimensions[1:] if self.row.is_stacked else self.row.dimensions
         inputs_first = not set(dimensions[0][0]).isdisjoint(self.cut.teacher.family.per_expert_axes)
         changes = {new: change.T if inputs_first else change for new, change in changed.items()}
@@ -321,10 +324,12 @@ class _Experts:
         }
 
 
-def correction(moment: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """Δ = (moment + λI)⁻¹ cross, transposed to (outputs, inputs); λ is `ridge` times the mean of the diagonal.
+def correction(moment: Tensor, cross: Tensor, ridge: float, num_tokens: int) -> Tensor:
+    """Δ = (moment + λI)⁻¹ cross, transposed to (outputs, inputs); λ is the mean of the diagonal times
+    `ridge` · inputs / `num_tokens`.
 
-    Of moment X Xᵀ (inputs, inputs) and cross X Eᵀ (inputs, outputs) it is the least-squares best Δ in ΔX ≈ E.
+    Of moment X Xᵀ (inputs, inputs) and cross X Eᵀ (inputs, outputs) it is the least-squares best Δ in ΔX ≈ E, with as
+    much damping as the noise of a fit to so few tokens asks for.
 
     Raises:
         UserError: they hold NaN or infinity.
@@ -333,7 +338,8 @@ def correction(moment: Tensor, cross: Tensor, ridge: float) -> Tensor:
         raise UserError("activations hold NaN or infinity: the teacher's weights are broken, or its dtype is too small")
     dtype = torch.float64 if len(moment) <= DOUBLE_WIDTH else torch.float32
     damped = moment.to(dtype, copy=True)
-    damped.diagonal().add_(max(ridge, LEAST_RIDGE) * damped.diagonal().mean().clamp_min(1e-30))
+    damping = max(ridge * len(moment) / max(1, num_tokens), LEAST_RIDGE)
+    damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-30))
     return torch.cholesky_solve(cross.to(dtype), torch.linalg.cholesky(damped)).T.float()
 
 

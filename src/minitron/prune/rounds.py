@@ -43,7 +43,7 @@ def score_in_rounds(
         with TemporaryDirectory(dir=folder) as place:
             write_pruned(teacher, cut, iter, Path(place))
             smaller = open_checkpoint(Path(place))
-            found = score(calibrate(smaller, blocks, recipe, device, dtype, False, folder), smaller.arch, recipe)
+            found = score(calibrate(smaller, blocks, recipe, device, dtype), smaller.arch, recipe)
         importance = importance | {
             axis: _spread(found[axis], axis, teacher.arch, importance[axis], cut.kept) for axis in found
         }
