@@ -115,7 +115,8 @@ class _Walk:
         self.current = self.cut.layer(number)
         teacher = self.teacher_layers.load(number)
         writers = _writers(self.cut.teacher, number) if self.recipe.refit else []
-        targets = [self.make_stream(self.cut.student.axis_size("hidden")) for _ in writers]
+        within = [writer for writer in writers if not writer.is_last]
+        targets = [self.make_stream(self.cut.student.axis_size("hidden")) for _ in within]
         shares: dict[str, list[Tensor]] = {}
         experts = _Experts.of(self.cut, self.current, number) if self.recipe.refit else None
         for i in range(len(self.blocks)):
@@ -131,7 +132,7 @@ class _Walk:
                 if experts:
                     hooks.callback(experts.watch(teacher).remove)
                 before = self.teacher[i].to(self.device)
-                output, seen_at = teacher.watched(before, [writer.point(teacher) for writer in writers])
+                output, seen_at = teacher.watched(before, [writer.point(teacher) for writer in within])
             self.teacher[i] = output
             for target, value in zip(targets, seen_at, strict=True):
                 target[i] = self.cut.project(value)
@@ -146,7 +147,7 @@ class _Walk:
         if self.recipe.refit:
             following = [n for n in self.cut.layers if n > number]
             self._pass_dropped(following[0] if following else self.cut.teacher.axis_size("layer"), progress)
-            self._refit(number, writers, targets)
+            self._refit(number, writers, [*targets, self.teacher])
         return self.current
 
     def _pass_dropped(self, number: int, progress: Progress) -> None:
@@ -160,9 +161,10 @@ class _Walk:
 
     def _refit(self, number: int, writers: list["_Writer"], targets: list[Stream]) -> None:
         student = self.student_layers.load(number)
-        for writer, target in zip(writers, targets, strict=True):
-            moment: Any = 0
-            cross: Any = 0
+        for writer, target in zip(writers, targets, strict=False):  # the last one's is the teacher's stream itself
+            weight = self.current[writer.row, None]
+            width, size = weight.shape[writer.dim], self.cut.student.axis_size("hidden")
+            moment, cross = (torch.zeros(width, n, device=self.device) for n in (width, size))
             reads = student.stored_module(writer.module), "input"
             for i in range(len(self.blocks)):
                 output, (inputs, found) = student.watched(
@@ -170,12 +172,11 @@ class _Walk:
                 )
                 wanted = target[i].to(self.device)
                 if writer.is_last:
-                    found, wanted = output, self.cut.project(self.teacher[i].to(self.device))
+                    found, wanted = output, self.cut.project(wanted)
                 x = inputs.flatten(0, -2).float()
-                lacking = (wanted.float() - found.float()).flatten(0, -2)
-                moment, cross = moment + x.T @ x, cross + x.T @ lacking
+                moment.addmm_(x.T, x)
+                cross.addmm_(x.T, (wanted.float() - found.float()).flatten(0, -2))
             change = correction(moment, cross, self.recipe.ridge, self.blocks.num_tokens).movedim(-1, writer.dim)
-            weight = self.current[writer.row, None]
             self.current[writer.row, None] = mended_weight = (weight.float() + change.cpu()).to(weight.dtype)
             module: Any = student.stored_module(writer.module)
             module.weight.copy_(mended_weight)
