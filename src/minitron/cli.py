@@ -119,12 +119,11 @@ def search(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
-    plain: Plain = False,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Find the best shape within a budget: candidates.jsonl and arch.json in OUT."""
-    loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
+    loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data,
                      context=context, seed=seed, device=device, dtype=dtype)  # fmt: skip
     _print_record(_pipeline().search_alone(loaded, out, overwrite), as_json)
 

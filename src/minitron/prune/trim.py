@@ -139,7 +139,9 @@ def cut_to(student: Arch, teacher: Checkpoint, importance: Importance, recipe: P
         if STREAM_MOMENT not in importance:
             raise UserError("the importance was measured without the moment of the stream: calibrate with prune.rotate")
         basis = principal_basis(teacher.arch, size, importance[STREAM_MOMENT], teacher.tensor)
-    merges = recipe.merge_heads and student.axis_size("query") < teacher.arch.axis_size("query")
+    merges = (
+        recipe.merge_heads and "query" in student.axes and student.axis_size("query") < teacher.arch.axis_size("query")
+    )
     merged = mirrored_heads(importance, teacher.arch, kept) if merges else None
     return Cut(teacher.arch, student, kept, teacher.tensor, basis, merged)
 
@@ -152,7 +154,6 @@ def write_pruned(
     Raises:
         UserError: a tensor of the teacher holds NaN or infinity.
     """
-
     config = student_config(teacher, cut.student, cut.layers)
     write_checkpoint(
         folder, config, tensors(replace(cut, tensor=teacher.checked_tensor)), companions_from=teacher.folder
