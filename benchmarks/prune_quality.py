@@ -46,7 +46,8 @@ METHODS = {
     "refit": PruneRecipe(rotate=False, rescale_norms=False),
     "all": PruneRecipe(),
 }
-NEEDS_HIDDEN = {"rescale", "rotate", "all"}
+ADDITIONS = set(METHODS) - {"plain", "all"}
+"""Looked at one by one where hidden is cut; elsewhere the refit is all there is."""
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def main() -> None:
     remember(inputs.model)
     for name in options.shapes:
         for method in options.methods:
-            if method not in NEEDS_HIDDEN or "hidden_size" in SHAPES[name]:
+            if method not in ADDITIONS or "hidden_size" in SHAPES[name]:
                 with TemporaryDirectory() as folder:
                     study(inputs, texts, name, method, Path(folder), options.tokens is not None)
 

@@ -380,6 +380,41 @@ def test_importance_of_another_teacher(place: Place, refused: Run) -> None:
     assert "is not the importance of this teacher: axis hidden has shape [47]" in refused(*arguments)
 
 
+def test_importance_of_other_weights_of_the_same_shape(
+    place: Place, refused: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_model(place.folder / "other", "llama-tied", seed=1)
+    others = [str(other), str(place.folder / "stats"), "--data", str(place.text), "--context", "32"]
+    cli.app(["calibrate", *others], standalone_mode=False)
+    capsys.readouterr()
+    arguments = ["prune", str(place.teacher), str(place.out), "--hidden-size", "40"]
+    message = refused(*arguments, "--importance", str(place.folder / "stats"))
+    assert "is not the importance of this teacher: it was measured on other weights" in message
+
+
+@pytest.mark.parametrize(
+    ("variant", "shape", "recipe", "message"),
+    [
+        ("llama-tied", "--num-attention-heads 1", "seed: 0", "num_attention_heads 1 is not a multiple of"),
+        ("llama-tied", "--num-key-value-heads 0", "seed: 0", "num_key_value_heads"),
+        ("gemma2", "--hidden-size 36", "prune: {rotate: true}", "can be permuted but not rotated"),
+        ("llama-tied", "--intermediate-size 56", "calibration: {tokens: 32}",
+         "a refit of 56 inputs needs at least as many calibration tokens; there are 32"),
+    ],
+)  # fmt: skip
+def test_starts_that_cannot_be(place: Place, refused: Run, variant: str, shape: str, recipe: str, message: str) -> None:
+    teacher, file = make_model(place.folder / "teacher", variant), place.folder / "recipe.yaml"
+    file.write_text(recipe)
+    arguments = ["--data", str(place.text), "--context", "32", "--recipe", str(file), *shape.split()]
+    assert message in refused("prune", str(teacher), str(place.out), *arguments)
+
+
+def test_calibrating_on_padding(place: Place, refused: Run) -> None:
+    place.text.write_text("a" * 20_000)
+    message = refused("calibrate", str(place.teacher), str(place.out), "--data", str(place.text), "--context", "32")
+    assert "the calibration text holds token 64 alone: is it nothing but padding?" in message
+
+
 def test_distilling_in_float16(place: Place, refused: Run) -> None:
     text = ("--data", str(place.text), "--context", "32", "--tokens", "256", "--dtype", "float16")
     message = refused("distill", str(place.teacher), str(place.teacher), str(place.out), *text)

@@ -14,9 +14,10 @@ from minitron.model.causal import build_model, load_model
 from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.prune.calibrate import calibrate
 from minitron.prune.importance import Importance, score
-from minitron.prune.repair import correction, mended
+from minitron.prune.repair import mended
 from minitron.prune.rotate import obstacle
 from minitron.prune.trim import Cut, cut_to
+from minitron.prune.writers import correction
 from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
 from tests.test_trim import cut_everywhere, random_importance
 

@@ -100,3 +100,17 @@ def build_model(
     dtype = dtype or next(iter(state.values())).dtype
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()
+
+
+def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """Of what a layer is called with: the residual stream, and what is given beside it."""
+    if args:
+        return args[0], args[1:], kwargs
+    beside = dict(kwargs)
+    return beside.pop("hidden_states"), (), beside
+
+
+def leaving(output: Any) -> Tensor:
+    """Of what a layer returns: the residual stream."""
+    stream: Tensor = output[0] if isinstance(output, tuple) else output
+    return stream

@@ -17,7 +17,7 @@ from minitron.errors import UserError
 from minitron.measure.choices import accuracy, read_items
 from minitron.measure.perplexity import next_token_nll
 from minitron.model.arch import Arch
-from minitron.model.causal import Head, Headless
+from minitron.model.causal import Head, Headless, entering, leaving
 from minitron.progress import Progress
 from minitron.prune.importance import LAYER_BLOCKS, Importance
 from minitron.recipe import DepthRecipe
@@ -85,10 +85,10 @@ def _influence_of_blocks(model: nn.Module, arch: Arch, blocks: Blocks, removed: 
     streams: list[Tensor] = []
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
-        streams.append((args[0] if args else kwargs["hidden_states"]).float())
+        streams.append(entering(args, kwargs)[0].float())
 
     def leave(_: nn.Module, __: Any, output: Any) -> None:
-        streams.append((output[0] if isinstance(output, tuple) else output).float())
+        streams.append(leaving(output).float())
 
     handles = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in layers]
     handles.append(layers[-1].register_forward_hook(leave))
@@ -166,7 +166,7 @@ class _Layer(nn.Module):
             output = self.layer(*args, **kwargs)
             self.gives_tuple = isinstance(output, tuple)
             return output
-        stream = args[0] if args else kwargs["hidden_states"]
+        stream = entering(args, kwargs)[0]
         return (stream, None) if self.gives_tuple else stream
 
 

@@ -5,7 +5,8 @@ family gives to its layers are made by transformers as ever; only the residual s
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from tempfile import TemporaryFile
 from typing import IO, Any
 
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from minitron.data.blocks import Blocks
 from minitron.model.anatomy import Row
 from minitron.model.arch import Arch
-from minitron.model.causal import build_model
+from minitron.model.causal import build_model, entering, leaving
 from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.model.source import cache_folder
 
+Point = tuple[nn.Module, str]
+"""The `input` or the `output` of a module."""
 SPILL_BYTES = 2**30
 """A stream larger than this lies in a file instead of in memory."""
 
@@ -70,6 +73,8 @@ class Layer:
     number: int
     model: Any
     arch: Arch
+    beside: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    """What the model gives to the layer beside the stream, by length."""
 
     def module(self, name: str) -> nn.Module:
         """The module that `name`, with `{i}` for the layer's number, stands for."""
@@ -83,43 +88,63 @@ class Layer:
 
     def __call__(self, stream: Tensor) -> Tensor:
         """What the layer makes of the residual stream (1, T, hidden)."""
-        layer = self.module(self.arch.family.layer)
-        outputs: list[Tensor] = []
+        context = stream.shape[1]
+        if context not in self.beside:  # masks and positions are the same for every stream of this length
+            self.beside[context] = self.entered(torch.zeros(1, context, dtype=torch.int64, device=stream.device))[1:]
+        args, kwargs = self.beside[context]
+        return leaving(self.module(self.arch.family.layer)(stream, *args, **kwargs))
 
-        def put_in(_: nn.Module, args: Any, kwargs: Any) -> Any:
-            return ((stream, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": stream})
+    def entered(self, ids: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """What the model gives to the layer for token ids (1, T): the stream, and what it passes beside it."""
+        found: list[Any] = []
 
-        def take_out(_: nn.Module, __: Any, output: Any) -> None:
-            outputs.append(output[0] if isinstance(output, tuple) else output)
+        def reached(_: nn.Module, args: Any, kwargs: Any) -> None:
+            found.append(entering(args, kwargs))
+            raise _ReachedError
 
-        handles = [layer.register_forward_pre_hook(put_in, with_kwargs=True), layer.register_forward_hook(take_out)]
-        try:
-            _run(self.model, torch.zeros(stream.shape[:2], dtype=torch.int64, device=stream.device))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return outputs[0]
+        handle = self.module(self.arch.family.layer).register_forward_pre_hook(reached, with_kwargs=True)
+        with suppress(_ReachedError):
+            self.model.base_model(input_ids=ids, use_cache=False)
+        handle.remove()
+        [entry] = found
+        return entry  # type: ignore[no-any-return]
 
-    def watched(self, stream: Tensor, points: list[tuple[nn.Module, str]]) -> tuple[Tensor, list[Tensor]]:
-        """The layer's output, and what went into or came out of (`input`, `output`) some of its modules."""
-        seen: dict[int, Tensor] = {}
+    def watched(self, stream: Tensor, points: list[Point]) -> tuple[Tensor, list[Tensor]]:
+        """The layer's output, and what there is at some points within, (1, T, width) each."""
+        with self._watching(points, stops=False) as seen:
+            output = self(stream)
+        return output, [value.view(*stream.shape[:-1], -1) for value in seen]
 
-        def entered(i: int) -> Callable[..., None]:
-            return lambda _, inputs: seen.update({i: inputs[0]})
+    def within(self, stream: Tensor, points: list[Point]) -> list[Tensor]:
+        """What there is at some points, (1, T, width) each; nothing that comes after them is computed."""
+        with self._watching(points, stops=True) as seen, suppress(_ReachedError):
+            self(stream)
+        return [value.view(*stream.shape[:-1], -1) for value in seen]
 
-        def left(i: int) -> Callable[..., None]:
-            return lambda _, __, output: seen.update({i: output})
+    @contextmanager
+    def _watching(self, points: list[Point], stops: bool) -> Iterator[list[Tensor]]:
+        seen: list[Any] = [None] * len(points)
+
+        def take(i: int, value: Tensor) -> None:
+            seen[i] = value
+            if stops and all(value is not None for value in seen):
+                raise _ReachedError
 
         handles = [
-            module.register_forward_pre_hook(entered(i)) if side == "input" else module.register_forward_hook(left(i))
+            module.register_forward_pre_hook(lambda _, inputs, i=i: take(i, inputs[0]))
+            if side == "input"
+            else module.register_forward_hook(lambda _, __, output, i=i: take(i, output))
             for i, (module, side) in enumerate(points)
         ]
         try:
-            output = self(stream)
+            yield seen
         finally:
             for handle in handles:
                 handle.remove()
-        return output, [seen[i].view(*stream.shape[:-1], -1) for i in range(len(points))]
+
+
+class _ReachedError(Exception):
+    """What is wanted of a forward pass has been seen."""
 
 
 @dataclass(frozen=True)
@@ -155,24 +180,20 @@ class Layers:
 
     def embedded(self, blocks: Blocks) -> Stream:
         """What enters the first layer."""
-        # Only the rows of the embedding that the blocks use are needed.
+        # Only the rows of the embedding that the blocks use are needed, and nothing of the layer.
         vocabulary, ids = blocks.ids.unique(return_inverse=True)
         alone = self._alone(0, vocab_size=len(vocabulary))
 
         def tensor(row: Row, expert: int | None) -> Tensor:
-            value = self.tensor(row, 0 if row.is_per_layer else None, expert)
+            if row.is_per_layer:
+                return torch.zeros(row.shape(alone.axis_size))
+            value = self.tensor(row, None, expert)
             return value[vocabulary] if (("vocab",),) in row.dimensions[:1] else value
 
         first = self._build(0, alone, tensor)
         stream = Stream(blocks, self.arch.axis_size("hidden"), self.dtype)
-        inputs: list[Tensor] = []
-        handle = first.module(self.arch.family.layer).register_forward_pre_hook(
-            lambda _, args, kwargs: inputs.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
         for i, block in enumerate(ids.split(1)):
-            _run(first.model, block.to(self.device))
-            stream[i] = inputs.pop()
-        handle.remove()
+            stream[i] = first.entered(block.to(self.device))[0]
         return stream
 
     def _alone(self, number: int, vocab_size: int) -> Arch:
@@ -185,7 +206,3 @@ class Layers:
         config.pad_token_id = None  # it is beyond such a vocabulary
         tensors = ((row.tensor_name(layer, expert), tensor(row, expert)) for row, layer, expert in alone.places())
         return Layer(number, build_model(config, tensors, self.device, self.dtype), self.arch)
-
-
-def _run(model: Any, ids: Tensor) -> None:
-    model.base_model(input_ids=ids, use_cache=False)

@@ -15,30 +15,20 @@ Teacher and student are walked through side by side, layer after layer, over the
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.model.anatomy import Norm, Row
-from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.experts import run_expert
 from minitron.progress import Progress
-from minitron.prune.layers import Layer, Layers, Stream
-from minitron.prune.maps import kept_positions
+from minitron.prune.layers import Layers, Stream
 from minitron.prune.trim import Cut
+from minitron.prune.writers import ExpertWriters, Tensors, Writer, correction, writers_of
 from minitron.recipe import PruneRecipe
-
-DOUBLE_WIDTH = 4096
-"""Systems of more unknowns than this are solved in float32: their matrices are large, the ridge keeps them tame."""
-LEAST_RIDGE = 1e-7
-
-Tensors = dict[tuple[Row, int | None], Tensor]
-"""A layer's tensors as the student has them, by row and expert."""
 
 
 @torch.no_grad()
@@ -114,11 +104,11 @@ class _Walk:
         self._pass_dropped(number, progress)
         self.current = self.cut.layer(number)
         teacher = self.teacher_layers.load(number)
-        writers = _writers(self.cut.teacher, number) if self.recipe.refit else []
+        writers = writers_of(self.cut.teacher, number) if self.recipe.refit else []
         within = [writer for writer in writers if not writer.is_last]
         targets = [self.make_stream(self.cut.student.axis_size("hidden")) for _ in within]
         shares: dict[str, list[Tensor]] = {}
-        experts = _Experts.of(self.cut, self.current, number) if self.recipe.refit else None
+        experts = ExpertWriters.of(self.cut, self.current, number) if self.recipe.refit else None
         for i in range(len(self.blocks)):
             with ExitStack() as hooks:
                 if self.recipe.rescale_norms:
@@ -159,7 +149,7 @@ class _Walk:
                 progress.advance(self.blocks.context)
         self.done = max(self.done, number)
 
-    def _refit(self, number: int, writers: list["_Writer"], targets: list[Stream]) -> None:
+    def _refit(self, number: int, writers: list[Writer], targets: list[Stream]) -> None:
         student = self.student_layers.load(number)
         for writer, target in zip(writers, targets, strict=False):  # the last one's is the teacher's stream itself
             weight = self.current[writer.row, None]
@@ -167,12 +157,12 @@ class _Walk:
             moment, cross = (torch.zeros(width, n, device=self.device) for n in (width, size))
             reads = student.stored_module(writer.module), "input"
             for i in range(len(self.blocks)):
-                output, (inputs, found) = student.watched(
-                    self.student[i].to(self.device), [reads, writer.point(student)]
-                )
-                wanted = target[i].to(self.device)
+                stream, wanted = self.student[i].to(self.device), target[i].to(self.device)
                 if writer.is_last:
-                    found, wanted = output, self.cut.project(wanted)
+                    found, [inputs] = student.watched(stream, [reads])
+                    wanted = self.cut.project(wanted)
+                else:
+                    inputs, found = student.within(stream, [reads, writer.point(student)])
                 x = inputs.flatten(0, -2).float()
                 moment.addmm_(x.T, x)
                 cross.addmm_(x.T, (wanted.float() - found.float()).flatten(0, -2))
@@ -200,157 +190,13 @@ class _Walk:
         return ((weight.double() + offset) * scale - offset).to(weight.dtype)
 
 
-@dataclass(frozen=True)
-class _Writer:
-    """A tensor that writes the residual stream, and where it shows what is lacking behind it."""
-
-    row: Row
-    dim: int
-    """The dimension of its inputs."""
-    before: Norm | None = None
-    """The norm that reads the stream it has written; None: its own output is held against the teacher's."""
-    is_last: bool = False
-    """Its stream is that behind the layer."""
-
-    @property
-    def module(self) -> str:
-        """The module that multiplies by it, as files name it."""
-        return self.row.name.removesuffix(".weight")
-
-    def point(self, layer: Layer) -> tuple[nn.Module, str]:
-        """Where a student should have what its teacher has."""
-        if self.before is None:
-            return layer.stored_module(self.module), "output"
-        return layer.stored_module(self.before.name), "input"
-
-
-def _writers(arch: Arch, number: int) -> list[_Writer]:
-    """The tensors that write the stream in a layer, in the order in which they do, but for those of experts."""
-    family, kind = arch.family, arch.layers[number] if arch.layers else None
-    modules = {tap.module: None for tap in family.taps
-               if tap.side == "input" and tap.axes != ("hidden",) and tap.kind in {None, kind}}  # fmt: skip
-    found = []
-    for module in modules:
-        row = _read_by(arch, module)
-        if row is not None:
-            found.append(_Writer(row, next(i for i, dim in enumerate(row.dimensions) if dim != (("hidden",),))))
-    in_front = [norm for norm in family.norms if "{i}" in norm.name and norm.is_in_front(arch.flags)]
-    if family.scales_residual or any(not norm.is_in_front(arch.flags) for norm in family.norms):
-        return found  # what they write is not what the stream gains
-    following = [*in_front[1:], None]
-    return [
-        replace(writer, before=norm or in_front[-1], is_last=norm is None)
-        for i, writer in enumerate(found)
-        for norm in [following[i] if i + 1 < len(found) and i < len(following) else None]
-    ]
-
-
-def _read_by(arch: Arch, module: str) -> Row | None:
-    """The row of the tensor that multiplies the input of a module, named as in memory, and gives hidden."""
-    wanted = f"{module.split('.', 1)[1]}.weight"
-    rows = (row for row in arch.rows if row.name.split(".", 1)[-1] == wanted)
-    return next((row for row in rows if "hidden" in row.axes), None)
-
-
-@dataclass
-class _Experts:
-    """The matrices with which a layer's experts write, fitted to what is left of their inputs, each by itself.
-
-    On the teacher's own tokens and choices of experts, weighted as the router weights them.
-    """
-
-    cut: Cut
-    number: int
-    row: Row
-    tensors: Tensors
-    moments: dict[int, Tensor]
-    crosses: dict[int, Tensor]
-    num_tokens: dict[int, int]
-
-    @classmethod
-    def of(cls, cut: Cut, tensors: Tensors, number: int) -> "_Experts | None":
-        """Those of a layer, if it has experts and their inputs are cut."""
-        teacher = cut.teacher
-        axes = [axis for axis in teacher.family.per_expert_axes if axis in teacher.axes]
-        rows = [row for row, _ in tensors if row.axes & set(axes) and len(row.dimensions) > 1 + row.is_stacked]
-        if not rows or all(teacher.axis_size(axis) == cut.student.axis_size(axis) for axis in axes):
-            return None
-        return cls(cut, number, rows[-1], tensors, {}, {}, {})  # in every table the last one writes
-
-    def watch(self, teacher: Layer) -> torch.utils.hooks.RemovableHandle:
-        """Adds to the moments whenever the teacher's experts run."""
-        tap = next(tap for tap in self.cut.teacher.family.taps if tap.side == "routed")
-        return teacher.module(tap.module).register_forward_pre_hook(
-            lambda module, args, kwargs: self._add(module, *args, *kwargs.values()), with_kwargs=True
-        )
-
-    def _add(self, module: Any, states: Tensor, numbers: Tensor, weights: Tensor) -> None:
-        for new, expert in enumerate(self.cut.kept["expert"][self.number].tolist()):
-            token, place = (numbers == expert).nonzero(as_tuple=True)
-            inner, _ = run_expert(module, expert, states[token])
-            inner = inner.float() * weights[token, place].float()[:, None]
-            positions = self._positions(expert).to(inner.device)
-            matrix = module.down_proj[expert].float()
-            dropped = torch.ones(inner.shape[-1], dtype=torch.bool, device=inner.device)
-            dropped[positions] = False
-            lacking = inner[:, dropped] @ (matrix[dropped] if module.is_transposed else matrix[:, dropped].T)
-            if "hidden" in self.row.axes:
-                lacking = self.cut.project(lacking)
-            x = inner[:, positions]
-            self.num_tokens[new] = self.num_tokens.get(new, 0) + len(x)
-            self.moments[new] = self.moments.get(new, 0) + x.T @ x
-            self.crosses[new] = self.crosses.get(new, 0) + x.T @ lacking
-
-    def _positions(self, expert: int) -> Tensor:
-        axis = next(iter(self.row.axes & self.cut.teacher.family.per_expert_axes))
-        maps = {axis: self.cut.kept[axis][self.number][expert]}
-        return kept_positions(((axis,),), maps, self.cut.teacher.axis_size)
-
-    def fitted(self, ridge: float) -> Tensors:
-        """The mended tensors."""
-        changed = {
-            new: correction(moment, self.crosses[new], ridge, self.num_tokens[new]).cpu()
-            for new, moment in self.moments.items()
-        }
-        dimensions = self.row.dimensions[1:] if self.row.is_stacked else self.row.dimensions
-        inputs_first = not set(dimensions[0][0]).isdisjoint(self.cut.teacher.family.per_expert_axes)
-        changes = {new: change.T if inputs_first else change for new, change in changed.items()}
-        if self.row.is_stacked:
-            value = self.tensors[self.row, None]
-            return {(self.row, None): (value.float() + torch.stack([changes[e] for e in sorted(changes)])).to(value)}
-        return {
-            (self.row, e): (value.float() + change).to(value.dtype)
-            for e, change in changes.items()
-            for value in [self.tensors[self.row, e]]
-        }
-
-
-def correction(moment: Tensor, cross: Tensor, ridge: float, num_tokens: int) -> Tensor:
-    """Δ = (moment + λI)⁻¹ cross, transposed to (outputs, inputs); λ is the mean of the diagonal times
-    `ridge` · inputs / `num_tokens`.
-
-    Of moment X Xᵀ (inputs, inputs) and cross X Eᵀ (inputs, outputs) it is the least-squares best Δ in ΔX ≈ E, with as
-    much damping as the noise of a fit to so few tokens asks for.
-
-    Raises:
-        UserError: they hold NaN or infinity.
-    """
-    if not (torch.isfinite(moment).all() and torch.isfinite(cross).all()):
-        raise UserError("activations hold NaN or infinity: the teacher's weights are broken, or its dtype is too small")
-    dtype = torch.float64 if len(moment) <= DOUBLE_WIDTH else torch.float32
-    damped = moment.to(dtype, copy=True)
-    damping = max(ridge * len(moment) / max(1, num_tokens), LEAST_RIDGE)
-    damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-30))
-    return torch.cholesky_solve(cross.to(dtype), torch.linalg.cholesky(damped)).T.float()
-
-
 def _require_tokens(cut: Cut, blocks: Blocks) -> None:
     kinds = dict.fromkeys(cut.teacher.layers) if cut.teacher.layers else [None]
     widest = max(
         (
             writer.row.shape(cut.student.axis_size)[writer.dim]
             for kind in kinds
-            for writer in _writers(cut.teacher, cut.teacher.layer_numbers(kind)[0])
+            for writer in writers_of(cut.teacher, cut.teacher.layer_numbers(kind)[0])
         ),
         default=0,
     )
