@@ -1,16 +1,18 @@
 """Calibrating and pruning a model that does not fit: peak memory, and time against a copy of the same bytes.
 
-    python benchmarks/larger_than_memory.py FOLDER [--families llama nemotron] [--sizes 2 7] [--repairs]
+    python benchmarks/larger_than_memory.py FOLDER [--families llama nemotron] [--sizes 2 7] [--repairs] [--rounds 3]
 
 Makes random bfloat16 checkpoints of about 2 and 7 billion parameters in FOLDER (once; 4 and 14 GB), then, each in a
-process of its own: calibrates on 16 blocks of 512 random tokens, prunes to about 4/7 by the plain
-method and, with --repairs, with rotation, rescaled norms and refit, and copies the bytes that pruning reads and writes.
-A line of JSON each: seconds and peak memory, in all (`VmHWM`) and without the pages of mapped files (`RssAnon`).
+process of its own: calibrates on 16 blocks of 512 random tokens; then, round after round, prunes to about 4/7 by the
+plain method and copies the bytes that pruning reads and writes; and with --repairs prunes once with rotation, rescaled
+norms and refit. A line of JSON each: seconds and peak memory, in all (`VmHWM`) and without the pages of mapped files
+(`RssAnon`); and at last how many times the copy pruning took: median, lowest, highest.
 """
 
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import threading
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=["llama", "nemotron"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[2, 7])
     parser.add_argument("--repairs", action="store_true")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.stage:
@@ -55,13 +58,21 @@ def main() -> None:
             folder = options.folder / f"{family}-{size}b"
             if not folder.exists():
                 alone("make", folder)
-            for name in ("calibrate", "prune", *(["repair"] if options.repairs else []), "copy"):
-                alone(name, folder)
+            if not folder.with_name(f"{folder.name}.importance").exists():
+                alone("calibrate", folder)
+            if options.repairs:
+                alone("repair", folder)
+            ratios = [alone("prune", folder) / alone("copy", folder) for _ in range(options.rounds)]
+            spread = statistics.median(ratios), min(ratios), max(ratios)
+            print(json.dumps({"model": folder.name, "prune_to_copy": [round(r, 2) for r in spread]}), flush=True)
 
 
-def alone(name: str, folder: Path) -> None:
-    """One stage in a process of its own."""
-    subprocess.run([sys.executable, __file__, str(folder), "--stage", name], check=True)
+def alone(name: str, folder: Path) -> float:
+    """One stage in a process of its own; its seconds."""
+    command = [sys.executable, __file__, str(folder), "--stage", name]
+    line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    print(line, end="", flush=True)
+    return float(json.loads(line)["seconds"])
 
 
 def stage(name: str, folder: Path) -> None:
@@ -147,8 +158,8 @@ def calibrated(folder: Path) -> dict[str, Any]:
 
     teacher, blocks = inputs(folder)
     recipe = CalibrationRecipe()
-    statistics = calibrate(teacher, blocks, recipe, torch.device("cpu"), torch.bfloat16, True)
-    scores = {name: value.contiguous() for name, value in score(statistics, teacher.arch, recipe).items()}
+    sums = calibrate(teacher, blocks, recipe, torch.device("cpu"), torch.bfloat16, True)
+    scores = {name: value.contiguous() for name, value in score(sums, teacher.arch, recipe).items()}
     save_file(scores, folder.parent / f"{folder.name}.importance")
     return {"tokens": blocks.num_tokens}
 

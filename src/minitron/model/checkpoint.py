@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from minitron.errors import UserError
 from minitron.files import read_json
@@ -247,7 +247,7 @@ def student_config(teacher: Checkpoint, arch: Arch, kept_layers: list[int]) -> A
         values.update(restatement.values, model_type=restatement.restated_as)
         values.pop("architectures", None)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     return config
 
 

@@ -18,6 +18,9 @@ Maps = dict[str, Tensor]
 
 def apply_maps(tensor: Tensor, row: Row, maps: Maps, axis_size: Callable[[str], int]) -> Tensor:
     """Apply the maps to every dimension of a tensor laid out as its row says."""
+    dtype = tensor.dtype
+    if dtype.itemsize == 2:  # twice as fast to gather as floats of this size
+        tensor = tensor.view(torch.int16)
     for dim, dimension in enumerate(row.dimensions):
         if any(factor in maps for segment in dimension for factor in segment):
             positions = kept_positions(dimension, maps, axis_size).to(tensor.device)
@@ -25,7 +28,7 @@ def apply_maps(tensor: Tensor, row: Row, maps: Maps, axis_size: Callable[[str], 
                 tensor = tensor.gather(dim, positions.expand(*tensor.shape[:-1], -1))
             else:
                 tensor = tensor.index_select(dim, positions)
-    return tensor
+    return tensor.view(dtype)
 
 
 def kept_positions(dimension: Dimension, maps: Maps, axis_size: Callable[[str], int]) -> Tensor:
