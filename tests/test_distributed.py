@@ -38,7 +38,7 @@ with joined_world(cpu) as world:
     shard(model, pruned.arch, world)
     loss = accumulate(
         Headless(load_model(open_checkpoint(teacher), cpu, torch.float64)), model, ids,
-        DistillRecipe(batch_size=4), torch.float64, world,
+        DistillRecipe(batch_size=4, label_weight=0.5), torch.float64, world,
     )
     grads = {name: whole(p.grad).contiguous() for name, p in model.named_parameters()}
     grads["loss"] = world.sum(loss)
@@ -51,14 +51,19 @@ with joined_world(cpu) as world:
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("models")
     return make_model(folder / "teacher", "llama-tied"), make_model(
-        folder / "student", "llama-tied", seed=1, intermediate_size=40, hidden_size=36
+        folder / "student",
+        "llama-tied",
+        seed=1,
+        intermediate_size=40,
+        hidden_size=36,
+        vocab_size=264,  # padded
     )
 
 
 def gradients(models: tuple[Path, Path], micro_batch_size: int, num_blocks: int = 4) -> dict[str, torch.Tensor]:
     teacher, student = (Headless(load_model(open_checkpoint(folder), CPU, torch.float64)) for folder in models)
     ids = torch.randint(0, 258, (4, 24), generator=torch.Generator().manual_seed(0))[:num_blocks]
-    recipe = DistillRecipe(batch_size=num_blocks, micro_batch_size=micro_batch_size)
+    recipe = DistillRecipe(batch_size=num_blocks, micro_batch_size=micro_batch_size, label_weight=0.5)
     loss = accumulate(teacher, student, ids, recipe, torch.float64, World())
     grads = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
     return {**grads, "loss": loss}

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minitron import cli, pipeline
-from tests.conftest import make_model
+from tests.conftest import byte_tokenizer, make_model
 
 Run = Callable[..., str]
 
@@ -432,10 +432,24 @@ def test_stages_that_run_in_one_process(place: Place, refused: Run, monkeypatch:
     assert "only distill runs under torchrun" in refused(*compress(place))
 
 
-def test_distilling_between_vocabularies(place: Place, refused: Run) -> None:
+def test_distilling_between_tokenizers(place: Place, refused: Run) -> None:
     student = make_model(place.folder / "student", "llama-tied", vocab_size=300)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["quite another token"])
+    tokenizer.save_pretrained(student)
     message = refused("distill", str(place.teacher), str(student), str(place.out), "--data", str(place.text))
-    assert "vocabularies of 258 and 300" in message
+    assert "teacher and student have different tokenizers: 1 tokens are not the same" in message
+
+
+def test_losses_without_a_tail(place: Place, refused: Run) -> None:
+    text = ("--data", str(place.text), "--context", "32", "--tokens", "256", "--recipe", str(place.folder / "r.yaml"))
+    for recipe, message in (
+        ("top_k: 258", "distill.top_k 258 leaves no tail of 258 tokens"),
+        ("{loss: mse, top_k: 4}", "top_k goes with a loss of probabilities, not with mse"),
+        ("{loss: jsd, beta: 1.0}", "distill.beta: "),
+    ):
+        (place.folder / "r.yaml").write_text(f"distill: {recipe if '{' in recipe else '{' + recipe + '}'}")
+        assert message in refused("distill", str(place.teacher), str(place.teacher), str(place.out), *text)
 
 
 def test_evaluating_nothing(place: Place, refused: Run) -> None:

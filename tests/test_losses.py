@@ -1,60 +1,147 @@
-"""Property 8, one process: the fused loss and its gradients equal the naive ones in float64, however it is split."""
+"""Property 8, one process: fused losses and their gradients equal the naive ones in float64, however they are split."""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minitron.distill.losses import forward_kl
+from minitron.distill.fused import logit_loss
+from minitron.distill.losses import COMPARISONS, comparison_of, forward_kl
+from minitron.model.causal import Head
+
+VOCAB, NUM_TOKENS = 53, 37
+Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def problem(num_tokens: int = 37) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def problem(vocab: int = VOCAB, teacher_vocab: int = VOCAB) -> Problem:
+    """Last hidden states and head of a student, which want gradients, and of a teacher."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(num_tokens, 12), (53, 12), (num_tokens, 20), (53, 20)]
+    shapes = [(NUM_TOKENS, 12), (vocab, 12), (NUM_TOKENS, 20), (teacher_vocab, 20)]
     states = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     return states[0].requires_grad_(), states[1].requires_grad_(), states[2], states[3]
 
 
-def naive(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, temperature: float) -> Tensor:
-    """KL of all tokens at once, by torch, averaged over tokens, times the squared temperature."""
-    log_q = functional.log_softmax(student @ head.T / temperature, dim=-1)
-    log_p = functional.log_softmax(teacher @ teacher_head.T / temperature, dim=-1)
-    return functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
+def fused(given: Problem, kind: str = "forward_kl", temperature: float = 1.0, top_k: int | None = None,
+          beta: float = 0.3, softcaps: tuple[float | None, float | None] = (None, None),
+          num_tokens: int = NUM_TOKENS, **more: object) -> Tensor:  # fmt: skip
+    student, head, teacher, teacher_head = given
+    comparison = comparison_of(kind, temperature, beta, top_k)
+    heads = Head(head, softcaps[0]), Head(teacher_head, softcaps[1])
+    return logit_loss(student, heads[0], teacher, heads[1], comparison, num_tokens, **more)  # type: ignore[arg-type]
 
 
+def divergence(kind: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    kl = partial(functional.kl_div, reduction="batchmean", log_target=True)
+    if kind == "jsd":
+        log_m = (beta * log_p.exp() + (1 - beta) * log_q.exp()).log()
+        return beta * kl(log_m, log_p) + (1 - beta) * kl(log_m, log_q)
+    return kl(log_q, log_p) if kind == "forward_kl" else kl(log_p, log_q)
+
+
+def naive(given: Problem, kind: str, temperature: float, top_k: int | None, beta: float = 0.3) -> Tensor:
+    """All tokens at once, by torch and autograd, averaged over tokens, times the squared temperature."""
+    student, head, teacher, teacher_head = given
+    s, t = student @ head.T / temperature, teacher @ teacher_head.T / temperature
+    if kind == "mse":
+        return (s - t).square().sum(dim=-1).mean() * temperature**2
+    if kind == "cosine":
+        return (1 - functional.cosine_similarity(s, t, dim=-1)).mean() * temperature**2
+    p, q = t.softmax(dim=-1), s.softmax(dim=-1)
+    if top_k is not None:
+        indices = p.topk(top_k, dim=-1).indices
+        p, q = (torch.cat([of, 1 - of.sum(dim=-1, keepdim=True)], dim=-1)
+                for of in (p.gather(-1, indices), q.gather(-1, indices)))  # fmt: skip
+    return divergence(kind, p.log(), q.log(), beta) * temperature**2
+
+
+def gradients(loss: Tensor, given: Problem) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, given[:2])
+
+
+def require_equal(found: Callable[[Problem], Tensor], expected: Callable[[Problem], Tensor], given: Problem) -> None:
+    loss, wanted = found(given), expected(given)
+    torch.testing.assert_close(loss, wanted, atol=1e-12, rtol=1e-12)
+    for grad, wanted_grad in zip(gradients(loss, given), gradients(wanted, given), strict=True):
+        torch.testing.assert_close(grad, wanted_grad, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 8, 256])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
-@pytest.mark.parametrize("chunk_tokens", [1, 8, 37, 256])
-def test_fused_equals_naive(temperature: float, chunk_tokens: int) -> None:
-    student, head, teacher, teacher_head = problem()
-    expected = naive(student, head, teacher, teacher_head, temperature)
-    expected_grads = torch.autograd.grad(expected, (student, head))
-    loss = forward_kl(student, head, teacher, teacher_head, len(student), temperature, chunk_tokens)
-    grads = torch.autograd.grad(loss * 3, (student, head))
-    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
-    for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad / 3, expected_grad, atol=1e-12, rtol=1e-10)
+@pytest.mark.parametrize(
+    ("kind", "top_k"), [*((kind, None) for kind in COMPARISONS), *product(["forward_kl", "reverse_kl", "jsd"], [1, 5])]
+)
+def test_fused_equals_naive(kind: str, top_k: int | None, temperature: float, chunk_tokens: int) -> None:
+    require_equal(
+        lambda given: fused(given, kind, temperature, top_k, chunk_tokens=chunk_tokens),
+        lambda given: naive(given, kind, temperature, top_k),
+        problem(),
+    )
 
 
-def test_soft_capped_logits() -> None:
-    student, head, teacher, teacher_head = problem()
-    log_q = functional.log_softmax(2.0 * torch.tanh(student @ head.T / 2.0) / 1.5, dim=-1)
-    log_p = functional.log_softmax(5.0 * torch.tanh(teacher @ teacher_head.T / 5.0) / 1.5, dim=-1)
-    expected = functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * 1.5**2
-    expected_grads = torch.autograd.grad(expected, (student, head))
-    loss = forward_kl(student, head, teacher, teacher_head, 37, 1.5, 8, student_softcap=2.0, teacher_softcap=5.0)
-    torch.testing.assert_close(loss, expected, atol=1e-12, rtol=1e-12)
-    for grad, expected_grad in zip(torch.autograd.grad(loss, (student, head)), expected_grads, strict=True):
-        torch.testing.assert_close(grad, expected_grad, atol=1e-12, rtol=1e-10)
-    uncapped = forward_kl(student, head, teacher, teacher_head, 37, 1.5)
-    assert abs(float(uncapped.detach() - expected.detach())) > 1e-2
+@pytest.mark.parametrize("kind", COMPARISONS)
+def test_float32_is_as_exact_as_float32_can_be(kind: str) -> None:
+    # Logits of about one: an error of 6e-8 of a logit of 20 would by itself be one of 1e-6 of a probability.
+    student, head, teacher, teacher_head = (tensor.detach().float() for tensor in problem())
+    given = student.requires_grad_(), head.mul_(0.25).requires_grad_(), teacher, teacher_head.mul_(0.2)
+    trained = [tensor.detach().double().requires_grad_() for tensor in given[:2]]
+    exact = trained[0], trained[1], teacher.double(), teacher_head.double()
+    loss, wanted = fused(given, kind), naive(exact, kind, 1.0, None)
+    assert loss.dtype == torch.float32
+    assert abs(float(loss.detach() / wanted.detach()) - 1) < 1e-6
+    for grad, exact_grad in zip(gradients(loss, given), gradients(wanted, exact), strict=True):
+        assert float((grad - exact_grad).norm() / exact_grad.norm()) < 1e-6
+
+
+def test_kinds_differ() -> None:
+    given = tuple(tensor.detach() for tensor in problem())
+    values = [float(fused(given, kind, top_k=k)) for kind in ("forward_kl", "reverse_kl", "jsd") for k in (None, 5)]  # type: ignore[arg-type]
+    assert all(abs(a - b) > 1e-3 for i, a in enumerate(values) for b in values[:i])
+
+
+@pytest.mark.parametrize("top_k", [None, 4])
+def test_soft_capped_logits(top_k: int | None) -> None:
+    def capped(given: Problem) -> Tensor:
+        s, t = (2.0 * torch.tanh(given[0] @ given[1].T / 2.0), 5.0 * torch.tanh(given[2] @ given[3].T / 5.0))
+        identity = torch.eye(VOCAB, dtype=torch.float64)
+        return naive((s, identity, t, identity), "forward_kl", 1.5, top_k)
+
+    require_equal(lambda given: fused(given, temperature=1.5, top_k=top_k, softcaps=(2.0, 5.0)), capped, problem())
+    assert abs(float(fused(problem(), temperature=1.5).detach() - capped(problem()).detach())) > 1e-2
+
+
+def test_labels_add_their_cross_entropy() -> None:
+    labels = torch.randint(0, VOCAB, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1))
+    labels[::5] = -100
+    num_labels = int((labels >= 0).sum())
+
+    def both(given: Problem) -> Tensor:
+        entropy = functional.cross_entropy(given[0] @ given[1].T, labels, ignore_index=-100)
+        return naive(given, "forward_kl", 2.0, None) + 0.7 * entropy
+
+    found = partial(fused, temperature=2.0, labels=labels, label_weight=0.7, num_labels=num_labels, chunk_tokens=8)
+    require_equal(found, both, problem())
+
+
+def test_padded_vocabularies_are_compared_where_both_have_entries() -> None:
+    for vocab, teacher_vocab in ((VOCAB, 60), (60, VOCAB)):
+        given = problem(vocab, teacher_vocab)
+
+        def common(given: Problem) -> Tensor:
+            return naive((given[0], given[1][:VOCAB], given[2], given[3][:VOCAB]), "forward_kl", 1.0, None)
+
+        require_equal(fused, common, given)
 
 
 def test_parts_of_a_batch_add_up() -> None:
     student, head, teacher, teacher_head = problem()
-    whole = torch.autograd.grad(forward_kl(student, head, teacher, teacher_head, 37), (student, head))
+    whole = gradients(fused((student, head, teacher, teacher_head)), (student, head, teacher, teacher_head))
     total = [torch.zeros_like(grad) for grad in whole]
     for part in (slice(0, 5), slice(5, 30), slice(30, 37)):
-        loss = forward_kl(student[part], head, teacher[part], teacher_head, 37)
+        loss = fused((student[part], head, teacher[part], teacher_head))
         for i, grad in enumerate(torch.autograd.grad(loss, (student, head))):
             total[i] += grad
     for grad, expected in zip(total, whole, strict=True):
@@ -63,45 +150,41 @@ def test_parts_of_a_batch_add_up() -> None:
 
 def test_averages_of_unequal_parts_do_not() -> None:
     student, head, teacher, teacher_head = (tensor.detach() for tensor in problem())
-    whole = float(forward_kl(student, head, teacher, teacher_head, 37))
+    whole = float(fused((student, head, teacher, teacher_head)))
     parts = [slice(0, 5), slice(5, 30), slice(30, 37)]
-    averaged = sum(float(forward_kl(student[p], head, teacher[p], teacher_head, len(student[p]))) for p in parts) / len(
-        parts
-    )
-    assert abs(averaged - whole) > 1e-3
+    losses = [
+        float(fused((student[p], head, teacher[p], teacher_head), num_tokens=len(student[p]))) for p in parts
+    ]  # fmt: skip
+    assert abs(sum(losses) / len(parts) - whole) > 1e-3
 
 
-def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient() -> None:
+@pytest.mark.parametrize("kind", COMPARISONS)
+def test_a_student_equal_to_its_teacher_has_no_loss_and_no_gradient(kind: str) -> None:
     student, head, _, _ = problem()
-    loss = forward_kl(student, head, student.detach(), head.detach(), 37)
+    given = student, head, student.detach(), head.detach()
+    loss = fused(given, kind)
     assert abs(float(loss.detach())) < 1e-12
-    assert all(float(grad.abs().max()) < 1e-12 for grad in torch.autograd.grad(loss, (student, head)))
-
-
-def test_direction_is_forward() -> None:
-    student, head, teacher, teacher_head = (tensor.detach() for tensor in problem())
-    reverse = forward_kl(teacher, teacher_head, student, head, 37)
-    assert abs(float(reverse) - float(forward_kl(student, head, teacher, teacher_head, 37))) > 1e-2
+    assert all(float(grad.abs().max()) < 1e-12 for grad in gradients(loss, given))
 
 
 def test_bfloat16_states_give_float32_logits() -> None:
-    student, head, teacher, teacher_head = (tensor.detach().float() for tensor in problem())
-    low = [tensor.bfloat16() for tensor in (student, head, teacher, teacher_head)]
-    loss = forward_kl(low[0], low[1], low[2], low[3], 37)
-    exact = naive(low[0].double(), low[1].double(), low[2].double(), low[3].double(), temperature=1.0)
+    low = [tensor.detach().bfloat16() for tensor in problem()]
+    loss = fused((low[0], low[1], low[2], low[3]))
+    exact = naive((low[0].double(), low[1].double(), low[2].double(), low[3].double()), "forward_kl", 1.0, None)
     assert loss.dtype == torch.float32
     assert abs(float(loss) - float(exact)) < 1e-5
 
 
 def test_a_second_backward_is_refused_rather_than_wrong() -> None:
-    student, head, teacher, teacher_head = problem()
-    loss = forward_kl(student, head, teacher, teacher_head, 37)
+    loss = fused(problem())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
 
 
-def test_unequal_vocabularies_are_refused() -> None:
-    student, head, teacher, teacher_head = problem()
-    with pytest.raises(ValueError, match="vocabularies differ: 53 and 52"):
-        forward_kl(student, head, teacher, teacher_head[:52], 37)
+def test_the_teacher_makes_no_tail_of_nothing() -> None:
+    logits = torch.zeros(2, 5, dtype=torch.float64)
+    loss, gradient = comparison_of("forward_kl", 1.0, 0.5, 4)(logits.clone(), logits.clone())
+    assert float(loss.abs().max()) < 1e-12
+    assert torch.isfinite(gradient).all()
+    assert forward_kl(logits.clone(), logits.clone())[0].abs().max() < 1e-12

@@ -203,15 +203,11 @@ def distill_alone(recipe: Recipe, student: str, out: Path, overwrite: bool) -> d
     An interrupted run with the same inputs continues from its last checkpoint, in a hidden folder beside `out`.
 
     Raises:
-        UserError: the two do not share a vocabulary, or the training cannot be done.
+        UserError: the two do not share a tokenizer, or the training cannot be done.
     """
     pruned = open_teacher(student)
     inputs = _inputs_alone(recipe, out, overwrite, "config.json", pruned.folder, one_process=False)
-    if inputs.teacher.arch.sizes["vocab_size"] != pruned.arch.sizes["vocab_size"]:
-        raise UserError(
-            f"teacher and student have vocabularies of {inputs.teacher.arch.sizes['vocab_size']} and "
-            f"{pruned.arch.sizes['vocab_size']} tokens; they must be the same"
-        )
+    _require_one_vocabulary(inputs.teacher, pruned)
     identity = {
         "recipe": recipe.model_dump(mode="json"),
         "sources": [inputs.teacher.fingerprint(), pruned.fingerprint(), inputs.splits.fingerprint()],
@@ -291,6 +287,17 @@ def _check(run: Run, inputs: Inputs) -> None:
         return
     # Pruned and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.
     require_space(run.folder, 2 * inputs.teacher.num_bytes + 2 * 12 * largest)
+
+
+def _require_one_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
+    """The same tokens under the same numbers; the models may have more entries than these, as padding."""
+    tokens, of_student = (load_tokenizer(model.folder).get_vocab() for model in (teacher, student))
+    if tokens != of_student:
+        differing = len(tokens.items() ^ of_student.items())
+        raise UserError(f"teacher and student have different tokenizers: {differing} tokens are not the same")
+    smaller = min(model.arch.axis_size("vocab") for model in (teacher, student))
+    if (highest := max(tokens.values(), default=0)) >= smaller:
+        raise UserError(f"the tokenizer knows token {highest}, one of the models {smaller} tokens only")
 
 
 def _link_teacher(run: Run, teacher: Checkpoint) -> None:

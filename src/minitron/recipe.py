@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from minitron.errors import UserError, nearest
 
@@ -127,9 +127,23 @@ class DistillRecipe(_Strict):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "mse", "cosine"] = "forward_kl"
+    """How far the student's distribution is from the teacher's (`distill.losses`)."""
     temperature: float = Field(1.0, gt=0)
+    beta: float = Field(0.5, gt=0, lt=1)
+    """The teacher's share of the mixture that `jsd` compares with."""
+    top_k: int | None = Field(None, ge=1)
+    """Only so many of the teacher's likeliest tokens are told apart, all others are one class; None: all."""
+    label_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy of the text's own next token, added to that loss."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Time between checkpoints; it changes no result."""
+
+    @model_validator(mode="after")
+    def _top_k_needs_probabilities(self) -> "DistillRecipe":
+        if self.top_k is not None and self.loss in {"mse", "cosine"}:
+            raise ValueError(f"top_k goes with a loss of probabilities, not with {self.loss}")
+        return self
 
 
 class EvaluationRecipe(_Strict):

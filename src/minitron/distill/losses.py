@@ -1,123 +1,127 @@
-"""Distillation losses as pure functions, fused with the output projection.
+"""How far a student's next-token distribution is from its teacher's: pure functions of logits, with their gradients.
 
-Conventions: summed over the vocabulary, summed over tokens and divided by `num_tokens` (the count over all
-ranks and accumulation steps, so that the parts of a batch add up), in float32 or better, times τ².
+A `Comparison` takes the teacher's and the student's logits, (n, vocab) each, in float32 or better, and may overwrite
+both. It returns each token's loss, (n,), summed over the vocabulary, and the loss's gradient by the student's logits,
+(n, vocab). p is the teacher's softmax, q the student's.
 """
 
-from typing import Any
+import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 256
-"""Logits are formed for this many tokens at once: three float32 buffers of chunk × vocabulary are live."""
+Comparison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def forward_kl(
-    student_hidden: Tensor,
-    student_head: Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: Tensor,
-    num_tokens: int,
-    temperature: float = 1.0,
-    chunk_tokens: int = CHUNK_TOKENS,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-) -> Tensor:
-    """`τ²/num_tokens · Σ_tokens Σ_v p_v (log p_v − log q_v)`, p the teacher's and q the student's softmax at τ.
-
-    Forward KL alone, at τ = 1, is what Minitron trains with (arXiv 2407.14679, section 3 and table 15; τ² as
-    in Hinton et al., arXiv 1503.02531, section 2).
-
-    Args:
-        student_hidden: (…, student hidden) last hidden states; the gradient flows into them.
-        student_head: (vocab, student hidden) output matrix; the gradient flows into it.
-        teacher_hidden: (…, teacher hidden).
-        teacher_head: (vocab, teacher hidden).
-        num_tokens: what the sum over tokens is divided by.
-        temperature: τ.
-        student_softcap: c, where the student's logits are `c · tanh(raw / c)` (Gemma 2).
-        teacher_softcap: the same of the teacher's.
-        chunk_tokens: tokens whose logits are held at once; the result does not depend on it but for rounding.
-
-    Returns:
-        A scalar. Forward and gradients never hold tokens × vocabulary: the gradients are formed chunk by
-        chunk in the forward pass and kept at the size of the inputs.
-    """
-    if student_head.shape[0] != teacher_head.shape[0]:
-        raise ValueError(f"vocabularies differ: {student_head.shape[0]} and {teacher_head.shape[0]}")
-    result: Tensor = _ForwardKL.apply(
-        student_hidden.flatten(0, -2), student_head, teacher_hidden.flatten(0, -2), teacher_head,
-        num_tokens, temperature, chunk_tokens, student_softcap, teacher_softcap,
-    )  # fmt: skip
-    return result
-
-
-class _ForwardKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_hidden: Tensor,  # (N, Hs)
-        student_head: Tensor,  # (V, Hs)
-        teacher_hidden: Tensor,  # (N, Ht)
-        teacher_head: Tensor,  # (V, Ht)
-        num_tokens: int,
-        temperature: float,
-        chunk_tokens: int,
-        student_softcap: float | None,
-        teacher_softcap: float | None,
-    ) -> Tensor:
-        dtype = torch.promote_types(student_hidden.dtype, torch.float32)
-        head_s, head_t = student_head.to(dtype), teacher_head.to(dtype)
-        needs_gradient = any(ctx.needs_input_grad[:2])
-        grad_hidden = torch.empty_like(student_hidden) if needs_gradient else None
-        grad_head = torch.zeros_like(head_s) if needs_gradient else None
-        total = torch.zeros((), dtype=torch.float64, device=student_hidden.device)
-        for start in range(0, student_hidden.shape[0], chunk_tokens):
-            part = slice(start, start + chunk_tokens)
-            states = student_hidden[part].to(dtype)
-            teacher_logits = _cap_(teacher_hidden[part].to(dtype) @ head_t.T, teacher_softcap)
-            student_logits = _cap_(states @ head_s.T, student_softcap)
-            # d cap(x)/dx = 1 − (cap(x)/c)²
-            slope = (student_logits / student_softcap).square_().neg_().add_(1) if student_softcap else None
-            loss, difference = _chunk(student_logits, teacher_logits, temperature)
-            total += loss
-            if grad_hidden is not None and grad_head is not None:
-                # d/d(student logits) of τ² KL is τ (q − p).
-                difference.mul_(temperature / num_tokens)
-                if slope is not None:
-                    difference.mul_(slope)
-                grad_hidden[part] = (difference @ head_s).to(grad_hidden.dtype)
-                grad_head.addmm_(difference.T, states)
-            del difference, slope, student_logits, teacher_logits  # before the next chunk's logits are formed
-        if grad_hidden is not None and grad_head is not None:
-            ctx.gradients = grad_hidden, grad_head.to(student_head.dtype)
-        return (total * (temperature**2 / num_tokens)).to(dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        # Scaled in place, so that no second copy of the head's size is made; a second backward finds nothing.
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("forward_kl can be differentiated once")
-        return *(gradient.mul_(grad_outputs[0].to(gradient.dtype)) for gradient in gradients), *([None] * 7)
-
-
-def _chunk(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """KL summed over a chunk, and q − p (chunk, V); both arguments are overwritten."""
-    log_q, log_p = _log_softmax_(student_logits, temperature), _log_softmax_(teacher_logits, temperature)
+def forward_kl(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ p (log p − log q): what Minitron trains with (arXiv 2407.14679, section 3 and table 15)."""
+    log_p, log_q = _log_softmax_(teacher), _log_softmax_(student)
     p = log_p.exp()
-    loss = log_p.sub_(log_q).mul_(p).sum(dim=-1).double().sum()
+    loss = log_p.sub_(log_q).mul_(p).sum(dim=-1)
     return loss, log_q.exp_().sub_(p)
 
 
-def _cap_(logits: Tensor, softcap: float | None) -> Tensor:
-    """Soft-capped logits, in place."""
-    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+def reverse_kl(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ q (log q − log p): seeks one of the teacher's modes rather than all (MiniLLM, arXiv 2306.08543)."""
+    log_p, log_q = _log_softmax_(teacher), _log_softmax_(student)
+    parts = log_p.neg_().add_(log_q)
+    q = log_q.exp_()
+    loss = parts.mul_(q).sum(dim=-1)
+    return loss, parts.addcmul_(q, loss[:, None], value=-1)
 
 
-def _log_softmax_(logits: Tensor, temperature: float) -> Tensor:
-    """Log-softmax at a temperature, in place."""
-    if temperature != 1.0:
-        logits.div_(temperature)
+def jsd(teacher: Tensor, student: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """β Σ p (log p − log m) + (1 − β) Σ q (log q − log m) with m = βp + (1 − β)q (GKD, arXiv 2306.13649, section 2)."""
+    # From here on p and q carry their shares β and 1 − β, whose logarithms come off the sums again.
+    log_p, log_q = _log_softmax_(teacher).add_(math.log(beta)), _log_softmax_(student).add_(math.log(1 - beta))
+    log_m = torch.logaddexp(log_p, log_q)
+    of_teacher = log_p.exp()
+    loss = log_p.sub_(log_m).mul_(of_teacher).sum(dim=-1) - beta * math.log(beta)
+    del of_teacher
+    parts = log_m.neg_().add_(log_q).sub_(math.log(1 - beta))
+    q = log_q.exp_()
+    of_student = parts.mul_(q).sum(dim=-1)
+    return loss + of_student, parts.addcmul_(q, of_student[:, None], value=-1 / (1 - beta))
+
+
+def mse(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ (s − t)² of the logits themselves."""
+    difference = student.sub_(teacher)
+    loss = torch.linalg.vecdot(difference, difference)
+    return loss, difference.mul_(2)
+
+
+def cosine(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+    """1 − cos(t, s) of the logits themselves."""
+    length = torch.linalg.vector_norm(student, dim=-1, keepdim=True).clamp_min(1e-12)
+    towards = teacher.div_(torch.linalg.vector_norm(teacher, dim=-1, keepdim=True).clamp_min(1e-12))
+    own = student.div_(length)
+    cos = torch.linalg.vecdot(towards, own)[:, None]
+    return 1 - cos.squeeze(-1), own.mul_(cos).sub_(towards).div_(length)
+
+
+def tempered(teacher: Tensor, student: Tensor, comparison: Comparison, temperature: float) -> tuple[Tensor, Tensor]:
+    """A comparison of logits divided by τ, times τ², so that gradients keep their size.
+
+    (Hinton et al., arXiv 1503.02531, section 2.)
+    """
+    loss, gradient = comparison(teacher.div_(temperature), student.div_(temperature))
+    return loss.mul_(temperature**2), gradient.mul_(temperature)
+
+
+def with_tail(teacher: Tensor, student: Tensor, comparison: Comparison, top_k: int) -> tuple[Tensor, Tensor]:
+    """A comparison over the teacher's k most likely tokens and, as one more class, all others together.
+
+    Both distributions stay whole: unlike renormalising within the k, this sees probability that the student gives to
+    the others.
+    """
+    indices = teacher.topk(top_k, dim=-1, sorted=False).indices
+    return against_classes(indices, _classes_(teacher, indices), student, comparison)
+
+
+def against_classes(indices: Tensor, classes: Tensor, student: Tensor, comparison: Comparison) -> tuple[Tensor, Tensor]:
+    """The same where of the teacher only that is known: the tokens `indices` (n, k), and logits `classes` (n, k + 1),
+    the last of which is that of all other tokens together."""
+    own = _classes_(student, indices)
+    others = own[:, -1:].clone()
+    loss, of_classes = comparison(classes, own)
+    # A class of many tokens has their logsumexp as its logit, whose gradient is the softmax among them.
+    gradient = student.sub_(others).exp_().mul_(of_classes[:, -1:])
+    return loss, gradient.scatter_(-1, indices, of_classes[:, :-1])
+
+
+def comparison_of(kind: str, temperature: float, beta: float, top_k: int | None) -> Comparison:
+    """The comparison that a recipe's `distill.loss` describes.
+
+    Raises:
+        KeyError: there is no such kind.
+    """
+    found = COMPARISONS[kind]
+    if kind == "jsd":
+        found = partial(jsd, beta=beta)
+    if top_k is not None:
+        found = partial(with_tail, comparison=found, top_k=top_k)
+    return found if temperature == 1.0 else partial(tempered, comparison=found, temperature=temperature)
+
+
+COMPARISONS: dict[str, Comparison] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": partial(jsd, beta=0.5),
+    "mse": mse,
+    "cosine": cosine,
+}
+
+
+def _classes_(logits: Tensor, indices: Tensor) -> Tensor:
+    """Those at `indices` and the logsumexp of the others; at `indices` the argument becomes −∞."""
+    chosen = logits.gather(-1, indices)
+    others = logits.scatter_(-1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return torch.cat([chosen, others], dim=-1)
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """Log-softmax, in place."""
     return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))

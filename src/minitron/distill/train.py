@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from minitron.data.blocks import Blocks
 from minitron.distill.distributed import World, shard, whole
-from minitron.distill.losses import forward_kl
+from minitron.distill.fused import logit_loss
+from minitron.distill.losses import comparison_of
 from minitron.errors import UserError
 from minitron.files import (
     empty_folder,
@@ -66,10 +67,13 @@ def distill(
     forward pass.
 
     Raises:
-        UserError: the batch cannot be dealt out to the ranks, the dtype is float16, or the loss is not finite.
+        UserError: the batch cannot be dealt out to the ranks, the dtype is float16, `top_k` is the whole vocabulary, or
+            the loss is not finite.
     """
     if recipe.batch_size % world.size:
         raise UserError(f"distill.batch_size {recipe.batch_size} cannot be dealt out to {world.size} ranks equally")
+    if recipe.top_k is not None and recipe.top_k >= pruned.arch.axis_size("vocab"):
+        raise UserError(f"distill.top_k {recipe.top_k} leaves no tail of {pruned.arch.axis_size('vocab')} tokens")
     if dtype == torch.float16:
         raise UserError("gradients of distillation are too small for float16; accepted: auto, float32, bfloat16")
     # In evaluation mode throughout: dropout has no place in matching another model's outputs.
@@ -172,18 +176,21 @@ def accumulate(
     mine = ids.chunk(world.size)[world.rank]
     total = torch.zeros((), dtype=torch.float64, device=device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+    comparison = comparison_of(recipe.loss, recipe.temperature, recipe.beta, recipe.top_k)
+    # The one place where the loss is normalised: by the tokens of the whole step, on all ranks.
+    num_tokens, num_labels = ids.numel(), ids[:, 1:].numel()
     for part in mine.split(recipe.micro_batch_size):
         part = part.to(device)
-        # The one place where the loss is normalised: by the tokens of the whole step, on all ranks.
         readout: Readout
         if teacher is None:
-            readout = partial(_cross_entropy, input_ids=part, num_tokens=ids[:, 1:].numel())
+            readout = partial(_cross_entropy, input_ids=part, num_labels=num_labels)
         else:
             with torch.no_grad():
                 teacher_hidden, teacher_head = teacher(part, lambda hidden, head: (hidden, head))
             readout = partial(
-                _forward_kl, teacher_hidden=teacher_hidden, teacher_head=teacher_head, num_tokens=ids.numel(),
-                temperature=recipe.temperature,
+                _logit_loss, teacher=teacher_hidden, teacher_head=teacher_head, comparison=comparison,
+                num_tokens=num_tokens, labels=_next_tokens(part) if recipe.label_weight else None,
+                label_weight=recipe.label_weight, num_labels=num_labels,
             )  # fmt: skip
         with autocast:
             loss = student(part, readout)
@@ -192,19 +199,18 @@ def accumulate(
     return total
 
 
-def _cross_entropy(hidden: Tensor, head: Head, input_ids: Tensor, num_tokens: int) -> Tensor:
+def _cross_entropy(hidden: Tensor, head: Head, input_ids: Tensor, num_labels: int) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        return next_token_nll(hidden, head, input_ids) / num_tokens
+        return next_token_nll(hidden, head, input_ids) / num_labels
 
 
-def _forward_kl(
-    hidden: Tensor, head: Head, teacher_hidden: Tensor, teacher_head: Head, num_tokens: int, temperature: float
-) -> Tensor:
+def _logit_loss(hidden: Tensor, head: Head, **given: Any) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        return forward_kl(
-            hidden, head.weight, teacher_hidden, teacher_head.weight, num_tokens, temperature,
-            student_softcap=head.softcap, teacher_softcap=teacher_head.softcap,
-        )  # fmt: skip
+        return logit_loss(hidden, head, **given)
+
+
+def _next_tokens(ids: Tensor) -> Tensor:  # (B, T)
+    return nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
 
 
 class Metrics:

@@ -1,0 +1,126 @@
+"""Distillation losses fused with the output projections: logits exist for some tokens at a time, never for all."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron.distill.losses import Comparison
+from minitron.model.causal import Head
+
+LOGITS_BYTES = {"cpu": 2**25, "cuda": 2**29}
+"""Size of one buffer of logits, three or four of which are live: on a CPU small, since a chunk is worked over many
+times; on a GPU as large as its matrix products need it."""
+
+
+def logit_loss(
+    student: Tensor,
+    head: Head,
+    teacher: Tensor,
+    teacher_head: Head,
+    comparison: Comparison,
+    num_tokens: int,
+    labels: Tensor | None = None,
+    label_weight: float = 0.0,
+    num_labels: int = 1,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """`1/num_tokens · Σ_tokens comparison + label_weight/num_labels · Σ_labels cross-entropy`, a scalar.
+
+    The counts are those over all ranks and accumulation steps, so that the parts of a batch add up. Of two vocabularies
+    of different length the entries that both have are compared: the others are padding.
+
+    Args:
+        student: (…, student hidden) last hidden states; the gradient flows into them.
+        head: the student's, (vocab, student hidden); the gradient flows into its weight.
+        teacher: (…, teacher hidden).
+        teacher_head: (vocab, teacher hidden).
+        comparison: see `losses`; it gets float32 logits, or float64 where the student's states are.
+        num_tokens: what the sum of the comparison is divided by.
+        labels: (…), the next tokens, −100 where there is none; None where they take no part.
+        label_weight: weight of their cross-entropy.
+        num_labels: what the sum of that is divided by.
+        chunk_tokens: tokens whose logits are held at once; the result does not depend on it but for rounding.
+
+    Forward and gradients never hold tokens × vocabulary: the gradients are formed chunk by chunk in the forward pass
+    and kept at the size of the inputs.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = max(16, LOGITS_BYTES[student.device.type] // (4 * head.weight.shape[0]))
+    if labels is not None:
+        labels = labels.flatten()
+    result: Tensor = _LogitLoss.apply(
+        student.flatten(0, -2), head.weight, head.softcap, teacher.flatten(0, -2), teacher_head, comparison,
+        num_tokens, labels, label_weight / num_labels, chunk_tokens,
+    )  # fmt: skip
+    return result
+
+
+class _LogitLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,  # (N, student hidden)
+        weight: Tensor,  # (vocab, student hidden)
+        softcap: float | None,
+        teacher: Tensor,  # (N, teacher hidden)
+        teacher_head: Head,
+        comparison: Comparison,
+        num_tokens: int,
+        labels: Tensor | None,  # (N,)
+        label_weight: float,
+        chunk_tokens: int,
+    ) -> Tensor:
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        vocab = min(len(weight), len(teacher_head.weight))
+        matrix, teacher_matrix = weight[:vocab].to(dtype), teacher_head.weight[:vocab].to(dtype)
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        grad_student = torch.empty_like(student) if needs_gradient else None
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_gradient else None
+        total = torch.zeros((), dtype=torch.float64, device=student.device)
+        for start in range(0, len(student), chunk_tokens):
+            part = slice(start, start + chunk_tokens)
+            states = student[part].to(dtype)
+            logits = _capped_(states @ matrix.T, softcap)
+            of_teacher = _capped_(teacher[part].to(dtype) @ teacher_matrix.T, teacher_head.softcap)
+            # d cap(x)/dx = 1 − (cap(x)/c)²
+            slope = (logits / softcap).square_().neg_().add_(1) if softcap else None
+            of_labels = _cross_entropy(logits, labels[part]) if labels is not None and label_weight else None
+            loss, gradient = comparison(of_teacher, logits)
+            total += loss.double().sum() / num_tokens
+            gradient.mul_(1 / num_tokens)
+            if of_labels is not None:
+                total += of_labels[0].double().sum() * label_weight
+                gradient.add_(of_labels[1], alpha=label_weight)
+            if grad_student is not None and grad_weight is not None:
+                if slope is not None:
+                    gradient.mul_(slope)
+                grad_student[part] = (gradient @ matrix).to(grad_student.dtype)
+                grad_weight[:vocab].addmm_(gradient.T, states)
+            del gradient, slope, of_labels, logits, of_teacher  # before the next chunk's logits are formed
+        if grad_student is not None and grad_weight is not None:
+            ctx.gradients = grad_student, grad_weight.to(weight.dtype)
+        return total.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        # Scaled in place, so that no second copy of the head's size is made; a second backward finds nothing.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("this loss can be differentiated once")
+        return *(gradient.mul_(grad_outputs[0].to(gradient.dtype)) for gradient in gradients), *([None] * 8)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token that has a label, (n,), and its gradient (n, vocab)."""
+    is_label = labels >= 0
+    chosen = labels.clamp_min(0)[:, None]
+    log_q = logits - logits.logsumexp(dim=-1, keepdim=True)
+    loss = -log_q.gather(-1, chosen).squeeze(-1) * is_label
+    gradient = log_q.exp_().scatter_add_(-1, chosen, logits.new_full(chosen.shape, -1.0))
+    return loss, gradient.mul_(is_label[:, None])
+
+
+def _capped_(logits: Tensor, softcap: float | None) -> Tensor:
+    """Soft-capped logits, in place."""
+    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
