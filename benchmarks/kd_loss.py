@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitron.distill.fused import logit_loss
+from minitron.distill.fused import States, logit_loss
 from minitron.distill.losses import forward_kl
 from minitron.model.causal import Head
 
@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def minitron() -> Loss:
     """Ours."""
     return lambda student, head, teacher, teacher_head: logit_loss(
-        student, Head(head), teacher, Head(teacher_head), forward_kl, len(student)
+        student, Head(head), States(teacher, Head(teacher_head)), forward_kl, len(student)
     )
 
 

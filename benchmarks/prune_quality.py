@@ -12,21 +12,21 @@ import argparse
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from minitron.data.blocks import Blocks, load_tokenizer, read_blocks
 from minitron.distill.distributed import World
+from minitron.distill.teacher import Teacher, stored
 from minitron.distill.train import distill
 from minitron.files import whole_folder
 from minitron.inputs import Inputs
 from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import load_model
+from minitron.model.causal import load_model, read_head
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.repair import mended
 from minitron.prune.trim import cut_to, write_pruned
@@ -74,16 +74,23 @@ def main() -> None:
     if options.wikitext:
         texts["wikitext-2"] = read_wikitext(options.wikitext, inputs)
     show(shape="whole", num_parameters=inputs.teacher.arch.num_parameters, **measured(inputs.model, texts))
-    remember(inputs.model)
-    for name in options.shapes:
-        for method in options.methods:
-            if method not in ADDITIONS or "hidden_size" in SHAPES[name]:
-                with TemporaryDirectory() as folder:
-                    study(inputs, texts, name, method, Path(folder), options.tokens is not None)
+    with TemporaryDirectory() as states:
+        word = teacher_of(inputs, Path(states)) if options.tokens else None
+        for name in options.shapes:
+            for method in options.methods:
+                if method not in ADDITIONS or "hidden_size" in SHAPES[name]:
+                    with TemporaryDirectory() as folder:
+                        study(inputs, texts, name, method, Path(folder), word)
 
 
-def study(inputs: Inputs, texts: dict[str, Blocks], name: str, method: str, folder: Path, trains: bool) -> None:
-    """Cut, measure, and if asked for distil and measure again."""
+def teacher_of(inputs: Inputs, folder: Path) -> Teacher:
+    """All students see the same blocks, so the teacher runs over each of them once."""
+    head = read_head(inputs.teacher, inputs.device, inputs.dtype)
+    return stored(folder, {}, lambda: inputs.model, head, inputs.splits.train, inputs.recipe.distill, World())
+
+
+def study(inputs: Inputs, texts: dict[str, Blocks], name: str, method: str, folder: Path, word: Teacher | None) -> None:
+    """Cut, measure, and if there is a teacher to say it, distil and measure again."""
     teacher, recipe, started = inputs.teacher, METHODS[method], time.monotonic()
     arch = teacher.arch.resized(**SHAPES[name])
     with whole_folder(folder / "pruned") as staging:
@@ -95,9 +102,9 @@ def study(inputs: Inputs, texts: dict[str, Blocks], name: str, method: str, fold
     about = {"shape": name, "method": method, "num_parameters": arch.num_parameters}
     figures = measured(load_model(pruned, inputs.device, torch.float32), texts)
     show(**about, tokens=0, seconds=round(seconds, 1), **figures)
-    if trains:
+    if word:
         started = time.monotonic()
-        distill(inputs.model, pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
+        distill(word, pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
                 folder / "student", folder, inputs.recipe.seed, inputs.device, inputs.dtype, World())  # fmt: skip
         seconds, student = time.monotonic() - started, open_checkpoint(folder / "student")
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -109,22 +116,6 @@ def study(inputs: Inputs, texts: dict[str, Blocks], name: str, method: str, fold
 def measured(model: Any, texts: dict[str, Blocks]) -> dict[str, float]:
     """Perplexity by text."""
     return {name: round(measure_perplexity(model, blocks).perplexity, 2) for name, blocks in texts.items()}
-
-
-def remember(model: Any) -> None:
-    """Make a teacher run over each block once: all students see the same ones."""
-    forward: Callable[..., Any] = model.base_model.forward
-    memory: dict[bytes, Tensor] = {}
-
-    def remembered(input_ids: Tensor, **kwargs: Any) -> Any:
-        key = input_ids.cpu().numpy().tobytes()
-        if key in memory:
-            return type("Output", (), {"last_hidden_state": memory[key].to(input_ids.device).float()})
-        output = forward(input_ids=input_ids, **kwargs)
-        memory[key] = output.last_hidden_state.to("cpu", torch.bfloat16)
-        return output
-
-    model.base_model.forward = remembered
 
 
 def read_wikitext(path: Path, inputs: Inputs) -> Blocks:

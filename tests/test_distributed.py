@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from minitron.distill.distributed import World
+from minitron.distill.teacher import live
 from minitron.distill.train import accumulate
 from minitron.model.causal import Headless, load_model
 from minitron.model.checkpoint import open_checkpoint
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from minitron.distill.distributed import joined_world, shard, whole
+from minitron.distill.teacher import live
 from minitron.distill.train import accumulate
 from minitron.model.causal import Headless, load_model
 from minitron.model.checkpoint import open_checkpoint
@@ -37,7 +39,7 @@ with joined_world(cpu) as world:
     model = Headless(load_model(pruned, cpu, torch.float64).train())
     shard(model, pruned.arch, world)
     loss = accumulate(
-        Headless(load_model(open_checkpoint(teacher), cpu, torch.float64)), model, ids,
+        live(load_model(open_checkpoint(teacher), cpu, torch.float64)), model, ids, torch.arange(4),
         DistillRecipe(batch_size=4, label_weight=0.5), torch.float64, world,
     )
     grads = {name: whole(p.grad).contiguous() for name, p in model.named_parameters()}
@@ -61,11 +63,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def gradients(models: tuple[Path, Path], micro_batch_size: int, num_blocks: int = 4) -> dict[str, torch.Tensor]:
-    teacher, student = (Headless(load_model(open_checkpoint(folder), CPU, torch.float64)) for folder in models)
+    teacher, student = (load_model(open_checkpoint(folder), CPU, torch.float64) for folder in models)
+    headless = Headless(student)
     ids = torch.randint(0, 258, (4, 24), generator=torch.Generator().manual_seed(0))[:num_blocks]
     recipe = DistillRecipe(batch_size=num_blocks, micro_batch_size=micro_batch_size, label_weight=0.5)
-    loss = accumulate(teacher, student, ids, recipe, torch.float64, World())
-    grads = {name: parameter.grad for name, parameter in student.named_parameters() if parameter.grad is not None}
+    loss = accumulate(live(teacher), headless, ids, torch.arange(num_blocks), recipe, torch.float64, World())
+    grads = {name: parameter.grad for name, parameter in headless.named_parameters() if parameter.grad is not None}
     return {**grads, "loss": loss}
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minitron.distill.fused import logit_loss
-from minitron.distill.losses import COMPARISONS, comparison_of, forward_kl
+from minitron.distill.fused import States, TopTokens, logit_loss
+from minitron.distill.losses import COMPARISONS, classes_of, comparison_of, forward_kl
 from minitron.model.causal import Head
 
 VOCAB, NUM_TOKENS = 53, 37
@@ -29,9 +29,8 @@ def fused(given: Problem, kind: str = "forward_kl", temperature: float = 1.0, to
           beta: float = 0.3, softcaps: tuple[float | None, float | None] = (None, None),
           num_tokens: int = NUM_TOKENS, **more: object) -> Tensor:  # fmt: skip
     student, head, teacher, teacher_head = given
-    comparison = comparison_of(kind, temperature, beta, top_k)
-    heads = Head(head, softcaps[0]), Head(teacher_head, softcaps[1])
-    return logit_loss(student, heads[0], teacher, heads[1], comparison, num_tokens, **more)  # type: ignore[arg-type]
+    of_teacher, comparison = States(teacher, Head(teacher_head, softcaps[1])), comparison_of(kind, beta, top_k)
+    return logit_loss(student, Head(head, softcaps[0]), of_teacher, comparison, num_tokens, temperature, **more)  # type: ignore[arg-type]
 
 
 def divergence(kind: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -113,6 +112,19 @@ def test_soft_capped_logits(top_k: int | None) -> None:
     assert abs(float(fused(problem(), temperature=1.5).detach() - capped(problem()).detach())) > 1e-2
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_classes_that_were_kept_are_as_good_as_logits(kind: str) -> None:
+    given = problem()
+    logits = given[2] @ given[3].T / 3.0
+    kept = TopTokens(*classes_of(logits, 5), VOCAB)
+
+    def of_kept(given: Problem) -> Tensor:
+        comparison = comparison_of(kind, 0.3, of_classes=True)
+        return logit_loss(given[0], Head(given[1]), kept, comparison, NUM_TOKENS, 3.0, chunk_tokens=8)
+
+    require_equal(of_kept, lambda given: fused(given, kind, 3.0, 5), given)
+
+
 def test_labels_add_their_cross_entropy() -> None:
     labels = torch.randint(0, VOCAB, (NUM_TOKENS,), generator=torch.Generator().manual_seed(1))
     labels[::5] = -100
@@ -184,7 +196,7 @@ def test_a_second_backward_is_refused_rather_than_wrong() -> None:
 
 def test_the_teacher_makes_no_tail_of_nothing() -> None:
     logits = torch.zeros(2, 5, dtype=torch.float64)
-    loss, gradient = comparison_of("forward_kl", 1.0, 0.5, 4)(logits.clone(), logits.clone())
+    loss, gradient = comparison_of("forward_kl", top_k=4)(logits.clone(), logits.clone())
     assert float(loss.abs().max()) < 1e-12
     assert torch.isfinite(gradient).all()
     assert forward_kl(logits.clone(), logits.clone())[0].abs().max() < 1e-12

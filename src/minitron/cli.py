@@ -29,6 +29,9 @@ Data = Annotated[
 ]
 Family = Annotated[str | None, typer.Option(help="Read the teacher as this model_type, whatever its config says.")]
 Tokens = Annotated[str | None, typer.Option(help="Tokens to distil on, such as 2M.")]
+States = Annotated[
+    str | None, typer.Option("--teacher-states", help="Run the teacher once and keep its states in this folder.")
+]
 Context = Annotated[int | None, typer.Option(help="Tokens in a block.")]
 Seed = Annotated[int | None, typer.Option(help="Decides the order of the text.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -47,6 +50,7 @@ def compress(
     family: Family = None,
     data: Data = None,
     tokens: Tokens = None,
+    teacher_states: States = None,
     context: Context = None,
     seed: Seed = None,
     device: Device = None,
@@ -57,8 +61,8 @@ def compress(
 ) -> None:
     """The main job: search a shape, prune, distil, evaluate. Run again to continue."""
     loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
-                     context=context, seed=seed, device=device, dtype=dtype, **{"distill.tokens": tokens}
-                     )  # fmt: skip
+                     context=context, seed=seed, device=device, dtype=dtype,
+                     **{"distill.tokens": tokens, "distill.teacher_states": teacher_states})  # fmt: skip
     results = _pipeline().compress(loaded, out, overwrite)
     if as_json:
         _print_json({"out": str(out), **results})
@@ -195,6 +199,7 @@ def distill(
     family: Family = None,
     data: Data = None,
     tokens: Tokens = None,
+    teacher_states: States = None,
     context: Context = None,
     seed: Seed = None,
     device: Device = None,
@@ -204,7 +209,8 @@ def distill(
 ) -> None:
     """Teach a smaller model with a larger one: a Hugging Face folder at OUT."""
     loaded = _recipe(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed,
-                     device=device, dtype=dtype, **{"distill.tokens": tokens})  # fmt: skip
+                     device=device, dtype=dtype,
+                     **{"distill.tokens": tokens, "distill.teacher_states": teacher_states})  # fmt: skip
     _print_record(_pipeline().distill_alone(loaded, student, out, overwrite), as_json)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from minitron.data.blocks import Blocks, load_tokenizer, read_blocks
 from minitron.distill.distributed import World, joined_world, num_ranks
+from minitron.distill.teacher import Teacher, live, stored
 from minitron.distill.train import distill
 from minitron.errors import UserError
 from minitron.files import (
@@ -26,7 +27,7 @@ from minitron.files import (
 from minitron.inputs import Inputs
 from minitron.measure.perplexity import measure_perplexity
 from minitron.model.arch import Arch
-from minitron.model.causal import load_model
+from minitron.model.causal import load_model, read_head
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, open_safetensors, read_config
 from minitron.model.memory import DTYPE_BYTES, attention_windows, memory
 from minitron.model.source import open_teacher, resolve_teacher
@@ -345,9 +346,25 @@ def _write_pruned(inputs: Inputs, arch: Arch, importance: Importance, folder: Pa
 
 def _distill(inputs: Inputs, pruned: Checkpoint, out: Path, work: Path, world: World) -> None:
     distill(
-        inputs.model, pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
+        _teacher(inputs, pruned, world), pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
         out, work, inputs.recipe.seed, inputs.device, inputs.dtype, world,
     )  # fmt: skip
+
+
+def _teacher(inputs: Inputs, pruned: Checkpoint, world: World) -> Teacher:
+    """The teacher itself, or what was stored of it."""
+    recipe, checkpoint = inputs.recipe.distill, inputs.teacher
+    if recipe.teacher_states is None:
+        return live(inputs.model)
+    if recipe.stored == "top_k" and pruned.arch.axis_size("vocab") < checkpoint.arch.axis_size("vocab"):
+        raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
+    identity = {
+        "teacher": checkpoint.fingerprint(),
+        "blocks": inputs.splits.train.fingerprint(),
+        "dtype": str(inputs.dtype),
+    }
+    head = read_head(checkpoint, inputs.device, inputs.dtype)
+    return stored(Path(recipe.teacher_states), identity, lambda: inputs.model, head, inputs.splits.train, recipe, world)
 
 
 def _evaluate_run(run: Run, inputs: Inputs) -> dict[str, Any]:

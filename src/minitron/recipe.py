@@ -134,13 +134,22 @@ class DistillRecipe(_Strict):
     """The teacher's share of the mixture that `jsd` compares with."""
     top_k: int | None = Field(None, ge=1)
     """Only so many of the teacher's likeliest tokens are told apart, all others are one class; None: all."""
+    teacher_states: str | None = None
+    """A folder where the teacher's word on every block is kept, written if it is not there; None: the teacher runs
+    along."""
+    stored: Literal["hidden", "top_k"] = "hidden"
+    """What is kept: last hidden states, which give exact logits, or the `top_k` likeliest tokens and a tail."""
+    stored_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of hidden states."""
     label_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of the text's own next token, added to that loss."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Time between checkpoints; it changes no result."""
 
     @model_validator(mode="after")
-    def _top_k_needs_probabilities(self) -> "DistillRecipe":
+    def _top_k_fits(self) -> "DistillRecipe":
+        if self.stored == "top_k" and self.top_k is None:
+            raise ValueError("stored: top_k needs top_k, the number of tokens that are kept")
         if self.top_k is not None and self.loss in {"mse", "cosine"}:
             raise ValueError(f"top_k goes with a loss of probabilities, not with {self.loss}")
         return self

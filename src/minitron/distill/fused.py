@@ -1,5 +1,6 @@
 """Distillation losses fused with the output projections: logits exist for some tokens at a time, never for all."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,30 +14,75 @@ LOGITS_BYTES = {"cpu": 2**25, "cuda": 2**29}
 times; on a GPU as large as its matrix products need it."""
 
 
+@dataclass(frozen=True)
+class States:
+    """A distribution for each token, as last hidden states (…, hidden) in front of a head."""
+
+    hidden: Tensor
+    head: Head
+
+    @property
+    def vocab(self) -> int:
+        """How many tokens the distributions are over."""
+        return len(self.head.weight)
+
+    def ready(self, vocab: int, dtype: torch.dtype) -> "States":
+        """The same over the first tokens of the vocabulary, with one dimension for all positions."""
+        return States(self.hidden.flatten(0, -2), Head(self.head.weight[:vocab].to(dtype), self.head.softcap))
+
+    def logits(self, part: slice, temperature: float) -> Tensor:
+        """Those of some positions, (n, vocab)."""
+        weight = self.head.weight
+        return cooled_(capped_(self.hidden[part].to(weight.dtype) @ weight.T, self.head.softcap), temperature)
+
+
+@dataclass(frozen=True)
+class TopTokens:
+    """The k likeliest tokens of each distribution, (…, k), and logits (…, k + 1), as `losses.classes_of` gives them.
+
+    The logits are those at the temperature of the loss.
+    """
+
+    indices: Tensor
+    classes: Tensor
+    vocab: int
+
+    def ready(self, vocab: int, dtype: torch.dtype) -> "TopTokens":
+        """The same with one dimension for all positions."""
+        if vocab < self.vocab:
+            raise ValueError(f"the student has {vocab} tokens, the teacher's classes are of {self.vocab}")
+        return TopTokens(self.indices.flatten(0, -2).long(), self.classes.flatten(0, -2).to(dtype), vocab)
+
+    def logits(self, part: slice, _: float) -> tuple[Tensor, Tensor]:
+        """Indices and classes of some positions."""
+        return self.indices[part], self.classes[part]
+
+
 def logit_loss(
     student: Tensor,
     head: Head,
-    teacher: Tensor,
-    teacher_head: Head,
+    teacher: States | TopTokens,
     comparison: Comparison,
     num_tokens: int,
+    temperature: float = 1.0,
     labels: Tensor | None = None,
     label_weight: float = 0.0,
     num_labels: int = 1,
     chunk_tokens: int | None = None,
 ) -> Tensor:
-    """`1/num_tokens · Σ_tokens comparison + label_weight/num_labels · Σ_labels cross-entropy`, a scalar.
+    """`τ²/num_tokens · Σ_tokens comparison + label_weight/num_labels · Σ_labels cross-entropy`, a scalar.
 
+    The comparison is of logits divided by τ; τ² keeps its gradients' size (Hinton et al., arXiv 1503.02531, section 2).
     The counts are those over all ranks and accumulation steps, so that the parts of a batch add up. Of two vocabularies
     of different length the entries that both have are compared: the others are padding.
 
     Args:
         student: (…, student hidden) last hidden states; the gradient flows into them.
         head: the student's, (vocab, student hidden); the gradient flows into its weight.
-        teacher: (…, teacher hidden).
-        teacher_head: (vocab, teacher hidden).
+        teacher: what the teacher says of the same tokens.
         comparison: see `losses`; it gets float32 logits, or float64 where the student's states are.
         num_tokens: what the sum of the comparison is divided by.
+        temperature: τ.
         labels: (…), the next tokens, −100 where there is none; None where they take no part.
         label_weight: weight of their cross-entropy.
         num_labels: what the sum of that is divided by.
@@ -50,8 +96,8 @@ def logit_loss(
     if labels is not None:
         labels = labels.flatten()
     result: Tensor = _LogitLoss.apply(
-        student.flatten(0, -2), head.weight, head.softcap, teacher.flatten(0, -2), teacher_head, comparison,
-        num_tokens, labels, label_weight / num_labels, chunk_tokens,
+        student.flatten(0, -2), head.weight, head.softcap, teacher, comparison, num_tokens, temperature,
+        labels, label_weight / num_labels, chunk_tokens,
     )  # fmt: skip
     return result
 
@@ -63,17 +109,17 @@ class _LogitLoss(torch.autograd.Function):
         student: Tensor,  # (N, student hidden)
         weight: Tensor,  # (vocab, student hidden)
         softcap: float | None,
-        teacher: Tensor,  # (N, teacher hidden)
-        teacher_head: Head,
+        teacher: States | TopTokens,
         comparison: Comparison,
         num_tokens: int,
+        temperature: float,
         labels: Tensor | None,  # (N,)
         label_weight: float,
         chunk_tokens: int,
     ) -> Tensor:
         dtype = torch.promote_types(student.dtype, torch.float32)
-        vocab = min(len(weight), len(teacher_head.weight))
-        matrix, teacher_matrix = weight[:vocab].to(dtype), teacher_head.weight[:vocab].to(dtype)
+        vocab = min(len(weight), teacher.vocab)
+        matrix, teacher = weight[:vocab].to(dtype), teacher.ready(vocab, dtype)
         needs_gradient = any(ctx.needs_input_grad[:2])
         grad_student = torch.empty_like(student) if needs_gradient else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_gradient else None
@@ -81,14 +127,13 @@ class _LogitLoss(torch.autograd.Function):
         for start in range(0, len(student), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             states = student[part].to(dtype)
-            logits = _capped_(states @ matrix.T, softcap)
-            of_teacher = _capped_(teacher[part].to(dtype) @ teacher_matrix.T, teacher_head.softcap)
+            logits = capped_(states @ matrix.T, softcap)
             # d cap(x)/dx = 1 − (cap(x)/c)²
             slope = (logits / softcap).square_().neg_().add_(1) if softcap else None
             of_labels = _cross_entropy(logits, labels[part]) if labels is not None and label_weight else None
-            loss, gradient = comparison(of_teacher, logits)
-            total += loss.double().sum() / num_tokens
-            gradient.mul_(1 / num_tokens)
+            loss, gradient = comparison(teacher.logits(part, temperature), cooled_(logits, temperature))
+            total += loss.double().sum() * (temperature**2 / num_tokens)
+            gradient.mul_(temperature / num_tokens)
             if of_labels is not None:
                 total += of_labels[0].double().sum() * label_weight
                 gradient.add_(of_labels[1], alpha=label_weight)
@@ -97,7 +142,7 @@ class _LogitLoss(torch.autograd.Function):
                     gradient.mul_(slope)
                 grad_student[part] = (gradient @ matrix).to(grad_student.dtype)
                 grad_weight[:vocab].addmm_(gradient.T, states)
-            del gradient, slope, of_labels, logits, of_teacher  # before the next chunk's logits are formed
+            del gradient, slope, of_labels, logits  # before the next chunk's logits are formed
         if grad_student is not None and grad_weight is not None:
             ctx.gradients = grad_student, grad_weight.to(weight.dtype)
         return total.to(dtype)
@@ -121,6 +166,11 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, gradient.mul_(is_label[:, None])
 
 
-def _capped_(logits: Tensor, softcap: float | None) -> Tensor:
+def capped_(logits: Tensor, softcap: float | None) -> Tensor:
     """Soft-capped logits, in place."""
     return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+
+
+def cooled_(logits: Tensor, temperature: float) -> Tensor:
+    """Logits divided by a temperature, in place."""
+    return logits if temperature == 1.0 else logits.div_(temperature)

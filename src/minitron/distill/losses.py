@@ -2,17 +2,18 @@
 
 A `Comparison` takes the teacher's and the student's logits, (n, vocab) each, in float32 or better, and may overwrite
 both. It returns each token's loss, (n,), summed over the vocabulary, and the loss's gradient by the student's logits,
-(n, vocab). p is the teacher's softmax, q the student's.
+(n, vocab). p is the teacher's softmax, q the student's. A temperature is the caller's matter.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Comparison = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Comparison = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 
 def forward_kl(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,28 +63,24 @@ def cosine(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
     return 1 - cos.squeeze(-1), own.mul_(cos).sub_(towards).div_(length)
 
 
-def tempered(teacher: Tensor, student: Tensor, comparison: Comparison, temperature: float) -> tuple[Tensor, Tensor]:
-    """A comparison of logits divided by τ, times τ², so that gradients keep their size.
-
-    (Hinton et al., arXiv 1503.02531, section 2.)
-    """
-    loss, gradient = comparison(teacher.div_(temperature), student.div_(temperature))
-    return loss.mul_(temperature**2), gradient.mul_(temperature)
-
-
 def with_tail(teacher: Tensor, student: Tensor, comparison: Comparison, top_k: int) -> tuple[Tensor, Tensor]:
     """A comparison over the teacher's k most likely tokens and, as one more class, all others together.
 
     Both distributions stay whole: unlike renormalising within the k, this sees probability that the student gives to
     the others.
     """
-    indices = teacher.topk(top_k, dim=-1, sorted=False).indices
-    return against_classes(indices, _classes_(teacher, indices), student, comparison)
+    return against_classes(classes_of(teacher, top_k), student, comparison)
 
 
-def against_classes(indices: Tensor, classes: Tensor, student: Tensor, comparison: Comparison) -> tuple[Tensor, Tensor]:
-    """The same where of the teacher only that is known: the tokens `indices` (n, k), and logits `classes` (n, k + 1),
-    the last of which is that of all other tokens together."""
+def classes_of(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens (n, k), and logits (n, k + 1), the last that of all others; overwrites its argument."""
+    indices = logits.topk(top_k, dim=-1, sorted=False).indices
+    return indices, _classes_(logits, indices)
+
+
+def against_classes(teacher: tuple[Tensor, Tensor], student: Tensor, comparison: Comparison) -> tuple[Tensor, Tensor]:
+    """A comparison with what `classes_of` gives, where no more of the teacher is known."""
+    indices, classes = teacher
     own = _classes_(student, indices)
     others = own[:, -1:].clone()
     loss, of_classes = comparison(classes, own)
@@ -92,18 +89,16 @@ def against_classes(indices: Tensor, classes: Tensor, student: Tensor, compariso
     return loss, gradient.scatter_(-1, indices, of_classes[:, :-1])
 
 
-def comparison_of(kind: str, temperature: float, beta: float, top_k: int | None) -> Comparison:
-    """The comparison that a recipe's `distill.loss` describes.
+def comparison_of(kind: str, beta: float = 0.5, top_k: int | None = None, of_classes: bool = False) -> Comparison:
+    """The comparison that a recipe describes; with `of_classes`, one whose teacher is given as `classes_of` gives it.
 
     Raises:
         KeyError: there is no such kind.
     """
-    found = COMPARISONS[kind]
-    if kind == "jsd":
-        found = partial(jsd, beta=beta)
-    if top_k is not None:
-        found = partial(with_tail, comparison=found, top_k=top_k)
-    return found if temperature == 1.0 else partial(tempered, comparison=found, temperature=temperature)
+    found = partial(jsd, beta=beta) if kind == "jsd" else COMPARISONS[kind]
+    if of_classes:
+        return partial(against_classes, comparison=found)
+    return found if top_k is None else partial(with_tail, comparison=found, top_k=top_k)
 
 
 COMPARISONS: dict[str, Comparison] = {

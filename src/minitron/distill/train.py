@@ -7,31 +7,23 @@ and the step alone. A run that is killed continues from its last checkpoint to t
 import json
 import math
 import time
-import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from minitron.data.blocks import Blocks
+from minitron.distill.checkpoints import load_checkpoint, save_checkpoint
 from minitron.distill.distributed import World, shard, whole
-from minitron.distill.fused import logit_loss
+from minitron.distill.fused import TopTokens, logit_loss
 from minitron.distill.losses import comparison_of
+from minitron.distill.teacher import Teacher
 from minitron.errors import UserError
 from minitron.files import (
-    empty_folder,
-    partial_path,
-    publish_folder,
-    read_json,
     read_jsonl,
-    recover_folder,
     whole_folder,
-    write_json,
     write_jsonl,
 )
 from minitron.measure.perplexity import measure_perplexity, next_token_nll
@@ -40,13 +32,12 @@ from minitron.model.checkpoint import Checkpoint, write_model
 from minitron.progress import Progress
 from minitron.recipe import DistillRecipe
 
-CHECKPOINT_FILE_BYTES = 256 * 1024**2
 NUM_EVALUATIONS = 5
 """Held-out perplexity is measured this often along the way, and once before the first step."""
 
 
 def distill(
-    teacher: nn.Module | None,
+    teacher: Teacher | None,
     pruned: Checkpoint,
     train: Blocks,
     heldout: Blocks,
@@ -82,18 +73,7 @@ def distill(
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
     )
-    _loop(
-        Headless(teacher) if teacher is not None else None,
-        student,
-        optimizer,
-        train,
-        heldout,
-        recipe,
-        work,
-        seed,
-        dtype,
-        world,
-    )
+    _loop(teacher, student, optimizer, train, heldout, recipe, work, seed, dtype, world)
     _write_student(student, pruned, out, world)
 
 
@@ -118,7 +98,7 @@ def learning_rate(step: int, num_steps: int, recipe: DistillRecipe) -> float:
 
 
 def _loop(
-    teacher: Headless | None,
+    teacher: Teacher | None,
     student: Headless,
     optimizer: torch.optim.Optimizer,
     train: Blocks,
@@ -132,7 +112,7 @@ def _loop(
     step_tokens = recipe.batch_size * train.context
     num_steps = max(1, recipe.tokens // step_tokens)
     evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
-    step = _load(work, student, optimizer, world)
+    step = load_checkpoint(work, student, optimizer, world)
     metrics = Metrics(work / "metrics.jsonl", step, world)
     with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress:
         if step == 0:
@@ -142,8 +122,8 @@ def _loop(
             rate = learning_rate(step, num_steps, recipe)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            ids = train.ids[batch_indices(step, recipe.batch_size, len(train), seed)]
-            loss = world.sum(accumulate(teacher, student, ids, recipe, dtype, world))
+            numbers = batch_indices(step, recipe.batch_size, len(train), seed)
+            loss = world.sum(accumulate(teacher, student, train.ids[numbers], numbers, recipe, dtype, world))
             norm = nn.utils.clip_grad_norm_(student.parameters(), recipe.max_grad_norm)
             if not math.isfinite(float(loss)):
                 raise UserError(
@@ -161,35 +141,40 @@ def _loop(
             metrics.add(**row)
             progress.note(f"loss {float(loss):.3f}{metrics.last_perplexity()}")
             if step < num_steps and world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds):
-                _save(work, student, optimizer, step, world)
+                save_checkpoint(work, student, optimizer, step, world)
                 saved_at = time.monotonic()
 
 
 def accumulate(
-    teacher: Headless | None, student: Headless, ids: Tensor, recipe: DistillRecipe, dtype: torch.dtype, world: World
+    teacher: Teacher | None,
+    student: Headless,
+    ids: Tensor,
+    numbers: Tensor,
+    recipe: DistillRecipe,
+    dtype: torch.dtype,
+    world: World,
 ) -> Tensor:
-    """Add one step's gradient to the student's from this rank's share of the blocks `ids` (B, T).
+    """Add one step's gradient to the student's from this rank's share of the blocks `ids` (B, T), by `numbers` (B,).
 
     Returns this rank's part of the loss; the parts of all ranks add up to the mean over the step's tokens.
     """
     device = next(student.parameters()).device
-    mine = ids.chunk(world.size)[world.rank]
     total = torch.zeros((), dtype=torch.float64, device=device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
-    comparison = comparison_of(recipe.loss, recipe.temperature, recipe.beta, recipe.top_k)
     # The one place where the loss is normalised: by the tokens of the whole step, on all ranks.
     num_tokens, num_labels = ids.numel(), ids[:, 1:].numel()
-    for part in mine.split(recipe.micro_batch_size):
+    mine = (part.chunk(world.size)[world.rank].split(recipe.micro_batch_size) for part in (ids, numbers))
+    for part, part_numbers in zip(*mine, strict=True):
         part = part.to(device)
         readout: Readout
         if teacher is None:
             readout = partial(_cross_entropy, input_ids=part, num_labels=num_labels)
         else:
-            with torch.no_grad():
-                teacher_hidden, teacher_head = teacher(part, lambda hidden, head: (hidden, head))
+            target = teacher(part, part_numbers)
             readout = partial(
-                _logit_loss, teacher=teacher_hidden, teacher_head=teacher_head, comparison=comparison,
-                num_tokens=num_tokens, labels=_next_tokens(part) if recipe.label_weight else None,
+                _logit_loss, teacher=target, num_tokens=num_tokens, temperature=recipe.temperature,
+                comparison=comparison_of(recipe.loss, recipe.beta, recipe.top_k, isinstance(target, TopTokens)),
+                labels=_next_tokens(part) if recipe.label_weight else None,
                 label_weight=recipe.label_weight, num_labels=num_labels,
             )  # fmt: skip
         with autocast:
@@ -233,57 +218,6 @@ class Metrics:
         """The last held-out perplexity, in words."""
         found = [row["heldout_perplexity"] for row in self.rows if "heldout_perplexity" in row]
         return f" · held-out perplexity {found[-1]:.2f}" if found else ""
-
-
-def _state(student: Headless, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in student.named_parameters():
-        yield f"student.{name}", parameter.detach()
-        for key, value in optimizer.state[parameter].items():
-            yield f"optimizer.{name}.{key}", value
-
-
-def _save(work: Path, student: Headless, optimizer: torch.optim.Optimizer, step: int, world: World) -> None:
-    # Safetensors within torch's distributed checkpoint: reading one back cannot execute code.
-    state = dict(_state(student, optimizer))
-    staging = partial_path(work / "checkpoint")
-    if world.is_main:
-        empty_folder(staging)
-    world.barrier()
-    with warnings.catch_warnings(action="ignore"):  # it warns that one process saves for itself
-        writer = HuggingFaceStorageWriter(str(staging), _file_numbers(state), 1, True)  # 1 thread; a shard a rank
-        state_dict_saver.save(state, storage_writer=writer, no_dist=world.size == 1)
-    if world.is_main:
-        write_json(staging / "state.json", {"step": step})
-        publish_folder(staging, work / "checkpoint")
-    world.barrier()
-
-
-def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
-    """Deal tensors out to files, counted from 1: the writer holds a copy of a whole file while it writes it."""
-    numbers, num_bytes = {}, 0
-    for name, tensor in state.items():
-        numbers[name] = 1 + num_bytes // CHECKPOINT_FILE_BYTES
-        num_bytes += tensor.numel() * tensor.element_size()
-    return numbers
-
-
-def _load(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world: World) -> int:
-    """Restore the last checkpoint, if there is one, and return the step it was taken after."""
-    if world.is_main:
-        recover_folder(work / "checkpoint")
-    world.barrier()
-    if not (work / "checkpoint").is_dir():
-        return 0
-    for parameter in student.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter.detach()),
-            "exp_avg_sq": torch.zeros_like(parameter.detach()),
-        }
-    with warnings.catch_warnings(action="ignore"):
-        reader = HuggingFaceStorageReader(str(work / "checkpoint"))
-        state_dict_loader.load(dict(_state(student, optimizer)), storage_reader=reader, no_dist=world.size == 1)
-    return int(read_json(work / "checkpoint" / "state.json")["step"])
 
 
 def _write_student(student: Headless, pruned: Checkpoint, out: Path, world: World) -> None:

@@ -141,6 +141,11 @@ class Arch:
         return next(row for row in self.rows if row.axes == {"vocab", "hidden"})
 
     @property
+    def output(self) -> Row:
+        """The row of the output matrix: that of the embeddings where they are tied."""
+        return [row for row in self.rows if row.axes == {"vocab", "hidden"}][-1]
+
+    @property
     def num_parameters(self) -> int:
         """All parameters, tied ones once; exact."""
         return int(self._count(self.sizes))

@@ -46,7 +46,7 @@ class Headless(nn.Module):
         divisor = getattr(config, family.logit_divisor) if family.logit_divisor else 1.0
         multiplier = getattr(config, family.logit_multiplier) if family.logit_multiplier else 1.0
         self.scale = multiplier / divisor
-        self.softcap = getattr(config, family.logit_softcap) if family.logit_softcap else None
+        self.softcap = _softcap(config)
 
     def forward(self, input_ids: Tensor, readout: Readout) -> Any:
         """`readout(hidden, head)` for token ids (B, T)."""
@@ -55,6 +55,17 @@ class Headless(nn.Module):
         if self.scale != 1.0:
             hidden = hidden * self.scale
         return readout(hidden, Head(model.get_output_embeddings().weight, self.softcap))
+
+
+def read_head(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Head:
+    """The head of a model on disk, without the rest of it."""
+    weight = checkpoint.tensor(checkpoint.arch.output.name).to(device, dtype)
+    return Head(weight, _softcap(checkpoint.config))
+
+
+def _softcap(config: Any) -> float | None:
+    name = family_of(config.model_type).logit_softcap
+    return getattr(config, name) if name else None
 
 
 def resolve_device(device: str) -> torch.device:

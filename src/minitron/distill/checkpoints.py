@@ -1,0 +1,68 @@
+"""The state of a training run on disk: step, student and optimizer, to continue from at any number of ranks."""
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from minitron.distill.distributed import World
+from minitron.files import empty_folder, partial_path, publish_folder, read_json, recover_folder, write_json
+from minitron.model.causal import Headless
+
+CHECKPOINT_FILE_BYTES = 256 * 1024**2
+
+
+def _state(student: Headless, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in student.named_parameters():
+        yield f"student.{name}", parameter.detach()
+        for key, value in optimizer.state[parameter].items():
+            yield f"optimizer.{name}.{key}", value
+
+
+def save_checkpoint(work: Path, student: Headless, optimizer: torch.optim.Optimizer, step: int, world: World) -> None:
+    """Write `work/checkpoint`, whole or not at all; every rank must ask."""
+    # Safetensors within torch's distributed checkpoint: reading one back cannot execute code.
+    state = dict(_state(student, optimizer))
+    staging = partial_path(work / "checkpoint")
+    if world.is_main:
+        empty_folder(staging)
+    world.barrier()
+    with warnings.catch_warnings(action="ignore"):  # it warns that one process saves for itself
+        writer = HuggingFaceStorageWriter(str(staging), _file_numbers(state), 1, True)  # 1 thread; a shard a rank
+        state_dict_saver.save(state, storage_writer=writer, no_dist=world.size == 1)
+    if world.is_main:
+        write_json(staging / "state.json", {"step": step})
+        publish_folder(staging, work / "checkpoint")
+    world.barrier()
+
+
+def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
+    """Deal tensors out to files, counted from 1: the writer holds a copy of a whole file while it writes it."""
+    numbers, num_bytes = {}, 0
+    for name, tensor in state.items():
+        numbers[name] = 1 + num_bytes // CHECKPOINT_FILE_BYTES
+        num_bytes += tensor.numel() * tensor.element_size()
+    return numbers
+
+
+def load_checkpoint(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world: World) -> int:
+    """Restore the last checkpoint, if there is one, and return the step it was taken after."""
+    if world.is_main:
+        recover_folder(work / "checkpoint")
+    world.barrier()
+    if not (work / "checkpoint").is_dir():
+        return 0
+    for parameter in student.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter.detach()),
+            "exp_avg_sq": torch.zeros_like(parameter.detach()),
+        }
+    with warnings.catch_warnings(action="ignore"):
+        reader = HuggingFaceStorageReader(str(work / "checkpoint"))
+        state_dict_loader.load(dict(_state(student, optimizer)), storage_reader=reader, no_dist=world.size == 1)
+    return int(read_json(work / "checkpoint" / "state.json")["step"])
