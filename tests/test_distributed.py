@@ -1,17 +1,22 @@
 """Property 8, many processes: worlds of 1 and 2 and every accumulation split give the same gradient and student."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from minitron.data.blocks import Blocks
+from minitron.distill import train
 from minitron.distill.distributed import World
 from minitron.distill.teacher import live
 from minitron.distill.train import accumulate
+from minitron.errors import UserError
 from minitron.model.causal import Headless, load_model
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import DistillRecipe
@@ -119,16 +124,77 @@ import os, signal, sys
 from minitron import cli, progress
 
 plain, seen = progress.Progress.advance, [0]
+number = getattr(signal, os.environ.get("KILLED_BY", "SIGKILL"))
 
 def advance(self, units):
     plain(self, units)
     seen[0] += self.stage == "distill"
     if seen[0] == 4 and os.environ.get("RANK", "0") == "0":
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), number)
 
 progress.Progress.advance = advance
 cli.main()
 """
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_run_that_is_told_to_stop_loses_nothing(
+    models: tuple[Path, Path], tmp_path: Path, text_file: Path, name: str, status: int
+) -> None:
+    (tmp_path / "killed.py").write_text(KILLED)
+    (tmp_path / "recipe.yaml").write_text("distill: {batch_size: 4}")
+    given = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--recipe", str(tmp_path / "recipe.yaml")]
+    verb = [*map(str, models)]
+    stopped = subprocess.run(
+        [sys.executable, str(tmp_path / "killed.py"), "distill", *verb, str(tmp_path / "out"), *given],
+        capture_output=True, text=True, env={**os.environ, "KILLED_BY": name},
+    )  # fmt: skip
+    assert stopped.returncode == status
+    assert stopped.stderr.splitlines()[-1] == "stopped, with everything saved: run the same again to continue"
+    assert json.loads((tmp_path / ".out.distill" / "checkpoint" / "state.json").read_text())["step"] == 4
+    for out in ("out", "through"):
+        command = [sys.executable, "-m", "minitron", "distill", *verb, str(tmp_path / out), *given]
+        subprocess.run(command, check=True, capture_output=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "through" / "model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == (tmp_path / "through" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("broken", [[2], list(range(3, 12)), list(range(3, 13))])
+def test_steps_without_a_finite_loss_are_skipped(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: list[int]
+) -> None:
+    ids = torch.randint(0, 258, (14, 24), generator=torch.Generator().manual_seed(0))
+    blocks, teacher = (
+        Blocks(ids, torch.ones_like(ids)),
+        live(load_model(open_checkpoint(models[0]), CPU, torch.float32)),
+    )
+    weights, steps = [], iter(range(14))
+
+    def accumulate_or_break(_: Any, student: Headless, *rest: Any) -> torch.Tensor:
+        weights.append(student.model.get_input_embeddings().weight.detach().clone())  # type: ignore[operator]
+        loss = accumulate(teacher, student, *rest)
+        return loss * float("nan") if next(steps) in broken else loss
+
+    monkeypatch.setattr(train, "accumulate", accumulate_or_break)
+    recipe = DistillRecipe(tokens=14 * 24, batch_size=1)
+    (tmp_path / "work").mkdir()
+
+    def run() -> None:
+        train.distill(teacher, open_checkpoint(models[1]), blocks, blocks[:2], recipe, tmp_path / "out",
+                      tmp_path / "work", 0, CPU, torch.float32, World())  # fmt: skip
+
+    if len(broken) == 10:
+        with pytest.raises(UserError, match=r"loss nan, gradient .* the last of 10 in a row"):
+            run()
+        assert not (tmp_path / "out").exists()
+        return
+    run()
+    for step in range(13):
+        assert torch.equal(weights[step], weights[step + 1]) == (step in broken)
+    rows = [json.loads(row) for row in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] - 1 for row in rows if "skipped" in row] == broken
 
 
 def test_a_run_killed_on_two_processes_continues_on_one(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from minitron.errors import UserError
+from minitron.errors import StoppedError, UserError
 
 app = typer.Typer(
     help="Make a smaller language model out of a trained one: prune it, then distil the rest back.",
@@ -252,6 +252,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted: the same command continues a compress run", file=sys.stderr)
         sys.exit(130)
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal_number)
     except BaseException as error:  # safetensors and torch have exceptions that derive from it directly
         if isinstance(error, PermissionError):
             _fail(f"permission denied: {error.filename}")

@@ -1,8 +1,19 @@
-"""The one exception that means: what was asked cannot be done, and here is what would be accepted."""
+"""Exceptions with which a run ends in good order."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the command line prints it as one `error: …` line and exits with 2."""
+    """What was asked cannot be done, and what would be accepted.
+
+    The command line prints it as one `error: …` line and exits with 2.
+    """
+
+
+class StoppedError(Exception):
+    """A signal asked the run to stop and it has saved itself; the command line exits as the signal would have."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("stopped, with everything saved: run the same again to continue")
+        self.signal_number = signal_number
 
 
 def nearest(word: str, accepted: list[str]) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ from minitron.model.causal import Head, Headless, Readout, load_model
 from minitron.model.checkpoint import Checkpoint, write_model
 from minitron.progress import Progress
 from minitron.recipe import DistillRecipe
+from minitron.signals import stop_wish
 
+MOST_SKIPPED = 10
+"""Steps in a row whose loss or gradient is not finite, and which are therefore skipped, before the run gives up."""
 NUM_EVALUATIONS = 5
 """Held-out perplexity is measured this often along the way, and once before the first step."""
 
@@ -59,7 +63,8 @@ def distill(
 
     Raises:
         UserError: the batch cannot be dealt out to the ranks, the dtype is float16, `top_k` is the whole vocabulary, or
-            the loss is not finite.
+            ten steps in a row had no finite loss and gradient.
+        StoppedError: SIGINT or SIGTERM came; the checkpoint is of the step that was just done.
     """
     if recipe.batch_size % world.size:
         raise UserError(f"distill.batch_size {recipe.batch_size} cannot be dealt out to {world.size} ranks equally")
@@ -114,7 +119,7 @@ def _loop(
     evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
     step = load_checkpoint(work, student, optimizer, world)
     metrics = Metrics(work / "metrics.jsonl", step, world)
-    with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress:
+    with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress, stop_wish() as wish:
         if step == 0:
             metrics.add(step=0, tokens=0, heldout_perplexity=measure_perplexity(student, heldout).perplexity)
         saved_at = time.monotonic()
@@ -123,26 +128,33 @@ def _loop(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             numbers = batch_indices(step, recipe.batch_size, len(train), seed)
-            loss = world.sum(accumulate(teacher, student, train.ids[numbers], numbers, recipe, dtype, world))
-            norm = nn.utils.clip_grad_norm_(student.parameters(), recipe.max_grad_norm)
-            if not math.isfinite(float(loss)):
-                raise UserError(
-                    f"the loss is {float(loss)} at step {step}: a model's weights are broken, or "
-                    f"distill.learning_rate {recipe.learning_rate} is too high"
-                )
-            optimizer.step()
+            loss = float(world.sum(accumulate(teacher, student, train.ids[numbers], numbers, recipe, dtype, world)))
+            norm = float(whole(nn.utils.clip_grad_norm_(student.parameters(), recipe.max_grad_norm)))
+            is_good = math.isfinite(loss) and math.isfinite(norm)
+            if is_good:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
-            row = {"step": step, "tokens": step * step_tokens, "loss": float(loss), "learning_rate": rate}
-            row["grad_norm"] = float(whole(norm))
+            row: dict[str, Any] = {"step": step, "tokens": step * step_tokens, "learning_rate": rate}
+            row |= {"loss": loss, "grad_norm": norm} if is_good else {"skipped": f"loss {loss}, gradient {norm}"}
             progress.advance(step_tokens)
             if step in evaluate_at:
                 row["heldout_perplexity"] = measure_perplexity(student, heldout).perplexity
             metrics.add(**row)
-            progress.note(f"loss {float(loss):.3f}{metrics.last_perplexity()}")
-            if step < num_steps and world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds):
+            if metrics.num_skipped_last == MOST_SKIPPED:
+                raise UserError(
+                    f"{row['skipped']} at step {step}, the last of {MOST_SKIPPED} in a row: a model's weights are "
+                    f"broken, or distill.learning_rate {recipe.learning_rate} is too high"
+                )
+            progress.note(f"loss {loss:.3f}{metrics.in_words()}")
+            is_wished = world.agree(wish.number is not None)
+            if step < num_steps and (
+                is_wished or world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds)
+            ):
                 save_checkpoint(work, student, optimizer, step, world)
                 saved_at = time.monotonic()
+            if step < num_steps and is_wished:
+                wish.grant()
 
 
 def accumulate(
@@ -214,10 +226,17 @@ class Metrics:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def last_perplexity(self) -> str:
-        """The last held-out perplexity, in words."""
+    @property
+    def num_skipped_last(self) -> int:
+        """Steps skipped since the last good one."""
+        return sum(1 for _ in takewhile(lambda row: "skipped" in row, reversed(self.rows)))
+
+    def in_words(self) -> str:
+        """The last held-out perplexity, in words, and how many steps were skipped if any."""
         found = [row["heldout_perplexity"] for row in self.rows if "heldout_perplexity" in row]
-        return f" · held-out perplexity {found[-1]:.2f}" if found else ""
+        num_skipped = sum("skipped" in row for row in self.rows)
+        skipped = f" · {num_skipped} steps skipped" if num_skipped else ""
+        return f"{f' · held-out perplexity {found[-1]:.2f}' if found else ''}{skipped}"
 
 
 def _write_student(student: Headless, pruned: Checkpoint, out: Path, world: World) -> None:
