@@ -215,6 +215,30 @@ def distill(
 
 
 @app.command()
+def correct(
+    teacher: Teacher,
+    out: Out,
+    method: Annotated[
+        str | None, typer.Option(help="What is trained: full, norms, or lora (needs minitron[lora]).")
+    ] = None,
+    recipe: RecipeFile = None,
+    family: Family = None,
+    data: Data = None,
+    tokens: Tokens = None,
+    context: Context = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Get a teacher used to the data before it teaches: trains it on the text, a Hugging Face folder at OUT."""
+    loaded = _recipe(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed, device=device,
+                     dtype=dtype, **{"distill.tokens": tokens, "distill.trains": method})  # fmt: skip
+    _print_record(_pipeline().correct_alone(loaded, out, overwrite), as_json)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model as in compress.")],
     recipe: RecipeFile = None,

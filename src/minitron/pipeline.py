@@ -1,6 +1,7 @@
 """The order of the stages. `compress` is the main job; the other functions run one stage alone."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,7 +77,8 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
         if not run.is_done("distill"):
             with run.stage("distill"):
                 pruned = open_checkpoint(run.path("pruned"))
-                _distill(inputs, pruned, run.path("student"), work=out, world=World())
+                teacher = _teacher(inputs, pruned, World())
+                _distill(inputs, teacher, pruned, run.path("student"), work=out, world=World())
         shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
         if not run.is_done("evaluate"):
             with run.stage("evaluate"):
@@ -209,9 +211,29 @@ def distill_alone(recipe: Recipe, student: str, out: Path, overwrite: bool) -> d
     pruned = open_teacher(student)
     inputs = _inputs_alone(recipe, out, overwrite, "config.json", pruned.folder, one_process=False)
     _require_one_vocabulary(inputs.teacher, pruned)
+    _train_alone(inputs, pruned, out, lambda world: _teacher(inputs, pruned, world))
+    return {"out": str(out), **_shape(pruned.arch)}
+
+
+def correct_alone(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
+    """Train the recipe's teacher itself on the recipe's data and write a Hugging Face folder at `out`.
+
+    A teacher that has not seen such data teaches it badly ("teacher correction", arXiv 2408.11796, section 2). An
+    interrupted run continues as in `distill_alone`.
+
+    Raises:
+        UserError: the training cannot be done.
+    """
+    inputs = _inputs_alone(recipe, out, overwrite, "config.json", one_process=False)
+    _train_alone(inputs, inputs.teacher, out, lambda _: None)
+    return {"out": str(out), **_shape(inputs.teacher.arch)}
+
+
+def _train_alone(inputs: Inputs, student: Checkpoint, out: Path, teacher: Callable[[World], Teacher | None]) -> None:
+    recipe = inputs.recipe
     identity = {
         "recipe": recipe.model_dump(mode="json"),
-        "sources": [inputs.teacher.fingerprint(), pruned.fingerprint(), inputs.splits.fingerprint()],
+        "sources": [inputs.teacher.fingerprint(), student.fingerprint(), inputs.splits.fingerprint()],
     }
     work = out.with_name(f".{out.name}.distill")
     with parents_of(out), joined_world(inputs.device) as world:
@@ -220,7 +242,7 @@ def distill_alone(recipe: Recipe, student: str, out: Path, overwrite: bool) -> d
             write_json(work / "run.json", identity)
         world.barrier()
         try:
-            _distill(inputs, pruned, work / "student", work, world)
+            _distill(inputs, teacher(world), student, work / "student", work, world)
             if world.is_main:
                 shutil.copyfile(work / "metrics.jsonl", work / "student" / "metrics.jsonl")
                 publish_folder(work / "student", out)
@@ -228,7 +250,6 @@ def distill_alone(recipe: Recipe, student: str, out: Path, overwrite: bool) -> d
         finally:
             if world.is_main and not (work / "checkpoint").exists():  # nothing to continue from
                 shutil.rmtree(work, ignore_errors=True)
-    return {"out": str(out), **_shape(pruned.arch)}
 
 
 def evaluate_alone(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
@@ -344,9 +365,9 @@ def _write_pruned(inputs: Inputs, arch: Arch, importance: Importance, folder: Pa
         )  # fmt: skip
 
 
-def _distill(inputs: Inputs, pruned: Checkpoint, out: Path, work: Path, world: World) -> None:
+def _distill(inputs: Inputs, teacher: Teacher | None, pruned: Checkpoint, out: Path, work: Path, world: World) -> None:
     distill(
-        _teacher(inputs, pruned, world), pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
+        teacher, pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
         out, work, inputs.recipe.seed, inputs.device, inputs.dtype, world,
     )  # fmt: skip
 

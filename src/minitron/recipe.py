@@ -127,6 +127,9 @@ class DistillRecipe(_Strict):
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    trains: Literal["full", "norms", "lora"] = "full"
+    """All parameters; those of the norms; or low-rank adapters, which are merged in at the end."""
+    lora_rank: int = Field(16, ge=1)
     loss: Literal["forward_kl", "reverse_kl", "jsd", "mse", "cosine"] = "forward_kl"
     """How far the student's distribution is from the teacher's (`distill.losses`)."""
     temperature: float = Field(1.0, gt=0)

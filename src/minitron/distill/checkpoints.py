@@ -18,6 +18,8 @@ CHECKPOINT_FILE_BYTES = 256 * 1024**2
 
 def _state(student: Headless, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in student.named_parameters():
+        if not parameter.requires_grad:
+            continue  # as it was when the run began
         yield f"student.{name}", parameter.detach()
         for key, value in optimizer.state[parameter].items():
             yield f"optimizer.{name}.{key}", value
@@ -56,7 +58,7 @@ def load_checkpoint(work: Path, student: Headless, optimizer: torch.optim.Optimi
     world.barrier()
     if not (work / "checkpoint").is_dir():
         return 0
-    for parameter in student.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, student.parameters()):
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             "exp_avg": torch.zeros_like(parameter.detach()),

@@ -120,9 +120,8 @@ class _LogitLoss(torch.autograd.Function):
         dtype = torch.promote_types(student.dtype, torch.float32)
         vocab = min(len(weight), teacher.vocab)
         matrix, teacher = weight[:vocab].to(dtype), teacher.ready(vocab, dtype)
-        needs_gradient = any(ctx.needs_input_grad[:2])
-        grad_student = torch.empty_like(student) if needs_gradient else None
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs_gradient else None
+        grad_student = torch.empty_like(student) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         for start in range(0, len(student), chunk_tokens):
             part = slice(start, start + chunk_tokens)
@@ -137,14 +136,14 @@ class _LogitLoss(torch.autograd.Function):
             if of_labels is not None:
                 total += of_labels[0].double().sum() * label_weight
                 gradient.add_(of_labels[1], alpha=label_weight)
-            if grad_student is not None and grad_weight is not None:
-                if slope is not None:
-                    gradient.mul_(slope)
+            if slope is not None:
+                gradient.mul_(slope)
+            if grad_student is not None:
                 grad_student[part] = (gradient @ matrix).to(grad_student.dtype)
+            if grad_weight is not None:
                 grad_weight[:vocab].addmm_(gradient.T, states)
             del gradient, slope, of_labels, logits  # before the next chunk's logits are formed
-        if grad_student is not None and grad_weight is not None:
-            ctx.gradients = grad_student, grad_weight.to(weight.dtype)
+        ctx.gradients = grad_student, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
         return total.to(dtype)
 
     @staticmethod
@@ -153,7 +152,9 @@ class _LogitLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("this loss can be differentiated once")
-        return *(gradient.mul_(grad_outputs[0].to(gradient.dtype)) for gradient in gradients), *([None] * 8)
+        scaled = [gradient if gradient is None else gradient.mul_(grad_outputs[0].to(gradient.dtype))
+                  for gradient in gradients]  # fmt: skip
+        return *scaled, *([None] * 8)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

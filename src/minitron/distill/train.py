@@ -21,6 +21,7 @@ from minitron.distill.distributed import World, shard, whole
 from minitron.distill.fused import TopTokens, logit_loss
 from minitron.distill.losses import comparison_of
 from minitron.distill.teacher import Teacher
+from minitron.distill.trained import choose_parameters
 from minitron.errors import UserError
 from minitron.files import (
     read_jsonl,
@@ -74,11 +75,14 @@ def distill(
         raise UserError("gradients of distillation are too small for float16; accepted: auto, float32, bfloat16")
     # In evaluation mode throughout: dropout has no place in matching another model's outputs.
     student = Headless(load_model(pruned, device, torch.promote_types(dtype, torch.float32)))
+    finish = choose_parameters(student.model, pruned.arch, recipe, seed, world)
     shard(student, pruned.arch, world)
     optimizer = torch.optim.AdamW(
-        student.parameters(), lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
-    )
+        [parameter for parameter in student.parameters() if parameter.requires_grad],
+        lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True,
+    )  # fmt: skip
     _loop(teacher, student, optimizer, train, heldout, recipe, work, seed, dtype, world)
+    finish()
     _write_student(student, pruned, out, world)
 
 

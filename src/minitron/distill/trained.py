@@ -1,0 +1,48 @@
+"""Which parameters of a model are trained: all, those of its norms alone, or low-rank adapters beside its matrices."""
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from minitron.distill.distributed import World
+from minitron.errors import UserError
+from minitron.model.arch import Arch
+from minitron.recipe import DistillRecipe
+
+UNFIT_FOR_ADAPTERS = r".*\.mixer\.(out_proj|conv1d)|.*\.mamba\.(out_proj|conv1d)"
+"""Fused Mamba kernels take these matrices themselves and would pass an adapter by."""
+
+
+def choose_parameters(model: Any, arch: Arch, recipe: DistillRecipe, seed: int, world: World) -> Callable[[], None]:
+    """Freeze what the recipe's `trains` leaves out; what is returned makes a stock model of it after training.
+
+    Adapters (LoRA, arXiv 2106.09685) are those of peft, beside every linear map of the layers, and are merged into
+    these at the end.
+
+    Raises:
+        UserError: adapters over several processes, or without peft.
+    """
+    if recipe.trains == "norms":
+        # Behind the first dot a norm has one name, in files and in memory.
+        norms = "|".join(norm.name.split(".", 1)[1].replace("{i}", r"\d+") for norm in arch.family.norms)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(re.fullmatch(rf"[^.]+\.({norms})\.(weight|bias)", name) is not None)
+    if recipe.trains != "lora":
+        return lambda: None
+    if world.size > 1:
+        raise UserError("distill.trains lora runs in one process; accepted under torchrun: full, norms")
+    try:
+        from peft import LoraConfig, LoraModel
+    except ImportError as error:
+        raise UserError("distill.trains lora needs peft: pip install 'minitron[lora]'") from error
+    config = LoraConfig(
+        r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear",
+        exclude_modules=UNFIT_FOR_ADAPTERS if any("conv1d" in row.name for row in arch.rows) else None,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # of what it sets right itself
+        torch.manual_seed(seed)
+        adapted = LoraModel(model, config, "default")
+    return lambda: adapted.merge_and_unload() and None
