@@ -23,6 +23,8 @@ from minitron.recipe import DistillRecipe
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
+OPTIMIZERS = [("adamw", 1e-5), ("muon", 1e-4)]
+"""With how near a student of two processes comes to that of one; Muon orthogonalises in bfloat16."""
 
 STEP = """
 import sys
@@ -100,11 +102,14 @@ def test_two_processes_give_the_gradient_of_one(models: tuple[Path, Path], tmp_p
         torch.testing.assert_close(found[name], expected, atol=1e-12, rtol=1e-9)
 
 
-def test_two_processes_train_the_student_of_one(models: tuple[Path, Path], tmp_path: Path, text_file: Path) -> None:
+@pytest.mark.parametrize(("optimizer", "atol"), OPTIMIZERS)
+def test_two_processes_train_the_student_of_one(
+    models: tuple[Path, Path], tmp_path: Path, text_file: Path, optimizer: str, atol: float
+) -> None:
     options = ["--data", str(text_file), "--context", "32", "--tokens", "512", "--device", "cpu"]
     minitron = ["minitron", "distill", *map(str, models)]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("distill: {batch_size: 4}\nevaluation: {tokens: 256}\nsearch: {tokens: 256}\n")
+    recipe.write_text(f"distill: {{batch_size: 4, optimizer: {optimizer}}}\nsearch: {{tokens: 256}}\n")
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     for name, prefix in (("one", [sys.executable, "-m"]), ("two", run)):
         done = subprocess.run(
@@ -115,8 +120,8 @@ def test_two_processes_train_the_student_of_one(models: tuple[Path, Path], tmp_p
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     start = load_file(models[1] / "model.safetensors")
     for name, expected in one.items():
-        torch.testing.assert_close(two[name], expected, atol=1e-5, rtol=1e-4)
-    assert any((one[name] - start[name]).abs().max() > 1e-4 for name in one)
+        torch.testing.assert_close(two[name], expected, atol=atol, rtol=1e-4)
+    assert any((one[name] - start[name]).abs().max() > 10 * atol for name in one)
 
 
 KILLED = """
@@ -197,14 +202,15 @@ def test_steps_without_a_finite_loss_are_skipped(
     assert [row["step"] - 1 for row in rows if "skipped" in row] == broken
 
 
+@pytest.mark.parametrize(("optimizer", "atol"), OPTIMIZERS)
 def test_a_run_killed_on_two_processes_continues_on_one(
-    models: tuple[Path, Path], tmp_path: Path, text_file: Path
+    models: tuple[Path, Path], tmp_path: Path, text_file: Path, optimizer: str, atol: float
 ) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
     recipe = tmp_path / "recipe.yaml"
     # Held-out perplexity is measured every other step, and a checkpoint follows every step.
     recipe.write_text(
-        "distill: {batch_size: 4, checkpoint_seconds: 0}\nevaluation: {tokens: 256}\nsearch: {tokens: 256}\n"
+        f"distill: {{batch_size: 4, checkpoint_seconds: 0, optimizer: {optimizer}}}\nsearch: {{tokens: 256}}\n"
     )
     verb = ["distill", *map(str, models)]
     options = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--device", "cpu",
@@ -223,7 +229,7 @@ def test_a_run_killed_on_two_processes_continues_on_one(
         )
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name, expected in one.items():
-        torch.testing.assert_close(two[name], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(two[name], expected, atol=atol, rtol=1e-4)
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert [json.loads(row)["step"] for row in rows[0]] == [json.loads(row)["step"] for row in rows[1]]
     assert not list(tmp_path.glob(".*"))

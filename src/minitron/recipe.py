@@ -122,8 +122,14 @@ class DistillRecipe(_Strict):
     micro_batch_size: int = Field(1, ge=1)
     """Blocks a forward pass."""
     learning_rate: float = Field(5e-4, gt=0)
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After the warm-up: a cosine; or the peak, and a straight line down at the end."""
     min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    decay_ratio: float = Field(0.2, gt=0, le=1)
+    """The share of the steps over which `wsd` comes down."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the layers' matrices; AdamW for the rest."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)

@@ -4,31 +4,32 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from minitron.distill.distributed import World
+from minitron.distill.optimizers import Optimizers, make_state
 from minitron.files import empty_folder, partial_path, publish_folder, read_json, recover_folder, write_json
 from minitron.model.causal import Headless
 
 CHECKPOINT_FILE_BYTES = 256 * 1024**2
 
 
-def _state(student: Headless, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
+def _state(student: Headless, optimizers: Optimizers) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in student.named_parameters():
         if not parameter.requires_grad:
             continue  # as it was when the run began
         yield f"student.{name}", parameter.detach()
-        for key, value in optimizer.state[parameter].items():
-            yield f"optimizer.{name}.{key}", value
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                yield f"optimizer.{name}.{key}", value
 
 
-def save_checkpoint(work: Path, student: Headless, optimizer: torch.optim.Optimizer, step: int, world: World) -> None:
+def save_checkpoint(work: Path, student: Headless, optimizers: Optimizers, step: int, world: World) -> None:
     """Write `work/checkpoint`, whole or not at all; every rank must ask."""
     # Safetensors within torch's distributed checkpoint: reading one back cannot execute code.
-    state = dict(_state(student, optimizer))
+    state = dict(_state(student, optimizers))
     staging = partial_path(work / "checkpoint")
     if world.is_main:
         empty_folder(staging)
@@ -51,20 +52,15 @@ def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
-def load_checkpoint(work: Path, student: Headless, optimizer: torch.optim.Optimizer, world: World) -> int:
+def load_checkpoint(work: Path, student: Headless, optimizers: Optimizers, world: World) -> int:
     """Restore the last checkpoint, if there is one, and return the step it was taken after."""
     if world.is_main:
         recover_folder(work / "checkpoint")
     world.barrier()
     if not (work / "checkpoint").is_dir():
         return 0
-    for parameter in filter(lambda parameter: parameter.requires_grad, student.parameters()):
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter.detach()),
-            "exp_avg_sq": torch.zeros_like(parameter.detach()),
-        }
+    make_state(optimizers)
     with warnings.catch_warnings(action="ignore"):
         reader = HuggingFaceStorageReader(str(work / "checkpoint"))
-        state_dict_loader.load(dict(_state(student, optimizer)), storage_reader=reader, no_dist=world.size == 1)
+        state_dict_loader.load(dict(_state(student, optimizers)), storage_reader=reader, no_dist=world.size == 1)
     return int(read_json(work / "checkpoint" / "state.json")["step"])

@@ -20,6 +20,7 @@ from minitron.distill.checkpoints import load_checkpoint, save_checkpoint
 from minitron.distill.distributed import World, shard, whole
 from minitron.distill.fused import TopTokens, logit_loss
 from minitron.distill.losses import comparison_of
+from minitron.distill.optimizers import Optimizers, learning_rate, make_optimizers, take_step
 from minitron.distill.teacher import Teacher
 from minitron.distill.trained import choose_parameters
 from minitron.errors import UserError
@@ -77,11 +78,8 @@ def distill(
     student = Headless(load_model(pruned, device, torch.promote_types(dtype, torch.float32)))
     finish = choose_parameters(student.model, pruned.arch, recipe, seed, world)
     shard(student, pruned.arch, world)
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in student.parameters() if parameter.requires_grad],
-        lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True,
-    )  # fmt: skip
-    _loop(teacher, student, optimizer, train, heldout, recipe, work, seed, dtype, world)
+    optimizers = make_optimizers(student, pruned.arch, recipe)
+    _loop(teacher, student, optimizers, train, heldout, recipe, work, seed, dtype, world)
     finish()
     _write_student(student, pruned, out, world)
 
@@ -96,20 +94,10 @@ def batch_indices(step: int, batch_size: int, num_blocks: int, seed: int) -> Ten
     return torch.stack([orders[position // num_blocks][position % num_blocks] for position in positions])
 
 
-def learning_rate(step: int, num_steps: int, recipe: DistillRecipe) -> float:
-    """Linear warm-up to the peak, then a cosine down to `min_learning_rate_ratio` of it."""
-    warmup = max(1, round(recipe.warmup_ratio * num_steps))
-    if step < warmup:
-        return recipe.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, num_steps - warmup)
-    low = recipe.min_learning_rate_ratio
-    return recipe.learning_rate * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
 def _loop(
     teacher: Teacher | None,
     student: Headless,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Optimizers,
     train: Blocks,
     heldout: Blocks,
     recipe: DistillRecipe,
@@ -121,7 +109,7 @@ def _loop(
     step_tokens = recipe.batch_size * train.context
     num_steps = max(1, recipe.tokens // step_tokens)
     evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
-    step = load_checkpoint(work, student, optimizer, world)
+    step = load_checkpoint(work, student, optimizers, world)
     metrics = Metrics(work / "metrics.jsonl", step, world)
     with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress, stop_wish() as wish:
         if step == 0:
@@ -129,15 +117,10 @@ def _loop(
         saved_at = time.monotonic()
         while step < num_steps:
             rate = learning_rate(step, num_steps, recipe)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
             numbers = batch_indices(step, recipe.batch_size, len(train), seed)
             loss = float(world.sum(accumulate(teacher, student, train.ids[numbers], numbers, recipe, dtype, world)))
-            norm = float(whole(nn.utils.clip_grad_norm_(student.parameters(), recipe.max_grad_norm)))
+            norm = take_step(student, optimizers, rate, recipe.max_grad_norm, loss)
             is_good = math.isfinite(loss) and math.isfinite(norm)
-            if is_good:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
             step += 1
             row: dict[str, Any] = {"step": step, "tokens": step * step_tokens, "learning_rate": rate}
             row |= {"loss": loss, "grad_norm": norm} if is_good else {"skipped": f"loss {loss}, gradient {norm}"}
@@ -155,7 +138,7 @@ def _loop(
             if step < num_steps and (
                 is_wished or world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds)
             ):
-                save_checkpoint(work, student, optimizer, step, world)
+                save_checkpoint(work, student, optimizers, step, world)
                 saved_at = time.monotonic()
             if step < num_steps and is_wished:
                 wish.grant()
