@@ -11,6 +11,7 @@ import pytest
 from minitron.data.blocks import pack, read_blocks, read_splits
 from minitron.data.corpus import documents
 from minitron.errors import UserError
+from minitron.recipe import data_in_words, load_recipe
 from tests.conftest import byte_tokenizer
 
 TEXTS = ["plain words here", "naïve café — 日本語 🙂 text", "  leading and trailing  ", "line\nbreaks\n\nkept"]
@@ -66,6 +67,25 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
     for source in ("rows.jsonl", "rows.parquet", "*.txt"):
         assert sorted(documents(str(tmp_path / source), 0)) == sorted(TEXTS)
+
+
+def test_a_mixture_keeps_its_weights_all_the_way(tmp_path: Path) -> None:
+    for name, length, count in (("a", 30, 400), ("b", 70, 100)):
+        rows = [json.dumps({"text": (f"{name}{i:03}" * length)[:length]}) for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    weights = {str(tmp_path / "a.jsonl"): 0.3, str(tmp_path / "b.jsonl"): 0.7}
+    mixed = list(documents(weights, 0))
+    given = {"a": 0, "b": 0}
+    for document in mixed:
+        given[document[0]] += len(document)
+        assert abs(given["a"] - 0.3 * sum(given.values())) <= 70
+    assert given["b"] == 7000  # it ends with the first source that does
+    assert [d for d in mixed if d[0] == "b"] == list(documents(str(tmp_path / "b.jsonl"), 0))
+    assert mixed != list(documents(weights, 1))
+    assert data_in_words({"wiki": 3, "code": 7}) == "0.3 of wiki, 0.7 of code"
+    for bad in ({}, {"wiki": 0}, 3):
+        with pytest.raises(UserError, match="data"):
+            load_recipe(None, {"teacher": "x", "data": bad})
 
 
 def _binary(path: Path) -> Path:

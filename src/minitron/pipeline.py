@@ -40,7 +40,7 @@ from minitron.prune.importance import Importance, score_shape
 from minitron.prune.repair import mended
 from minitron.prune.rounds import score_in_rounds
 from minitron.prune.trim import cut_to, write_pruned
-from minitron.recipe import Recipe, parse_context
+from minitron.recipe import Recipe, data_in_words, parse_context
 from minitron.run import Run, open_run
 
 
@@ -262,7 +262,11 @@ def evaluate_alone(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
     _ = inputs.dtype
     tokenizer, vocab_size = load_tokenizer(inputs.teacher.folder), inputs.teacher.arch.sizes["vocab_size"]
     blocks = read_blocks(recipe.data, tokenizer, vocab_size, inputs.context, recipe.seed, max_tokens)
-    return {**_measure(inputs, inputs.teacher, blocks, "evaluate"), "data": recipe.data, "seed": recipe.seed}
+    return {
+        **_measure(inputs, inputs.teacher, blocks, "evaluate"),
+        "data": data_in_words(recipe.data),
+        "seed": recipe.seed,
+    }
 
 
 def read_arch(path: Path, teacher: Arch) -> Arch:

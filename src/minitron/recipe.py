@@ -44,6 +44,17 @@ def _share(target: Any) -> Any:
         return target
 
 
+Data = str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
+"""A source of documents, or several with the weight of each."""
+
+
+def data_in_words(data: Data) -> str:
+    """`wiki`, or `0.3 of wiki, 0.7 of code.jsonl`."""
+    if isinstance(data, str):
+        return data
+    return ", ".join(f"{weight / sum(data.values()):.3g} of {source}" for source, weight in data.items())
+
+
 Model = TypeVar("Model", bound=BaseModel)
 Count = Annotated[int, BeforeValidator(parse_count)]
 
@@ -177,7 +188,8 @@ class Recipe(_Strict):
     target_params: Annotated[str | float | None, BeforeValidator(_share)] = None
     family: str | None = None
     """Read the teacher as this `model_type`, whatever its config says."""
-    data: str = "wiki"
+    data: Data = "wiki"
+    """A source, or a mixture: source → weight, by characters."""
     context: int | None = Field(None, ge=2)
     """Tokens in a block; by default 1,024, or all that the teacher was made for if that is less."""
     seed: int = Field(0, ge=0, lt=2**32)

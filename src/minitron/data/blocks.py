@@ -14,6 +14,7 @@ from torch import Tensor
 from minitron.data.corpus import documents
 from minitron.errors import UserError
 from minitron.progress import Progress
+from minitron.recipe import Data, data_in_words
 
 DOCUMENTS_AT_ONCE = 64
 
@@ -64,7 +65,7 @@ class Splits:
 
 
 def read_blocks(
-    source: str, tokenizer: Any, vocab_size: int, context: int, seed: int, max_tokens: int | None = None
+    source: Data, tokenizer: Any, vocab_size: int, context: int, seed: int, max_tokens: int | None = None
 ) -> Blocks:
     """Tokenise and pack `source`, at most `max_tokens` of it, in the order that `seed` gives.
 
@@ -76,7 +77,9 @@ def read_blocks(
     with Progress("tokenise", total=None if wanted is None else wanted * context) as progress:
         blocks = pack(documents(source, seed), tokenizer, context, wanted, progress)
     if not len(blocks):
-        raise UserError(f"data '{source}' is shorter than one block of {context} tokens: lower --context")
+        raise UserError(
+            f"data '{data_in_words(source)}' is shorter than one block of {context} tokens: lower --context"
+        )
     if (highest := int(blocks.ids.max())) >= vocab_size:
         raise UserError(f"the tokenizer gives token {highest}, the model knows {vocab_size}: they do not fit together")
     return blocks
@@ -110,7 +113,7 @@ def pack(
 
 
 def read_splits(
-    source: str,
+    source: Data,
     tokenizer: Any,
     vocab_size: int,
     context: int,
@@ -130,7 +133,7 @@ def read_splits(
     blocks = read_blocks(source, tokenizer, vocab_size, context, seed, sum(wanted) * context)
     if len(blocks) < 3:
         raise UserError(
-            f"data '{source}' gives {len(blocks)} block(s) of {context} tokens; at least 3 are needed, "
+            f"data '{data_in_words(source)}' gives {len(blocks)} block(s) of {context} tokens; at least 3 are needed, "
             "to train, to compare and to evaluate on: add text or lower --context"
         )
     most = len(blocks) if len(blocks) == sum(wanted) else max(1, len(blocks) // 5)

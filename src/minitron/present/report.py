@@ -10,6 +10,7 @@ from minitron.files import read_json, read_jsonl, whole_file
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import read_config
 from minitron.present.card import figures_table
+from minitron.recipe import data_in_words
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -44,8 +45,8 @@ def write_report(run: Path) -> None:
 <h1>{html.escape(title)}</h1>
 <h2>Figures</h2>
 {_table(figures_table(results))}
-<p class="note">{measured["num_tokens"]:,} tokens of {html.escape(recipe["data"])} that no other stage has seen,
-context {measured["context"]}, seed {record["seed"]}.</p>
+<p class="note">{measured["num_tokens"]:,} tokens of {html.escape(data_in_words(recipe["data"]))} that no other
+stage has seen, context {measured["context"]}, seed {record["seed"]}.</p>
 <h2>Shape</h2>
 {_shape_bars(teacher, student)}
 <h2>Distillation</h2>
