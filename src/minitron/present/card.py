@@ -98,8 +98,8 @@ def _conditions(record: dict[str, Any], results: dict[str, dict[str, Any]]) -> s
     recipe, versions, student = record["recipe"], record["versions"], results["student"]
     return (
         f"Measured on {student['num_tokens']:,} tokens of `{data_in_words(recipe['data'])}` that no other stage has "
-        f"seen, in blocks of {student['context']} tokens, seed {recipe['seed']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}. Speeds are of this measurement, on the machine that made the model."
+        f"seen, in blocks of {student['context']} tokens, seed {recipe['seed']}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}. Speeds are of this measurement, on the machine that made the model."
     )
 
 
