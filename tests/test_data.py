@@ -11,10 +11,15 @@ import pytest
 from minitron.data.blocks import pack, read_blocks, read_splits
 from minitron.data.corpus import documents
 from minitron.errors import UserError
-from minitron.recipe import data_in_words, load_recipe
+from minitron.recipe import Data, data_in_words, load_recipe
 from tests.conftest import byte_tokenizer
 
 TEXTS = ["plain words here", "naïve café — 日本語 🙂 text", "  leading and trailing  ", "line\nbreaks\n\nkept"]
+
+
+def texts_of(data: Data, seed: int) -> list[str]:
+    """Documents that are all texts."""
+    return [document for document in documents(data, seed) if isinstance(document, str)]
 
 
 def test_packing_keeps_every_token_and_every_byte() -> None:
@@ -55,9 +60,9 @@ def test_a_short_corpus_is_dealt_out_by_fifths(tmp_path: Path) -> None:
 def test_the_seed_decides_the_order(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps({"text": f"document {i}"}) for i in range(50)))
-    assert list(documents(str(path), 0)) == list(documents(str(path), 0))
-    assert list(documents(str(path), 0)) != list(documents(str(path), 1))
-    assert sorted(documents(str(path), 0)) == sorted(documents(str(path), 1))
+    assert texts_of(str(path), 0) == texts_of(str(path), 0)
+    assert texts_of(str(path), 0) != texts_of(str(path), 1)
+    assert sorted(texts_of(str(path), 0)) == sorted(texts_of(str(path), 1))
 
 
 def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
@@ -66,7 +71,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
     for i, text in enumerate(TEXTS):
         (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
     for source in ("rows.jsonl", "rows.parquet", "*.txt"):
-        assert sorted(documents(str(tmp_path / source), 0)) == sorted(TEXTS)
+        assert sorted(texts_of(str(tmp_path / source), 0)) == sorted(TEXTS)
 
 
 def test_a_mixture_keeps_its_weights_all_the_way(tmp_path: Path) -> None:
@@ -74,14 +79,14 @@ def test_a_mixture_keeps_its_weights_all_the_way(tmp_path: Path) -> None:
         rows = [json.dumps({"text": (f"{name}{i:03}" * length)[:length]}) for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     weights = {str(tmp_path / "a.jsonl"): 0.3, str(tmp_path / "b.jsonl"): 0.7}
-    mixed = list(documents(weights, 0))
+    mixed = texts_of(weights, 0)
     given = {"a": 0, "b": 0}
     for document in mixed:
         given[document[0]] += len(document)
         assert abs(given["a"] - 0.3 * sum(given.values())) <= 70
     assert given["b"] == 7000  # it ends with the first source that does
-    assert [d for d in mixed if d[0] == "b"] == list(documents(str(tmp_path / "b.jsonl"), 0))
-    assert mixed != list(documents(weights, 1))
+    assert [d for d in mixed if d[0] == "b"] == texts_of(str(tmp_path / "b.jsonl"), 0)
+    assert mixed != texts_of(weights, 1)
     assert data_in_words({"wiki": 3, "code": 7}) == "0.3 of wiki, 0.7 of code"
     for bad in ({}, {"wiki": 0}, 3):
         with pytest.raises(UserError, match="data"):
@@ -100,9 +105,9 @@ def test_a_token_that_the_model_lacks_is_named(text_file: Path) -> None:
 
 def test_a_long_text_is_shuffled_through_a_bounded_buffer(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minitron.data.corpus.PIECE_CHARACTERS", 500)
-    whole = list(documents(str(text_file), 0))
+    whole = texts_of(str(text_file), 0)
     monkeypatch.setattr("minitron.data.corpus.BUFFER_CHARACTERS", 5_000)
-    bounded = list(documents(str(text_file), 0))
+    bounded = texts_of(str(text_file), 0)
     assert sorted(bounded) == sorted(whole)
     assert bounded != whole
     assert "".join(sorted(whole)) != "".join(whole)
@@ -110,7 +115,7 @@ def test_a_long_text_is_shuffled_through_a_bounded_buffer(text_file: Path, monke
 
 def test_a_name_with_brackets_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "part[1].txt").write_text("words")
-    assert list(documents(str(tmp_path / "part[1].txt"), 0)) == ["words"]
+    assert texts_of(str(tmp_path / "part[1].txt"), 0) == ["words"]
 
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
@@ -120,7 +125,10 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "binary": (lambda folder: _binary(folder / "b.txt"), "is not text|is not UTF-8"),
     "zero bytes": (lambda folder: _written(folder / "z.txt", "a\0b"), "zero bytes"),
     "not json": (lambda folder: _written(folder / "a.jsonl", "{"), "is not JSON lines"),
-    "no text field": (lambda folder: _written(folder / "a.jsonl", '{"body": "x"}'), "no 'text' field; it has body"),
+    "no text field": (
+        lambda folder: _written(folder / "a.jsonl", '{"body": "x"}'),
+        "no 'text' field, nor 'messages' with role and content; it has body",
+    ),
     "not parquet": (lambda folder: _written(folder / "a.parquet", "x"), "is not a parquet file"),
     "unknown kind": (lambda folder: _written(folder / "a.pdf", "x"), "cannot read '.pdf' files; accepted: .txt"),
     "short": (lambda folder: _written(folder / "s.txt", "too short"), "shorter than one block of 64 tokens"),

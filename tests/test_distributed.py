@@ -31,6 +31,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
+from minitron.data.blocks import Blocks
 from minitron.distill.distributed import joined_world, shard, whole
 from minitron.distill.teacher import live
 from minitron.distill.train import accumulate
@@ -46,7 +47,7 @@ with joined_world(cpu) as world:
     model = Headless(load_model(pruned, cpu, torch.float64).train())
     shard(model, pruned.arch, world)
     loss = accumulate(
-        live(load_model(open_checkpoint(teacher), cpu, torch.float64)), model, ids, torch.arange(4),
+        live(load_model(open_checkpoint(teacher), cpu, torch.float64)), model, Blocks(ids, ids), torch.arange(4),
         DistillRecipe(batch_size=4, label_weight=0.5), torch.float64, world,
     )
     grads = {name: whole(p.grad).contiguous() for name, p in model.named_parameters()}
@@ -74,7 +75,9 @@ def gradients(models: tuple[Path, Path], micro_batch_size: int, num_blocks: int 
     headless = Headless(student)
     ids = torch.randint(0, 258, (4, 24), generator=torch.Generator().manual_seed(0))[:num_blocks]
     recipe = DistillRecipe(batch_size=num_blocks, micro_batch_size=micro_batch_size, label_weight=0.5)
-    loss = accumulate(live(teacher), headless, ids, torch.arange(num_blocks), recipe, torch.float64, World())
+    loss = accumulate(
+        live(teacher), headless, Blocks(ids, ids), torch.arange(num_blocks), recipe, torch.float64, World()
+    )
     grads = {name: parameter.grad for name, parameter in headless.named_parameters() if parameter.grad is not None}
     return {**grads, "loss": loss}
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from minitron.data.blocks import pack
+from minitron.data.blocks import Blocks, pack
 from minitron.measure.perplexity import measure_perplexity, next_token_nll
 from minitron.model.causal import Head, load_model
 from minitron.model.checkpoint import Checkpoint
@@ -35,7 +35,7 @@ def test_the_gradient_is_that_of_the_whole_logits(softcap: float | None, monkeyp
     hidden = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(0, 11, (2, 8), generator=generator)
-    next_token_nll(hidden, Head(weight, softcap), ids).backward()
+    next_token_nll(hidden, Head(weight, softcap), Blocks(ids, ids).targets).backward()
     found = hidden.grad, weight.grad
     hidden.grad = weight.grad = None
     logits = hidden @ weight.T

@@ -1,6 +1,6 @@
 """Documents to tokens to packed blocks of equal length, and which stage sees which blocks."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron.data.corpus import documents
+from minitron.data.corpus import Document, documents
+from minitron.data.tokens import Array, Piece, tokenise
 from minitron.errors import UserError
 from minitron.progress import Progress
 from minitron.recipe import Data, data_in_words
@@ -25,12 +26,34 @@ class Blocks:
 
     ids: Tensor  # (N, context), int64
     num_bytes: Tensor  # (N, context), int32
+    is_learnt: Tensor | None = None
+    """(N, context), bool: tokens that a model is to predict, in chats those of the assistant; None: all."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
-    def __getitem__(self, part: slice) -> "Blocks":
-        return Blocks(self.ids[part], self.num_bytes[part])
+    def __getitem__(self, part: slice | Tensor) -> "Blocks":
+        return Blocks(self.ids[part], self.num_bytes[part], None if self.is_learnt is None else self.is_learnt[part])
+
+    def split(self, size: int) -> "list[Blocks]":
+        """Parts of so many blocks, the last one of fewer."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    @property
+    def targets(self) -> Tensor:
+        """(N, context): each position's next token, −100 at the end of a block and where that is not to be learnt."""
+        following = self.ids[:, 1:] if self.is_learnt is None else self.ids[:, 1:].where(self.is_learnt[:, 1:], -100)
+        return torch.nn.functional.pad(following, (0, 1), value=-100)
+
+    @property
+    def teaches(self) -> Tensor:
+        """(N, context), bool: positions whose distribution over the next token is to be learnt.
+
+        The next token of a block's last position is not known; it counts if the last token does.
+        """
+        if self.is_learnt is None:
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        return torch.cat([self.is_learnt[:, 1:], self.is_learnt[:, -1:]], dim=1)
 
     @property
     def context(self) -> int:
@@ -43,8 +66,11 @@ class Blocks:
         return self.ids.numel()
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens."""
-        return sha256(self.ids.numpy().tobytes()).hexdigest()
+        """SHA-256 of the tokens and of which are to be learnt."""
+        digest = sha256(self.ids.numpy().tobytes())
+        if self.is_learnt is not None:
+            digest.update(self.is_learnt.numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -86,30 +112,39 @@ def read_blocks(
 
 
 def pack(
-    texts: Iterable[str], tokenizer: Any, context: int, max_blocks: int | None, progress: Progress | None = None
+    texts: Iterable[Document], tokenizer: Any, context: int, max_blocks: int | None, progress: Progress | None = None
 ) -> Blocks:
     """Join the tokens of the texts and cut them into blocks; a rest shorter than a block is dropped.
 
-    Each text carries the marks that the tokenizer itself adds, or is closed by EOS when it adds none.
+    Each text carries the marks that the tokenizer itself adds, or is closed by EOS when it adds none; a chat is put
+    into words by the tokenizer's template, and only what the assistant says is to be learnt.
+
+    Raises:
+        UserError: there are chats, and the tokenizer has no template for them or one that rewrites earlier turns.
     """
-    ids: list[np.ndarray[Any, Any]] = []
-    sizes: list[np.ndarray[Any, Any]] = []
+    pieces: list[Piece] = []
     num_tokens, limit = 0, None if max_blocks is None else max_blocks * context
     iterator = iter(texts)
     while (limit is None or num_tokens < limit) and (batch := list(islice(iterator, DOCUMENTS_AT_ONCE))):
         before = num_tokens
-        for text_ids, text_bytes in _tokenise(batch, tokenizer):
-            ids.append(text_ids)
-            sizes.append(text_bytes)
-            num_tokens += len(text_ids)
+        for piece in tokenise(batch, tokenizer):
+            pieces.append(piece)
+            num_tokens += len(piece.ids)
         if progress:
             progress.advance(min(num_tokens, limit or num_tokens) - before)
     num_blocks = num_tokens // context if max_blocks is None else min(max_blocks, num_tokens // context)
     if not num_blocks:
         return Blocks(torch.zeros(0, context, dtype=torch.int64), torch.zeros(0, context, dtype=torch.int32))
-    end = num_blocks * context
-    flat_ids = torch.from_numpy(np.concatenate(ids)[:end]).view(num_blocks, context)
-    return Blocks(flat_ids, torch.from_numpy(np.concatenate(sizes)[:end]).view(num_blocks, context))
+
+    def joined(parts: list[Array]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts)[: num_blocks * context]).view(num_blocks, context)
+
+    is_learnt = joined([piece.is_learnt for piece in pieces])
+    return Blocks(
+        joined([piece.ids for piece in pieces]),
+        joined([piece.num_bytes for piece in pieces]),
+        None if is_learnt.all() else is_learnt,
+    )
 
 
 def read_splits(
@@ -160,26 +195,3 @@ def load_tokenizer(folder: Path) -> Any:
         raise UserError(f"{folder}: the tokenizer has no tokenizer.json; save it with a recent transformers first")
     tokenizer.model_max_length = int(1e30)  # documents are longer than a context; blocks are cut afterwards
     return tokenizer
-
-
-def _tokenise(texts: list[str], tokenizer: Any) -> Iterator[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    encodings = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False)
-    has_marks = tokenizer.num_special_tokens_to_add() > 0
-    for text, ids, offsets in zip(texts, encodings["input_ids"], encodings["offset_mapping"], strict=True):
-        num_bytes = _bytes_per_token(text, np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 1])
-        if not has_marks and tokenizer.eos_token_id is not None:
-            ids, num_bytes = [*ids, tokenizer.eos_token_id], np.append(num_bytes, np.int32(0))
-        yield np.array(ids, dtype=np.int64), num_bytes
-
-
-def _bytes_per_token(text: str, ends: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    # Tokens may share a character or skip white space; the bytes up to the furthest end so far, less those
-    # before, deal every byte of the text to exactly one token.
-    furthest = np.maximum.accumulate(ends) if len(ends) else ends
-    if text.isascii():
-        bytes_up_to = furthest
-    else:
-        code_points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-        widths = 1 + (code_points > 0x7F) + (code_points > 0x7FF) + (code_points > 0xFFFF)
-        bytes_up_to = np.concatenate([[0], np.cumsum(widths)])[furthest]
-    return np.diff(bytes_up_to, prepend=0).astype(np.int32)

@@ -26,6 +26,10 @@ class States:
         """How many tokens the distributions are over."""
         return len(self.head.weight)
 
+    def at(self, positions: Tensor) -> "States":
+        """Those of some positions, by a mask."""
+        return States(self.hidden[positions], self.head)
+
     def ready(self, vocab: int, dtype: torch.dtype) -> "States":
         """The same over the first tokens of the vocabulary, with one dimension for all positions."""
         return States(self.hidden.flatten(0, -2), Head(self.head.weight[:vocab].to(dtype), self.head.softcap))
@@ -46,6 +50,10 @@ class TopTokens:
     indices: Tensor
     classes: Tensor
     vocab: int
+
+    def at(self, positions: Tensor) -> "TopTokens":
+        """Those of some positions, by a mask."""
+        return TopTokens(self.indices[positions], self.classes[positions], self.vocab)
 
     def ready(self, vocab: int, dtype: torch.dtype) -> "TopTokens":
         """The same with one dimension for all positions."""

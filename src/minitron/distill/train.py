@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minitron.data.blocks import Blocks
 from minitron.distill.checkpoints import load_checkpoint, save_checkpoint
 from minitron.distill.distributed import World, shard, whole
-from minitron.distill.fused import TopTokens, logit_loss
+from minitron.distill.fused import States, TopTokens, logit_loss
 from minitron.distill.losses import comparison_of
 from minitron.distill.optimizers import Optimizers, learning_rate, make_optimizers, take_step
 from minitron.distill.teacher import Teacher
@@ -118,7 +118,7 @@ def _loop(
         while step < num_steps:
             rate = learning_rate(step, num_steps, recipe)
             numbers = batch_indices(step, recipe.batch_size, len(train), seed)
-            loss = float(world.sum(accumulate(teacher, student, train.ids[numbers], numbers, recipe, dtype, world)))
+            loss = float(world.sum(accumulate(teacher, student, train[numbers], numbers, recipe, dtype, world)))
             norm = take_step(student, optimizers, rate, recipe.max_grad_norm, loss)
             is_good = math.isfinite(loss) and math.isfinite(norm)
             step += 1
@@ -147,13 +147,13 @@ def _loop(
 def accumulate(
     teacher: Teacher | None,
     student: Headless,
-    ids: Tensor,
+    blocks: Blocks,
     numbers: Tensor,
     recipe: DistillRecipe,
     dtype: torch.dtype,
     world: World,
 ) -> Tensor:
-    """Add one step's gradient to the student's from this rank's share of the blocks `ids` (B, T), by `numbers` (B,).
+    """Add one step's gradient to the student's from this rank's share of the step's blocks, by `numbers` (B,).
 
     Returns this rank's part of the loss; the parts of all ranks add up to the mean over the step's tokens.
     """
@@ -161,40 +161,44 @@ def accumulate(
     total = torch.zeros((), dtype=torch.float64, device=device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
     # The one place where the loss is normalised: by the tokens of the whole step, on all ranks.
-    num_tokens, num_labels = ids.numel(), ids[:, 1:].numel()
-    mine = (part.chunk(world.size)[world.rank].split(recipe.micro_batch_size) for part in (ids, numbers))
-    for part, part_numbers in zip(*mine, strict=True):
-        part = part.to(device)
+    num_tokens = max(1, int(blocks.teaches.sum()))
+    num_labels = max(1, int((blocks.targets >= 0).sum()))
+    mine = torch.arange(len(blocks)).chunk(world.size)[world.rank]
+    for part in mine.split(recipe.micro_batch_size):
+        block = blocks[part]
+        ids, targets = block.ids.to(device), block.targets.to(device)
         readout: Readout
         if teacher is None:
-            readout = partial(_cross_entropy, input_ids=part, num_labels=num_labels)
+            readout = partial(_cross_entropy, targets=targets, num_labels=num_labels)
         else:
-            target = teacher(part, part_numbers)
+            said = teacher(ids, numbers[part])
             readout = partial(
-                _logit_loss, teacher=target, num_tokens=num_tokens, temperature=recipe.temperature,
-                comparison=comparison_of(recipe.loss, recipe.beta, recipe.top_k, isinstance(target, TopTokens)),
-                labels=_next_tokens(part) if recipe.label_weight else None,
-                label_weight=recipe.label_weight, num_labels=num_labels,
+                _logit_loss, teacher=said, is_learnt=block.teaches.to(device), num_tokens=num_tokens,
+                temperature=recipe.temperature,
+                comparison=comparison_of(recipe.loss, recipe.beta, recipe.top_k, isinstance(said, TopTokens)),
+                labels=targets if recipe.label_weight else None, label_weight=recipe.label_weight,
+                num_labels=num_labels,
             )  # fmt: skip
         with autocast:
-            loss = student(part, readout)
+            loss = student(ids, readout)
         (loss * world.size).backward()  # FSDP averages gradients over ranks; the loss is a sum already
         total += loss.detach().double()
     return total
 
 
-def _cross_entropy(hidden: Tensor, head: Head, input_ids: Tensor, num_labels: int) -> Tensor:
+def _cross_entropy(hidden: Tensor, head: Head, targets: Tensor, num_labels: int) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
-        return next_token_nll(hidden, head, input_ids) / num_labels
+        return next_token_nll(hidden, head, targets) / num_labels
 
 
-def _logit_loss(hidden: Tensor, head: Head, **given: Any) -> Tensor:
+def _logit_loss(
+    hidden: Tensor, head: Head, teacher: States | TopTokens, is_learnt: Tensor, labels: Tensor | None, **given: Any
+) -> Tensor:
+    if not is_learnt.all():
+        hidden, teacher = hidden[is_learnt], teacher.at(is_learnt)
+        labels = None if labels is None else labels[is_learnt]
     with torch.autocast(hidden.device.type, enabled=False):
-        return logit_loss(hidden, head, **given)
-
-
-def _next_tokens(ids: Tensor) -> Tensor:  # (B, T)
-    return nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+        return logit_loss(hidden, head, teacher, labels=labels, **given)
 
 
 class Metrics:

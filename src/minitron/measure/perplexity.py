@@ -25,7 +25,7 @@ class Perplexity:
     perplexity: float
     bits_per_byte: float
     num_tokens: int
-    """Tokens predicted: all but the first of each block."""
+    """Tokens predicted: all but the first of each block, in chats those of the assistant."""
     context: int
     tokens_per_second: float
     """Of the forward passes of this measurement, batch 1."""
@@ -46,36 +46,39 @@ def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int]
     device = next(model.parameters()).device
     nll = torch.zeros((), dtype=torch.float64, device=device)
     started = time.perf_counter()
-    for ids in blocks.ids.to(device).split(1):
-        nll += headless(ids, partial(next_token_nll, input_ids=ids))
-        advance(ids.numel())
+    for block in blocks.split(1):
+        nll += headless(block.ids.to(device), partial(next_token_nll, targets=block.targets.to(device)))
+        advance(block.num_tokens)
     if torch.isnan(nll):
         raise UserError("the model gives NaN: its weights are broken, or the dtype is too small for it")
-    mean = float(nll) / (num_tokens := blocks.num_tokens - len(blocks))
+    is_counted = blocks.targets >= 0
+    mean = float(nll) / max(1, num_tokens := int(is_counted.sum()))
     seconds = time.perf_counter() - started
     return Perplexity(
         perplexity=math.exp(min(mean, 700.0)),
-        bits_per_byte=float(nll) / math.log(2) / max(1, int(blocks.num_bytes[:, 1:].sum())),
+        bits_per_byte=float(nll) / math.log(2) / max(1, int(blocks.num_bytes[:, 1:][is_counted[:, :-1]].sum())),
         num_tokens=num_tokens,
         context=blocks.context,
         tokens_per_second=blocks.num_tokens / seconds,
     )
 
 
-def next_token_nll(hidden: Tensor, head: Head, input_ids: Tensor) -> Tensor:
+def next_token_nll(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     """Negative log-likelihood in nats, summed over the predicted tokens, as a float64 scalar.
 
-    hidden (B, T, hidden), input_ids (B, T); logits are formed in float32 (or float64
-    when the states are) for at most `CHUNK_TOKENS` tokens at once, and again for the gradient where there is one.
+    hidden (B, T, hidden), targets (B, T), each position's next token, negative where none is counted; logits are formed
+    in float32 (or float64 when the states are) for at most `CHUNK_TOKENS` tokens at once, and again for the gradient
+    where there is one.
     """
-    states, targets = hidden[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten()
+    is_counted = targets >= 0
+    states, labels = hidden[is_counted], targets[is_counted]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for part, labels in zip(states.split(CHUNK_TOKENS), targets.split(CHUNK_TOKENS), strict=True):
+    for part, of_part in zip(states.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):
         total = (
             total
             + checkpoint(
-                _chunk_nll, part.to(dtype), head, labels, use_reentrant=False, preserve_rng_state=False
+                _chunk_nll, part.to(dtype), head, of_part, use_reentrant=False, preserve_rng_state=False
             ).double()
         )
     return total

@@ -173,16 +173,20 @@ class _Layer(nn.Module):
 def _damage(model: nn.Module, blocks: Blocks, recipe: DepthRecipe, tokenizer: Any) -> Damage:
     """The score of the recipe, with what it needs of the whole model remembered."""
     headless, device = Headless(model), next(model.parameters()).device
-    parts = [ids.to(device) for ids in blocks.ids.split(1)]
+    parts, targets = blocks.ids.to(device).split(1), blocks.targets.to(device).split(1)
     if recipe.score == "task":
         if recipe.task is None:
             raise UserError("depth.score task needs depth.task, a jsonl file of items")
         items = read_items(Path(recipe.task), recipe.items)
         return lambda: -accuracy(model, tokenizer, items)
     if recipe.score == "perplexity":
-        num_predicted = blocks.num_tokens - len(blocks)
+        num_predicted = int((blocks.targets >= 0).sum())
         return lambda: (
-            sum(float(headless(ids, partial(next_token_nll, input_ids=ids))) for ids in parts) / num_predicted
+            sum(
+                float(headless(ids, partial(next_token_nll, targets=of)))
+                for ids, of in zip(parts, targets, strict=True)
+            )
+            / num_predicted
         )
 
     def states(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
