@@ -163,6 +163,8 @@ class DistillRecipe(_Strict):
     """Of hidden states."""
     label_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of the text's own next token, added to that loss."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Beside `metrics.jsonl`; each has to be installed."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Time between checkpoints; it changes no result."""
 

@@ -16,7 +16,7 @@ from minitron.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets")
 
-CHANGE_NOTHING = {"device", "distill.checkpoint_seconds"}
+CHANGE_NOTHING = {"device", "distill.checkpoint_seconds", "distill.trackers"}
 """Entries of a recipe that may differ when a run is continued."""
 STAGES = ("calibrate", "search", "prune", "distill", "evaluate")
 

@@ -4,31 +4,29 @@ The state of a run is the step, the student and the optimizer; which blocks a st
 and the step alone. A run that is killed continues from its last checkpoint to the same bits (on a CPU).
 """
 
-import json
 import math
 import time
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minitron.data.blocks import Blocks
+from minitron.data.blocks import Blocks, load_tokenizer
 from minitron.distill.checkpoints import load_checkpoint, save_checkpoint
 from minitron.distill.distributed import World, shard, whole
 from minitron.distill.fused import States, TopTokens, logit_loss
 from minitron.distill.losses import comparison_of
+from minitron.distill.metrics import Metrics
 from minitron.distill.optimizers import Optimizers, learning_rate, make_optimizers, take_step
 from minitron.distill.teacher import Teacher
 from minitron.distill.trained import choose_parameters
 from minitron.errors import UserError
 from minitron.files import (
-    read_jsonl,
     whole_folder,
-    write_jsonl,
 )
+from minitron.measure.continuation import continuation
 from minitron.measure.perplexity import measure_perplexity, next_token_nll
 from minitron.model.causal import Head, Headless, Readout, load_model
 from minitron.model.checkpoint import Checkpoint, write_model
@@ -38,6 +36,7 @@ from minitron.signals import stop_wish
 
 MOST_SKIPPED = 10
 """Steps in a row whose loss or gradient is not finite, and which are therefore skipped, before the run gives up."""
+PROMPT_TOKENS = 16
 NUM_EVALUATIONS = 5
 """Held-out perplexity is measured this often along the way, and once before the first step."""
 
@@ -79,7 +78,7 @@ def distill(
     finish = choose_parameters(student.model, pruned.arch, recipe, seed, world)
     shard(student, pruned.arch, world)
     optimizers = make_optimizers(student, pruned.arch, recipe)
-    _loop(teacher, student, optimizers, train, heldout, recipe, work, seed, dtype, world)
+    _loop(teacher, student, optimizers, pruned, train, heldout, recipe, work, seed, dtype, world)
     finish()
     _write_student(student, pruned, out, world)
 
@@ -98,6 +97,7 @@ def _loop(
     teacher: Teacher | None,
     student: Headless,
     optimizers: Optimizers,
+    pruned: Checkpoint,
     train: Blocks,
     heldout: Blocks,
     recipe: DistillRecipe,
@@ -110,10 +110,10 @@ def _loop(
     num_steps = max(1, recipe.tokens // step_tokens)
     evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
     step = load_checkpoint(work, student, optimizers, world)
-    metrics = Metrics(work / "metrics.jsonl", step, world)
+    metrics = Metrics(work, step, recipe.trackers, world)
     with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress, stop_wish() as wish:
         if step == 0:
-            metrics.add(step=0, tokens=0, heldout_perplexity=measure_perplexity(student, heldout).perplexity)
+            metrics.add(step=0, tokens=0, **_evaluate(student, heldout, pruned, world))
         saved_at = time.monotonic()
         while step < num_steps:
             rate = learning_rate(step, num_steps, recipe)
@@ -126,7 +126,7 @@ def _loop(
             row |= {"loss": loss, "grad_norm": norm} if is_good else {"skipped": f"loss {loss}, gradient {norm}"}
             progress.advance(step_tokens)
             if step in evaluate_at:
-                row["heldout_perplexity"] = measure_perplexity(student, heldout).perplexity
+                row |= _evaluate(student, heldout, pruned, world)
             metrics.add(**row)
             if metrics.num_skipped_last == MOST_SKIPPED:
                 raise UserError(
@@ -173,7 +173,8 @@ def accumulate(
         else:
             said = teacher(ids, numbers[part])
             readout = partial(
-                _logit_loss, teacher=said, is_learnt=block.teaches.to(device), num_tokens=num_tokens,
+                _logit_loss, teacher=said, num_tokens=num_tokens,
+                is_learnt=None if block.is_learnt is None else block.teaches.to(device),
                 temperature=recipe.temperature,
                 comparison=comparison_of(recipe.loss, recipe.beta, recipe.top_k, isinstance(said, TopTokens)),
                 labels=targets if recipe.label_weight else None, label_weight=recipe.label_weight,
@@ -186,48 +187,32 @@ def accumulate(
     return total
 
 
+def _evaluate(student: Headless, heldout: Blocks, pruned: Checkpoint, world: World) -> dict[str, Any]:
+    """Held-out perplexity; and, from one process, how the student goes on from the beginning of the held-out text."""
+    found: dict[str, Any] = {"heldout_perplexity": measure_perplexity(student, heldout).perplexity}
+    if world.size == 1 and (pruned.folder / "tokenizer.json").exists():
+        found["sample"] = continuation(student.model, load_tokenizer(pruned.folder), heldout.ids[:1, :PROMPT_TOKENS])
+    return found
+
+
 def _cross_entropy(hidden: Tensor, head: Head, targets: Tensor, num_labels: int) -> Tensor:
     with torch.autocast(hidden.device.type, enabled=False):
         return next_token_nll(hidden, head, targets) / num_labels
 
 
 def _logit_loss(
-    hidden: Tensor, head: Head, teacher: States | TopTokens, is_learnt: Tensor, labels: Tensor | None, **given: Any
+    hidden: Tensor,
+    head: Head,
+    teacher: States | TopTokens,
+    is_learnt: Tensor | None,
+    labels: Tensor | None,
+    **given: Any,
 ) -> Tensor:
-    if not is_learnt.all():
+    if is_learnt is not None:
         hidden, teacher = hidden[is_learnt], teacher.at(is_learnt)
         labels = None if labels is None else labels[is_learnt]
     with torch.autocast(hidden.device.type, enabled=False):
         return logit_loss(hidden, head, teacher, labels=labels, **given)
-
-
-class Metrics:
-    """`metrics.jsonl`: a row a step, appended as it happens; rows after the step resumed from are dropped."""
-
-    def __init__(self, path: Path, step: int, world: World) -> None:
-        self.path, self.is_main = path, world.is_main
-        self.rows = [row for row in read_jsonl(path) if row["step"] <= step] if step else []
-        if self.is_main:
-            write_jsonl(path, self.rows)
-
-    def add(self, **row: Any) -> None:
-        """Append a row."""
-        self.rows.append(row)
-        if self.is_main:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-    @property
-    def num_skipped_last(self) -> int:
-        """Steps skipped since the last good one."""
-        return sum(1 for _ in takewhile(lambda row: "skipped" in row, reversed(self.rows)))
-
-    def in_words(self) -> str:
-        """The last held-out perplexity, in words, and how many steps were skipped if any."""
-        found = [row["heldout_perplexity"] for row in self.rows if "heldout_perplexity" in row]
-        num_skipped = sum("skipped" in row for row in self.rows)
-        skipped = f" · {num_skipped} steps skipped" if num_skipped else ""
-        return f"{f' · held-out perplexity {found[-1]:.2f}' if found else ''}{skipped}"
 
 
 def _write_student(student: Headless, pruned: Checkpoint, out: Path, world: World) -> None:

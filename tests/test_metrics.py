@@ -1,0 +1,84 @@
+"""What a run writes down, and where else it goes if asked."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from minitron.data.blocks import load_tokenizer, pack
+from minitron.distill.distributed import World
+from minitron.distill.metrics import Metrics
+from minitron.errors import UserError
+from minitron.measure.continuation import continuation
+from minitron.model.causal import load_model
+from minitron.model.checkpoint import Checkpoint
+from tests.conftest import byte_tokenizer
+
+ROWS: list[dict[str, Any]] = [
+    {"step": 0, "tokens": 0, "heldout_perplexity": 9.5, "sample": "words"},
+    {"step": 1, "tokens": 8, "skipped": "loss nan, gradient 1.0"},
+    {"step": 2, "tokens": 16, "loss": 0.5, "learning_rate": 0.1},
+]
+
+
+def test_rows_are_appended_and_those_after_a_checkpoint_dropped(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, 0, (), World())
+    for row in ROWS:
+        metrics.add(**row)
+    assert metrics.in_words() == " · held-out perplexity 9.50 · 1 steps skipped"
+    again = Metrics(tmp_path, 1, (), World())
+    assert again.num_skipped_last == 1
+    again.add(**ROWS[2])
+    assert again.num_skipped_last == 0
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == ROWS
+    Metrics(tmp_path, 0, (), World(1, 2)).add(**ROWS[0])
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_trackers_get_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    class Writer:
+        def __init__(self, folder: str) -> None:
+            seen.append(folder)
+
+        def add_scalar(self, *given: Any) -> None:
+            seen.append(given)
+
+        def add_text(self, *given: Any) -> None:
+            seen.append(given)
+
+        def flush(self) -> None:
+            pass
+
+    run = SimpleNamespace(log=lambda figures, step: seen.append((figures, step)))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    Metrics(tmp_path, 0, ("tensorboard", "wandb"), World()).add(**ROWS[0])
+    assert seen == [
+        str(tmp_path / "tensorboard"), ("tokens", 0, 0), ("heldout_perplexity", 9.5, 0), ("sample", "words", 0),
+        ({"tokens": 0, "heldout_perplexity": 9.5}, 0),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=f"{name} is not installed: pip install {name}"):
+        Metrics(tmp_path, 0, (name,), World())
+
+
+def test_a_continuation_is_the_likeliest_one(teacher: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitron.measure.continuation.NUM_TOKENS", 4)
+    ids = expected = pack(["some words " * 9], byte_tokenizer(), 8, 1).ids
+    model, tokenizer = load_model(teacher, torch.device("cpu"), torch.float32), load_tokenizer(teacher.folder)
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        for _ in range(4):
+            expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(dim=-1)], dim=1)
+    assert continuation(model, tokenizer, ids) == tokenizer.decode(expected[0].tolist())
