@@ -429,7 +429,7 @@ def test_measuring_a_model_that_gives_nan(place: Place, refused: Run) -> None:
 
 def test_stages_that_run_in_one_process(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "only distill runs under torchrun" in refused(*compress(place))
+    assert "only distill and correct run under torchrun" in refused(*compress(place))
 
 
 def test_distilling_between_tokenizers(place: Place, refused: Run) -> None:

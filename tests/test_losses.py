@@ -61,7 +61,7 @@ def gradients(loss: Tensor, given: Problem) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, given[:2])
 
 
-def require_equal(found: Callable[[Problem], Tensor], expected: Callable[[Problem], Tensor], given: Problem) -> None:
+def assert_equal(found: Callable[[Problem], Tensor], expected: Callable[[Problem], Tensor], given: Problem) -> None:
     loss, wanted = found(given), expected(given)
     torch.testing.assert_close(loss, wanted, atol=1e-12, rtol=1e-12)
     for grad, wanted_grad in zip(gradients(loss, given), gradients(wanted, given), strict=True):
@@ -74,7 +74,7 @@ def require_equal(found: Callable[[Problem], Tensor], expected: Callable[[Proble
     ("kind", "top_k"), [*((kind, None) for kind in COMPARISONS), *product(["forward_kl", "reverse_kl", "jsd"], [1, 5])]
 )
 def test_fused_equals_naive(kind: str, top_k: int | None, temperature: float, chunk_tokens: int) -> None:
-    require_equal(
+    assert_equal(
         lambda given: fused(given, kind, temperature, top_k, chunk_tokens=chunk_tokens),
         lambda given: naive(given, kind, temperature, top_k),
         problem(),
@@ -108,7 +108,7 @@ def test_soft_capped_logits(top_k: int | None) -> None:
         identity = torch.eye(VOCAB, dtype=torch.float64)
         return naive((s, identity, t, identity), "forward_kl", 1.5, top_k)
 
-    require_equal(lambda given: fused(given, temperature=1.5, top_k=top_k, softcaps=(2.0, 5.0)), capped, problem())
+    assert_equal(lambda given: fused(given, temperature=1.5, top_k=top_k, softcaps=(2.0, 5.0)), capped, problem())
     assert abs(float(fused(problem(), temperature=1.5).detach() - capped(problem()).detach())) > 1e-2
 
 
@@ -122,7 +122,7 @@ def test_classes_that_were_kept_are_as_good_as_logits(kind: str) -> None:
         comparison = comparison_of(kind, 0.3, of_classes=True)
         return logit_loss(given[0], Head(given[1]), kept, comparison, NUM_TOKENS, 3.0, chunk_tokens=8)
 
-    require_equal(of_kept, lambda given: fused(given, kind, 3.0, 5), given)
+    assert_equal(of_kept, lambda given: fused(given, kind, 3.0, 5), given)
 
 
 def test_labels_add_their_cross_entropy() -> None:
@@ -135,7 +135,7 @@ def test_labels_add_their_cross_entropy() -> None:
         return naive(given, "forward_kl", 2.0, None) + 0.7 * entropy
 
     found = partial(fused, temperature=2.0, labels=labels, label_weight=0.7, num_labels=num_labels, chunk_tokens=8)
-    require_equal(found, both, problem())
+    assert_equal(found, both, problem())
 
 
 def test_padded_vocabularies_are_compared_where_both_have_entries() -> None:
@@ -145,7 +145,7 @@ def test_padded_vocabularies_are_compared_where_both_have_entries() -> None:
         def common(given: Problem) -> Tensor:
             return naive((given[0], given[1][:VOCAB], given[2], given[3][:VOCAB]), "forward_kl", 1.0, None)
 
-        require_equal(fused, common, given)
+        assert_equal(fused, common, given)
 
 
 def test_parts_of_a_batch_add_up() -> None:

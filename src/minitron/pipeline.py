@@ -287,7 +287,7 @@ def read_arch(path: Path, teacher: Arch) -> Arch:
 
 def _require_one_process() -> None:
     if num_ranks() > 1:
-        raise UserError("of all verbs only distill runs under torchrun; run this one in one process")
+        raise UserError("only distill and correct run under torchrun; run this one in one process")
 
 
 def _inputs_alone(
