@@ -245,6 +245,8 @@ def _train_alone(inputs: Inputs, student: Checkpoint, out: Path, teacher: Callab
             _distill(inputs, teacher(world), student, work / "student", work, world)
             if world.is_main:
                 shutil.copyfile(work / "metrics.jsonl", work / "student" / "metrics.jsonl")
+                if (work / "tensorboard").exists():
+                    shutil.copytree(work / "tensorboard", work / "student" / "tensorboard")
                 publish_folder(work / "student", out)
                 shutil.rmtree(work)
         finally:

@@ -37,7 +37,7 @@ class States:
     def logits(self, part: slice, temperature: float) -> Tensor:
         """Those of some positions, (n, vocab)."""
         weight = self.head.weight
-        return cooled_(capped_(self.hidden[part].to(weight.dtype) @ weight.T, self.head.softcap), temperature)
+        return _cooled_(_capped_(self.hidden[part].to(weight.dtype) @ weight.T, self.head.softcap), temperature)
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ class _LogitLoss(torch.autograd.Function):
         for start in range(0, len(student), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             states = student[part].to(dtype)
-            logits = capped_(states @ matrix.T, softcap)
+            logits = _capped_(states @ matrix.T, softcap)
             # d cap(x)/dx = 1 − (cap(x)/c)²
             slope = (logits / softcap).square_().neg_().add_(1) if softcap else None
             of_labels = _cross_entropy(logits, labels[part]) if labels is not None and label_weight else None
-            loss, gradient = comparison(teacher.logits(part, temperature), cooled_(logits, temperature))
+            loss, gradient = comparison(teacher.logits(part, temperature), _cooled_(logits, temperature))
             total += loss.double().sum() * (temperature**2 / num_tokens)
             gradient.mul_(temperature / num_tokens)
             if of_labels is not None:
@@ -175,11 +175,11 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, gradient.mul_(is_label[:, None])
 
 
-def capped_(logits: Tensor, softcap: float | None) -> Tensor:
+def _capped_(logits: Tensor, softcap: float | None) -> Tensor:
     """Soft-capped logits, in place."""
     return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
 
-def cooled_(logits: Tensor, temperature: float) -> Tensor:
+def _cooled_(logits: Tensor, temperature: float) -> Tensor:
     """Logits divided by a temperature, in place."""
     return logits if temperature == 1.0 else logits.div_(temperature)

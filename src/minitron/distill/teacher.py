@@ -68,8 +68,8 @@ def stored(
     per_block = blocks.context * _bytes_per_token(recipe, head.weight.shape[1])
     shards = _Shards(folder, len(blocks), max(1, SHARD_BYTES // per_block), recipe, head)
     if world.is_main:
-        _claim(folder, record)
         require_space(folder, shards.num_missing * per_block)
+        _claim(folder, record)
     world.barrier()
     if num_missing := shards.num_missing:
         with Progress(

@@ -12,9 +12,6 @@ from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.recipe import DistillRecipe
 
-UNFIT_FOR_ADAPTERS = r".*\.mixer\.(out_proj|conv1d)|.*\.mamba\.(out_proj|conv1d)"
-"""Fused Mamba kernels take these matrices themselves and would pass an adapter by."""
-
 
 def choose_parameters(model: Any, arch: Arch, recipe: DistillRecipe, seed: int, world: World) -> Callable[[], None]:
     """Freeze what the recipe's `trains` leaves out; what is returned makes a stock model of it after training.
@@ -38,10 +35,12 @@ def choose_parameters(model: Any, arch: Arch, recipe: DistillRecipe, seed: int, 
         from peft import LoraConfig, LoraModel
     except ImportError as error:
         raise UserError("distill.trains lora needs peft: pip install 'minitron[lora]'") from error
+    # Fused Mamba kernels multiply by their output matrix themselves and would pass an adapter by.
+    unfit = [row.name.removesuffix(".weight").rsplit("{i}.", 1)[-1] for row in arch.rows
+             if "mhead" in row.axes and row.dimensions[0] == (("hidden",),)]  # fmt: skip
     config = LoraConfig(
-        r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear",
-        exclude_modules=UNFIT_FOR_ADAPTERS if any("conv1d" in row.name for row in arch.rows) else None,
-    )  # fmt: skip
+        r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear", exclude_modules=unfit or None
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # of what it sets right itself
         torch.manual_seed(seed)
         adapted = LoraModel(model, config, "default")
