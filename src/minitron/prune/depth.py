@@ -180,7 +180,7 @@ def _damage(model: nn.Module, blocks: Blocks, recipe: DepthRecipe, tokenizer: An
         items = read_items(Path(recipe.task), recipe.items)
         return lambda: -accuracy(model, tokenizer, items)
     if recipe.score == "perplexity":
-        num_predicted = int((blocks.targets >= 0).sum())
+        num_predicted = max(1, int((blocks.targets >= 0).sum()))
         return lambda: (
             sum(
                 float(headless(ids, partial(next_token_nll, targets=of)))
