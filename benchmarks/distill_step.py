@@ -24,7 +24,7 @@ from kd_loss import memory_mb, spread
 
 from minitron.distill.distributed import World
 from minitron.distill.optimizers import make_optimizers, take_step
-from minitron.distill.teacher import live, stored
+from minitron.distill.teacher import Live, stored
 from minitron.distill.train import accumulate
 from minitron.inputs import Inputs
 from minitron.model.causal import Headless, read_head
@@ -104,7 +104,7 @@ def our_steps(inputs: Inputs, way: str, options: argparse.Namespace) -> Iterator
             head = read_head(inputs.teacher, inputs.device, inputs.dtype)
             teacher = stored(Path(folder) / "states", {}, lambda: inputs.model, head, blocks, recipe, World())
         else:
-            teacher = live(inputs.model)
+            teacher = Live(inputs.model)
         optimizers = make_optimizers(student, inputs.teacher.arch.resized(**SIZES), recipe)
         for step in range(options.steps + 1):
             numbers = torch.arange(step * options.batch_size, (step + 1) * options.batch_size)

@@ -5,7 +5,8 @@
 Cuts the teacher (by default the built-in smollm2) to each shape of `SHAPES` by each method of `METHODS`, everything
 measured on the same calibration tokens, and prints a line each: parameters, seconds, and perplexity on held-out wiki
 text and on WikiText-2 validation (in its tokenised form, which is put back to plain text here), in contexts of 512.
-With `--tokens`, each is then distilled on the same blocks in the same order and measured again.
+With `--tokens`, each is then distilled on the same blocks in the same order and measured again; the teacher's states
+are kept in `--teacher-states` for other runs over the same tokens.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--teacher-states", type=Path)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     options = parser.parse_args()
@@ -75,7 +77,7 @@ def main() -> None:
         texts["wikitext-2"] = read_wikitext(options.wikitext, inputs)
     show(shape="whole", num_parameters=inputs.teacher.arch.num_parameters, **measured(inputs.model, texts))
     with TemporaryDirectory() as states:
-        word = teacher_of(inputs, Path(states)) if options.tokens else None
+        word = teacher_of(inputs, options.teacher_states or Path(states)) if options.tokens else None
         for name in options.shapes:
             for method in options.methods:
                 if method not in ADDITIONS or "hidden_size" in SHAPES[name]:

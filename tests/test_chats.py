@@ -13,7 +13,7 @@ from minitron.data.blocks import Blocks, pack
 from minitron.data.corpus import Chat, documents
 from minitron.data.tokens import tokenise
 from minitron.distill.distributed import World
-from minitron.distill.teacher import live
+from minitron.distill.teacher import Live
 from minitron.distill.train import accumulate
 from minitron.errors import UserError
 from minitron.measure.perplexity import measure_perplexity
@@ -114,7 +114,7 @@ def test_only_these_are_learnt(chats: Blocks, tmp_path: Path, label_weight: floa
     teacher = load_model(open_checkpoint(make_model(tmp_path / "teacher", "llama-tied")), CPU, torch.float64)
     student = load_model(open_checkpoint(make_model(tmp_path / "student", "llama-tied", 1)), CPU, torch.float64)
     recipe = DistillRecipe(batch_size=4, micro_batch_size=3, label_weight=label_weight)
-    loss = accumulate(live(teacher), Headless(student), chats, torch.arange(4), recipe, torch.float64, World())
+    loss = accumulate(Live(teacher), Headless(student), chats, torch.arange(4), recipe, torch.float64, World())
     found = {name: parameter.grad for name, parameter in student.named_parameters()}
     student.zero_grad()
     assert chats.is_learnt is not None
@@ -129,5 +129,5 @@ def test_only_these_are_learnt(chats: Blocks, tmp_path: Path, label_weight: floa
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-10, rtol=1e-7)
     everything = Blocks(chats.ids, chats.num_bytes)
-    other = accumulate(live(teacher), Headless(student), everything, torch.arange(4), recipe, torch.float64, World())
+    other = accumulate(Live(teacher), Headless(student), everything, torch.arange(4), recipe, torch.float64, World())
     assert abs(float(other - loss)) > 1e-3

@@ -14,7 +14,7 @@ from minitron.data.blocks import Blocks
 from minitron.distill import teacher as module
 from minitron.distill.distributed import World
 from minitron.distill.fused import States, TopTokens
-from minitron.distill.teacher import Teacher, live, stored
+from minitron.distill.teacher import Live, Teacher, stored
 from minitron.distill.train import distill
 from minitron.errors import UserError
 from minitron.model.causal import load_model, read_head
@@ -50,7 +50,7 @@ def no_model() -> Any:
 def test_float32_states_are_the_teachers(teacher: Checkpoint, tmp_path: Path) -> None:
     recipe = Recipe(teacher_states="x", stored_dtype="float32")
     found = kept(teacher, tmp_path / "states", recipe)
-    running = live(load_model(teacher, CPU, torch.float32))
+    running = Live(load_model(teacher, CPU, torch.float32))
     assert len(list((tmp_path / "states").glob("*.safetensors"))) > 1
     for numbers in (torch.tensor([3]), torch.tensor([6, 0, 3])):
         expected = [running(BLOCKS.ids[number][None], number[None]) for number in numbers]
@@ -76,7 +76,7 @@ def test_students_of_either_are_alike(dtype: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "teacher", "llama-tied"))
     pruned = open_checkpoint(make_model(tmp_path / "student", "llama-tied", seed=1, intermediate_size=40))
     recipe = Recipe(tokens=24 * 20, batch_size=2, stored_dtype=dtype)  # type: ignore[arg-type]
-    one = student_of(live(load_model(checkpoint, CPU, torch.float32)), pruned, tmp_path / "live", recipe)
+    one = student_of(Live(load_model(checkpoint, CPU, torch.float32)), pruned, tmp_path / "live", recipe)
     other = student_of(kept(checkpoint, tmp_path / "states", recipe), pruned, tmp_path / "stored", recipe)
     same = [bool((one[name] == other[name]).all()) for name in one if name != "loss"]
     assert all(same) == (dtype == "float32")
@@ -96,7 +96,7 @@ def test_likeliest_tokens_with_a_tail(tmp_path: Path) -> None:
     pruned = open_checkpoint(make_model(tmp_path / "student", "gemma2", seed=1))
     student = student_of(kept(checkpoint, tmp_path / "states", recipe, model=no_model), pruned, tmp_path / "out",
                          Recipe(tokens=24 * 8, batch_size=2, top_k=5, temperature=2.0))  # fmt: skip
-    running = student_of(live(load_model(checkpoint, CPU, torch.float32)), pruned, tmp_path / "live",
+    running = student_of(Live(load_model(checkpoint, CPU, torch.float32)), pruned, tmp_path / "live",
                          Recipe(tokens=24 * 8, batch_size=2, top_k=5, temperature=2.0))  # fmt: skip
     assert abs(student["loss"] / running["loss"] - 1) < 1e-5
 

@@ -10,8 +10,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from minitron.data.blocks import Blocks, load_tokenizer, read_blocks
-from minitron.distill.distributed import World, joined_world, num_ranks
-from minitron.distill.teacher import Teacher, live, stored
+from minitron.distill.distributed import World, joined_world, loading_device, num_ranks
+from minitron.distill.teacher import Live, Teacher, stored
 from minitron.distill.train import distill
 from minitron.errors import UserError
 from minitron.files import (
@@ -382,7 +382,8 @@ def _teacher(inputs: Inputs, pruned: Checkpoint, world: World) -> Teacher:
     """The teacher itself, or what was stored of it."""
     recipe, checkpoint = inputs.recipe.distill, inputs.teacher
     if recipe.teacher_states is None:
-        return live(inputs.model)
+        where = loading_device(inputs.device)
+        return Live(inputs.model if where == inputs.device else load_model(checkpoint, where, inputs.dtype))
     if recipe.stored == "top_k" and pruned.arch.axis_size("vocab") < checkpoint.arch.axis_size("vocab"):
         raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
     identity = {

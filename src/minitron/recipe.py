@@ -124,6 +124,19 @@ class SearchRecipe(_Strict):
     """Held-out tokens that rank candidates and follow the distillation."""
 
 
+class IntermediateRecipe(_Strict):
+    """What of the teacher is matched beside its logits (`distill.intermediate`); the teacher has to run along."""
+
+    of: tuple[Literal["embedding", "block_output", "mlp_input", "attention"], ...] = ()
+    """Helps where much depth was cut (Minitron, arXiv 2407.14679, tables 17 and 18): embedding and block_output."""
+    layers: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], ...] | None = None
+    """Pairs of a teacher's and a student's layer, counted from 0; None: the third from the end of each."""
+    loss: Literal["cosine", "mse"] = "cosine"
+    """Of streams; attention is compared by its relations."""
+    weight: float | None = Field(None, gt=0)
+    """None: such that in the step before it would have been as large as the loss of the logits."""
+
+
 class DistillRecipe(_Strict):
     """How the student is taught."""
 
@@ -163,8 +176,13 @@ class DistillRecipe(_Strict):
     """Of hidden states."""
     label_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of the text's own next token, added to that loss."""
+    intermediate: IntermediateRecipe = IntermediateRecipe()
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Beside `metrics.jsonl`; each has to be installed."""
+    activation_checkpointing: bool = False
+    """Layers compute their insides anew for the backward pass: a third more work, memory for one layer at a time."""
+    compile: bool = False
+    """Layers go through `torch.compile`."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Time between checkpoints; it changes no result."""
 
@@ -174,6 +192,8 @@ class DistillRecipe(_Strict):
             raise ValueError("stored: top_k needs top_k, the number of tokens that are kept")
         if self.top_k is not None and self.loss in {"mse", "cosine"}:
             raise ValueError(f"top_k goes with a loss of probabilities, not with {self.loss}")
+        if self.intermediate.of and self.teacher_states is not None:
+            raise ValueError("intermediate needs the teacher to run along; teacher_states holds its last states alone")
         return self
 
 

@@ -26,8 +26,13 @@ def _state(student: Headless, optimizers: Optimizers) -> Iterator[tuple[str, Ten
                 yield f"optimizer.{name}.{key}", value
 
 
-def save_checkpoint(work: Path, student: Headless, optimizers: Optimizers, step: int, world: World) -> None:
-    """Write `work/checkpoint`, whole or not at all; every rank must ask."""
+def save_checkpoint(
+    work: Path, student: Headless, optimizers: Optimizers, step: int, weight: float, world: World
+) -> None:
+    """Write `work/checkpoint`, whole or not at all, with the step and the weight of the next step's intermediate loss.
+
+    Every rank must ask.
+    """
     # Safetensors within torch's distributed checkpoint: reading one back cannot execute code.
     state = dict(_state(student, optimizers))
     staging = partial_path(work / "checkpoint")
@@ -38,7 +43,7 @@ def save_checkpoint(work: Path, student: Headless, optimizers: Optimizers, step:
         writer = HuggingFaceStorageWriter(str(staging), _file_numbers(state), 1, True)  # 1 thread; a shard a rank
         state_dict_saver.save(state, storage_writer=writer, no_dist=world.size == 1)
     if world.is_main:
-        write_json(staging / "state.json", {"step": step})
+        write_json(staging / "state.json", {"step": step, "weight": weight})
         publish_folder(staging, work / "checkpoint")
     world.barrier()
 
@@ -52,15 +57,16 @@ def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
-def load_checkpoint(work: Path, student: Headless, optimizers: Optimizers, world: World) -> int:
-    """Restore the last checkpoint, if there is one, and return the step it was taken after."""
+def load_checkpoint(work: Path, student: Headless, optimizers: Optimizers, world: World) -> tuple[int, float] | None:
+    """Restore the last checkpoint, if there is one, and return the step it was taken after and that weight."""
     if world.is_main:
         recover_folder(work / "checkpoint")
     world.barrier()
     if not (work / "checkpoint").is_dir():
-        return 0
+        return None
     make_state(optimizers)
     with warnings.catch_warnings(action="ignore"):
         reader = HuggingFaceStorageReader(str(work / "checkpoint"))
         state_dict_loader.load(dict(_state(student, optimizers)), storage_reader=reader, no_dist=world.size == 1)
-    return int(read_json(work / "checkpoint" / "state.json")["step"])
+    state = read_json(work / "checkpoint" / "state.json")
+    return int(state["step"]), float(state["weight"])

@@ -4,15 +4,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from minitron.model.arch import Arch
 from minitron.model.causal import Headless
+from minitron.recipe import DistillRecipe
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def loading_device(device: torch.device) -> torch.device:
+    """Where a model is loaded that `shard` then moves to the device, which need not hold it whole."""
+    return device if num_ranks() == 1 else torch.device("cpu")
+
+
 @contextmanager
 def joined_world(device: torch.device) -> Iterator[World]:
     """Join the process group that torchrun set up, if it did, and leave it afterwards."""
@@ -64,19 +73,47 @@ def joined_world(device: torch.device) -> Iterator[World]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), size)
+        # Gloo's threads must have let go of the last tensors before Python ends; else the process may abort.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def shard(student: Headless, arch: Arch, world: World) -> None:
-    """Shard parameters, gradients and optimizer state over the ranks, layer by layer (FSDP2)."""
+def shard(
+    model: Headless, arch: Arch, world: World, device: torch.device, dtype: torch.dtype, is_teacher: bool = False
+) -> None:
+    """Shard parameters, gradients and optimizer state over the ranks, layer by layer (FSDP2); `device` gets the shards.
+
+    Where a forward pass is in bfloat16, layers are gathered in it and their gradients summed in float32; what stands
+    outside the layers, the output matrix among it, is gathered as it is. A teacher's output matrix stays gathered,
+    since the student's loss reads it.
+    """
     if world.size == 1:
         return
-    for layer in range(arch.axis_size("layer")):
-        fully_shard(student.model.get_submodule(arch.family.layer.replace("{i}", str(layer))))
-    # Resharded after every forward: after an evaluation, which has no backward, the optimizer must still find
-    # its sharded parameters.
-    fully_shard(student, reshard_after_forward=True)
+    mesh = init_device_mesh(device.type, (world.size,))
+    policy = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers_of(model, arch):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # A student is resharded after every forward: after an evaluation, which has no backward, the optimizer must still
+    # find its sharded parameters.
+    fully_shard(model, mesh=mesh, reshard_after_forward=not is_teacher)
+
+
+def lighten(model: Headless, arch: Arch, recipe: DistillRecipe) -> None:
+    """Before `shard`: layers keep but their input for the backward pass, or are compiled, as the recipe says."""
+    for layer in layers_of(model, arch):
+        if recipe.activation_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if recipe.compile:
+            layer.compile()
+
+
+def layers_of(model: Headless, arch: Arch) -> list[nn.Module]:
+    """The modules of the layers."""
+    names = (arch.family.layer.replace("{i}", str(layer)) for layer in range(arch.axis_size("layer")))
+    return [model.model.get_submodule(name) for name in names]
 
 
 def whole(parameter: nn.Parameter | Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from minitron.distill.fused import States, TopTokens
 from minitron.distill.losses import classes_of
 from minitron.errors import UserError
 from minitron.files import read_json, require_space, require_writable, whole_file, write_json
+from minitron.model.arch import Arch
 from minitron.model.causal import Head, Headless, Readout
 from minitron.model.checkpoint import open_safetensors
 from minitron.progress import Progress
@@ -34,16 +35,18 @@ Teacher = Callable[[Tensor, Tensor], States | TopTokens]
 """Of token ids (B, T) and the numbers of these blocks, (B,), where they are trained on."""
 
 
-def live(model: nn.Module) -> Teacher:
+class Live:
     """A model that runs over every block when its turn comes."""
-    headless = Headless(model)
+
+    def __init__(self, model: nn.Module) -> None:
+        self.headless = Headless(model.requires_grad_(False))
+        self.arch = Arch.from_config(self.headless.model.config.to_dict())  # type: ignore[operator,union-attr]
 
     @torch.no_grad()
-    def teacher(ids: Tensor, _: Tensor) -> States:
-        states: States = headless(ids, States)
+    def __call__(self, ids: Tensor, _: Tensor) -> States:
+        """Its last hidden states."""
+        states: States = self.headless(ids, States)
         return states
-
-    return teacher
 
 
 def stored(

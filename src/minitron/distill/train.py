@@ -6,6 +6,8 @@ and the step alone. A run that is killed continues from its last checkpoint to t
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ from torch import Tensor
 
 from minitron.data.blocks import Blocks, load_tokenizer
 from minitron.distill.checkpoints import load_checkpoint, save_checkpoint
-from minitron.distill.distributed import World, shard, whole
+from minitron.distill.distributed import World, lighten, loading_device, shard, whole
 from minitron.distill.fused import States, TopTokens, logit_loss
+from minitron.distill.intermediate import Intermediate, compare_on_the_way
 from minitron.distill.losses import comparison_of
 from minitron.distill.metrics import Metrics
 from minitron.distill.optimizers import Optimizers, learning_rate, make_optimizers, take_step
-from minitron.distill.teacher import Teacher
+from minitron.distill.teacher import Live, Teacher
 from minitron.distill.trained import choose_parameters
 from minitron.errors import UserError
 from minitron.files import (
@@ -74,11 +77,15 @@ def distill(
     if dtype == torch.float16:
         raise UserError("gradients of distillation are too small for float16; accepted: auto, float32, bfloat16")
     # In evaluation mode throughout: dropout has no place in matching another model's outputs.
-    student = Headless(load_model(pruned, device, torch.promote_types(dtype, torch.float32)))
+    student = Headless(load_model(pruned, loading_device(device), torch.promote_types(dtype, torch.float32)))
+    between = _between(teacher, student, pruned, recipe, device)
     finish = choose_parameters(student.model, pruned.arch, recipe, seed, world)
-    shard(student, pruned.arch, world)
+    lighten(student, pruned.arch, recipe)
+    shard(student, pruned.arch, world, device, dtype)
+    if isinstance(teacher, Live):
+        shard(teacher.headless, teacher.arch, world, device, dtype, is_teacher=True)
     optimizers = make_optimizers(student, pruned.arch, recipe)
-    _loop(teacher, student, optimizers, pruned, train, heldout, recipe, work, seed, dtype, world)
+    _loop(teacher, student, between, optimizers, pruned, train, heldout, recipe, work, seed, dtype, world)
     finish()
     _write_student(student, pruned, out, world)
 
@@ -93,9 +100,20 @@ def batch_indices(step: int, batch_size: int, num_blocks: int, seed: int) -> Ten
     return torch.stack([orders[position // num_blocks][position % num_blocks] for position in positions])
 
 
+def _between(
+    teacher: Teacher | None, student: Headless, pruned: Checkpoint, recipe: DistillRecipe, device: torch.device
+) -> Intermediate | None:
+    if not recipe.intermediate.of:
+        return None
+    if not isinstance(teacher, Live):
+        raise UserError("distill.intermediate needs a teacher that runs along")
+    return compare_on_the_way(teacher.headless.model, teacher.arch, student, pruned.arch, recipe.intermediate, device)
+
+
 def _loop(
     teacher: Teacher | None,
     student: Headless,
+    between: Intermediate | None,
     optimizers: Optimizers,
     pruned: Checkpoint,
     train: Blocks,
@@ -109,24 +127,32 @@ def _loop(
     step_tokens = recipe.batch_size * train.context
     num_steps = max(1, recipe.tokens // step_tokens)
     evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
-    step = load_checkpoint(work, student, optimizers, world)
+    step, weight = load_checkpoint(work, student, optimizers, world) or (0, recipe.intermediate.weight or 0.0)
     metrics = Metrics(work, step, recipe.trackers, world)
     with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress, stop_wish() as wish:
         if step == 0:
-            metrics.add(step=0, tokens=0, **_evaluate(student, heldout, pruned, world))
+            metrics.add(step=0, tokens=0, **_evaluate(student, heldout, pruned, dtype, world))
         saved_at = time.monotonic()
         while step < num_steps:
             rate = learning_rate(step, num_steps, recipe)
             numbers = batch_indices(step, recipe.batch_size, len(train), seed)
-            loss = float(world.sum(accumulate(teacher, student, train[numbers], numbers, recipe, dtype, world)))
+            sums = accumulate(
+                teacher, student, train[numbers], numbers, recipe, dtype, world, between=between, weight=weight
+            )
+            of_logits, on_the_way = world.sum(sums).tolist()
+            loss = of_logits + weight * on_the_way
             norm = take_step(student, optimizers, rate, recipe.max_grad_norm, loss)
             is_good = math.isfinite(loss) and math.isfinite(norm)
             step += 1
             row: dict[str, Any] = {"step": step, "tokens": step * step_tokens, "learning_rate": rate}
             row |= {"loss": loss, "grad_norm": norm} if is_good else {"skipped": f"loss {loss}, gradient {norm}"}
+            if between:
+                row |= {"intermediate_loss": on_the_way, "intermediate_weight": weight}
+                if is_good and on_the_way and recipe.intermediate.weight is None:
+                    weight = of_logits / on_the_way
             progress.advance(step_tokens)
             if step in evaluate_at:
-                row |= _evaluate(student, heldout, pruned, world)
+                row |= _evaluate(student, heldout, pruned, dtype, world)
             metrics.add(**row)
             if metrics.num_skipped_last == MOST_SKIPPED:
                 raise UserError(
@@ -138,7 +164,7 @@ def _loop(
             if step < num_steps and (
                 is_wished or world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds)
             ):
-                save_checkpoint(work, student, optimizers, step, world)
+                save_checkpoint(work, student, optimizers, step, weight, world)
                 saved_at = time.monotonic()
             if step < num_steps and is_wished:
                 wish.grant()
@@ -152,14 +178,17 @@ def accumulate(
     recipe: DistillRecipe,
     dtype: torch.dtype,
     world: World,
+    between: Intermediate | None = None,
+    weight: float = 0.0,
 ) -> Tensor:
     """Add one step's gradient to the student's from this rank's share of the step's blocks, by `numbers` (B,).
 
-    Returns this rank's part of the loss; the parts of all ranks add up to the mean over the step's tokens.
+    That is the gradient of the loss of the logits plus `weight` times that of what lies `between`.
+
+    Returns this rank's part of both losses, (2,); the parts of all ranks add up to the mean over the step's tokens.
     """
     device = next(student.parameters()).device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+    total = torch.zeros(2, dtype=torch.float64, device=device)
     # The one place where the loss is normalised: by the tokens of the whole step, on all ranks.
     num_tokens = max(1, int(blocks.teaches.sum()))
     num_labels = max(1, int((blocks.targets >= 0).sum()))
@@ -167,37 +196,56 @@ def accumulate(
     for part in mine.split(recipe.micro_batch_size):
         block = blocks[part]
         ids, targets = block.ids.to(device), block.targets.to(device)
+        is_learnt = None if block.is_learnt is None else block.teaches.to(device)
         readout: Readout
-        if teacher is None:
-            readout = partial(_cross_entropy, targets=targets, num_labels=num_labels)
-        else:
-            said = teacher(ids, numbers[part])
-            readout = partial(
-                _logit_loss, teacher=said, num_tokens=num_tokens,
-                is_learnt=None if block.is_learnt is None else block.teaches.to(device),
-                temperature=recipe.temperature,
-                comparison=comparison_of(recipe.loss, recipe.beta, recipe.top_k, isinstance(said, TopTokens)),
-                labels=targets if recipe.label_weight else None, label_weight=recipe.label_weight,
-                num_labels=num_labels,
-            )  # fmt: skip
-        with autocast:
-            loss = student(ids, readout)
+        with between.watching() if between else nullcontext():
+            if teacher is None:
+                readout = partial(_cross_entropy, targets=targets, num_labels=num_labels)
+            else:
+                said = teacher(ids, numbers[part])
+                readout = partial(
+                    _logit_loss, teacher=said, num_tokens=num_tokens, is_learnt=is_learnt,
+                    temperature=recipe.temperature,
+                    comparison=comparison_of(recipe.loss, recipe.beta, recipe.top_k, isinstance(said, TopTokens)),
+                    labels=targets if recipe.label_weight else None, label_weight=recipe.label_weight,
+                    num_labels=num_labels,
+                )  # fmt: skip
+            if between:
+                readout = partial(_both, of_logits=readout, on_the_way=partial(between.loss, is_learnt, num_tokens))
+            with _computing_in(dtype, device):
+                losses = student(ids, readout)
+        losses = losses if between else torch.stack([losses, torch.zeros_like(losses)])
+        loss = losses[0] + weight * losses[1] if between else losses[0]
         (loss * world.size).backward()  # FSDP averages gradients over ranks; the loss is a sum already
-        total += loss.detach().double()
+        total += losses.detach().double()
     return total
 
 
-def _evaluate(student: Headless, heldout: Blocks, pruned: Checkpoint, world: World) -> dict[str, Any]:
+def _both(hidden: Tensor, head: Head, of_logits: Readout, on_the_way: Callable[[], Tensor]) -> Tensor:
+    """Both losses, (2,); inside `forward`, since the projection is one of the parameters that FSDP gathers there."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.stack([of_logits(hidden, head), on_the_way()])
+
+
+def _computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Weights of float32 are used in `dtype`, where that is bfloat16."""
+    return torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
+
+
+def _evaluate(
+    student: Headless, heldout: Blocks, pruned: Checkpoint, dtype: torch.dtype, world: World
+) -> dict[str, Any]:
     """Held-out perplexity; and, from one process, how the student goes on from the beginning of the held-out text."""
-    found: dict[str, Any] = {"heldout_perplexity": measure_perplexity(student, heldout).perplexity}
-    if world.size == 1 and (pruned.folder / "tokenizer.json").exists():
-        found["sample"] = continuation(student.model, load_tokenizer(pruned.folder), heldout.ids[:1, :PROMPT_TOKENS])
+    with _computing_in(dtype, next(student.parameters()).device):
+        found: dict[str, Any] = {"heldout_perplexity": measure_perplexity(student, heldout).perplexity}
+        if world.size == 1 and (pruned.folder / "tokenizer.json").exists():
+            prompt = heldout.ids[:1, :PROMPT_TOKENS]
+            found["sample"] = continuation(student.model, load_tokenizer(pruned.folder), prompt)
     return found
 
 
 def _cross_entropy(hidden: Tensor, head: Head, targets: Tensor, num_labels: int) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
-        return next_token_nll(hidden, head, targets) / num_labels
+    return next_token_nll(hidden, head, targets) / num_labels
 
 
 def _logit_loss(

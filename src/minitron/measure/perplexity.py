@@ -74,13 +74,14 @@ def next_token_nll(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
     states, labels = hidden[is_counted], targets[is_counted]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for part, of_part in zip(states.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):
-        total = (
-            total
-            + checkpoint(
-                _chunk_nll, part.to(dtype), head, of_part, use_reentrant=False, preserve_rng_state=False
-            ).double()
-        )
+    with torch.autocast(hidden.device.type, enabled=False):
+        for part, of_part in zip(states.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):
+            total = (
+                total
+                + checkpoint(
+                    _chunk_nll, part.to(dtype), head, of_part, use_reentrant=False, preserve_rng_state=False
+                ).double()
+            )
     return total
 
 

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,3 +126,29 @@ def leaving(output: Any) -> Tensor:
     """Of what a layer returns: the residual stream."""
     stream: Tensor = output[0] if isinstance(output, tuple) else output
     return stream
+
+
+Point = tuple[nn.Module, str]
+"""The `input` or the `output` of a module."""
+
+
+@contextmanager
+def watching(points: list[Point], reached: Callable[[list[Any]], None] | None = None) -> Iterator[list[Any]]:
+    """What there is at some points, filled in as models run; `reached` is told of each that is."""
+    seen: list[Any] = [None] * len(points)
+
+    def take(i: int, value: Tensor) -> None:
+        seen[i] = value
+        if reached:
+            reached(seen)
+
+    with ExitStack() as hooks:
+        for i, (module, side) in enumerate(points):
+            if side == "input":
+                handle = module.register_forward_pre_hook(
+                    lambda _, args, kwargs, i=i: take(i, entering(args, kwargs)[0]), with_kwargs=True
+                )
+            else:
+                handle = module.register_forward_hook(lambda _, __, output, i=i: take(i, leaving(output)))
+            hooks.callback(handle.remove)
+        yield seen

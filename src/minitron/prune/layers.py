@@ -5,7 +5,7 @@ family gives to its layers are made by transformers as ever; only the residual s
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from minitron.data.blocks import Blocks
 from minitron.model.anatomy import Row
 from minitron.model.arch import Arch
-from minitron.model.causal import build_model, entering, leaving
+from minitron.model.causal import Point, build_model, entering, leaving, watching
 from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.model.source import cache_folder
 
-Point = tuple[nn.Module, str]
-"""The `input` or the `output` of a module."""
 SPILL_BYTES = 2**30
 """A stream larger than this lies in a file instead of in memory."""
 
@@ -111,36 +109,20 @@ class Layer:
 
     def watched(self, stream: Tensor, points: list[Point]) -> tuple[Tensor, list[Tensor]]:
         """The layer's output, and what there is at some points within, (1, T, width) each."""
-        with self._watching(points, stops=False) as seen:
+        with watching(points) as seen:
             output = self(stream)
         return output, [value.view(*stream.shape[:-1], -1) for value in seen]
 
     def within(self, stream: Tensor, points: list[Point]) -> list[Tensor]:
         """What there is at some points, (1, T, width) each; nothing that comes after them is computed."""
-        with self._watching(points, stops=True) as seen, suppress(_ReachedError):
+        with watching(points, _stop_when_all_are_seen) as seen, suppress(_ReachedError):
             self(stream)
         return [value.view(*stream.shape[:-1], -1) for value in seen]
 
-    @contextmanager
-    def _watching(self, points: list[Point], stops: bool) -> Iterator[list[Tensor]]:
-        seen: list[Any] = [None] * len(points)
 
-        def take(i: int, value: Tensor) -> None:
-            seen[i] = value
-            if stops and all(value is not None for value in seen):
-                raise _ReachedError
-
-        handles = [
-            module.register_forward_pre_hook(lambda _, inputs, i=i: take(i, inputs[0]))
-            if side == "input"
-            else module.register_forward_hook(lambda _, __, output, i=i: take(i, output))
-            for i, (module, side) in enumerate(points)
-        ]
-        try:
-            yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
+def _stop_when_all_are_seen(seen: list[Any]) -> None:
+    if all(value is not None for value in seen):
+        raise _ReachedError
 
 
 class _ReachedError(Exception):

@@ -9,8 +9,9 @@ from torch import Tensor
 from minitron.errors import UserError
 from minitron.model.anatomy import Norm, Row
 from minitron.model.arch import Arch
+from minitron.model.causal import Point
 from minitron.model.experts import run_expert
-from minitron.prune.layers import Layer, Point
+from minitron.prune.layers import Layer
 from minitron.prune.maps import kept_positions
 from minitron.prune.trim import Cut
 
