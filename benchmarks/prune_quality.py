@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=parse_count, default=16_384)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--teacher-states", type=Path)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
@@ -69,7 +70,7 @@ def main() -> None:
         "teacher": options.teacher, "context": 512, "dtype": options.dtype, "search": {"tokens": 2048},
         "evaluation": {"tokens": 8192}, "calibration": {"tokens": options.calibration},
         "distill": {"tokens": options.tokens or options.calibration, "learning_rate": options.learning_rate,
-                    "batch_size": options.batch_size},
+                    "batch_size": options.batch_size, "optimizer": options.optimizer},
     })  # fmt: skip
     inputs = Inputs(recipe)
     texts = {"wiki": inputs.splits.evaluation}

@@ -1,6 +1,8 @@
 """A teacher trained on the text itself: all of it, its norms, or adapters that are gone in the end."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,12 +11,14 @@ from safetensors.torch import load_file
 from minitron import cli
 from minitron.data.blocks import Blocks
 from minitron.distill.distributed import World
-from minitron.distill.train import distill
+from minitron.distill.optimizers import make_optimizers, take_step
+from minitron.distill.teacher import Learning, Live
+from minitron.distill.train import accumulate, batch_indices, distill
 from minitron.errors import UserError
 from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import load_model
+from minitron.model.causal import Headless, load_model
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.recipe import DistillRecipe
+from minitron.recipe import CorrectionRecipe, DistillRecipe
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -70,6 +74,77 @@ def test_adapters_over_processes_are_refused(tmp_path: Path) -> None:
     teacher = open_checkpoint(make_model(tmp_path / "teacher", "llama-tied"))
     with pytest.raises(UserError, match="trains lora runs in one process; accepted under torchrun: full, norms"):
         corrected(teacher, tmp_path / "out", DistillRecipe(trains="lora", batch_size=2), World(0, 2))
+
+
+def taught(folder: Path, teacher: Checkpoint, pruned: Checkpoint, recipe: DistillRecipe) -> Checkpoint:
+    blocks, work = blocks_of(teacher), folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    model = load_model(teacher, CPU, torch.float32)
+    learns = recipe.correction.trains != "nothing"
+    said = Learning(model, recipe.correction, 0, World()) if learns else Live(model)
+    distill(said, pruned, blocks, blocks[:2], recipe, folder / "out", work, 0, CPU, torch.float32, World())
+    return open_checkpoint(folder / "out")
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Checkpoint, Checkpoint]:
+    return tuple(open_checkpoint(make_model(tmp_path / str(n), "llama-tied", seed=n)) for n in range(2))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("trains", ["full", "norms", "lora"])
+def test_a_teacher_that_learns_is_one_that_learnt_before_from_the_same_steps(
+    pair: tuple[Checkpoint, Checkpoint], trains: Any
+) -> None:
+    """What it says at a step is what it would say after training alone up to there."""
+    recipe = DistillRecipe(tokens=24 * 12, batch_size=2, correction=CorrectionRecipe(trains=trains, lora_rank=4))
+    rows = []
+    for part in (recipe.correction, None):
+        model = load_model(pair[0], CPU, torch.float32)
+        said = Learning(model, recipe.correction, 0, World())
+        alone = Headless(model) if part is None else None
+        optimizers = make_optimizers(said.headless, said.arch, recipe)
+        student = alone or Headless(load_model(pair[1], CPU, torch.float32))
+        for step in range(4):
+            numbers = batch_indices(step, 2, 6, 0)
+            blocks = blocks_of(pair[0])[numbers]
+            sums = accumulate(None if alone else said, student, blocks, numbers, recipe, torch.float32, World())
+            rows.append(float(sums[0 if alone else 2]))
+            take_step(said.headless, optimizers, 1e-3, 1.0, 1.0)
+            student.zero_grad()
+    assert rows[:4] == pytest.approx(rows[4:], rel=1e-6)
+    assert rows[0] > rows[3]
+
+
+def test_a_student_of_a_learning_teacher_continues_after_a_kill(
+    pair: tuple[Checkpoint, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = DistillRecipe(
+        tokens=24 * 12, batch_size=2, checkpoint_seconds=0, correction=CorrectionRecipe(trains="full")
+    )
+    expected = taught(tmp_path / "through", *pair, recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr("minitron.distill.train._write_student", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            taught(tmp_path / "killed", *pair, recipe)
+    found = taught(tmp_path / "killed", *pair, recipe)
+    assert all(torch.equal(found.tensor(name), expected.tensor(name)) for name in found.tensors)
+    other = taught(tmp_path / "other", *pair, DistillRecipe(tokens=24 * 12, batch_size=2))
+    assert any(not torch.equal(other.tensor(name), expected.tensor(name)) for name in other.tensors)
+    rows = [json.loads(row) for row in (tmp_path / "killed" / "work" / "metrics.jsonl").read_text().splitlines()]
+    assert all("teacher_loss" in row for row in rows[1:])
+
+
+def test_by_the_command_line_alongside(tmp_path: Path, text_file: Path) -> None:
+    teacher, student = (make_model(tmp_path / name, "llama-tied") for name in ("teacher", "student"))
+    before = (teacher / "model.safetensors").read_bytes()
+    (tmp_path / "recipe.yaml").write_text("distill: {correction: {trains: norms}}")
+    given = [str(teacher), str(student), str(tmp_path / "out"), "--data", str(text_file), "--context", "32",
+             "--tokens", "512", "--recipe", str(tmp_path / "recipe.yaml")]  # fmt: skip
+    cli.app(["distill", *given], standalone_mode=False)
+    assert "teacher_loss" in (tmp_path / "out" / "metrics.jsonl").read_text()
+    assert (teacher / "model.safetensors").read_bytes() == before
+    with pytest.raises(UserError, match="correction changes the teacher as it runs along"):
+        cli.app(["distill", *given, "--overwrite", "--teacher-states", str(tmp_path / "st")], standalone_mode=False)
 
 
 def test_by_the_command_line(tmp_path: Path, text_file: Path) -> None:

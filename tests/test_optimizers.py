@@ -2,11 +2,15 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from minitron.distill.checkpoints import load_checkpoint, save_checkpoint
+from minitron.distill.distributed import World
 from minitron.distill.optimizers import learning_rate, make_optimizers, make_state, take_step
+from minitron.errors import UserError
 from minitron.model.causal import Headless, load_model
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.recipe import DistillRecipe
@@ -50,6 +54,46 @@ def test_a_step_is_taken_only_where_all_is_finite(tmp_path: Path, loss: float) -
     moved = [not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True)]
     assert all(moved) if loss == 1.0 else not any(moved)
     assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_moments_of_eight_bits(tmp_path: Path) -> None:
+    """They move weights nearly as whole ones do, and are the same when read back from a checkpoint."""
+    checkpoint = open_checkpoint(make_model(tmp_path / "model", "llama-tied", hidden_size=96))
+
+    def student_after(kind: str, steps: range, folder: Path | None = None) -> tuple[Headless, Any]:
+        student = Headless(load_model(checkpoint, CPU, torch.float32))
+        optimizers = make_optimizers(student, checkpoint.arch, DistillRecipe(optimizer=kind))  # type: ignore[arg-type]
+        if folder:
+            assert load_checkpoint(folder, {"student": (student, optimizers)}, World()) == (steps.start, 0.5)
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            for parameter in student.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            take_step(student, optimizers, 1e-3, 1.0, 1.0)
+        return student, optimizers
+
+    start, _ = student_after("adamw", range(0))
+    whole, _ = student_after("adamw", range(6))
+    eight, optimizers = student_after("adamw8bit", range(3))
+    state = optimizers[0].state[eight.model.get_submodule("model.layers.0.mlp.down_proj").weight]
+    assert {type(state[name]).__name__ for name in ("exp_avg", "exp_avg_sq")} == {"OptimState8bit"}
+    save_checkpoint(tmp_path, {"student": (eight, optimizers)}, 3, 0.5, World())
+    resumed, _ = student_after("adamw8bit", range(3, 6), tmp_path)
+    through, _ = student_after("adamw8bit", range(6))
+    way, error = (
+        sum(float((a - b).detach().square().sum()) for a, b in zip(through.parameters(), other.parameters(), strict=True))
+        for other in (start, whole)
+    )
+    assert 0 < error < 0.02 * way
+    assert all(torch.equal(a, b) for a, b in zip(through.parameters(), resumed.parameters(), strict=True))
+
+
+def test_eight_bits_over_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="adamw8bit runs in one process; accepted under torchrun: adamw, muon"):
+        make_optimizers(Headless(load_model(checkpoint, CPU, torch.float32)), checkpoint.arch,
+                        DistillRecipe(optimizer="adamw8bit"))  # fmt: skip
 
 
 def test_schedules() -> None:

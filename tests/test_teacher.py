@@ -54,7 +54,7 @@ def test_float32_states_are_the_teachers(teacher: Checkpoint, tmp_path: Path) ->
     assert len(list((tmp_path / "states").glob("*.safetensors"))) > 1
     for numbers in (torch.tensor([3]), torch.tensor([6, 0, 3])):
         expected = [running(BLOCKS.ids[number][None], number[None]) for number in numbers]
-        said = found(BLOCKS.ids[numbers], numbers)
+        said = found(BLOCKS.ids[numbers], numbers, None)
         assert isinstance(said, States)
         for i, one in enumerate(expected):
             assert isinstance(one, States)
@@ -86,7 +86,7 @@ def test_students_of_either_are_alike(dtype: str, tmp_path: Path) -> None:
 def test_likeliest_tokens_with_a_tail(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "teacher", "gemma2"))
     recipe = Recipe(teacher_states="x", stored="top_k", top_k=5, temperature=2.0)
-    said = kept(checkpoint, tmp_path / "states", recipe)(BLOCKS.ids[4:5], torch.tensor([4]))
+    said = kept(checkpoint, tmp_path / "states", recipe)(BLOCKS.ids[4:5], torch.tensor([4]), None)
     with torch.no_grad():
         logits = load_model(checkpoint, CPU, torch.float32)(BLOCKS.ids[4:5]).logits / 2
     assert isinstance(said, TopTokens)
@@ -172,5 +172,5 @@ def test_damaged_states_are_refused(tmp_path: Path) -> None:
     save_file(tensors, path, metadata=metadata)
     found = kept(checkpoint, folder, Recipe(), model=no_model)
     with pytest.raises(UserError, match=r"states-00000.safetensors is damaged"):
-        found(BLOCKS.ids[:1], torch.tensor([0]))
-    found(BLOCKS.ids[6:], torch.tensor([6]))
+        found(BLOCKS.ids[:1], torch.tensor([0]), None)
+    found(BLOCKS.ids[6:], torch.tensor([6]), None)

@@ -68,8 +68,18 @@ class Inputs:
 
     @cached_property
     def splits(self) -> Splits:
-        """The text, dealt out to its purposes."""
+        """The text, dealt out to its purposes.
+
+        Raises:
+            UserError: documents are to be kept apart in a model that cannot.
+        """
         recipe = self.recipe
+        keeps_apart = recipe.distill.documents == "apart"
+        if keeps_apart and self.teacher.arch.family.joins_documents:
+            raise UserError(
+                f"distill.documents apart: {self.teacher.arch.model_type} runs from one document of a block into the "
+                "next; accepted: joined"
+            )
         return read_splits(
             recipe.data,
             load_tokenizer(self.teacher.folder),
@@ -79,6 +89,7 @@ class Inputs:
             evaluation_tokens=recipe.evaluation.tokens,
             heldout_tokens=recipe.search.tokens,
             train_tokens=max(recipe.calibration.tokens, recipe.distill.tokens),
+            keeps_apart=keeps_apart,
         )
 
     @cached_property

@@ -7,11 +7,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from minitron.data.blocks import Blocks, load_tokenizer, read_blocks
 from minitron.distill.distributed import World, joined_world, loading_device, num_ranks
-from minitron.distill.teacher import Live, Teacher, stored
+from minitron.distill.teacher import Learning, Live, Teacher, stored
 from minitron.distill.train import distill
 from minitron.errors import UserError
 from minitron.files import (
@@ -381,8 +382,12 @@ def _distill(inputs: Inputs, teacher: Teacher | None, pruned: Checkpoint, out: P
 def _teacher(inputs: Inputs, pruned: Checkpoint, world: World) -> Teacher:
     """The teacher itself, or what was stored of it."""
     recipe, checkpoint = inputs.recipe.distill, inputs.teacher
+    where = loading_device(inputs.device)
+    if recipe.correction.trains != "nothing":
+        # A model of its own: others go on measuring the teacher as it was.
+        model = load_model(checkpoint, where, torch.promote_types(inputs.dtype, torch.float32))
+        return Learning(model, recipe.correction, inputs.recipe.seed, world)
     if recipe.teacher_states is None:
-        where = loading_device(inputs.device)
         return Live(inputs.model if where == inputs.device else load_model(checkpoint, where, inputs.dtype))
     if recipe.stored == "top_k" and pruned.arch.axis_size("vocab") < checkpoint.arch.axis_size("vocab"):
         raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")

@@ -137,10 +137,22 @@ class IntermediateRecipe(_Strict):
     """None: such that in the step before it would have been as large as the loss of the logits."""
 
 
+class CorrectionRecipe(_Strict):
+    """How the teacher goes on learning from the text while it teaches (`distill.correction`); it has to run along."""
+
+    trains: Literal["nothing", "full", "norms", "lora"] = "nothing"
+    """As `distill.trains`; what it learns is not kept."""
+    lora_rank: int = Field(16, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    """At the peak of the student's schedule."""
+
+
 class DistillRecipe(_Strict):
     """How the student is taught."""
 
     tokens: Count = 2_000_000
+    documents: Literal["joined", "apart"] = "joined"
+    """Of a block: attention and positions run on from one to the next, or begin anew with each."""
     batch_size: int = Field(8, ge=1)
     """Blocks a step, over all ranks."""
     micro_batch_size: int = Field(1, ge=1)
@@ -152,8 +164,8 @@ class DistillRecipe(_Strict):
     decay_ratio: float = Field(0.2, gt=0, le=1)
     """The share of the steps over which `wsd` comes down."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """Of the layers' matrices; AdamW for the rest."""
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """AdamW; with moments of eight bits (torchao); or Muon for the layers' matrices and AdamW for the rest."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -177,6 +189,7 @@ class DistillRecipe(_Strict):
     label_weight: float = Field(0.0, ge=0)
     """Weight of the cross-entropy of the text's own next token, added to that loss."""
     intermediate: IntermediateRecipe = IntermediateRecipe()
+    correction: CorrectionRecipe = CorrectionRecipe()
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Beside `metrics.jsonl`; each has to be installed."""
     activation_checkpointing: bool = False
@@ -192,8 +205,13 @@ class DistillRecipe(_Strict):
             raise ValueError("stored: top_k needs top_k, the number of tokens that are kept")
         if self.top_k is not None and self.loss in {"mse", "cosine"}:
             raise ValueError(f"top_k goes with a loss of probabilities, not with {self.loss}")
-        if self.intermediate.of and self.teacher_states is not None:
-            raise ValueError("intermediate needs the teacher to run along; teacher_states holds its last states alone")
+        if self.teacher_states is not None:
+            if self.intermediate.of:
+                raise ValueError(
+                    "intermediate needs the teacher to run along; teacher_states holds its last states alone"
+                )
+            if self.correction.trains != "nothing":
+                raise ValueError("correction changes the teacher as it runs along; teacher_states holds what it was")
         return self
 
 

@@ -1,7 +1,7 @@
 """Documents to tokens to packed blocks of equal length, and which stage sees which blocks."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -28,12 +28,15 @@ class Blocks:
     num_bytes: Tensor  # (N, context), int32
     is_learnt: Tensor | None = None
     """(N, context), bool: tokens that a model is to predict, in chats those of the assistant; None: all."""
+    starts: Tensor | None = None
+    """(N, context), bool: first tokens of documents, where these are kept apart; None: attention runs on."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
     def __getitem__(self, part: slice | Tensor) -> "Blocks":
-        return Blocks(self.ids[part], self.num_bytes[part], None if self.is_learnt is None else self.is_learnt[part])
+        is_learnt, starts = (None if marks is None else marks[part] for marks in (self.is_learnt, self.starts))
+        return Blocks(self.ids[part], self.num_bytes[part], is_learnt, starts)
 
     def split(self, size: int) -> "list[Blocks]":
         """Parts of so many blocks, the last one of fewer."""
@@ -56,6 +59,14 @@ class Blocks:
         return torch.cat([self.is_learnt[:, 1:], self.is_learnt[:, -1:]], dim=1)
 
     @property
+    def positions(self) -> Tensor | None:
+        """(N, context): each token's place in its document, or in what of it the block holds; None: in the block."""
+        if self.starts is None:
+            return None
+        places = torch.arange(self.context).expand_as(self.ids)
+        return places - places.where(self.starts, 0).cummax(dim=1).values
+
+    @property
     def context(self) -> int:
         """Tokens in a block."""
         return self.ids.shape[1]
@@ -66,10 +77,11 @@ class Blocks:
         return self.ids.numel()
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens and of which are to be learnt."""
+        """SHA-256 of the tokens, of which are to be learnt, and of where documents begin if they are kept apart."""
         digest = sha256(self.ids.numpy().tobytes())
-        if self.is_learnt is not None:
-            digest.update(self.is_learnt.numpy().tobytes())
+        for name, marks in (("", self.is_learnt), ("starts", self.starts)):
+            if marks is not None:
+                digest.update(name.encode() + marks.numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -91,7 +103,13 @@ class Splits:
 
 
 def read_blocks(
-    source: Data, tokenizer: Any, vocab_size: int, context: int, seed: int, max_tokens: int | None = None
+    source: Data,
+    tokenizer: Any,
+    vocab_size: int,
+    context: int,
+    seed: int,
+    max_tokens: int | None = None,
+    keeps_apart: bool = False,
 ) -> Blocks:
     """Tokenise and pack `source`, at most `max_tokens` of it, in the order that `seed` gives.
 
@@ -101,7 +119,7 @@ def read_blocks(
     """
     wanted = None if max_tokens is None else max(1, max_tokens // context)
     with Progress("tokenise", total=None if wanted is None else wanted * context) as progress:
-        blocks = pack(documents(source, seed), tokenizer, context, wanted, progress)
+        blocks = pack(documents(source, seed), tokenizer, context, wanted, progress, keeps_apart)
     if not len(blocks):
         raise UserError(
             f"data '{data_in_words(source)}' is shorter than one block of {context} tokens: lower --context"
@@ -112,9 +130,16 @@ def read_blocks(
 
 
 def pack(
-    texts: Iterable[Document], tokenizer: Any, context: int, max_blocks: int | None, progress: Progress | None = None
+    texts: Iterable[Document],
+    tokenizer: Any,
+    context: int,
+    max_blocks: int | None,
+    progress: Progress | None = None,
+    keeps_apart: bool = False,
 ) -> Blocks:
     """Join the tokens of the texts and cut them into blocks; a rest shorter than a block is dropped.
+
+    With `keeps_apart` the blocks know where documents begin.
 
     Each text carries the marks that the tokenizer itself adds, or is closed by EOS when it adds none; a chat is put
     into words by the tokenizer's template, and only what the assistant says is to be learnt.
@@ -144,6 +169,7 @@ def pack(
         joined([piece.ids for piece in pieces]),
         joined([piece.num_bytes for piece in pieces]),
         None if is_learnt.all() else is_learnt,
+        joined([np.arange(len(piece.ids)) == 0 for piece in pieces]) if keeps_apart else None,
     )
 
 
@@ -156,16 +182,18 @@ def read_splits(
     evaluation_tokens: int,
     heldout_tokens: int,
     train_tokens: int,
+    keeps_apart: bool = False,
 ) -> Splits:
     """Read as much of `source` as all purposes need and deal the blocks out: evaluation, held-out, training.
 
-    Of a corpus that is too short for that, evaluation and held-out get at most a fifth each.
+    Of a corpus that is too short for that, evaluation and held-out get at most a fifth each. With `keeps_apart` the
+    training blocks know where documents begin; in the others one runs on into the next.
 
     Raises:
         UserError: see `read_blocks`; also when there are fewer than three blocks, one for each purpose.
     """
     wanted = [max(1, tokens // context) for tokens in (evaluation_tokens, heldout_tokens, train_tokens)]
-    blocks = read_blocks(source, tokenizer, vocab_size, context, seed, sum(wanted) * context)
+    blocks = read_blocks(source, tokenizer, vocab_size, context, seed, sum(wanted) * context, keeps_apart)
     if len(blocks) < 3:
         raise UserError(
             f"data '{data_in_words(source)}' gives {len(blocks)} block(s) of {context} tokens; at least 3 are needed, "
@@ -174,7 +202,8 @@ def read_splits(
     most = len(blocks) if len(blocks) == sum(wanted) else max(1, len(blocks) // 5)
     num_evaluation, num_heldout = min(wanted[0], most), min(wanted[1], most)
     first_train = num_evaluation + num_heldout
-    return Splits(blocks[:num_evaluation], blocks[num_evaluation:first_train], blocks[first_train:])
+    measured = replace(blocks[:first_train], starts=None)
+    return Splits(measured[:num_evaluation], measured[num_evaluation:], blocks[first_train:])
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -3,10 +3,12 @@
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
 
 from minitron.distill.distributed import World
 from minitron.distill.optimizers import Optimizers, make_state
@@ -16,25 +18,36 @@ from minitron.model.causal import Headless
 CHECKPOINT_FILE_BYTES = 256 * 1024**2
 
 
-def _state(student: Headless, optimizers: Optimizers) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in student.named_parameters():
-        if not parameter.requires_grad:
-            continue  # as it was when the run began
-        yield f"student.{name}", parameter.detach()
-        for optimizer in optimizers:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                yield f"optimizer.{name}.{key}", value
+Trained = dict[str, tuple[Headless, Optimizers]]
+"""What is trained, by name: the student, and a teacher that learns as well."""
 
 
-def save_checkpoint(
-    work: Path, student: Headless, optimizers: Optimizers, step: int, weight: float, world: World
-) -> None:
+def _state(trained: Trained) -> Iterator[tuple[str, Tensor]]:
+    for who, (model, optimizers) in trained.items():
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue  # as it was when the run began
+            yield f"{who}.{name}", parameter.detach()
+            for optimizer in optimizers:
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    for inner, plain in _plain(value).items():
+                        yield f"optimizer.{who}.{name}.{key}{inner}", plain
+
+
+def _plain(value: Any) -> dict[str, Tensor]:
+    """A tensor, or those that one of eight bits is made of."""
+    if not hasattr(value, "__tensor_flatten__") or isinstance(value, DTensor):
+        return {"": value}
+    return {f".{inner}": getattr(value, inner) for inner in value.__tensor_flatten__()[0]}
+
+
+def save_checkpoint(work: Path, trained: Trained, step: int, weight: float, world: World) -> None:
     """Write `work/checkpoint`, whole or not at all, with the step and the weight of the next step's intermediate loss.
 
     Every rank must ask.
     """
     # Safetensors within torch's distributed checkpoint: reading one back cannot execute code.
-    state = dict(_state(student, optimizers))
+    state = dict(_state(trained))
     staging = partial_path(work / "checkpoint")
     if world.is_main:
         empty_folder(staging)
@@ -57,16 +70,17 @@ def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
-def load_checkpoint(work: Path, student: Headless, optimizers: Optimizers, world: World) -> tuple[int, float] | None:
+def load_checkpoint(work: Path, trained: Trained, world: World) -> tuple[int, float] | None:
     """Restore the last checkpoint, if there is one, and return the step it was taken after and that weight."""
     if world.is_main:
         recover_folder(work / "checkpoint")
     world.barrier()
     if not (work / "checkpoint").is_dir():
         return None
-    make_state(optimizers)
+    for _, optimizers in trained.values():
+        make_state(optimizers)
     with warnings.catch_warnings(action="ignore"):
         reader = HuggingFaceStorageReader(str(work / "checkpoint"))
-        state_dict_loader.load(dict(_state(student, optimizers)), storage_reader=reader, no_dist=world.size == 1)
+        state_dict_loader.load(dict(_state(trained)), storage_reader=reader, no_dist=world.size == 1)
     state = read_json(work / "checkpoint" / "state.json")
     return int(state["step"]), float(state["weight"])

@@ -1,10 +1,12 @@
 """What moves the weights, and how far at each step."""
 
 import math
+from typing import Any
 
 import torch
 
-from minitron.distill.distributed import whole
+from minitron.distill.distributed import num_ranks, whole
+from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.causal import Headless
 from minitron.recipe import DistillRecipe
@@ -16,7 +18,10 @@ def make_optimizers(student: Headless, arch: Arch, recipe: DistillRecipe) -> Opt
     """AdamW for everything that is trained; or Muon for the matrices of the layers and AdamW for the rest.
 
     Muon's steps are scaled to the root mean square of AdamW's, so that one learning rate fits both (arXiv 2502.16982,
-    section 2.2).
+    section 2.2). AdamW of eight bits keeps its moments in a quarter of the memory (arXiv 2110.02861); it is torchao's.
+
+    Raises:
+        UserError: AdamW of eight bits without torchao, or over several processes.
     """
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     found: Optimizers = []
@@ -29,10 +34,17 @@ def make_optimizers(student: Headless, arch: Arch, recipe: DistillRecipe) -> Opt
             )
         taken = set(map(id, matrices))
         trained = [parameter for parameter in trained if id(parameter) not in taken]
-    if trained:
-        found.append(
-            torch.optim.AdamW(trained, lr=0.0, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True)
-        )
+    options: dict[str, Any] = {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    if trained and recipe.optimizer == "adamw8bit":
+        if num_ranks() > 1:
+            raise UserError("distill.optimizer adamw8bit runs in one process; accepted under torchrun: adamw, muon")
+        try:
+            from torchao.optim import AdamW8bit
+        except ImportError as error:
+            raise UserError("distill.optimizer adamw8bit needs torchao: pip install 'minitron[8bit]'") from error
+        found.append(AdamW8bit(trained, lr=0.0, **options))
+    elif trained:
+        found.append(torch.optim.AdamW(trained, lr=0.0, fused=True, **options))
     return found
 
 
@@ -44,8 +56,7 @@ def take_step(student: Headless, optimizers: Optimizers, rate: float, max_grad_n
     """
     norm = float(whole(torch.nn.utils.clip_grad_norm_(student.parameters(), max_grad_norm)))
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        _set_rate(optimizer, rate)
         if math.isfinite(loss) and math.isfinite(norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -55,12 +66,20 @@ def take_step(student: Headless, optimizers: Optimizers, rate: float, max_grad_n
 def make_state(optimizers: Optimizers) -> None:
     """Give optimizers that have not taken a step the state that a checkpoint is read into."""
     for optimizer in optimizers:
+        _set_rate(optimizer, 0.0)
         for group in optimizer.param_groups:
-            group["lr"] = 0.0
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def learning_rate(step: int, num_steps: int, recipe: DistillRecipe) -> float:

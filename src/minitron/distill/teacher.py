@@ -19,20 +19,22 @@ from minitron.data.blocks import Blocks
 from minitron.distill.distributed import World
 from minitron.distill.fused import States, TopTokens
 from minitron.distill.losses import classes_of
+from minitron.distill.trained import choose_parameters
 from minitron.errors import UserError
 from minitron.files import read_json, require_space, require_writable, whole_file, write_json
+from minitron.measure.perplexity import next_token_nll
 from minitron.model.arch import Arch
 from minitron.model.causal import Head, Headless, Readout
 from minitron.model.checkpoint import open_safetensors
 from minitron.progress import Progress
-from minitron.recipe import DistillRecipe
+from minitron.recipe import CorrectionRecipe, DistillRecipe
 
 SHARD_BYTES = 2**26
 CHUNK_TOKENS = 256
 STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-Teacher = Callable[[Tensor, Tensor], States | TopTokens]
-"""Of token ids (B, T) and the numbers of these blocks, (B,), where they are trained on."""
+Teacher = Callable[[Tensor, Tensor, Tensor | None], States | TopTokens]
+"""Of token ids (B, T), the numbers of these blocks (B,) where they are trained on, and their `Blocks.positions`."""
 
 
 class Live:
@@ -43,10 +45,33 @@ class Live:
         self.arch = Arch.from_config(self.headless.model.config.to_dict())  # type: ignore[operator,union-attr]
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, _: Tensor) -> States:
+    def __call__(self, ids: Tensor, _: Tensor, positions: Tensor | None = None) -> States:
         """Its last hidden states."""
-        states: States = self.headless(ids, States)
+        states: States = self.headless(ids, States, positions)
         return states
+
+
+class Learning(Live):
+    """A teacher that itself learns from the text while it teaches.
+
+    This is teacher correction alongside distillation (arXiv 2408.11796, section 2).
+    """
+
+    def __init__(self, model: nn.Module, recipe: CorrectionRecipe, seed: int, world: World) -> None:
+        super().__init__(model)
+        self.recipe = recipe
+        model.requires_grad_(True)
+        choose_parameters(model, self.arch, recipe, seed, world)
+
+    def learn(self, ids: Tensor, positions: Tensor | None, targets: Tensor) -> tuple[States, Tensor]:
+        """Its last hidden states, and the sum of its cross-entropy with `targets` (B, T), to be differentiated."""
+
+        def readout(hidden: Tensor, head: Head) -> tuple[States, Tensor]:
+            said = States(hidden.detach(), Head(head.weight.detach(), head.softcap))
+            return said, next_token_nll(hidden, head, targets)
+
+        found: tuple[States, Tensor] = self.headless(ids, readout, positions)
+        return found
 
 
 def stored(
@@ -98,7 +123,7 @@ class _Shards:
     head: Head
     opened: dict[int, Any] = field(default_factory=dict)
 
-    def __call__(self, ids: Tensor, numbers: Tensor) -> States | TopTokens:
+    def __call__(self, ids: Tensor, numbers: Tensor, _: Tensor | None = None) -> States | TopTokens:
         rows = [self._block(int(number)) for number in numbers]
         found = {name: torch.cat([row[name] for row in rows]).to(ids.device) for name in rows[0]}
         if self.recipe.stored == "top_k":
@@ -129,7 +154,9 @@ class _Shards:
         device, rows = next(teacher.parameters()).device, []
         readout: Readout = self._classes if self.recipe.stored == "top_k" else self._hidden
         for number in self.blocks_of(shard):
-            rows.append(teacher(blocks.ids[number : number + 1].to(device), readout))
+            block = blocks[number : number + 1]
+            positions = None if block.positions is None else block.positions.to(device)
+            rows.append(teacher(block.ids.to(device), readout, positions))
             advance()
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
         with whole_file(self.path(shard)) as staging:

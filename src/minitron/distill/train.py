@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from minitron.data.blocks import Blocks, load_tokenizer
-from minitron.distill.checkpoints import load_checkpoint, save_checkpoint
+from minitron.distill.checkpoints import Trained, load_checkpoint, save_checkpoint
 from minitron.distill.distributed import World, lighten, loading_device, shard, whole
 from minitron.distill.fused import States, TopTokens, logit_loss
 from minitron.distill.intermediate import Intermediate, compare_on_the_way
 from minitron.distill.losses import comparison_of
 from minitron.distill.metrics import Metrics
-from minitron.distill.optimizers import Optimizers, learning_rate, make_optimizers, take_step
-from minitron.distill.teacher import Live, Teacher
+from minitron.distill.optimizers import learning_rate, make_optimizers, take_step
+from minitron.distill.teacher import Learning, Live, Teacher
 from minitron.distill.trained import choose_parameters
 from minitron.errors import UserError
 from minitron.files import (
@@ -83,9 +83,12 @@ def distill(
     lighten(student, pruned.arch, recipe)
     shard(student, pruned.arch, world, device, dtype)
     if isinstance(teacher, Live):
+        lighten(teacher.headless, teacher.arch, recipe)
         shard(teacher.headless, teacher.arch, world, device, dtype, is_teacher=True)
-    optimizers = make_optimizers(student, pruned.arch, recipe)
-    _loop(teacher, student, between, optimizers, pruned, train, heldout, recipe, work, seed, dtype, world)
+    trained = {"student": (student, make_optimizers(student, pruned.arch, recipe))}
+    if isinstance(teacher, Learning):
+        trained["teacher"] = teacher.headless, make_optimizers(teacher.headless, teacher.arch, recipe)
+    _loop(teacher, trained, between, pruned, train, heldout, recipe, work, seed, dtype, world)
     finish()
     _write_student(student, pruned, out, world)
 
@@ -112,9 +115,8 @@ def _between(
 
 def _loop(
     teacher: Teacher | None,
-    student: Headless,
+    trained: Trained,
     between: Intermediate | None,
-    optimizers: Optimizers,
     pruned: Checkpoint,
     train: Blocks,
     heldout: Blocks,
@@ -127,7 +129,8 @@ def _loop(
     step_tokens = recipe.batch_size * train.context
     num_steps = max(1, recipe.tokens // step_tokens)
     evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
-    step, weight = load_checkpoint(work, student, optimizers, world) or (0, recipe.intermediate.weight or 0.0)
+    student, optimizers = trained["student"]
+    step, weight = load_checkpoint(work, trained, world) or (0, recipe.intermediate.weight or 0.0)
     metrics = Metrics(work, step, recipe.trackers, world)
     with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress, stop_wish() as wish:
         if step == 0:
@@ -139,7 +142,7 @@ def _loop(
             sums = accumulate(
                 teacher, student, train[numbers], numbers, recipe, dtype, world, between=between, weight=weight
             )
-            of_logits, on_the_way = world.sum(sums).tolist()
+            of_logits, on_the_way, of_teacher = world.sum(sums).tolist()
             loss = of_logits + weight * on_the_way
             norm = take_step(student, optimizers, rate, recipe.max_grad_norm, loss)
             is_good = math.isfinite(loss) and math.isfinite(norm)
@@ -150,6 +153,10 @@ def _loop(
                 row |= {"intermediate_loss": on_the_way, "intermediate_weight": weight}
                 if is_good and on_the_way and recipe.intermediate.weight is None:
                     weight = of_logits / on_the_way
+            if "teacher" in trained:
+                share = recipe.correction.learning_rate / recipe.learning_rate
+                take_step(*trained["teacher"], rate * share, recipe.max_grad_norm, of_teacher)
+                row["teacher_loss"] = of_teacher
             progress.advance(step_tokens)
             if step in evaluate_at:
                 row |= _evaluate(student, heldout, pruned, dtype, world)
@@ -164,7 +171,7 @@ def _loop(
             if step < num_steps and (
                 is_wished or world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds)
             ):
-                save_checkpoint(work, student, optimizers, step, weight, world)
+                save_checkpoint(work, trained, step, weight, world)
                 saved_at = time.monotonic()
             if step < num_steps and is_wished:
                 wish.grant()
@@ -183,12 +190,14 @@ def accumulate(
 ) -> Tensor:
     """Add one step's gradient to the student's from this rank's share of the step's blocks, by `numbers` (B,).
 
-    That is the gradient of the loss of the logits plus `weight` times that of what lies `between`.
+    That is the gradient of the loss of the logits plus `weight` times that of what lies `between`. To a teacher that
+    learns as well, add that of its own cross-entropy.
 
-    Returns this rank's part of both losses, (2,); the parts of all ranks add up to the mean over the step's tokens.
+    Returns this rank's part of these three losses, (3,); the parts of all ranks add up to the mean over the step's
+    tokens.
     """
     device = next(student.parameters()).device
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    total = torch.zeros(3, dtype=torch.float64, device=device)
     # The one place where the loss is normalised: by the tokens of the whole step, on all ranks.
     num_tokens = max(1, int(blocks.teaches.sum()))
     num_labels = max(1, int((blocks.targets >= 0).sum()))
@@ -197,12 +206,19 @@ def accumulate(
         block = blocks[part]
         ids, targets = block.ids.to(device), block.targets.to(device)
         is_learnt = None if block.is_learnt is None else block.teaches.to(device)
+        positions = None if block.positions is None else block.positions.to(device)
         readout: Readout
+        said: States | TopTokens
+        of_teacher: Tensor | None = None
         with between.watching() if between else nullcontext():
             if teacher is None:
                 readout = partial(_cross_entropy, targets=targets, num_labels=num_labels)
             else:
-                said = teacher(ids, numbers[part])
+                if isinstance(teacher, Learning):
+                    with _computing_in(dtype, device):
+                        said, of_teacher = teacher.learn(ids, positions, targets)
+                else:
+                    said = teacher(ids, numbers[part], positions)
                 readout = partial(
                     _logit_loss, teacher=said, num_tokens=num_tokens, is_learnt=is_learnt,
                     temperature=recipe.temperature,
@@ -213,11 +229,14 @@ def accumulate(
             if between:
                 readout = partial(_both, of_logits=readout, on_the_way=partial(between.loss, is_learnt, num_tokens))
             with _computing_in(dtype, device):
-                losses = student(ids, readout)
-        losses = losses if between else torch.stack([losses, torch.zeros_like(losses)])
-        loss = losses[0] + weight * losses[1] if between else losses[0]
+                losses = student(ids, readout, positions)
+        loss = losses[0] + weight * losses[1] if between else losses
         (loss * world.size).backward()  # FSDP averages gradients over ranks; the loss is a sum already
-        total += losses.detach().double()
+        total[: losses.numel()] += losses.detach().double()
+        if of_teacher is not None:  # behind the student's, which reads the teacher's output matrix as gathered
+            of_teacher = of_teacher / num_labels
+            (of_teacher * world.size).backward()
+            total[2] += of_teacher.detach()
     return total
 
 

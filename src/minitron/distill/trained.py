@@ -10,10 +10,12 @@ import torch
 from minitron.distill.distributed import World
 from minitron.errors import UserError
 from minitron.model.arch import Arch
-from minitron.recipe import DistillRecipe
+from minitron.recipe import CorrectionRecipe, DistillRecipe
 
 
-def choose_parameters(model: Any, arch: Arch, recipe: DistillRecipe, seed: int, world: World) -> Callable[[], None]:
+def choose_parameters(
+    model: Any, arch: Arch, recipe: DistillRecipe | CorrectionRecipe, seed: int, world: World
+) -> Callable[[], None]:
     """Freeze what the recipe's `trains` leaves out; what is returned makes a stock model of it after training.
 
     Adapters (LoRA, arXiv 2106.09685) are those of peft, beside every linear map of the layers, and are merged into

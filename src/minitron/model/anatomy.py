@@ -261,6 +261,8 @@ class Family:
     """What its blocks put out is multiplied by a number of the config before the residual stream gains it."""
     is_centred: bool = False
     """Its norms subtract the mean."""
+    joins_documents: bool = False
+    """Its state, or in transformers its attention, runs on where positions within a block begin anew."""
     demand: Demand | None = None
     """What its config class refuses beyond what the network does."""
     logit_divisor: str | None = None

@@ -49,10 +49,11 @@ class Headless(nn.Module):
         self.scale = multiplier / divisor
         self.softcap = _softcap(config)
 
-    def forward(self, input_ids: Tensor, readout: Readout) -> Any:
-        """`readout(hidden, head)` for token ids (B, T)."""
+    def forward(self, input_ids: Tensor, readout: Readout, positions: Tensor | None = None) -> Any:
+        """`readout(hidden, head)` for token ids (B, T); where `positions` (B, T) begin anew, so does attention."""
         model: Any = self.model
-        hidden = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, hidden)
+        given = {} if positions is None else {"position_ids": positions}
+        hidden = model.base_model(input_ids=input_ids, use_cache=False, **given).last_hidden_state  # (B, T, hidden)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         return readout(hidden, Head(model.get_output_embeddings().weight, self.softcap))

@@ -82,4 +82,5 @@ GPT_OSS = Family(
         model.layers.{i}.post_attention_layernorm    router gate_up_proj
         model.norm                                   lm_head
     """),
+    joins_documents=True,
 )

@@ -142,4 +142,5 @@ OPT = Family(
     config_products={"word_embed_proj_dim": ("hidden",)},
     product=HEADS,
     is_centred=True,
+    joins_documents=True,
 )

@@ -62,6 +62,7 @@ MAMBA2 = Family(
         backbone.layers.{i}.norm    in_proj
         backbone.norm_f             lm_head
     """),
+    joins_documents=True,
 )
 
 NEMOTRON_H = Family(
@@ -122,6 +123,7 @@ NEMOTRON_H = Family(
         backbone.layers.{i}.norm    q_proj k_proj v_proj in_proj up_proj gate fc1_latent_proj
         backbone.norm_f             lm_head
     """),
+    joins_documents=True,
 )
 
 HYBRID = """
@@ -189,6 +191,7 @@ BAMBA = Family(
     product=Product(("mhead", "mchan"), ratio="mamba_expand"),
     kinds=LayerKinds("attn_layer_indices", listed="attention", otherwise="mamba"),
     norms=HYBRID_NORMS,
+    joins_documents=True,
 )
 
 FALCON_H1 = Family(
@@ -214,4 +217,5 @@ FALCON_H1 = Family(
     norms=HYBRID_NORMS,
     logit_multiplier="lm_head_multiplier",
     scales_residual=True,
+    joins_documents=True,
 )
