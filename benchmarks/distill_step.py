@@ -108,7 +108,7 @@ def our_steps(inputs: Inputs, way: str, options: argparse.Namespace) -> Iterator
         optimizers = make_optimizers(student, inputs.teacher.arch.resized(**SIZES), recipe)
         for step in range(options.steps + 1):
             numbers = torch.arange(step * options.batch_size, (step + 1) * options.batch_size)
-            loss = accumulate(teacher, student, blocks[numbers], numbers, recipe, inputs.dtype, World())
+            loss, *_ = accumulate(teacher, student, blocks[numbers], numbers, recipe, inputs.dtype, World())
             take_step(student, optimizers, 1e-4, 1.0, float(loss))
             yield
 

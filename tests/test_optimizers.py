@@ -81,7 +81,10 @@ def test_moments_of_eight_bits(tmp_path: Path) -> None:
     resumed, _ = student_after("adamw8bit", range(3, 6), tmp_path)
     through, _ = student_after("adamw8bit", range(6))
     way, error = (
-        sum(float((a - b).detach().square().sum()) for a, b in zip(through.parameters(), other.parameters(), strict=True))
+        sum(
+            float((a - b).detach().square().sum())
+            for a, b in zip(through.parameters(), other.parameters(), strict=True)
+        )
         for other in (start, whole)
     )
     assert 0 < error < 0.02 * way
