@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minitron import cli
 from minitron.data.blocks import Blocks
 from minitron.distill import train
 from minitron.distill.distributed import World, layers_of, lighten
@@ -26,7 +31,11 @@ from tests.conftest import make_model
 
 CPU = torch.device("cpu")
 ON_THE_WAY = ("embedding", "block_output", "mlp_input", "attention")
-WAYS = [("adamw", "float32", 1e-3, 1e-5), ("muon", "float32", 1e-2, 1e-4), ("adamw", "bfloat16", 0.1, 1e-2)]
+WAYS = [
+    ("adamw", "float32", ", correction: {trains: full}", 1e-3, 1e-5),
+    ("muon", "float32", "", 1e-2, 1e-4),
+    ("adamw", "bfloat16", "", 0.1, 1e-2),
+]
 """With how near two processes come to one: in weights, as a share of the way that these went, and in losses.
 
 Muon orthogonalises in bfloat16, and Adam makes whole steps of the smallest gradients, rounded as they may be.
@@ -155,31 +164,63 @@ def apart(one: Path, two: Path, start: Path) -> float:
     return float((between / way) ** 0.5)
 
 
+def on_two_ranks(command: list[str]) -> tuple[list[int], str]:
+    """What torchrun would start, without its agent: exit statuses, and what the first rank said.
+
+    If one fails, both end.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+              "OMP_NUM_THREADS": "1"}  # fmt: skip
+    with tempfile.TemporaryFile("w+") as said:
+        ranks = [
+            subprocess.Popen(
+                command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.DEVNULL, stderr=said if rank == 0 else subprocess.DEVNULL,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        while any(rank.poll() is None for rank in ranks):
+            if any(rank.poll() for rank in ranks):
+                for rank in ranks:
+                    rank.kill()
+            time.sleep(0.05)
+        said.seek(0)
+        return [rank.returncode for rank in ranks], said.read()
+
+
 def losses(folder: Path) -> torch.Tensor:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return torch.tensor([row["loss"] for row in rows if "loss" in row])
 
 
-@pytest.mark.parametrize(("optimizer", "dtype", "share", "rtol"), WAYS)
+@pytest.mark.parametrize(("optimizer", "dtype", "more", "share", "rtol"), WAYS)
 def test_two_processes_train_the_student_of_one(
-    models: tuple[Path, Path], tmp_path: Path, text_file: Path, optimizer: str, dtype: str, share: float, rtol: float
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    text_file: Path,
+    optimizer: str,
+    dtype: str,
+    more: str,
+    share: float,
+    rtol: float,
 ) -> None:
     options = ["--data", str(text_file), "--context", "32", "--tokens", "2560", "--device", "cpu", "--dtype", dtype]
-    minitron = ["minitron", "distill", *map(str, models)]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"distill: {{batch_size: 4, optimizer: {optimizer}}}\nsearch: {{tokens: 256}}\n")
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    for name, prefix in (("one", [sys.executable, "-m"]), ("two", run)):
-        done = subprocess.run(
-            [*prefix, *minitron, str(tmp_path / name), *options, "--recipe", str(recipe)],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-    found = apart(tmp_path / "one", tmp_path / "two", models[1])
-    assert found < share
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == 20
-    torch.testing.assert_close(two, one, rtol=rtol, atol=0)
+    recipe.write_text(f"distill: {{batch_size: 4, optimizer: {optimizer}{more}}}\nsearch: {{tokens: 256}}\n")
+    one, two = (
+        ["distill", *map(str, models), str(tmp_path / name), *options, "--recipe", str(recipe)]
+        for name in ("one", "two")
+    )
+    cli.app(one, standalone_mode=False)
+    statuses, said = on_two_ranks([sys.executable, "-m", "minitron", *two])
+    assert statuses == [0, 0], said[-2000:]
+    assert apart(tmp_path / "one", tmp_path / "two", models[1]) < share
+    expected = losses(tmp_path / "one")
+    assert len(expected) == 20
+    torch.testing.assert_close(losses(tmp_path / "two"), expected, rtol=rtol, atol=0)
 
 
 KILLED = """
@@ -213,14 +254,13 @@ def test_a_run_that_is_told_to_stop_loses_nothing(
     verb = [*map(str, models)]
     stopped = subprocess.run(
         [sys.executable, str(tmp_path / "killed.py"), "distill", *verb, str(tmp_path / "out"), *given],
-        capture_output=True, text=True, env={**os.environ, "KILLED_BY": name},
+        capture_output=True, text=True, env={**os.environ, "KILLED_BY": name, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert stopped.returncode == status
     assert stopped.stderr.splitlines()[-1] == "stopped, with everything saved: run the same again to continue"
     assert json.loads((tmp_path / ".out.distill" / "checkpoint" / "state.json").read_text())["step"] == 4
     for out in ("out", "through"):
-        command = [sys.executable, "-m", "minitron", "distill", *verb, str(tmp_path / out), *given]
-        subprocess.run(command, check=True, capture_output=True)
+        cli.app(["distill", *verb, str(tmp_path / out), *given], standalone_mode=False)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
         tmp_path / "through" / "model.safetensors"
     ).read_bytes()
@@ -263,31 +303,33 @@ def test_steps_without_a_finite_loss_are_skipped(
     assert [row["step"] - 1 for row in rows if "skipped" in row] == broken
 
 
-@pytest.mark.parametrize(("optimizer", "_", "share", "rtol"), WAYS[:2])
+@pytest.mark.parametrize(("optimizer", "_", "more", "share", "rtol"), WAYS[:2])
 def test_a_run_killed_on_two_processes_continues_on_one(
-    models: tuple[Path, Path], tmp_path: Path, text_file: Path, optimizer: str, _: str, share: float, rtol: float
+    models: tuple[Path, Path],
+    tmp_path: Path,
+    text_file: Path,
+    optimizer: str,
+    _: str,
+    more: str,
+    share: float,
+    rtol: float,
 ) -> None:
     (tmp_path / "killed.py").write_text(KILLED)
     recipe = tmp_path / "recipe.yaml"
     # Held-out perplexity is measured every other step, and a checkpoint follows every step.
     recipe.write_text(
-        f"distill: {{batch_size: 4, checkpoint_seconds: 0, optimizer: {optimizer}}}\nsearch: {{tokens: 256}}\n"
+        f"distill: {{batch_size: 4, checkpoint_seconds: 0, optimizer: {optimizer}{more}}}\nsearch: {{tokens: 256}}\n"
     )
     verb = ["distill", *map(str, models)]
     options = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--device", "cpu",
                "--recipe", str(recipe)]  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    killed = subprocess.run(
-        [*torchrun, str(tmp_path / "killed.py"), *verb, str(tmp_path / "two"), *options], capture_output=True
-    )
-    assert killed.returncode != 0
+    statuses, _ = on_two_ranks([sys.executable, str(tmp_path / "killed.py"), *verb, str(tmp_path / "two"), *options])
+    assert statuses[0] == -signal.SIGKILL
     checkpoint = tmp_path / ".two.distill" / "checkpoint"
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 3
     assert all(path.suffix in {".safetensors", ".json"} for path in checkpoint.iterdir())
     for name in ("two", "one"):
-        subprocess.run(
-            [sys.executable, "-m", "minitron", *verb, str(tmp_path / name), *options], check=True, capture_output=True
-        )
+        cli.app([*verb, str(tmp_path / name), *options], standalone_mode=False)
     assert apart(tmp_path / "one", tmp_path / "two", models[1]) < share
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=rtol, atol=0)
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
