@@ -187,6 +187,28 @@ def test_bfloat16_states_give_float32_logits() -> None:
     assert abs(float(loss) - float(exact)) < 1e-5
 
 
+def rounded(tensor: Tensor) -> Tensor:
+    """To bfloat16, without an effect on gradients."""
+    return tensor + (tensor.bfloat16().to(tensor.dtype) - tensor).detach()
+
+
+def test_operands_are_rounded_and_logits_are_not() -> None:
+    given = problem()
+    single: Problem = tuple(x.detach().float().requires_grad_(x.requires_grad) for x in given)  # type: ignore[assignment]
+    found = fused(single, operands=torch.bfloat16, chunk_tokens=10)
+    at_once: Problem = tuple(map(rounded, given))  # type: ignore[assignment]
+    expected = naive(at_once, "forward_kl", 1.0, None)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+    for one, other, exact in zip(gradients(found, single), gradients(expected, given),
+                                 gradients(fused(given), given), strict=True):  # fmt: skip
+        error, of_rounding = ((one.double() - x).norm() / x.norm() for x in (other, exact))
+        assert error < 5e-3  # the gradient by logits is rounded too
+        assert of_rounding > 1e-4
+    logits, of_teacher = (a.detach().bfloat16() @ b.detach().bfloat16().T for a, b in (single[:2], single[2:]))
+    poor = divergence("forward_kl", of_teacher.double().log_softmax(-1), logits.double().log_softmax(-1), 0.5)
+    assert abs(poor - expected.detach()) > 10 * abs(found.detach() - expected.detach())
+
+
 def test_a_second_backward_is_refused_rather_than_wrong() -> None:
     loss = fused(problem())
     loss.backward(retain_graph=True)

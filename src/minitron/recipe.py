@@ -195,7 +195,7 @@ class DistillRecipe(_Strict):
     activation_checkpointing: bool = False
     """Layers compute their insides anew for the backward pass: a third more work, memory for one layer at a time."""
     compile: bool = False
-    """Layers go through `torch.compile`."""
+    """Layers and the comparison of logits go through `torch.compile`."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Time between checkpoints; it changes no result."""
 

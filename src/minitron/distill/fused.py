@@ -30,14 +30,14 @@ class States:
         """Those of some positions, by a mask."""
         return States(self.hidden[positions], self.head)
 
-    def ready(self, vocab: int, dtype: torch.dtype) -> "States":
+    def ready(self, vocab: int, _: torch.dtype, operands: torch.dtype) -> "States":
         """The same over the first tokens of the vocabulary, with one dimension for all positions."""
-        return States(self.hidden.flatten(0, -2), Head(self.head.weight[:vocab].to(dtype), self.head.softcap))
+        return States(self.hidden.flatten(0, -2), Head(self.head.weight[:vocab].to(operands), self.head.softcap))
 
     def logits(self, part: slice, temperature: float) -> Tensor:
         """Those of some positions, (n, vocab)."""
-        weight = self.head.weight
-        return _cooled_(_capped_(self.hidden[part].to(weight.dtype) @ weight.T, self.head.softcap), temperature)
+        logits = _product(self.hidden[part], self.head.weight.T)
+        return _cooled_(_capped_(logits, self.head.softcap), temperature)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TopTokens:
         """Those of some positions, by a mask."""
         return TopTokens(self.indices[positions], self.classes[positions], self.vocab)
 
-    def ready(self, vocab: int, dtype: torch.dtype) -> "TopTokens":
+    def ready(self, vocab: int, dtype: torch.dtype, _: torch.dtype) -> "TopTokens":
         """The same with one dimension for all positions."""
         if vocab < self.vocab:
             raise ValueError(f"the student has {vocab} tokens, the teacher's classes are of {self.vocab}")
@@ -76,6 +76,7 @@ def logit_loss(
     labels: Tensor | None = None,
     label_weight: float = 0.0,
     num_labels: int = 1,
+    operands: torch.dtype | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """`τ²/num_tokens · Σ_tokens comparison + label_weight/num_labels · Σ_labels cross-entropy`, a scalar.
@@ -94,6 +95,8 @@ def logit_loss(
         labels: (…), the next tokens, −100 where there is none; None where they take no part.
         label_weight: weight of their cross-entropy.
         num_labels: what the sum of that is divided by.
+        operands: bfloat16 to round what matrix products are of, as autocast does in the layers; they are added up in
+            float32 all the same, so that logits are never rounded themselves.
         chunk_tokens: tokens whose logits are held at once; the result does not depend on it but for rounding.
 
     Forward and gradients never hold tokens × vocabulary: the gradients are formed chunk by chunk in the forward pass
@@ -105,7 +108,7 @@ def logit_loss(
         labels = labels.flatten()
     result: Tensor = _LogitLoss.apply(
         student.flatten(0, -2), head.weight, head.softcap, teacher, comparison, num_tokens, temperature,
-        labels, label_weight / num_labels, chunk_tokens,
+        labels, label_weight / num_labels, operands, chunk_tokens,
     )  # fmt: skip
     return result
 
@@ -123,18 +126,20 @@ class _LogitLoss(torch.autograd.Function):
         temperature: float,
         labels: Tensor | None,  # (N,)
         label_weight: float,
+        operands: torch.dtype | None,
         chunk_tokens: int,
     ) -> Tensor:
         dtype = torch.promote_types(student.dtype, torch.float32)
         vocab = min(len(weight), teacher.vocab)
-        matrix, teacher = weight[:vocab].to(dtype), teacher.ready(vocab, dtype)
+        operands = operands or dtype
+        matrix, teacher = weight[:vocab].to(operands), teacher.ready(vocab, dtype, operands)
         grad_student = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         for start in range(0, len(student), chunk_tokens):
             part = slice(start, start + chunk_tokens)
-            states = student[part].to(dtype)
-            logits = _capped_(states @ matrix.T, softcap)
+            states = student[part].to(operands)
+            logits = _capped_(_product(states, matrix.T), softcap)
             # d cap(x)/dx = 1 − (cap(x)/c)²
             slope = (logits / softcap).square_().neg_().add_(1) if softcap else None
             of_labels = _cross_entropy(logits, labels[part]) if labels is not None and label_weight else None
@@ -147,9 +152,9 @@ class _LogitLoss(torch.autograd.Function):
             if slope is not None:
                 gradient.mul_(slope)
             if grad_student is not None:
-                grad_student[part] = (gradient @ matrix).to(grad_student.dtype)
+                grad_student[part] = _product(gradient, matrix).to(grad_student.dtype)
             if grad_weight is not None:
-                grad_weight[:vocab].addmm_(gradient.T, states)
+                _add_product_(grad_weight[:vocab], gradient.T, states)
             del gradient, slope, of_labels, logits  # before the next chunk's logits are formed
         ctx.gradients = grad_student, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
         return total.to(dtype)
@@ -162,7 +167,7 @@ class _LogitLoss(torch.autograd.Function):
             raise RuntimeError("this loss can be differentiated once")
         scaled = [gradient if gradient is None else gradient.mul_(grad_outputs[0].to(gradient.dtype))
                   for gradient in gradients]  # fmt: skip
-        return *scaled, *([None] * 8)
+        return *scaled, *([None] * 9)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,6 +178,22 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     loss = -log_q.gather(-1, chosen).squeeze(-1) * is_label
     gradient = log_q.exp_().scatter_add_(-1, chosen, logits.new_full(chosen.shape, -1.0))
     return loss, gradient.mul_(is_label[:, None])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, of operands in b's dtype, in float32 or better."""
+    a = a.to(b.dtype)
+    if b.dtype != torch.bfloat16:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add that to `total`."""
+    if b.dtype == torch.bfloat16 and b.is_cuda:
+        torch.addmm(total, a.to(b.dtype), b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.to(b.dtype).to(total.dtype), b.to(total.dtype))
 
 
 def _capped_(logits: Tensor, softcap: float | None) -> Tensor:

@@ -168,7 +168,7 @@ class _Shards:
     def _classes(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
         assert self.recipe.top_k is not None
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        states, num_tokens = States(hidden, head).ready(len(head.weight), dtype), hidden.shape[:-1].numel()
+        states, num_tokens = States(hidden, head).ready(len(head.weight), dtype, dtype), hidden.shape[:-1].numel()
         found = [
             classes_of(states.logits(slice(start, start + CHUNK_TOKENS), self.recipe.temperature), self.recipe.top_k)
             for start in range(0, num_tokens, CHUNK_TOKENS)

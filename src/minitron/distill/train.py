@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from minitron.distill.checkpoints import Trained, load_checkpoint, save_checkpoi
 from minitron.distill.distributed import World, lighten, loading_device, shard, whole
 from minitron.distill.fused import States, TopTokens, logit_loss
 from minitron.distill.intermediate import Intermediate, compare_on_the_way
-from minitron.distill.losses import comparison_of
+from minitron.distill.losses import Comparison, comparison_of
 from minitron.distill.metrics import Metrics
 from minitron.distill.optimizers import learning_rate, make_optimizers, take_step
 from minitron.distill.teacher import Learning, Live, Teacher
@@ -219,10 +219,12 @@ def accumulate(
                         said, of_teacher = teacher.learn(ids, positions, targets)
                 else:
                     said = teacher(ids, numbers[part], positions)
+                of_classes = isinstance(said, TopTokens)
                 readout = partial(
                     _logit_loss, teacher=said, num_tokens=num_tokens, is_learnt=is_learnt,
                     temperature=recipe.temperature,
-                    comparison=comparison_of(recipe.loss, recipe.beta, recipe.top_k, isinstance(said, TopTokens)),
+                    comparison=_comparison(recipe.loss, recipe.beta, recipe.top_k, of_classes, recipe.compile),
+                    operands=dtype if device.type == "cuda" and dtype == torch.bfloat16 else None,
                     labels=targets if recipe.label_weight else None, label_weight=recipe.label_weight,
                     num_labels=num_labels,
                 )  # fmt: skip
@@ -244,6 +246,12 @@ def _both(hidden: Tensor, head: Head, of_logits: Readout, on_the_way: Callable[[
     """Both losses, (2,); inside `forward`, since the projection is one of the parameters that FSDP gathers there."""
     with torch.autocast(hidden.device.type, enabled=False):
         return torch.stack([of_logits(hidden, head), on_the_way()])
+
+
+@cache
+def _comparison(kind: str, beta: float, top_k: int | None, of_classes: bool, compiled: bool) -> Comparison:
+    found = comparison_of(kind, beta, top_k, of_classes)
+    return torch.compile(found) if compiled else found
 
 
 def _computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
