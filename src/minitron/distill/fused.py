@@ -1,5 +1,6 @@
 """Distillation losses fused with the output projections: logits exist for some tokens at a time, never for all."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,12 @@ from torch import Tensor
 from minitron.distill.losses import Comparison
 from minitron.model.causal import Head
 
-LOGITS_BYTES = {"cpu": 2**25, "cuda": 2**29}
-"""Size of one buffer of logits, three or four of which are live: on a CPU small, since a chunk is worked over many
-times; on a GPU as large as its matrix products need it."""
+LOGITS_BYTES = {"cpu": 3 * 2**24, "cuda": 2**29}
+"""Size of a buffer of logits, of which there are two: as large as matrix products need it."""
+FEWEST_TOKENS = 256
+"""Whose logits a buffer holds in any case: with fewer, products wait for the output matrix to be read."""
+ROWS_BYTES = {"cpu": 2**21, "cuda": 2**29}
+"""Size of the part that is compared at a time: on a CPU what its caches hold, since it is gone over many times."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,10 @@ class States:
         """The same over the first tokens of the vocabulary, with one dimension for all positions."""
         return States(self.hidden.flatten(0, -2), Head(self.head.weight[:vocab].to(operands), self.head.softcap))
 
-    def logits(self, part: slice, temperature: float) -> Tensor:
-        """Those of some positions, (n, vocab)."""
-        logits = _product(self.hidden[part], self.head.weight.T)
-        return _cooled_(_capped_(logits, self.head.softcap), temperature)
+    def rows(self, part: slice, temperature: float, buffer: Tensor | None = None) -> Callable[[slice], Tensor]:
+        """Logits of some positions, given out (n, vocab) at a time and each once."""
+        logits = _product(self.hidden[part], self.head.weight.T, buffer)
+        return lambda rows: _cooled_(_capped_(logits[rows], self.head.softcap), temperature)
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,10 @@ class TopTokens:
             raise ValueError(f"the student has {vocab} tokens, the teacher's classes are of {self.vocab}")
         return TopTokens(self.indices.flatten(0, -2).long(), self.classes.flatten(0, -2).to(dtype), vocab)
 
-    def logits(self, part: slice, _: float) -> tuple[Tensor, Tensor]:
-        """Indices and classes of some positions."""
-        return self.indices[part], self.classes[part]
+    def rows(self, part: slice, _: float, __: Tensor | None = None) -> Callable[[slice], tuple[Tensor, Tensor]]:
+        """Indices and classes of some positions, given out (n, k) and (n, k + 1) at a time."""
+        indices, classes = self.indices[part], self.classes[part]
+        return lambda rows: (indices[rows], classes[rows].clone())
 
 
 def logit_loss(
@@ -103,7 +108,7 @@ def logit_loss(
     and kept at the size of the inputs.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(16, LOGITS_BYTES[student.device.type] // (4 * head.weight.shape[0]))
+        chunk_tokens = max(FEWEST_TOKENS, LOGITS_BYTES[student.device.type] // (4 * head.weight.shape[0]))
     if labels is not None:
         labels = labels.flatten()
     result: Tensor = _LogitLoss.apply(
@@ -136,26 +141,29 @@ class _LogitLoss(torch.autograd.Function):
         grad_student = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
+        num_chunks = max(1, -(-len(student) // chunk_tokens))
+        chunk_tokens = max(1, -(-len(student) // num_chunks))  # all of one size, but for rounding
+        # Taken once: on a CPU fresh memory costs as much as what is computed in it.
+        buffer = torch.empty(chunk_tokens, vocab, dtype=dtype, device=student.device)
+        of_teacher = torch.empty_like(buffer) if isinstance(teacher, States) else None
+        num_rows = max(1, ROWS_BYTES[student.device.type] // (vocab * dtype.itemsize))
         for start in range(0, len(student), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             states = student[part].to(operands)
-            logits = _capped_(_product(states, matrix.T), softcap)
-            # d cap(x)/dx = 1 − (cap(x)/c)²
-            slope = (logits / softcap).square_().neg_().add_(1) if softcap else None
-            of_labels = _cross_entropy(logits, labels[part]) if labels is not None and label_weight else None
-            loss, gradient = comparison(teacher.logits(part, temperature), _cooled_(logits, temperature))
-            total += loss.double().sum() * (temperature**2 / num_tokens)
-            gradient.mul_(temperature / num_tokens)
-            if of_labels is not None:
-                total += of_labels[0].double().sum() * label_weight
-                gradient.add_(of_labels[1], alpha=label_weight)
-            if slope is not None:
-                gradient.mul_(slope)
+            logits = _product(states, matrix.T, buffer)
+            said = teacher.rows(part, temperature, of_teacher)
+            of_chunk = None if labels is None or not label_weight else labels[part]
+            for first in range(0, len(logits), num_rows):
+                rows = slice(first, first + num_rows)
+                total += _compare_(
+                    logits[rows], said(rows), comparison, num_tokens, softcap, temperature,
+                    None if of_chunk is None else of_chunk[rows], label_weight,
+                )  # fmt: skip
+            gradient = logits
             if grad_student is not None:
                 grad_student[part] = _product(gradient, matrix).to(grad_student.dtype)
             if grad_weight is not None:
                 _add_product_(grad_weight[:vocab], gradient.T, states)
-            del gradient, slope, of_labels, logits  # before the next chunk's logits are formed
         ctx.gradients = grad_student, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
         return total.to(dtype)
 
@@ -170,6 +178,31 @@ class _LogitLoss(torch.autograd.Function):
         return *scaled, *([None] * 9)
 
 
+def _compare_(
+    logits: Tensor,
+    said: Any,
+    comparison: Comparison,
+    num_tokens: int,
+    softcap: float | None,
+    temperature: float,
+    labels: Tensor | None,
+    label_weight: float,
+) -> Tensor:
+    """What some rows of logits (n, vocab) add to the loss; they become its gradient by what came out of the product."""
+    _capped_(logits, softcap)
+    # d cap(x)/dx = 1 − (cap(x)/c)²
+    slope = (logits / softcap).square_().neg_().add_(1) if softcap else None
+    of_labels = None if labels is None else _cross_entropy(logits, labels)
+    total = comparison(said, _cooled_(logits, temperature)).double().sum() * (temperature**2 / num_tokens)
+    logits.mul_(temperature / num_tokens)
+    if of_labels is not None:
+        total += of_labels[0].double().sum() * label_weight
+        logits.add_(of_labels[1], alpha=label_weight)
+    if slope is not None:
+        logits.mul_(slope)
+    return total
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Of each token that has a label, (n,), and its gradient (n, vocab)."""
     is_label = labels >= 0
@@ -180,12 +213,14 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, gradient.mul_(is_label[:, None])
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, of operands in b's dtype, in float32 or better."""
-    a = a.to(b.dtype)
-    if b.dtype != torch.bfloat16:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+def _product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
+    """a @ b, of operands in b's dtype, in float32 or better; in the first rows of `buffer` if there is one."""
+    a, out = a.to(b.dtype), None if buffer is None else buffer[: len(a)]
+    if b.dtype == torch.bfloat16 and b.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    if b.dtype == torch.bfloat16:
+        a, b = a.float(), b.float()
+    return torch.mm(a, b, out=out)
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,8 +1,9 @@
 """How far a student's next-token distribution is from its teacher's: pure functions of logits, with their gradients.
 
-A `Comparison` takes the teacher's and the student's logits, (n, vocab) each, in float32 or better, and may overwrite
-both. It returns each token's loss, (n,), summed over the vocabulary, and the loss's gradient by the student's logits,
-(n, vocab). p is the teacher's softmax, q the student's. A temperature is the caller's matter.
+A `Comparison` takes the teacher's and the student's logits, (n, vocab) each, in float32 or better. It returns each
+token's loss, (n,), summed over the vocabulary, and leaves in the place of the student's logits the loss's gradient by
+these; what the teacher's place holds then is of no use. p is the teacher's softmax, q the student's. A temperature is
+the caller's matter.
 """
 
 import math
@@ -13,27 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Comparison = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
+Comparison = Callable[[Any, Tensor], Tensor]
 
 
-def forward_kl(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
     """Σ p (log p − log q): what Minitron trains with (arXiv 2407.14679, section 3 and table 15)."""
     log_p, log_q = _log_softmax_(teacher), _log_softmax_(student)
     p = log_p.exp()
-    loss = log_p.sub_(log_q).mul_(p).sum(dim=-1)
-    return loss, log_q.exp_().sub_(p)
+    loss: Tensor = torch.linalg.vecdot(log_p.sub_(log_q), p)
+    log_q.exp_().sub_(p)
+    return loss
 
 
-def reverse_kl(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
     """Σ q (log q − log p): seeks one of the teacher's modes rather than all (MiniLLM, arXiv 2306.08543)."""
     log_p, log_q = _log_softmax_(teacher), _log_softmax_(student)
     parts = log_p.neg_().add_(log_q)
     q = log_q.exp_()
     loss = parts.mul_(q).sum(dim=-1)
-    return loss, parts.addcmul_(q, loss[:, None], value=-1)
+    q.mul_(-loss[:, None]).add_(parts)
+    return loss
 
 
-def jsd(teacher: Tensor, student: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def jsd(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
     """β Σ p (log p − log m) + (1 − β) Σ q (log q − log m) with m = βp + (1 − β)q (GKD, arXiv 2306.13649, section 2)."""
     # From here on p and q carry their shares β and 1 − β, whose logarithms come off the sums again.
     log_p, log_q = _log_softmax_(teacher).add_(math.log(beta)), _log_softmax_(student).add_(math.log(1 - beta))
@@ -44,26 +47,30 @@ def jsd(teacher: Tensor, student: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     parts = log_m.neg_().add_(log_q).sub_(math.log(1 - beta))
     q = log_q.exp_()
     of_student = parts.mul_(q).sum(dim=-1)
-    return loss + of_student, parts.addcmul_(q, of_student[:, None], value=-1 / (1 - beta))
+    q.mul_(of_student[:, None] / (beta - 1)).add_(parts)
+    return loss + of_student
 
 
-def mse(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+def mse(teacher: Tensor, student: Tensor) -> Tensor:
     """Σ (s − t)² of the logits themselves."""
     difference = student.sub_(teacher)
-    loss = torch.linalg.vecdot(difference, difference)
-    return loss, difference.mul_(2)
+    loss: Tensor = torch.linalg.vecdot(difference, difference)
+    difference.mul_(2)
+    return loss
 
 
-def cosine(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
+def cosine(teacher: Tensor, student: Tensor) -> Tensor:
     """1 − cos(t, s) of the logits themselves."""
     length = torch.linalg.vector_norm(student, dim=-1, keepdim=True).clamp_min(1e-12)
     towards = teacher.div_(torch.linalg.vector_norm(teacher, dim=-1, keepdim=True).clamp_min(1e-12))
     own = student.div_(length)
     cos = torch.linalg.vecdot(towards, own)[:, None]
-    return 1 - cos.squeeze(-1), own.mul_(cos).sub_(towards).div_(length)
+    own.mul_(cos).sub_(towards).div_(length)
+    loss: Tensor = 1 - cos.squeeze(-1)
+    return loss
 
 
-def with_tail(teacher: Tensor, student: Tensor, comparison: Comparison, top_k: int) -> tuple[Tensor, Tensor]:
+def with_tail(teacher: Tensor, student: Tensor, comparison: Comparison, top_k: int) -> Tensor:
     """A comparison over the teacher's k most likely tokens and, as one more class, all others together.
 
     Both distributions stay whole: unlike renormalising within the k, this sees probability that the student gives to
@@ -78,15 +85,15 @@ def classes_of(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return indices, _classes_(logits, indices)
 
 
-def against_classes(teacher: tuple[Tensor, Tensor], student: Tensor, comparison: Comparison) -> tuple[Tensor, Tensor]:
+def against_classes(teacher: tuple[Tensor, Tensor], student: Tensor, comparison: Comparison) -> Tensor:
     """A comparison with what `classes_of` gives, where no more of the teacher is known."""
     indices, classes = teacher
     own = _classes_(student, indices)
     others = own[:, -1:].clone()
-    loss, of_classes = comparison(classes, own)
+    loss = comparison(classes, own)  # its gradient is in `own` now
     # A class of many tokens has their logsumexp as its logit, whose gradient is the softmax among them.
-    gradient = student.sub_(others).exp_().mul_(of_classes[:, -1:])
-    return loss, gradient.scatter_(-1, indices, of_classes[:, :-1])
+    student.sub_(others).exp_().mul_(own[:, -1:]).scatter_(-1, indices, own[:, :-1])
+    return loss
 
 
 def comparison_of(kind: str, beta: float = 0.5, top_k: int | None = None, of_classes: bool = False) -> Comparison:
@@ -119,4 +126,4 @@ def _classes_(logits: Tensor, indices: Tensor) -> Tensor:
 
 def _log_softmax_(logits: Tensor) -> Tensor:
     """Log-softmax, in place."""
-    return logits.sub_(logits.logsumexp(dim=-1, keepdim=True))
+    return torch.log_softmax(logits, dim=-1, out=logits)

@@ -170,7 +170,9 @@ class _Shards:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         states, num_tokens = States(hidden, head).ready(len(head.weight), dtype, dtype), hidden.shape[:-1].numel()
         found = [
-            classes_of(states.logits(slice(start, start + CHUNK_TOKENS), self.recipe.temperature), self.recipe.top_k)
+            classes_of(
+                states.rows(slice(start, start + CHUNK_TOKENS), self.recipe.temperature)(slice(None)), self.recipe.top_k
+            )
             for start in range(0, num_tokens, CHUNK_TOKENS)
         ]
         indices, classes = (torch.cat(parts).view(*hidden.shape[:-1], -1) for parts in zip(*found, strict=True))
