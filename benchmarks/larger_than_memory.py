@@ -178,7 +178,7 @@ def pruned(folder: Path, repairs: bool = False) -> dict[str, Any]:
     sizes = dict(CUTS[int(size)])
     if ffn := CUT_FFN.get((family, int(size))):
         sizes["intermediate_size"] = ffn
-    student, recipe = teacher.arch.resized(**sizes), PruneRecipe() if repairs else PLAIN
+    student, recipe = teacher.arch.resized(**sizes), PruneRecipe(refit=True) if repairs else PLAIN
     importance = load_file(folder.parent / f"{folder.name}.importance")
     out = folder.parent / f"{folder.name}-pruned"
     with whole_folder(out) as staging:

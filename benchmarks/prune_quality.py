@@ -44,9 +44,10 @@ METHODS = {
     "plain": PLAIN,
     "rescale": PruneRecipe(rotate=False, refit=False),
     "rotate": PruneRecipe(rotate=True, refit=False),
-    "refit": PruneRecipe(rotate=False, rescale_norms=False),
-    "all": PruneRecipe(),
+    "refit": PruneRecipe(rotate=False, rescale_norms=False, refit=True),
+    "all": PruneRecipe(refit=True),
 }
+"""A rotation is measured with the norms rescaled: its directions carry most of the stream by themselves."""
 ADDITIONS = set(METHODS) - {"plain", "all"}
 """Looked at one by one where hidden is cut; elsewhere the refit is all there is."""
 

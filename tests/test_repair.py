@@ -22,7 +22,7 @@ from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
 from tests.test_trim import cut_everywhere, random_importance
 
 CPU = torch.device("cpu")
-REFIT = PruneRecipe(rotate=False, rescale_norms=False, ridge=0.0)
+REFIT = PruneRecipe(rotate=False, rescale_norms=False, refit=True, ridge=0.0)
 RESCALE = PruneRecipe(rotate=False, refit=False)
 
 
@@ -119,7 +119,11 @@ def test_a_rescaled_norm_puts_out_what_it_did(teachers: Callable[[str], Checkpoi
 def test_every_family_starts_nearer_to_its_teacher(teacher: Checkpoint, blocks: Blocks) -> None:
     importance, arch = importance_of(teacher, blocks), cut_everywhere(teacher.arch)
     model, distances = load_model(teacher, CPU, torch.float32), {}
-    for name, recipe in {"plain": PLAIN, "refit": PruneRecipe(rotate=False), "all": PruneRecipe()}.items():
+    for name, recipe in {
+        "plain": PLAIN,
+        "refit": PruneRecipe(rotate=False, refit=True),
+        "all": PruneRecipe(refit=True),
+    }.items():
         cut = cut_to(arch, teacher, importance, recipe)
         assert (cut.basis is None) == (name != "all" or obstacle(teacher.arch) is not None)
         tensors = made(teacher, cut, blocks, recipe)
@@ -140,6 +144,19 @@ def test_experts_are_refitted_too(teachers: Callable[[str], Checkpoint], blocks:
     }
     assert {name for name in changed if "experts" in name} <= written
     assert len(changed & written) > len(written) // 2  # some have no tokens to go by
+
+
+def test_refits_are_for_shapes_that_keep_hidden(teachers: Callable[[str], Checkpoint], blocks: Blocks) -> None:
+    teacher = teachers("llama")
+    for sizes, expected in (({"intermediate_size": 40}, True), ({"hidden_size": 36}, False)):
+        importance, arch = importance_of(teacher, blocks), teacher.arch.resized(**sizes)
+        cuts = (cut_to(arch, teacher, importance, PruneRecipe(refit=refit)) for refit in (None, expected, not expected))
+        by_default, same, other = (
+            made(teacher, cut, blocks, PruneRecipe(refit=refit))
+            for cut, refit in zip(cuts, (None, expected, not expected), strict=True)
+        )
+        assert all(torch.equal(by_default[name], same[name]) for name in same)
+        assert any(not torch.equal(by_default[name], other[name]) for name in other)
 
 
 def test_nothing_cut_is_nothing_changed(teachers: Callable[[str], Checkpoint], blocks: Blocks) -> None:

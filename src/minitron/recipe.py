@@ -99,8 +99,9 @@ class PruneRecipe(_Strict):
     """Hidden is cut along principal directions instead of channels; None: where the family allows it."""
     rescale_norms: bool = True
     """Norms over fewer channels keep their scale."""
-    refit: bool = True
-    """Tensors that write the stream are fitted, layer after layer, to what the student lacks."""
+    refit: bool | None = None
+    """Tensors that write the stream are fitted, layer after layer, to what the student lacks; None: where hidden stays
+    whole. Where it is cut, a refit starts nearer and ends further off."""
     ridge: float = Field(3.0, ge=0)
     """Damping of that fit, as a share of the mean second moment, times inputs over calibration tokens."""
     rounds: int = Field(1, ge=1)

@@ -45,17 +45,19 @@ def mended(
     Raises:
         UserError: there are fewer calibration tokens than a refit has unknowns in a row, or activations are NaN.
     """
-    rescale = recipe.rescale_norms and cut.student.axis_size("hidden") < cut.teacher.axis_size("hidden")
-    if not rescale and not recipe.refit:
+    is_narrower = cut.student.axis_size("hidden") < cut.teacher.axis_size("hidden")
+    rescale = recipe.rescale_norms and is_narrower
+    refit = not is_narrower if recipe.refit is None else recipe.refit
+    if not rescale and not refit:
         with Progress("prune", cut.student.num_parameters, "parameters") as progress:
             for name, value in cut:
                 yield name, value
                 progress.advance(value.numel())
         return
-    if recipe.refit:
+    if refit:
         _require_tokens(cut, blocks)
-    walk = _Walk(teacher, cut, blocks, recipe if rescale else recipe.model_copy(update={"rescale_norms": False}),
-                 device, dtype)  # fmt: skip
+    recipe = recipe.model_copy(update={"rescale_norms": rescale, "refit": refit})
+    walk = _Walk(teacher, cut, blocks, recipe, device, dtype)
     last = cut.teacher.family.norms[-1]
     for row in cut.student.rows:
         if not row.is_per_layer and row.name != f"{last.name}.weight":

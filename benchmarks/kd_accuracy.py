@@ -1,0 +1,85 @@
+"""How exact the distillation loss and its gradients are on a grown model's states and weights in bfloat16.
+
+    python benchmarks/kd_accuracy.py STUDENT [--teacher smollm2] [--tokens 512]
+
+Both models run over text in bfloat16. From their last hidden states on, forward KL and its gradients by the student's
+states and output matrix are computed in float64 (the reference), by our loss, and from logits that a bfloat16 matrix
+product made, as a model's own forward pass gives them. Printed are relative errors, of gradients in the Euclidean norm.
+"""
+
+import argparse
+import json
+
+import torch
+from torch import Tensor
+
+from minitron.distill.fused import States, logit_loss
+from minitron.distill.losses import forward_kl
+from minitron.inputs import Inputs
+from minitron.model.causal import Headless, load_model
+from minitron.model.source import open_teacher
+from minitron.recipe import Recipe
+
+CONTEXT = 512
+
+
+def main() -> None:
+    """A line of JSON a way."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("student")
+    parser.add_argument("--teacher", default="smollm2")
+    parser.add_argument("--tokens", type=int, default=CONTEXT)
+    options = parser.parse_args()
+    inputs = Inputs(Recipe.model_validate({
+        "teacher": options.teacher, "context": CONTEXT, "dtype": "bfloat16", "calibration": {"tokens": options.tokens},
+        "search": {"tokens": CONTEXT}, "evaluation": {"tokens": CONTEXT}, "distill": {"tokens": options.tokens},
+    }))  # fmt: skip
+    ids = inputs.splits.train.ids
+    student = load_model(open_teacher(options.student), inputs.device, torch.bfloat16)
+    with torch.no_grad():
+        said, own = (Headless(model)(ids.to(inputs.device), States) for model in (inputs.model, student))
+    wanted = exact(own, said)
+    ways = {
+        "minitron": ours(own, said), "minitron, as on CUDA": ours(own, said, torch.bfloat16),
+        "logits in bfloat16": rounded(own, said),
+    }  # fmt: skip
+    for way, found in ways.items():
+        errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
+        names = ("loss", "gradient by states", "gradient by output matrix")
+        print(json.dumps({"way": way, **dict(zip(names, errors, strict=True))}))
+    print(json.dumps({"loss": float(wanted[0]), "tokens": ids.numel(), "torch": torch.__version__}))
+
+
+def gradients(loss: Tensor, states: Tensor, head: Tensor) -> tuple[Tensor, ...]:
+    """The loss and these."""
+    return loss.detach(), *torch.autograd.grad(loss, (states, head))
+
+
+def ours(own: States, said: States, operands: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """From states in bfloat16; their gradient is asked for in float32, so that its own rounding does not count."""
+    states, head = own.hidden.float().requires_grad_(), own.head.weight.float().requires_grad_()
+    loss = logit_loss(states, type(own.head)(head), said, forward_kl, states.shape[:-1].numel(), operands=operands)
+    return gradients(loss, states, head)
+
+
+def exact(own: States, said: States) -> tuple[Tensor, ...]:
+    """In float64."""
+    states, head = own.hidden.double().requires_grad_(), own.head.weight.double().requires_grad_()
+    return gradients(naive(states @ head.T, said.hidden.double() @ said.head.weight.double().T), states, head)
+
+
+def rounded(own: States, said: States) -> tuple[Tensor, ...]:
+    """From logits in bfloat16, turned to float32 for the loss."""
+    states, head = own.hidden.clone().requires_grad_(), own.head.weight.clone().requires_grad_()
+    logits, of_teacher = states @ head.T, said.hidden @ said.head.weight.T
+    return gradients(naive(logits.float(), of_teacher.float()), states, head)
+
+
+def naive(student: Tensor, teacher: Tensor) -> Tensor:
+    """Forward KL, averaged over tokens."""
+    log_q, log_p = (logits.flatten(0, -2).log_softmax(dim=-1) for logits in (student, teacher))
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+if __name__ == "__main__":
+    main()
