@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from minitron import cli
 from minitron.data.blocks import Blocks
 from minitron.distill.distributed import World
+from minitron.distill.intermediate import compare_on_the_way
 from minitron.distill.optimizers import make_optimizers, take_step
 from minitron.distill.teacher import Learning, Live
 from minitron.distill.train import accumulate, batch_indices, distill
@@ -18,7 +19,7 @@ from minitron.errors import UserError
 from minitron.measure.perplexity import measure_perplexity
 from minitron.model.causal import Headless, load_model
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.recipe import CorrectionRecipe, DistillRecipe
+from minitron.recipe import CorrectionRecipe, DistillRecipe, IntermediateRecipe
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -113,6 +114,24 @@ def test_a_teacher_that_learns_is_one_that_learnt_before_from_the_same_steps(
             student.zero_grad()
     assert rows[:4] == pytest.approx(rows[4:], rel=1e-6)
     assert rows[0] > rows[3]
+
+
+@pytest.mark.parametrize("of", [(), ("embedding", "block_output", "mlp_input", "attention")])
+def test_a_student_teaches_its_teacher_nothing(pair: tuple[Checkpoint, Checkpoint], of: Any) -> None:
+    """Whatever the student is held against, the teacher's gradient is that of its own cross-entropy."""
+    recipe = DistillRecipe(batch_size=2, correction=CorrectionRecipe(trains="full"))
+    said = Learning(load_model(pair[0], CPU, torch.float32), recipe.correction, 0, World())
+    student, alone = (Headless(load_model(checkpoint, CPU, torch.float32)) for checkpoint in (pair[1], pair[0]))
+    between = None
+    if of:
+        arches = pair[0].arch, pair[1].arch
+        between = compare_on_the_way(said.headless.model, arches[0], student, arches[1], IntermediateRecipe(of=of), CPU)
+    blocks = blocks_of(pair[0])[:2]
+    accumulate(said, student, blocks, torch.arange(2), recipe, torch.float32, World(), between, 1.0)
+    accumulate(None, alone, blocks, torch.arange(2), recipe, torch.float32, World())
+    for found, expected in zip(said.headless.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad)
+    assert any(parameter.grad.any() for parameter in student.parameters() if parameter.grad is not None)
 
 
 def test_a_student_of_a_learning_teacher_continues_after_a_kill(

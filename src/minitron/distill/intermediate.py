@@ -144,7 +144,7 @@ class Intermediate:
         """The sum over places and over the tokens that teach, (B, T), divided by `num_tokens`."""
         total = []
         for place, teacher, student in zip(self.places, *self.seen, strict=True):
-            losses = place.losses(teacher, student, self.projection)
+            losses = place.losses(teacher.detach(), student, self.projection)
             total.append((losses if teaches is None else losses[teaches]).sum())
         return torch.stack(total).sum() / num_tokens
 
