@@ -1,6 +1,6 @@
 """Calibrating and pruning a model that does not fit: peak memory, and time against a copy of the same bytes.
 
-    python benchmarks/larger_than_memory.py FOLDER [--families llama nemotron] [--sizes 2 7] [--repairs] [--rounds 3]
+    python benchmarks/larger_than_memory.py FOLDER [--sizes 2 7] [--layers 8] [--repairs] [--rounds N]
 
 Makes random bfloat16 checkpoints of about 2 and 7 billion parameters in FOLDER (once; 4 and 14 GB), then, each in a
 process of its own: calibrates on 16 blocks of 512 random tokens; then, round after round, prunes to about 4/7 by the
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--families", nargs="+", default=["llama", "nemotron"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[2, 7])
+    parser.add_argument("--layers", type=int, help="so many layers of that size only")
     parser.add_argument("--repairs", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -55,7 +56,7 @@ def main() -> None:
         return
     for family in options.families:
         for size in options.sizes:
-            folder = options.folder / f"{family}-{size}b"
+            folder = options.folder / (f"{family}-{size}b" + (f"-{options.layers}" if options.layers else ""))
             if not folder.exists():
                 alone("make", folder)
             if not folder.with_name(f"{folder.name}.importance").exists():
@@ -114,6 +115,12 @@ class AnonymousPeak:
         return self.peak
 
 
+def named(folder: Path) -> tuple[str, int, int]:
+    """What a folder's name says: family, billions of parameters, and how many layers, 0 for all."""
+    family, size, *layers = folder.name.split("-")
+    return family, int(size.removesuffix("b")), int(layers[0]) if layers else 0
+
+
 def make(folder: Path) -> dict[str, Any]:
     """A random checkpoint, tensor by tensor."""
     from transformers import AutoConfig
@@ -122,9 +129,10 @@ def make(folder: Path) -> dict[str, Any]:
     from minitron.model.arch import Arch
     from minitron.model.checkpoint import expected_shapes, write_checkpoint
 
-    family, size = folder.name.removesuffix("b").split("-")
+    family, size, layers = named(folder)
+    sizes = SHAPES[family, size] | ({"num_hidden_layers": layers} if layers else {})
     config = AutoConfig.for_model(family, vocab_size=VOCABULARY, max_position_embeddings=4096,
-                                  tie_word_embeddings=False, **SHAPES[family, int(size)])  # fmt: skip
+                                  tie_word_embeddings=False, **sizes)  # fmt: skip
     config.dtype = torch.bfloat16
     config.architectures = [{"llama": "LlamaForCausalLM", "nemotron": "NemotronForCausalLM"}[family]]
     arch, generator = Arch.from_config(config.to_dict()), torch.Generator().manual_seed(0)
@@ -174,9 +182,9 @@ def pruned(folder: Path, repairs: bool = False) -> dict[str, Any]:
     from minitron.recipe import PLAIN, PruneRecipe
 
     teacher, blocks = inputs(folder)
-    family, size = folder.name.removesuffix("b").split("-")
-    sizes = dict(CUTS[int(size)])
-    if ffn := CUT_FFN.get((family, int(size))):
+    family, size, _ = named(folder)
+    sizes = dict(CUTS[size])
+    if ffn := CUT_FFN.get((family, size)):
         sizes["intermediate_size"] = ffn
     student, recipe = teacher.arch.resized(**sizes), PruneRecipe(refit=True) if repairs else PLAIN
     importance = load_file(folder.parent / f"{folder.name}.importance")
