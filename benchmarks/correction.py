@@ -14,8 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from minitron.alone import correct, distill, evaluate, prune
 from minitron.inputs import Inputs
-from minitron.pipeline import correct_alone, distill_alone, evaluate_alone, prune_alone
 from minitron.recipe import Recipe, parse_count
 
 BEFORE = ("full", "norms", "lora")
@@ -55,29 +55,29 @@ def study(options: argparse.Namespace, seed: int) -> None:
         })  # fmt: skip
 
     def show(path: Any, seconds: float = 0.0, **about: Any) -> None:
-        found = evaluate_alone(recipe(path), 8_192)
+        found = evaluate(recipe(path), 8_192)
         row = {"seed": seed, **about, "perplexity": round(found["perplexity"], 2), "seconds": round(seconds)}
         print(json.dumps(row), flush=True)
 
     pruned = folder / "pruned"
     whole = recipe(options.teacher)
     size = round(Inputs(whole).teacher.arch.sizes["intermediate_size"] * options.ffn / 4) * 4
-    prune_alone(whole, {"intermediate_size": size}, None, None, pruned, False)
+    prune(whole, {"intermediate_size": size}, None, None, pruned, False)
     show(options.teacher, model="teacher")
     show(pruned, model="pruned")
     for way in options.ways:
         student, started = folder / way.replace(" ", "-"), time.monotonic()
         if way == "no teacher":
-            correct_alone(recipe(pruned), student, False)
+            correct(recipe(pruned), student, False)
         elif way in BEFORE:
             teacher = folder / f"teacher-{way}"
-            correct_alone(recipe(options.teacher, trains=way, learning_rate=options.correction_rate), teacher, False)
+            correct(recipe(options.teacher, trains=way, learning_rate=options.correction_rate), teacher, False)
             show(teacher, time.monotonic() - started, model="teacher", corrected=way)
             started = time.monotonic()
-            distill_alone(recipe(teacher), str(pruned), student, False)
+            distill(recipe(teacher), str(pruned), student, False)
         else:
             correction = {"trains": "full", "learning_rate": options.correction_rate} if way == "alongside" else {}
-            distill_alone(recipe(options.teacher, correction=correction), str(pruned), student, False)
+            distill(recipe(options.teacher, correction=correction), str(pruned), student, False)
         show(student, time.monotonic() - started, model="student", taught_by=way)
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from minitron import pipeline
+from minitron import alone, inputs, pipeline
 from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import PLAIN, Recipe, load_recipe
@@ -61,7 +61,7 @@ def test_the_figures_are_those_of_the_files(made: Path) -> None:
     assert results["teacher"]["num_parameters"] == teacher.num_parameters
     assert results["student"]["num_parameters"] == student.num_parameters
     assert 0.57 * teacher.num_parameters <= student.num_parameters <= 0.6 * teacher.num_parameters
-    again = pipeline.evaluate_alone(
+    again = alone.evaluate(
         recipe(made / "run" / "student", made / "text.txt"), max_tokens=512
     )  # the same blocks, by seed, context and tokens
     assert again["perplexity"] == results["student"]["perplexity"]
@@ -90,7 +90,7 @@ def test_the_card_says_what_a_reader_needs(made: Path) -> None:
 
 def test_a_finished_run_repeats_nothing(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*") if path.is_file()}
-    monkeypatch.setattr(pipeline, "open_teacher", lambda _: pytest.fail("the teacher was opened again"))
+    monkeypatch.setattr(inputs, "open_teacher", lambda _: pytest.fail("the teacher was opened again"))
     results = pipeline.compress(recipe(made / "model", made / "text.txt"), made / "run")
     assert results["student"]["perplexity"] > 1
     assert before == {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*") if path.is_file()}

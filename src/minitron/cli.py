@@ -1,4 +1,4 @@
-"""The command line: parse, call one function of the pipeline, print."""
+"""The command line: parse, call one function, print."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def compress(
     loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
                      context=context, seed=seed, device=device, dtype=dtype,
                      **{"distill.tokens": tokens, "distill.teacher_states": teacher_states})  # fmt: skip
-    results = _pipeline().compress(loaded, out, overwrite)
+    results = _main_job().compress(loaded, out, overwrite)
     if as_json:
         _print_json({"out": str(out), **results})
     else:
@@ -84,7 +84,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Sizes, exact parameter counts, the memory that serving takes, and whether the weights fit the family's table."""
-    record = _pipeline().inspect(model, family, batch, context, dtype)
+    record = _stages().inspect(model, family, batch, context, dtype)
     if not as_json:
         record["memory"] = {key: f"{size / 2**30:.2f} GiB" for key, size in record["memory"].items()}
     _print_record(record, as_json)
@@ -108,7 +108,7 @@ def calibrate(
     """Measure importance: calibration.safetensors and importance.safetensors in OUT."""
     loaded = _recipe(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype, **{"calibration.tokens": tokens})  # fmt: skip
-    _print_record(_pipeline().calibrate_alone(loaded, out, overwrite), as_json)
+    _print_record(_stages().calibrate(loaded, out, overwrite), as_json)
 
 
 @app.command()
@@ -129,7 +129,7 @@ def search(
     """Find the best shape within a budget: candidates.jsonl and arch.json in OUT."""
     loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data,
                      context=context, seed=seed, device=device, dtype=dtype)  # fmt: skip
-    _print_record(_pipeline().search_alone(loaded, out, overwrite), as_json)
+    _print_record(_stages().search(loaded, out, overwrite), as_json)
 
 
 @app.command()
@@ -181,13 +181,13 @@ def prune(
     if sum(map(bool, (given, arch, target_params))) > 1:
         raise UserError("give sizes, --arch or --target-params, not several of them")
     if dry_run:
-        _print_record(_pipeline().plan_prune(teacher, given, arch, family), as_json)
+        _print_record(_stages().plan_prune(teacher, given, arch, family), as_json)
         return
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
     loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
                      context=context, seed=seed, device=device, dtype=dtype)  # fmt: skip
-    _print_record(_pipeline().prune_alone(loaded, given, arch, importance, out, overwrite), as_json)
+    _print_record(_stages().prune(loaded, given, arch, importance, out, overwrite), as_json)
 
 
 @app.command()
@@ -211,7 +211,7 @@ def distill(
     loaded = _recipe(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype,
                      **{"distill.tokens": tokens, "distill.teacher_states": teacher_states})  # fmt: skip
-    _print_record(_pipeline().distill_alone(loaded, student, out, overwrite), as_json)
+    _print_record(_stages().distill(loaded, student, out, overwrite), as_json)
 
 
 @app.command()
@@ -235,7 +235,7 @@ def correct(
     """Get a teacher used to the data before it teaches: trains it on the text, a Hugging Face folder at OUT."""
     loaded = _recipe(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed, device=device,
                      dtype=dtype, **{"distill.tokens": tokens, "distill.trains": method})  # fmt: skip
-    _print_record(_pipeline().correct_alone(loaded, out, overwrite), as_json)
+    _print_record(_stages().correct(loaded, out, overwrite), as_json)
 
 
 @app.command()
@@ -256,7 +256,7 @@ def evaluate(
 
     loaded = _recipe(recipe, teacher=model, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype)  # fmt: skip
-    _print_record(_pipeline().evaluate_alone(loaded, option_count("--max-tokens", max_tokens)), as_json)
+    _print_record(_stages().evaluate(loaded, option_count("--max-tokens", max_tokens)), as_json)
 
 
 def main() -> None:
@@ -301,13 +301,22 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _pipeline() -> Any:
+def _main_job() -> Any:
     """The pipeline, imported when a command needs it: torch and transformers take seconds."""
     from minitron.progress import Progress
 
     with Progress("start"):
         from minitron import pipeline
     return pipeline
+
+
+def _stages() -> Any:
+    """The stages one by one, imported likewise."""
+    from minitron.progress import Progress
+
+    with Progress("start"):
+        from minitron import alone
+    return alone
 
 
 def _recipe(path: Path | None, plain: Any = False, **options: Any) -> Any:

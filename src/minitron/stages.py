@@ -1,0 +1,145 @@
+"""What a stage does with its inputs, whether it runs alone or within `compress`."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from minitron.data.blocks import Blocks
+from minitron.distill.distributed import World, loading_device, num_ranks
+from minitron.distill.teacher import Learning, Live, Teacher, stored
+from minitron.distill.train import distill
+from minitron.errors import UserError
+from minitron.files import (
+    read_json,
+    whole_file,
+    whole_folder,
+)
+from minitron.inputs import Inputs
+from minitron.measure.perplexity import measure_perplexity
+from minitron.model.arch import Arch
+from minitron.model.causal import load_model, read_head
+from minitron.model.checkpoint import Checkpoint, open_safetensors
+from minitron.progress import Progress
+from minitron.prune.calibrate import STREAM_MOMENT
+from minitron.prune.importance import Importance, score_shape
+from minitron.prune.repair import mended
+from minitron.prune.rounds import score_in_rounds
+from minitron.prune.trim import cut_to, write_pruned
+
+
+def write_statistics(folder: Path, inputs: Inputs) -> Importance:
+    """`calibration.safetensors` and `importance.safetensors` of the inputs' teacher; its scores are returned."""
+    importance = inputs.importance
+    sums = {key: value for key, value in inputs.statistics.items() if key != STREAM_MOMENT}  # that goes with the scores
+    for name, tensors in (("calibration", sums), ("importance", importance)):
+        with whole_file(folder / f"{name}.safetensors") as staging:
+            entries = {key: value.contiguous() for key, value in tensors.items()}
+            save_file(entries, staging, metadata={"teacher": inputs.teacher.identity()})
+    return importance
+
+
+def read_importance(path: Path, teacher: Checkpoint) -> Importance:
+    """The scores in such a file, or in the folder that holds it.
+
+    Raises:
+        UserError: they are not this teacher's.
+    """
+    path = path / "importance.safetensors" if path.is_dir() else path
+    file = open_safetensors(path)
+    importance: Importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for axis in teacher.arch.prunable_axes:
+        found = list(importance[axis].shape) if axis in importance else None
+        if found != score_shape(teacher.arch, axis):
+            raise UserError(f"{path} is not the importance of this teacher: axis {axis} has shape {found}")
+    if (file.metadata() or {}).get("teacher") != teacher.identity():
+        raise UserError(f"{path} is not the importance of this teacher: it was measured on other weights")
+    return importance
+
+
+def read_arch(path: Path, teacher: Arch) -> Arch:
+    """The shape in an `arch.json`, checked to be one that the teacher can be cut to."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    values = read_json(path)
+    arch = teacher.resized(
+        **{
+            key: size
+            for key, size in values.items()
+            if key not in {"model_type", *(teacher.flags.keys() - teacher.sizes.keys())}
+        }
+    )
+    teacher.require_prunable_to(arch)
+    return arch
+
+
+def write_pruned_folder(inputs: Inputs, arch: Arch, importance: Importance, folder: Path) -> None:
+    """The teacher cut to a shape and mended as the recipe says, as a Hugging Face folder."""
+    teacher, recipe = inputs.teacher, inputs.recipe.prune
+    if recipe.rounds > 1:
+        importance = score_in_rounds(
+            teacher, arch, importance, recipe.rounds, inputs.calibration_blocks, inputs.recipe.calibration,
+            inputs.device, inputs.dtype, folder.parent,
+        )  # fmt: skip
+    with whole_folder(folder) as staging:
+        write_pruned(
+            teacher, cut_to(arch, teacher, importance, recipe),
+            lambda cut: mended(teacher, cut, inputs.calibration_blocks, recipe, inputs.device, inputs.dtype), staging,
+        )  # fmt: skip
+
+
+def teacher_of(inputs: Inputs, pruned: Checkpoint, world: World) -> Teacher:
+    """The teacher itself, or what was stored of it."""
+    recipe, checkpoint = inputs.recipe.distill, inputs.teacher
+    where = loading_device(inputs.device)
+    if recipe.correction.trains != "nothing":
+        # A model of its own: others go on measuring the teacher as it was.
+        model = load_model(checkpoint, where, torch.promote_types(inputs.dtype, torch.float32))
+        return Learning(model, recipe.correction, inputs.recipe.seed, world)
+    if recipe.teacher_states is None:
+        return Live(inputs.model if where == inputs.device else load_model(checkpoint, where, inputs.dtype))
+    if recipe.stored == "top_k" and pruned.arch.axis_size("vocab") < checkpoint.arch.axis_size("vocab"):
+        raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
+    identity = {
+        "teacher": checkpoint.fingerprint(),
+        "blocks": inputs.splits.train.fingerprint(),
+        "dtype": str(inputs.dtype),
+    }
+    head = read_head(checkpoint, inputs.device, inputs.dtype)
+    return stored(Path(recipe.teacher_states), identity, lambda: inputs.model, head, inputs.splits.train, recipe, world)
+
+
+def train(inputs: Inputs, teacher: Teacher | None, pruned: Checkpoint, out: Path, work: Path, world: World) -> None:
+    """`distill.train.distill` on the inputs' text by their recipe."""
+    distill(
+        teacher, pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
+        out, work, inputs.recipe.seed, inputs.device, inputs.dtype, world,
+    )  # fmt: skip
+
+
+def measure(inputs: Inputs, checkpoint: Checkpoint, blocks: Blocks, stage: str) -> dict[str, Any]:
+    """Parameters, perplexity and speed of a model on some blocks, as `eval.json` has them."""
+    model = inputs.model if checkpoint is inputs.teacher else load_model(checkpoint, inputs.device, inputs.dtype)
+    with Progress(stage, blocks.num_tokens) as progress:
+        figures = measure_perplexity(model, blocks, progress.advance)
+    return {
+        "num_parameters": checkpoint.arch.num_parameters,
+        "num_non_embedding_parameters": checkpoint.arch.num_non_embedding_parameters,
+        **figures.to_dict(),
+    }
+
+
+def shape(arch: Arch) -> dict[str, Any]:
+    """Sizes, and the exact count that follows from them."""
+    return {"num_parameters": arch.num_parameters, "arch": arch.to_dict()}
+
+
+def require_one_process() -> None:
+    """See that torchrun did not start several.
+
+    Raises:
+        UserError: it did.
+    """
+    if num_ranks() > 1:
+        raise UserError("only distill and correct run under torchrun; run this one in one process")
