@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -63,7 +64,7 @@ def compress(
     loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
                      context=context, seed=seed, device=device, dtype=dtype,
                      **{"distill.tokens": tokens, "distill.teacher_states": teacher_states})  # fmt: skip
-    results = _main_job().compress(loaded, out, overwrite)
+    results = _imported("pipeline").compress(loaded, out, overwrite)
     if as_json:
         _print_json({"out": str(out), **results})
     else:
@@ -84,7 +85,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Sizes, exact parameter counts, the memory that serving takes, and whether the weights fit the family's table."""
-    record = _stages().inspect(model, family, batch, context, dtype)
+    record = _imported("alone").inspect(model, family, batch, context, dtype)
     if not as_json:
         record["memory"] = {key: f"{size / 2**30:.2f} GiB" for key, size in record["memory"].items()}
     _print_record(record, as_json)
@@ -108,7 +109,7 @@ def calibrate(
     """Measure importance: calibration.safetensors and importance.safetensors in OUT."""
     loaded = _recipe(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype, **{"calibration.tokens": tokens})  # fmt: skip
-    _print_record(_stages().calibrate(loaded, out, overwrite), as_json)
+    _print_record(_imported("alone").calibrate(loaded, out, overwrite), as_json)
 
 
 @app.command()
@@ -129,7 +130,7 @@ def search(
     """Find the best shape within a budget: candidates.jsonl and arch.json in OUT."""
     loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data,
                      context=context, seed=seed, device=device, dtype=dtype)  # fmt: skip
-    _print_record(_stages().search(loaded, out, overwrite), as_json)
+    _print_record(_imported("alone").search(loaded, out, overwrite), as_json)
 
 
 @app.command()
@@ -181,13 +182,13 @@ def prune(
     if sum(map(bool, (given, arch, target_params))) > 1:
         raise UserError("give sizes, --arch or --target-params, not several of them")
     if dry_run:
-        _print_record(_stages().plan_prune(teacher, given, arch, family), as_json)
+        _print_record(_imported("alone").plan_prune(teacher, given, arch, family), as_json)
         return
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
     loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
                      context=context, seed=seed, device=device, dtype=dtype)  # fmt: skip
-    _print_record(_stages().prune(loaded, given, arch, importance, out, overwrite), as_json)
+    _print_record(_imported("alone").prune(loaded, given, arch, importance, out, overwrite), as_json)
 
 
 @app.command()
@@ -211,7 +212,7 @@ def distill(
     loaded = _recipe(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype,
                      **{"distill.tokens": tokens, "distill.teacher_states": teacher_states})  # fmt: skip
-    _print_record(_stages().distill(loaded, student, out, overwrite), as_json)
+    _print_record(_imported("alone").distill(loaded, student, out, overwrite), as_json)
 
 
 @app.command()
@@ -235,7 +236,7 @@ def correct(
     """Get a teacher used to the data before it teaches: trains it on the text, a Hugging Face folder at OUT."""
     loaded = _recipe(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed, device=device,
                      dtype=dtype, **{"distill.tokens": tokens, "distill.trains": method})  # fmt: skip
-    _print_record(_stages().correct(loaded, out, overwrite), as_json)
+    _print_record(_imported("alone").correct(loaded, out, overwrite), as_json)
 
 
 @app.command()
@@ -256,7 +257,7 @@ def evaluate(
 
     loaded = _recipe(recipe, teacher=model, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype)  # fmt: skip
-    _print_record(_stages().evaluate(loaded, option_count("--max-tokens", max_tokens)), as_json)
+    _print_record(_imported("alone").evaluate(loaded, option_count("--max-tokens", max_tokens)), as_json)
 
 
 def main() -> None:
@@ -301,22 +302,12 @@ def _fail(message: str) -> None:
     sys.exit(2)
 
 
-def _main_job() -> Any:
-    """The pipeline, imported when a command needs it: torch and transformers take seconds."""
+def _imported(name: str) -> Any:
+    """A module of ours, imported when a command needs it: torch and transformers take seconds."""
     from minitron.progress import Progress
 
     with Progress("start"):
-        from minitron import pipeline
-    return pipeline
-
-
-def _stages() -> Any:
-    """The stages one by one, imported likewise."""
-    from minitron.progress import Progress
-
-    with Progress("start"):
-        from minitron import alone
-    return alone
+        return import_module(f"minitron.{name}")
 
 
 def _recipe(path: Path | None, plain: Any = False, **options: Any) -> Any:
