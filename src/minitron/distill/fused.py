@@ -143,7 +143,7 @@ class _LogitLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         num_chunks = max(1, -(-len(student) // chunk_tokens))
         chunk_tokens = max(1, -(-len(student) // num_chunks))  # all of one size, but for rounding
-        # Taken once: on a CPU fresh memory costs as much as what is computed in it.
+        # Taken once: memory fresh from the system is dear on a CPU.
         buffer = torch.empty(chunk_tokens, vocab, dtype=dtype, device=student.device)
         of_teacher = torch.empty_like(buffer) if isinstance(teacher, States) else None
         num_rows = max(1, ROWS_BYTES[student.device.type] // (vocab * dtype.itemsize))

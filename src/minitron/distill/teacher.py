@@ -155,7 +155,7 @@ class _Shards:
         readout: Readout = self._classes if self.recipe.stored == "top_k" else self._hidden
         for number in self.blocks_of(shard):
             block = blocks[number : number + 1]
-            positions = None if block.positions is None else block.positions.to(device)
+            positions = None if (places := block.positions) is None else places.to(device)
             rows.append(teacher(block.ids.to(device), readout, positions))
             advance()
         tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}

@@ -26,9 +26,7 @@ from minitron.distill.optimizers import learning_rate, make_optimizers, take_ste
 from minitron.distill.teacher import Learning, Live, Teacher
 from minitron.distill.trained import choose_parameters
 from minitron.errors import UserError
-from minitron.files import (
-    whole_folder,
-)
+from minitron.files import whole_folder
 from minitron.measure.continuation import continuation
 from minitron.measure.perplexity import measure_perplexity, next_token_nll
 from minitron.model.causal import Head, Headless, Readout, load_model
@@ -206,7 +204,7 @@ def accumulate(
         block = blocks[part]
         ids, targets = block.ids.to(device), block.targets.to(device)
         is_learnt = None if block.is_learnt is None else block.teaches.to(device)
-        positions = None if block.positions is None else block.positions.to(device)
+        positions = None if (places := block.positions) is None else places.to(device)
         readout: Readout
         said: States | TopTokens
         of_teacher: Tensor | None = None
