@@ -59,7 +59,6 @@ class Learning(Live):
 
     def __init__(self, model: nn.Module, recipe: CorrectionRecipe, seed: int, world: World) -> None:
         super().__init__(model)
-        self.recipe = recipe
         model.requires_grad_(True)
         choose_parameters(model, self.arch, recipe, seed, world)
 
