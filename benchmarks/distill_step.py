@@ -105,7 +105,7 @@ def our_steps(inputs: Inputs, way: str, options: argparse.Namespace) -> Iterator
             teacher = stored(Path(folder) / "states", {}, lambda: inputs.model, head, blocks, recipe, World())
         else:
             teacher = Live(inputs.model)
-        optimizers = make_optimizers(student, inputs.teacher.arch.resized(**SIZES), recipe)
+        optimizers = make_optimizers(student, inputs.teacher.arch.resized(**SIZES), recipe, World())
         for step in range(options.steps + 1):
             numbers = torch.arange(step * options.batch_size, (step + 1) * options.batch_size)
             loss, *_ = accumulate(teacher, student, blocks[numbers], numbers, recipe, inputs.dtype, World())

@@ -99,7 +99,7 @@ def study(inputs: Inputs, texts: dict[str, Blocks], name: str, method: str, fold
     arch = teacher.arch.resized(**SHAPES[name])
     with whole_folder(folder / "pruned") as staging:
         write_pruned(
-            teacher, cut_to(arch, teacher, inputs.importance, recipe),
+            teacher, cut_to(arch, teacher, inputs.importance(), recipe),
             lambda cut: mended(teacher, cut, inputs.calibration_blocks, recipe, inputs.device, torch.float32), staging,
         )  # fmt: skip
     seconds, pruned = time.monotonic() - started, open_checkpoint(folder / "pruned")

@@ -103,7 +103,7 @@ def test_a_teacher_that_learns_is_one_that_learnt_before_from_the_same_steps(
         model = load_model(pair[0], CPU, torch.float32)
         said = Learning(model, recipe.correction, 0, World())
         alone = Headless(model) if part is None else None
-        optimizers = make_optimizers(said.headless, said.arch, recipe)
+        optimizers = make_optimizers(said.headless, said.arch, recipe, World())
         student = alone or Headless(load_model(pair[1], CPU, torch.float32))
         for step in range(4):
             numbers = batch_indices(step, 2, 6, 0)

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(teacher: Checkpoint) -> None:
     student = Headless(load_model(teacher, CPU, torch.float32))
-    muon, adamw = make_optimizers(student, teacher.arch, DistillRecipe(optimizer="muon"))
+    muon, adamw = make_optimizers(student, teacher.arch, DistillRecipe(optimizer="muon"), World())
     assert isinstance(muon, torch.optim.Muon)
     moved = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in (muon, adamw)]
     assert not moved[0] & moved[1]
@@ -34,7 +34,7 @@ def test_state_is_made_without_moving_anything(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
     for kind in ("adamw", "muon"):
         student = Headless(load_model(checkpoint, CPU, torch.float32))
-        optimizers = make_optimizers(student, checkpoint.arch, DistillRecipe(optimizer=kind, weight_decay=0.1))  # type: ignore[arg-type]
+        optimizers = make_optimizers(student, checkpoint.arch, DistillRecipe(optimizer=kind, weight_decay=0.1), World())  # type: ignore[arg-type]
         before = [parameter.detach().clone() for parameter in student.parameters()]
         make_state(optimizers)
         assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
@@ -45,7 +45,7 @@ def test_state_is_made_without_moving_anything(tmp_path: Path) -> None:
 def test_a_step_is_taken_only_where_all_is_finite(tmp_path: Path, loss: float) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
     student = Headless(load_model(checkpoint, CPU, torch.float32))
-    optimizers = make_optimizers(student, checkpoint.arch, DistillRecipe())
+    optimizers = make_optimizers(student, checkpoint.arch, DistillRecipe(), World())
     before = [parameter.detach().clone() for parameter in student.parameters()]
     for parameter in student.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -62,7 +62,7 @@ def test_moments_of_eight_bits(tmp_path: Path) -> None:
 
     def student_after(kind: str, steps: range, folder: Path | None = None) -> tuple[Headless, Any]:
         student = Headless(load_model(checkpoint, CPU, torch.float32))
-        optimizers = make_optimizers(student, checkpoint.arch, DistillRecipe(optimizer=kind))  # type: ignore[arg-type]
+        optimizers = make_optimizers(student, checkpoint.arch, DistillRecipe(optimizer=kind), World())  # type: ignore[arg-type]
         if folder:
             assert load_checkpoint(folder, {"student": (student, optimizers)}, World()) == (steps.start, 0.5)
         for step in steps:
@@ -91,12 +91,11 @@ def test_moments_of_eight_bits(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(through.parameters(), resumed.parameters(), strict=True))
 
 
-def test_eight_bits_over_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_bits_over_processes_are_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="adamw8bit runs in one process; accepted under torchrun: adamw, muon"):
         make_optimizers(Headless(load_model(checkpoint, CPU, torch.float32)), checkpoint.arch,
-                        DistillRecipe(optimizer="adamw8bit"))  # fmt: skip
+                        DistillRecipe(optimizer="adamw8bit"), World(0, 2))  # fmt: skip
 
 
 def test_schedules() -> None:

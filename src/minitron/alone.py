@@ -1,11 +1,13 @@
 """The stages one by one, each a verb of the command line."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from safetensors.torch import load_file
 
 from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.distill.distributed import World, joined_world
@@ -26,7 +28,10 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, read_config
 from minitron.model.memory import DTYPE_BYTES, attention_windows, memory
 from minitron.model.source import open_teacher, resolve_teacher
+from minitron.present.plot import write_plot
 from minitron.recipe import Recipe, data_in_words, parse_context
+from minitron.search.rank import removed_layers, shapes_within
+from minitron.search.rank import search as find_shape
 from minitron.stages import (
     measure,
     read_arch,
@@ -53,7 +58,10 @@ def inspect(
     dtype = "bfloat16" if dtype == "auto" else dtype
     if dtype not in DTYPE_BYTES:
         raise UserError(f"unknown dtype '{dtype}'; accepted: auto, {', '.join(DTYPE_BYTES)}")
-    num_tokens = parse_context(context)
+    try:
+        num_tokens = parse_context(context)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     path = _config_or_folder(model, family)
     checked = has_weights(path)
     config = (open_checkpoint(path, family).config if checked else read_config(path, family)).to_dict()
@@ -106,13 +114,27 @@ def calibrate(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
 
 
 def search(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
-    """Write `candidates.jsonl` and `arch.json` for a teacher and a budget into the folder `out`."""
-    inputs = _inputs(recipe, out, overwrite, mark="candidates.jsonl")
-    _ = inputs.candidates
-    importance = inputs.importance
-    with whole_folder(out) as staging:
-        arch = inputs.search(importance, staging / "candidates.jsonl")
-        write_json(staging / "arch.json", arch.to_dict())
+    """Write `arch.json`, `candidates.jsonl`, `search.json` and a plot for a teacher and a budget into the folder `out`.
+
+    An interrupted search with the same inputs continues where it stood, in a hidden folder beside `out`. Under
+    torchrun, candidates are shared out to the processes.
+
+    Raises:
+        UserError: the budget is not understood, or no shape meets it.
+    """
+    inputs = _inputs(recipe, out, overwrite, mark="candidates.jsonl", one_process=False)
+    shapes, budget = shapes_within(inputs)
+    with _resumable(inputs, out, "search", []) as (work, world):
+        if world.is_main and not (work / "importance.safetensors").exists():
+            write_statistics(work, inputs, removed_layers(shapes))
+        world.barrier()
+        arch = find_shape(inputs, load_file(work / "importance.safetensors"), shapes, budget, work, world)
+        if world.is_main:
+            with whole_folder(out) as staging:
+                for name in ("candidates.jsonl", "search.json"):
+                    shutil.copyfile(work / name, staging / name)
+                write_json(staging / "arch.json", arch.to_dict())
+                write_plot(staging)
     return {"out": str(out), **shape(arch)}
 
 
@@ -135,15 +157,13 @@ def prune(
         arch = teacher.arch.resized(**sizes)
         teacher.arch.require_prunable_to(arch)
     else:
-        _ = inputs.candidates
+        shapes, budget = shapes_within(inputs)
     require_space(out, teacher.num_bytes)
-    if arch is not None:
-        removed = teacher.arch.axis_size("layer") - arch.axis_size("layer")
-        inputs = replace(inputs, removed=frozenset({removed}))
-    scores = read_importance(importance, teacher) if importance else inputs.importance
+    removed = {teacher.arch.axis_size("layer") - arch.axis_size("layer")} if arch else removed_layers(shapes)
+    scores = read_importance(importance, teacher) if importance else inputs.importance(removed)
     if arch is None:
         with TemporaryDirectory() as folder:
-            arch = inputs.search(scores, Path(folder) / "candidates.jsonl")
+            arch = find_shape(inputs, scores, shapes, budget, Path(folder), World())
     write_pruned_folder(inputs, arch, scores, out)
     return {"out": str(out), **shape(arch)}
 
@@ -178,27 +198,36 @@ def correct(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
 
 
 def _train(inputs: Inputs, student: Checkpoint, out: Path, teacher: Callable[[World], Teacher | None]) -> None:
-    recipe = inputs.recipe
+    with _resumable(inputs, out, "distill", [student.fingerprint()]) as (work, world):
+        train(inputs, teacher(world), student, work / "student", work, world)
+        if world.is_main:
+            shutil.copyfile(work / "metrics.jsonl", work / "student" / "metrics.jsonl")
+            if (work / "tensorboard").exists():
+                shutil.copytree(work / "tensorboard", work / "student" / "tensorboard")
+            publish_folder(work / "student", out)
+
+
+@contextmanager
+def _resumable(inputs: Inputs, out: Path, verb: str, sources: list[str]) -> Iterator[tuple[Path, World]]:
+    """A hidden folder beside `out` that what is interrupted continues from, emptied unless it is of the same inputs."""
     identity = {
-        "recipe": recipe.model_dump(mode="json"),
-        "sources": [inputs.teacher.fingerprint(), student.fingerprint(), inputs.splits.fingerprint()],
+        "recipe": inputs.recipe.model_dump(mode="json"),
+        "sources": [inputs.teacher.fingerprint(), *sources, inputs.splits.fingerprint()],
     }
-    work = out.with_name(f".{out.name}.distill")
+    work = out.with_name(f".{out.name}.{verb}")
     with parents_of(out), joined_world(inputs.device) as world:
         if world.is_main and not ((work / "run.json").exists() and read_json(work / "run.json") == identity):
             empty_folder(work)
             write_json(work / "run.json", identity)
         world.barrier()
         try:
-            train(inputs, teacher(world), student, work / "student", work, world)
+            yield work, world
+            world.barrier()
             if world.is_main:
-                shutil.copyfile(work / "metrics.jsonl", work / "student" / "metrics.jsonl")
-                if (work / "tensorboard").exists():
-                    shutil.copytree(work / "tensorboard", work / "student" / "tensorboard")
-                publish_folder(work / "student", out)
                 shutil.rmtree(work)
         finally:
-            if world.is_main and not (work / "checkpoint").exists():  # nothing to continue from
+            can_continue = (work / "checkpoint").exists() or (work / "candidates.jsonl").exists()
+            if world.is_main and not can_continue:
                 shutil.rmtree(work, ignore_errors=True)
 
 

@@ -23,8 +23,26 @@ Teacher = Annotated[str, typer.Argument(help="A hub id, a folder, a .gguf file, 
 Out = Annotated[Path, typer.Argument(help="The folder to make.", resolve_path=True)]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; options override it.")]
 Target = Annotated[
-    str | None, typer.Option("--target-params", help="A share of the teacher (0.7) or a count (94M, 4B).")
+    str | None,
+    typer.Option("--target-params", help="A share of the teacher (0.7), a count (94M, 4B) or a range (7.8B..8.5B)."),
 ]
+Targets = Annotated[
+    str | None,
+    typer.Option("--target-params", help="A share of the teacher (0.7), a count (94M, 4B) or a range (7.8B..8.5B); "
+                 "several (0.8,0.6,0.4) make a family."),
+]  # fmt: skip
+NonEmbedding = Annotated[
+    str | None, typer.Option("--target-non-embedding-params", help="The same, embeddings not counted.")
+]
+Active = Annotated[
+    str | None, typer.Option("--target-active-params", help="The same, of the experts only those a token is sent to.")
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Of weights, KV cache and Mamba state: 20GiB, or a share of the teacher's.")
+]
+Throughput = Annotated[str | None, typer.Option(help="Prefill here, at least: 1.5x the teacher's, or 900 tok/s.")]
+Latency = Annotated[str | None, typer.Option(help="Of a decoded token here, at most: 0.7x the teacher's, or 40ms.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Sequences that --memory, --throughput and --latency are for.")]
 Data = Annotated[
     str | None, typer.Option(help="A txt, jsonl or parquet file or glob, a hub data set, or the built-in wiki.")
 ]
@@ -34,6 +52,10 @@ States = Annotated[
     str | None, typer.Option("--teacher-states", help="Run the teacher once and keep its states in this folder.")
 ]
 Context = Annotated[int | None, typer.Option(help="Tokens in a block.")]
+ServedContext = Annotated[
+    str | None, typer.Option("--context", help="Tokens in a block; where --memory, --throughput or --latency is given, "
+                             "of the sequences that these are for (128k).")
+]  # fmt: skip
 Seed = Annotated[int | None, typer.Option(help="Decides the order of the text.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the forward passes.")]
@@ -46,13 +68,19 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at
 def compress(
     teacher: Teacher,
     out: Out,
-    target_params: Target = None,
+    target_params: Targets = None,
+    target_non_embedding_params: NonEmbedding = None,
+    target_active_params: Active = None,
+    memory: Memory = None,
+    throughput: Throughput = None,
+    latency: Latency = None,
+    batch: Batch = None,
     recipe: RecipeFile = None,
     family: Family = None,
     data: Data = None,
     tokens: Tokens = None,
     teacher_states: States = None,
-    context: Context = None,
+    context: ServedContext = None,
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -61,8 +89,9 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """The main job: search a shape, prune, distil, evaluate. Run again to continue."""
+    budget = _budget(target_non_embedding_params, target_active_params, memory, throughput, latency, batch, context)
     loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
-                     context=context, seed=seed, device=device, dtype=dtype,
+                     seed=seed, device=device, dtype=dtype, **budget,
                      **{"distill.tokens": tokens, "distill.teacher_states": teacher_states})  # fmt: skip
     results = _imported("pipeline").compress(loaded, out, overwrite)
     if as_json:
@@ -117,10 +146,16 @@ def search(
     teacher: Teacher,
     out: Out,
     target_params: Target = None,
+    target_non_embedding_params: NonEmbedding = None,
+    target_active_params: Active = None,
+    memory: Memory = None,
+    throughput: Throughput = None,
+    latency: Latency = None,
+    batch: Batch = None,
     recipe: RecipeFile = None,
     family: Family = None,
     data: Data = None,
-    context: Context = None,
+    context: ServedContext = None,
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -128,8 +163,9 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Find the best shape within a budget: candidates.jsonl and arch.json in OUT."""
+    budget = _budget(target_non_embedding_params, target_active_params, memory, throughput, latency, batch, context)
     loaded = _recipe(recipe, teacher=teacher, family=family, target_params=target_params, data=data,
-                     context=context, seed=seed, device=device, dtype=dtype)  # fmt: skip
+                     seed=seed, device=device, dtype=dtype, **budget)  # fmt: skip
     _print_record(_imported("alone").search(loaded, out, overwrite), as_json)
 
 
@@ -316,6 +352,24 @@ def _recipe(path: Path | None, plain: Any = False, **options: Any) -> Any:
     if plain:
         options.update({f"prune.{name}": value for name, value in PLAIN.model_dump().items()})
     return load_recipe(path, options)
+
+
+def _budget(
+    non_embedding_params: str | None,
+    active_params: str | None,
+    memory: str | None,
+    throughput: str | None,
+    latency: str | None,
+    batch: int | None,
+    context: str | None,
+) -> dict[str, Any]:
+    """Options as entries of a recipe; a context is that of serving where there is a limit on serving."""
+    is_served = any((memory, throughput, latency))
+    return {
+        "budget.non_embedding_params": non_embedding_params, "budget.active_params": active_params,
+        "budget.memory": memory, "budget.throughput": throughput, "budget.latency": latency, "budget.batch": batch,
+        "budget.context" if is_served else "context": context,
+    }  # fmt: skip
 
 
 def _print_json(record: dict[str, Any]) -> None:

@@ -9,18 +9,14 @@ import torch
 
 from minitron.data.blocks import Blocks, Splits, load_tokenizer, read_splits
 from minitron.errors import UserError
-from minitron.model.arch import Arch
 from minitron.model.causal import load_model, resolve_device, resolve_dtype
-from minitron.model.checkpoint import Checkpoint
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.source import open_teacher
 from minitron.prune.calibrate import Statistics, calibrate
 from minitron.prune.depth import score_depth
 from minitron.prune.importance import Importance, score
 from minitron.prune.rotate import turns
 from minitron.recipe import Recipe
-from minitron.search.budget import parse_budget
-from minitron.search.candidates import feasible
-from minitron.search.rank import search
 
 DEFAULT_CONTEXT = 1024
 
@@ -30,13 +26,18 @@ class Inputs:
     """What a recipe names, each opened when first asked for."""
 
     recipe: Recipe
-    removed: frozenset[int] | None = None
-    """How many layers may have to go; None: what the candidates say, or without a target up to half of them."""
+    larger: Path | None = None
+    """A student of the teacher that is cut instead of the teacher itself."""
 
     @cached_property
     def teacher(self) -> Checkpoint:
         """The teacher on disk."""
         return open_teacher(self.recipe.teacher, self.recipe.family)
+
+    @cached_property
+    def whole(self) -> Checkpoint:
+        """What is cut: the teacher, or a larger student of it."""
+        return open_checkpoint(self.larger) if self.larger else self.teacher
 
     @cached_property
     def device(self) -> torch.device:
@@ -88,15 +89,9 @@ class Inputs:
             recipe.seed,
             evaluation_tokens=recipe.evaluation.tokens,
             heldout_tokens=recipe.search.tokens,
-            train_tokens=max(recipe.calibration.tokens, recipe.distill.tokens),
+            train_tokens=max(recipe.calibration.tokens, recipe.distill.tokens, recipe.search.distill_tokens),
             keeps_apart=keeps_apart,
         )
-
-    @cached_property
-    def candidates(self) -> list[Arch]:
-        """Every shape within the target's budget; at least one."""
-        budget = parse_budget(self.recipe.target_params, self.teacher.arch, self.recipe.search.tolerance)
-        return feasible(self.teacher.arch, budget)
 
     @property
     def calibration_blocks(self) -> Blocks:
@@ -113,31 +108,24 @@ class Inputs:
         blocks, recipe = self.calibration_blocks, self.recipe
         if len(tokens := blocks.ids.unique()) < 2:
             raise UserError(f"the calibration text holds token {int(tokens)} alone: is it nothing but padding?")
-        moment = turns(self.teacher.arch, recipe.prune)
-        return calibrate(self.teacher, blocks, recipe.calibration, self.device, self.dtype, moment)
+        moment = turns(self.whole.arch, recipe.prune)
+        return calibrate(self.whole, blocks, recipe.calibration, self.device, self.dtype, moment)
 
-    @cached_property
-    def importance(self) -> Importance:
-        """The scores of every axis, from these statistics, and of depth as the recipe says."""
-        arch, depth = self.teacher.arch, self.recipe.depth
+    def importance(self, removed: set[int] | None = None) -> Importance:
+        """The scores of every axis, from these statistics, and of depth as the recipe says.
+
+        `removed` is how many layers may have to go, where that matters; None: up to half of them.
+        """
+        arch, depth = self.whole.arch, self.recipe.depth
         importance = score(self.statistics, arch, self.recipe.calibration)
         if depth.score == "block_influence" and depth.removal == "one_shot":
             return importance
         tokenizer = load_tokenizer(self.teacher.folder) if depth.score == "task" else None
         blocks = self.calibration_blocks[: max(1, depth.tokens // self.context)]
-        return importance | score_depth(self.model, arch, blocks, depth, self._removed, tokenizer)
+        removed = set(range(1, arch.axis_size("layer") // 2 + 1)) if removed is None else removed
+        model = load_model(self.whole, self.device, self.dtype) if self.larger else self.model
+        return importance | score_depth(model, arch, blocks, depth, removed, tokenizer)
 
-    @property
-    def _removed(self) -> set[int]:
-        depth = self.teacher.arch.axis_size("layer")
-        if self.removed is not None:
-            return set(self.removed)
-        if self.recipe.target_params is None:
-            return set(range(1, depth // 2 + 1))
-        return {depth - arch.axis_size("layer") for arch in self.candidates}
-
-    def search(self, importance: Importance, log: Path) -> Arch:
-        """The best of the candidates."""
-        return search(
-            self.teacher, self.model, importance, self.splits.heldout, self.candidates, self.recipe.search, log
-        )
+    def forget_model(self) -> None:
+        """Let go of the teacher in memory; it is read again when it is asked for."""
+        self.__dict__.pop("model", None)

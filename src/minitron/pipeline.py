@@ -19,6 +19,8 @@ from minitron.present.report import write_report
 from minitron.progress import Progress
 from minitron.recipe import Recipe
 from minitron.run import Run, open_run
+from minitron.search.candidates import Shapes
+from minitron.search.rank import removed_layers, search, shapes_within
 from minitron.stages import (
     measure,
     read_arch,
@@ -44,17 +46,18 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
     if run.is_finished and run.path("report.html").exists():
         return dict(read_json(run.path("eval.json")))
     inputs = Inputs(recipe)
-    _check(run, inputs)
+    shapes, budget = shapes_within(inputs)
+    _check(run, inputs, shapes)
     try:
         run.begin()
         _link_teacher(run, inputs.teacher)
         if not run.is_done("calibrate"):
             with run.stage("calibrate"):
-                write_statistics(out, inputs)
+                write_statistics(out, inputs, removed_layers(shapes))
         importance = load_file(run.path("importance.safetensors"))
         if not run.is_done("search"):
             with run.stage("search"):
-                arch = inputs.search(importance, run.path("candidates.jsonl"))
+                arch = search(inputs, importance, shapes, budget, out, World())
                 write_json(run.path("arch.json"), arch.to_dict())
         arch = read_arch(run.path("arch.json"), inputs.teacher.arch)
         if not run.is_done("prune"):
@@ -78,10 +81,10 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
     return dict(read_json(run.path("eval.json")))
 
 
-def _check(run: Run, inputs: Inputs) -> None:
+def _check(run: Run, inputs: Inputs, shapes: Shapes) -> None:
     """Look at everything that can be wrong before anything is written."""
     _ = inputs.dtype
-    largest = max(arch.num_parameters for arch in inputs.candidates)
+    largest = int(shapes.figures["num_parameters"].max())
     with Progress("check teacher", inputs.teacher.num_bytes, "bytes") as progress:
         run.bind("teacher", inputs.teacher.fingerprint(progress.advance))
     run.bind("data", inputs.splits.fingerprint())

@@ -8,15 +8,30 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.filesize import decimal
 from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 HEARTBEAT_SECONDS = 4.0
+LOG_WIDTH = 160
+
+_tables: list[Callable[[], RenderableType]] = []
+
+
+@contextmanager
+def beside(table: Callable[[], RenderableType]) -> Iterator[None]:
+    """Show a table above the line of every stage within: live on a terminal, behind each stage in a log."""
+    _tables.append(table)
+    try:
+        yield
+    finally:
+        _tables.pop()
 
 
 class Progress:
@@ -39,7 +54,7 @@ class Progress:
             return self
         if sys.stderr.isatty():
             columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), _Status(self)]
-            self._bar = RichProgress(*columns, console=Console(stderr=True), refresh_per_second=4)
+            self._bar = _Bar(*columns, console=Console(stderr=True), refresh_per_second=4)
             self._task = self._bar.add_task(self.stage, total=self.total, completed=self.done)
             self._bar.start()
         else:
@@ -58,6 +73,8 @@ class Progress:
         else:
             self._thread.join()
             print(f"{self.stage}: {'done' if error is None else 'stopped'}, {self.status()}", file=sys.stderr)
+            for table in _tables if self.total is not None else []:
+                Console(stderr=True, width=LOG_WIDTH).print(table())
 
     def advance(self, units: int) -> None:
         """Count `units` more as done."""
@@ -96,6 +113,13 @@ class Progress:
     def _beat(self) -> None:
         while not self._finished.wait(HEARTBEAT_SECONDS):
             print(f"{self.stage}: {self.status()}", file=sys.stderr, flush=True)
+
+
+class _Bar(RichProgress):
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The tables beside the bar, and the bar."""
+        yield from (table() for table in _tables)
+        yield from super().get_renderables()
 
 
 class _Status(ProgressColumn):

@@ -24,15 +24,15 @@ def parse_count(text: Any) -> int:
     return count
 
 
-def parse_context(text: str) -> int:
+def parse_context(text: Any) -> int:
     """`4096` or `128k`, as an integer; a length's k is 1,024.
 
     Raises:
-        UserError: it is neither, or not positive.
+        ValueError: it is neither, or not positive.
     """
-    found = re.fullmatch(r"([1-9]\d*)(k?)", text.strip(), re.IGNORECASE)
+    found = re.fullmatch(r"([1-9]\d*)(k?)", str(text).strip(), re.IGNORECASE)
     if not found:
-        raise UserError(f"context '{text}' is no length; accepted: a number of tokens such as 4096, or 128k")
+        raise ValueError(f"context '{text}' is no length; accepted: a number of tokens such as 4096, or 128k")
     return int(found[1]) * (1024 if found[2] else 1)
 
 
@@ -42,6 +42,12 @@ def _share(target: Any) -> Any:
         return float(target) if 0 < float(target) <= 1 else str(target)
     except (TypeError, ValueError):
         return target
+
+
+def _shares(targets: Any) -> Any:
+    if isinstance(targets, str) and "," in targets:
+        targets = targets.split(",")
+    return tuple(map(_share, targets)) if isinstance(targets, (list, tuple)) else _share(targets)
 
 
 Data = str | Annotated[dict[str, Annotated[float, Field(gt=0)]], Field(min_length=1)]
@@ -55,8 +61,12 @@ def data_in_words(data: Data) -> str:
     return ", ".join(f"{weight / sum(data.values()):.3g} of {source}" for source, weight in data.items())
 
 
+Target = str | float
+"""A share of the teacher's figure (0.7), an amount (94M, 20GiB), or a range of such (7.8B..8.5B)."""
 Model = TypeVar("Model", bound=BaseModel)
 Count = Annotated[int, BeforeValidator(parse_count)]
+CountOrNone = Annotated[int, BeforeValidator(lambda value: 0 if str(value) == "0" else parse_count(value))]
+Share = Annotated[Target, BeforeValidator(_share)]
 
 
 class _Strict(BaseModel):
@@ -114,13 +124,64 @@ PLAIN = PruneRecipe(rotate=False, rescale_norms=False, refit=False)
 """The papers' method without any of the additions."""
 
 
+class BudgetRecipe(_Strict):
+    """What the student may cost beside, or instead of, `target_params`; it has to meet all that is given."""
+
+    non_embedding_params: Share | None = None
+    active_params: Share | None = None
+    """All but the parameters of the experts that a token is not sent to."""
+    memory: Share | None = None
+    """Bytes of weights, KV cache and Mamba state, such as 20GiB."""
+    throughput: str | None = None
+    """At least so many tokens a second of prefill, over the batch, measured here: 1.5x the teacher's, or 900 tok/s."""
+    latency: str | None = None
+    """At most so much time for a token behind the context, measured here: 0.7x the teacher's, or 40ms."""
+    batch: int = Field(1, ge=1)
+    """Sequences that memory and speed are for."""
+    context: Annotated[int, BeforeValidator(parse_context)] = 4096
+    """Tokens of each."""
+    dtype: Literal["float32", "bfloat16", "float16", "float8"] = "bfloat16"
+    """Of weights and cache in memory; speed is measured in that of the run."""
+
+
+class Span(_Strict):
+    """Sizes from one to another, both included, in steps."""
+
+    first: int = Field(ge=1)
+    last: int = Field(ge=1)
+    step: int = Field(1, ge=1)
+
+
+class Factors(_Strict):
+    """Sizes that are multiples of another size of the same shape."""
+
+    times: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    of: str = "hidden_size"
+
+
 class SearchRecipe(_Strict):
     """How a shape is found."""
 
     tolerance: float = Field(0.05, gt=0, lt=1)
-    """The shape's parameters lie within this share under the target."""
+    """The shape lies within this share of the limit that binds."""
+    space: dict[str, Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | Span | Factors] = {}
+    """Sizes that an axis may take, by config name, instead of those derived from the teacher."""
+    multiple_of: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Step of derived sizes, by config name; by default 64 or more for widths."""
+    probe_tokens: CountOrNone = 4_096
+    """How long one shape an axis is distilled to learn what cuts of it cost; 0: they are compared untrained."""
+    zero_shot: int = Field(256, ge=1)
+    """Shapes, of all within the budget those that should cost least, that are cut and compared with the teacher."""
+    zero_shot_tokens: Count = 1_024
+    """Of the held-out tokens, those on which that is done."""
     shortlist: int = Field(8, ge=1)
-    """Candidates that are built and measured."""
+    """Of these, shapes that are pruned, mended and distilled for a while."""
+    distill_tokens: CountOrNone = 30_000
+    """How long that is for the best; 0: the untrained shapes decide."""
+    batch_size: int = Field(1, ge=1)
+    """Blocks a step of that."""
+    halving: bool = True
+    """Only the better half goes on after a quarter of these tokens, and of that the better half after one half."""
     tokens: Count = 4_096
     """Held-out tokens that rank candidates and follow the distillation."""
 
@@ -226,7 +287,9 @@ class Recipe(_Strict):
     """Everything that decides the result of `compress`, but for the machine."""
 
     teacher: str
-    target_params: Annotated[str | float | None, BeforeValidator(_share)] = None
+    target_params: Annotated[Target | tuple[Target, ...] | None, BeforeValidator(_shares)] = None
+    """All parameters; several, each below the one before, make a family."""
+    budget: BudgetRecipe = BudgetRecipe()
     family: str | None = None
     """Read the teacher as this `model_type`, whatever its config says."""
     data: Data = "wiki"

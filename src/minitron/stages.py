@@ -27,16 +27,20 @@ from minitron.prune.importance import Importance, score_shape
 from minitron.prune.repair import mended
 from minitron.prune.rounds import score_in_rounds
 from minitron.prune.trim import cut_to, write_pruned
+from minitron.recipe import DistillRecipe
 
 
-def write_statistics(folder: Path, inputs: Inputs) -> Importance:
-    """`calibration.safetensors` and `importance.safetensors` of the inputs' teacher; its scores are returned."""
-    importance = inputs.importance
+def write_statistics(folder: Path, inputs: Inputs, removed: set[int] | None = None) -> Importance:
+    """`calibration.safetensors` and `importance.safetensors` of the inputs' teacher; its scores are returned.
+
+    `removed` is how many layers may have to go (`Inputs.importance`).
+    """
+    importance = inputs.importance(removed)
     sums = {key: value for key, value in inputs.statistics.items() if key != STREAM_MOMENT}  # that goes with the scores
     for name, tensors in (("calibration", sums), ("importance", importance)):
         with whole_file(folder / f"{name}.safetensors") as staging:
             entries = {key: value.contiguous() for key, value in tensors.items()}
-            save_file(entries, staging, metadata={"teacher": inputs.teacher.identity()})
+            save_file(entries, staging, metadata={"teacher": inputs.whole.identity()})
     return importance
 
 
@@ -75,8 +79,8 @@ def read_arch(path: Path, teacher: Arch) -> Arch:
 
 
 def write_pruned_folder(inputs: Inputs, arch: Arch, importance: Importance, folder: Path) -> None:
-    """The teacher cut to a shape and mended as the recipe says, as a Hugging Face folder."""
-    teacher, recipe = inputs.teacher, inputs.recipe.prune
+    """What the inputs say is cut, cut to a shape and mended as the recipe says, as a Hugging Face folder."""
+    teacher, recipe = inputs.whole, inputs.recipe.prune
     if recipe.rounds > 1:
         importance = score_in_rounds(
             teacher, arch, importance, recipe.rounds, inputs.calibration_blocks, inputs.recipe.calibration,
@@ -92,7 +96,7 @@ def write_pruned_folder(inputs: Inputs, arch: Arch, importance: Importance, fold
 def teacher_of(inputs: Inputs, pruned: Checkpoint, world: World) -> Teacher:
     """The teacher itself, or what was stored of it."""
     recipe, checkpoint = inputs.recipe.distill, inputs.teacher
-    where = loading_device(inputs.device)
+    where = loading_device(inputs.device, world)
     if recipe.correction.trains != "nothing":
         # A model of its own: others go on measuring the teacher as it was.
         model = load_model(checkpoint, where, torch.promote_types(inputs.dtype, torch.float32))
@@ -101,13 +105,18 @@ def teacher_of(inputs: Inputs, pruned: Checkpoint, world: World) -> Teacher:
         return Live(inputs.model if where == inputs.device else load_model(checkpoint, where, inputs.dtype))
     if recipe.stored == "top_k" and pruned.arch.axis_size("vocab") < checkpoint.arch.axis_size("vocab"):
         raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
+    return stored_word(inputs, Path(recipe.teacher_states), inputs.splits.train, recipe, world)
+
+
+def stored_word(inputs: Inputs, folder: Path, blocks: Blocks, recipe: DistillRecipe, world: World) -> Teacher:
+    """What the teacher says of some blocks, from a folder, where it is stored first if it is not there."""
     identity = {
-        "teacher": checkpoint.fingerprint(),
-        "blocks": inputs.splits.train.fingerprint(),
+        "teacher": inputs.teacher.fingerprint(),
+        "blocks": blocks.fingerprint(),
         "dtype": str(inputs.dtype),
     }
-    head = read_head(checkpoint, inputs.device, inputs.dtype)
-    return stored(Path(recipe.teacher_states), identity, lambda: inputs.model, head, inputs.splits.train, recipe, world)
+    head = read_head(inputs.teacher, inputs.device, inputs.dtype)
+    return stored(folder, identity, lambda: inputs.model, head, blocks, recipe, world)
 
 
 def train(inputs: Inputs, teacher: Teacher | None, pruned: Checkpoint, out: Path, work: Path, world: World) -> None:
@@ -142,4 +151,4 @@ def require_one_process() -> None:
         UserError: it did.
     """
     if num_ranks() > 1:
-        raise UserError("only distill and correct run under torchrun; run this one in one process")
+        raise UserError("only search, distill and correct run under torchrun; run this one in one process")

@@ -4,7 +4,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from minitron.model.arch import Arch
 from minitron.model.causal import Headless
 from minitron.recipe import DistillRecipe
+
+LONGEST_WAIT = timedelta(days=1)
+"""For other ranks, which may be calibrating, or training a candidate that takes longer than one's own."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,14 @@ class World:
         dist.broadcast_object_list(decision, src=0)
         return decision[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has, by rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -56,9 +69,9 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def loading_device(device: torch.device) -> torch.device:
+def loading_device(device: torch.device, world: World) -> torch.device:
     """Where a model is loaded that `shard` then moves to the device, which need not hold it whole."""
-    return device if num_ranks() == 1 else torch.device("cpu")
+    return device if world.size == 1 else torch.device("cpu")
 
 
 @contextmanager
@@ -70,7 +83,7 @@ def joined_world(device: torch.device) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     try:
         yield World(dist.get_rank(), size)
         # Gloo's threads must have let go of the last tensors before Python ends; else the process may abort.

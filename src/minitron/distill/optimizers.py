@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from minitron.distill.distributed import num_ranks, whole
+from minitron.distill.distributed import World, whole
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.causal import Headless
@@ -14,7 +14,7 @@ from minitron.recipe import DistillRecipe
 Optimizers = list[torch.optim.Optimizer]
 
 
-def make_optimizers(student: Headless, arch: Arch, recipe: DistillRecipe) -> Optimizers:
+def make_optimizers(student: Headless, arch: Arch, recipe: DistillRecipe, world: World) -> Optimizers:
     """AdamW for everything that is trained; or Muon for the matrices of the layers and AdamW for the rest.
 
     Muon's steps are scaled to the root mean square of AdamW's, so that one learning rate fits both (arXiv 2502.16982,
@@ -36,7 +36,7 @@ def make_optimizers(student: Headless, arch: Arch, recipe: DistillRecipe) -> Opt
         trained = [parameter for parameter in trained if id(parameter) not in taken]
     options: dict[str, Any] = {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
     if trained and recipe.optimizer == "adamw8bit":
-        if num_ranks() > 1:
+        if world.size > 1:
             raise UserError("distill.optimizer adamw8bit runs in one process; accepted under torchrun: adamw, muon")
         try:
             from torchao.optim import AdamW8bit

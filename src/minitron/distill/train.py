@@ -74,8 +74,32 @@ def distill(
         raise UserError(f"distill.top_k {recipe.top_k} leaves no tail of {pruned.arch.axis_size('vocab')} tokens")
     if dtype == torch.float16:
         raise UserError("gradients of distillation are too small for float16; accepted: auto, float32, bfloat16")
+    student, finish = trained(teacher, pruned, train, heldout, recipe, work, seed, device, dtype, world)
+    finish()
+    _write_student(student, pruned, out, world)
+
+
+def trained(
+    teacher: Teacher | None,
+    pruned: Checkpoint,
+    train: Blocks,
+    heldout: Blocks | None,
+    recipe: DistillRecipe,
+    work: Path,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    world: World,
+    until: int | None = None,
+    stage: str = "distill",
+) -> tuple[Headless, Callable[[], None]]:
+    """The student in memory after all its steps, and what makes a stock model of it; otherwise as `distill`.
+
+    With `until` it is left after so many steps, with a checkpoint to go on from. Without `heldout` nothing is measured
+    along the way.
+    """
     # In evaluation mode throughout: dropout has no place in matching another model's outputs.
-    student = Headless(load_model(pruned, loading_device(device), torch.promote_types(dtype, torch.float32)))
+    student = Headless(load_model(pruned, loading_device(device, world), torch.promote_types(dtype, torch.float32)))
     between = _between(teacher, student, pruned, recipe, device)
     finish = choose_parameters(student.model, pruned.arch, recipe, seed, world)
     lighten(student, pruned.arch, recipe)
@@ -83,12 +107,16 @@ def distill(
     if isinstance(teacher, Live):
         lighten(teacher.headless, teacher.arch, recipe)
         shard(teacher.headless, teacher.arch, world, device, dtype, is_teacher=True)
-    trained = {"student": (student, make_optimizers(student, pruned.arch, recipe))}
+    models: Trained = {"student": (student, make_optimizers(student, pruned.arch, recipe, world))}
     if isinstance(teacher, Learning):
-        trained["teacher"] = teacher.headless, make_optimizers(teacher.headless, teacher.arch, recipe)
-    _loop(teacher, trained, between, pruned, train, heldout, recipe, work, seed, dtype, world)
-    finish()
-    _write_student(student, pruned, out, world)
+        models["teacher"] = teacher.headless, make_optimizers(teacher.headless, teacher.arch, recipe, world)
+    _loop(teacher, models, between, pruned, train, heldout, recipe, work, seed, dtype, world, until, stage)
+    return student, finish
+
+
+def num_steps_of(recipe: DistillRecipe, context: int) -> int:
+    """How many steps the recipe's tokens are."""
+    return max(1, recipe.tokens // (recipe.batch_size * context))
 
 
 def batch_indices(step: int, batch_size: int, num_blocks: int, seed: int) -> Tensor:
@@ -117,24 +145,27 @@ def _loop(
     between: Intermediate | None,
     pruned: Checkpoint,
     train: Blocks,
-    heldout: Blocks,
+    heldout: Blocks | None,
     recipe: DistillRecipe,
     work: Path,
     seed: int,
     dtype: torch.dtype,
     world: World,
+    until: int | None,
+    stage: str,
 ) -> None:
     step_tokens = recipe.batch_size * train.context
-    num_steps = max(1, recipe.tokens // step_tokens)
-    evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
+    num_steps = num_steps_of(recipe, train.context)
+    last = num_steps if until is None else until
+    evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)} if heldout else set()
     student, optimizers = trained["student"]
     step, weight = load_checkpoint(work, trained, world) or (0, recipe.intermediate.weight or 0.0)
     metrics = Metrics(work, step, recipe.trackers, world)
-    with Progress("distill", num_steps * step_tokens, done=step * step_tokens) as progress, stop_wish() as wish:
-        if step == 0:
+    with Progress(stage, last * step_tokens, done=step * step_tokens) as progress, stop_wish() as wish:
+        if step == 0 and heldout:
             metrics.add(step=0, tokens=0, **_evaluate(student, heldout, pruned, dtype, world))
         saved_at = time.monotonic()
-        while step < num_steps:
+        while step < last:
             rate = learning_rate(step, num_steps, recipe)
             numbers = batch_indices(step, recipe.batch_size, len(train), seed)
             sums = accumulate(
@@ -156,7 +187,7 @@ def _loop(
                 take_step(*trained["teacher"], rate * share, recipe.max_grad_norm, of_teacher)
                 row["teacher_loss"] = of_teacher
             progress.advance(step_tokens)
-            if step in evaluate_at:
+            if heldout and step in evaluate_at:
                 row |= _evaluate(student, heldout, pruned, dtype, world)
             metrics.add(**row)
             if metrics.num_skipped_last == MOST_SKIPPED:
@@ -167,11 +198,11 @@ def _loop(
             progress.note(f"loss {loss:.3f}{metrics.in_words()}")
             is_wished = world.agree(wish.number is not None)
             if step < num_steps and (
-                is_wished or world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds)
+                is_wished or step == last or world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds)
             ):
                 save_checkpoint(work, trained, step, weight, world)
                 saved_at = time.monotonic()
-            if step < num_steps and is_wished:
+            if step < last and is_wished:
                 wish.grant()
 
 

@@ -155,9 +155,17 @@ class Arch:
         """All parameters but those of the tensors that run along the vocabulary."""
         return int(self._count(self.sizes, without="vocab"))
 
-    def count_grid(self, sizes: Mapping[str, Any]) -> Any:
-        """Parameter counts of many shapes at once: sizes may be integer arrays that broadcast."""
-        return self._count({**self.sizes, **sizes})
+    @property
+    def num_active_parameters(self) -> int:
+        """The parameters that one token makes use of: all but those of the experts that it is not sent to."""
+        return int(self._count(self.sizes, active=True))
+
+    def count_grid(self, sizes: Mapping[str, Any], without: str | None = None, active: bool = False) -> Any:
+        """Parameter counts of many shapes at once: sizes may be integer arrays that broadcast.
+
+        All parameters; or those of tensors that do not run along the axis `without`; or those that are active.
+        """
+        return self._count({**self.sizes, **sizes}, without, active)
 
     def resized(self, **sizes: int) -> "Arch":
         """The same family with some sizes changed.
@@ -324,18 +332,24 @@ class Arch:
         flags = {name: flag for name, flag in self.flags.items() if name not in AXES.values()}
         return {"model_type": self.model_type, **flags, **self.sizes}
 
-    def _count(self, sizes: Mapping[str, Any], without: str | None = None) -> Any:
+    def _count(self, sizes: Mapping[str, Any], without: str | None = None, active: bool = False) -> Any:
         total: Any = 0
+        experts = "chosen" if active else "expert"
         for row in self.rows:
             if row.is_buffer or without in row.axes:
                 continue
-            count: Any = 1
-            for dim in row.shape(lambda axis: sizes[AXES[axis]]):
-                count = count * dim
+            of_experts = sizes[AXES[experts]] if self._holds_experts(row) else sizes.get(AXES["expert"])
+            size = {**sizes, AXES["expert"]: of_experts}
+            count: Any = prod(row.shape(lambda axis, size=size: size[AXES[axis]]))  # type: ignore[misc]
             if row.is_per_layer:
                 count = count * sizes[_kind_size(row.kind) if row.kind else AXES["layer"]]
-            total = total + (count * sizes[AXES["expert"]] if row.is_per_expert else count)
+            total = total + (count * sizes[AXES[experts]] if row.is_per_expert else count)
         return total
+
+    def _holds_experts(self, row: Row) -> bool:
+        """Whether a tensor is of a module that holds experts: not the router, which has an output for each of them."""
+        modules = {other.name.rpartition(".")[0] for other in self.rows if other.axes & self.family.per_expert_axes}
+        return row.name.rpartition(".")[0] in modules
 
 
 def _kind_size(kind: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
@@ -13,42 +14,61 @@ MAMBA_STATE_BYTES = 4
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what they are for."""
+    """Bytes by what they are for; integers, or arrays of many shapes' integers."""
 
-    weights: int
-    kv_cache: int
-    mamba_state: int
+    weights: Any
+    kv_cache: Any
+    mamba_state: Any
 
     @property
-    def total(self) -> int:
+    def total(self) -> Any:
         """All of it; activations are not counted."""
         return self.weights + self.kv_cache + self.mamba_state
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {**asdict(self), "total": self.total}
 
 
-def memory(arch: Arch, batch: int, context: int, dtype: str, windows: list[int] | None = None) -> Memory:
+def memory(
+    arch: Arch,
+    batch: int,
+    context: int,
+    dtype: str,
+    windows: list[int] | None = None,
+    sizes: Mapping[str, Any] | None = None,
+) -> Memory:
     """The memory of `batch` sequences of `context` tokens each.
+
+    With `sizes`, integers or arrays that broadcast, of many shapes at once.
 
     - weights: every parameter in `dtype`;
     - KV cache: 2 × KV heads × head_dim × tokens for each layer with attention, in `dtype`; a layer with a
-      sliding window keeps no more tokens than that (`windows`, of the layers with one);
+      sliding window keeps no more tokens than that (`windows`, of the layers with one). A shape of fewer layers has
+      the arch's share of these, rounded down;
     - Mamba state: heads × channels × state in float32 for each layer with a mixer, and the last
       conv_kernel − 1 inputs of its convolution in `dtype`.
     """
-    size, width = arch.axis_size, DTYPE_BYTES[dtype]
-    kv_cache = state = 0
-    if num_attention := _num_layers_along(arch, "query"):
+    every, width = {**arch.sizes, **(sizes or {})}, DTYPE_BYTES[dtype]
+    kv_cache: Any = 0
+    state: Any = 0
+
+    def size(axis: str) -> Any:
+        return every[AXES[axis]]
+
+    if _num_layers_along(arch, "query", arch.sizes):
+        num_attention = _num_layers_along(arch, "query", every)
         per_token = 2 * size("kv" if "kv" in arch.axes else "query") * size("head_dim") * width
         sliding = [min(context, window) for window in windows or []]
-        kv_cache = batch * per_token * (sum(sliding) + (num_attention - len(sliding)) * context)
-    if num_mixers := _num_layers_along(arch, "mhead"):
+        num_sliding = len(sliding) * num_attention // _num_layers_along(arch, "query", arch.sizes)
+        in_windows = num_sliding * (sum(sliding) // max(1, len(sliding)))
+        kv_cache = batch * per_token * (in_windows + (num_attention - num_sliding) * context)
+    if _num_layers_along(arch, "mhead", arch.sizes):
         inner, groups = size("mhead") * size("mchan"), 2 * size("mgroup") * size("state")
         recurrent = inner * size("state") * MAMBA_STATE_BYTES
-        state = batch * num_mixers * (recurrent + (inner + groups) * (size("conv") - 1) * width)
-    return Memory(arch.num_parameters * width, kv_cache, state)
+        per_layer = recurrent + (inner + groups) * (size("conv") - 1) * width
+        state = batch * _num_layers_along(arch, "mhead", every) * per_layer
+    return Memory(arch.count_grid(every) * width, kv_cache, state)
 
 
 def attention_windows(config: Mapping[str, Any]) -> list[int]:
@@ -60,8 +80,8 @@ def attention_windows(config: Mapping[str, Any]) -> list[int]:
     return [int(window)] * (kinds.count("sliding_attention") if kinds else config.get("num_hidden_layers", 0))
 
 
-def _num_layers_along(arch: Arch, axis: str) -> int:
+def _num_layers_along(arch: Arch, axis: str, sizes: Mapping[str, Any]) -> Any:
     kinds = {row.kind for row in arch.rows if row.is_per_layer and axis in row.axes}
     if None in kinds:
-        return arch.axis_size("layer")
-    return sum(arch.layer_counts[kind] for kind in kinds if kind)
+        return sizes[AXES["layer"]]
+    return sum(sizes[f"num_{kind}_layers"] for kind in kinds if kind)

@@ -10,6 +10,7 @@ from minitron.files import read_json, read_jsonl, whole_file
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import read_config
 from minitron.present.card import figures_table
+from minitron.present.plot import last_loss, plot
 from minitron.recipe import data_in_words
 
 STYLE = """
@@ -22,6 +23,7 @@ th:first-child, td:first-child { text-align: left; } tr.chosen td { font-weight:
 svg { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 @media print { body { margin: 0; max-width: none; } pre { white-space: pre-wrap; } }
 """
+NUM_UNTRAINED_SHOWN = 12
 TEACHER, STUDENT = "#999999", "#0072b2"
 """Grey and blue: told apart by every kind of sight, and in print."""
 
@@ -52,9 +54,7 @@ stage has seen, context {measured["context"]}, seed {record["seed"]}.</p>
 <h2>Distillation</h2>
 {_curves(metrics)}
 <h2>Search</h2>
-{_candidates(candidates, chosen)}
-<p class="note">Loss in nats a token on held-out text: predicted from one probe an axis, then measured on the pruned,
-untrained model.</p>
+{_search(run, candidates, chosen)}
 <h2>Recipe</h2>
 <pre>{html.escape(json.dumps(provenance, indent=2))}</pre>
 </body></html>
@@ -126,13 +126,27 @@ def _plot(points: list[tuple[float, float]], label: str, dots: bool = False) -> 
     )
 
 
-def _candidates(rows: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
-    names = list(_sizes(chosen))
-    table = [["parameters", *names, "predicted", "measured"]]
-    ordered = sorted(rows, key=lambda row: float(row["zero_shot_loss"]))
+def _search(run: Path, rows: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
+    """The plot, what was done, and a table of the candidates that were distilled, or else of the best untrained."""
+    search, names = read_json(run / "search.json"), list(_sizes(chosen))
+    shown = [row for row in rows if row["distilled_kl"]] or sorted(rows, key=last_loss)[:NUM_UNTRAINED_SHOWN]
+    heights = sorted({int(tokens) for row in shown for tokens in row["distilled_kl"]})
+    table = [
+        ["parameters", *names, "untrained", *(f"{tokens:,} tokens" for tokens in heights), "prefill ms", "token ms"]
+    ]
+    # Those that went furthest first, and of these the best.
+    ordered = sorted(shown, key=lambda row: (-max(map(int, row["distilled_kl"]), default=0), last_loss(row)))
     for row in ordered:
+        speeds = [f"{row[key] * 1e3:.3g}" if row[key] else "" for key in ("prefill_seconds", "decode_seconds")]
+        losses = [f"{kl:.4f}" if (kl := row["distilled_kl"].get(str(tokens))) else "" for tokens in heights]
         sizes = [f"{row['arch'][name]:,}" for name in names]
-        table.append(
-            [f"{row['num_parameters']:,}", *sizes, f"{row['predicted_loss']:.2f}", f"{row['zero_shot_loss']:.2f}"]
-        )
-    return _table(table, marked=next(i for i, row in enumerate(ordered) if row["arch"] == chosen))
+        table.append([f"{row['num_parameters']:,}", *sizes, f"{row['zero_shot_kl']:.3f}", *losses, *speeds])
+    speed, compared, distilled = search["speed_of"], search["compared"], search["distilled"]
+    seconds = ", ".join(f"{part.replace('_', '-')} {value:,.0f}" for part, value in search["seconds"].items())
+    return f"""{plot(rows, search)}
+{_table(table, marked=next((i for i, row in enumerate(ordered) if row["chosen"]), None))}
+<p class="note">KL to the teacher in nats a token: untrained on {compared["tokens_each"]:,} held-out tokens, then on
+{search["heldout_tokens"]:,}, context {search["context"]}, seed {search["seed"]}. Of {search["feasible"]:,} shapes
+within the budget {compared["shapes"]:,} were compared untrained and {distilled["shapes"]:,} distilled, on
+{distilled["tokens"]:,} tokens in all. Speeds: prefill of {speed["batch"]} × {speed["context"]:,} tokens and one token
+behind them, {html.escape(speed["device"])}, {html.escape(speed["dtype"])}. Seconds: {html.escape(seconds)}.</p>"""

@@ -82,8 +82,11 @@ def score_shape(arch: Arch, axis: str) -> list[int]:
     return [*shape, arch.axis_size(inner)] if (inner := _inner(arch, axis)) else shape
 
 
-def select(importance: Importance, teacher: Arch, student: Arch) -> Kept:
-    """The most important entries of every axis, in the teacher's order.
+def select(importance: Importance, teacher: Arch, student: Arch, ranked: bool = False) -> Kept:
+    """The most important entries of every axis, in the teacher's order; `ranked`, the most important first.
+
+    Ranked, what a smaller shape keeps is the beginning of what a larger one does, in every group of a grouped axis;
+    layers stay in their order.
 
     Entries of a grouped axis (query heads, Mamba heads) are ranked inside each kept group and taken equally from
     each, so that every group keeps its own. Mamba heads are ranked by the channels that stay. Layers are ranked
@@ -92,15 +95,15 @@ def select(importance: Importance, teacher: Arch, student: Arch) -> Kept:
     Raises:
         UserError: nothing is known of blocks of so many layers.
     """
-    kept = {"layer": _kept_layers(importance, teacher, student)}
+    kept = {"layer": kept_layers(importance, teacher, student)}
     for axis in _ungrouped_first(teacher):
         scores = importance[axis]
         if inner := _inner(teacher, axis):
             channels = kept[inner].unsqueeze(-2).expand(*scores.shape[:-1], student.axis_size(inner))
             scores = scores.gather(-1, channels).norm(dim=-1)
         group = teacher.grouped.get(axis)
-        kept[axis] = _top(scores, student.axis_size(axis)) if group is None else _top_of_groups(
-            scores, student.entries(axis), teacher.axis_size(group), kept.get(group)
+        kept[axis] = _top(scores, student.axis_size(axis), ranked) if group is None else _top_of_groups(
+            scores, student.entries(axis), teacher.axis_size(group), kept.get(group), ranked
         )  # fmt: skip
     return kept
 
@@ -130,7 +133,7 @@ def kept_share(importance: Importance, teacher: Arch, student: Arch, axis: str) 
     """
     scores = importance[axis]
     if axis == "layer":
-        kept = scores[_kept_layers(importance, teacher, student)]
+        kept = scores[kept_layers(importance, teacher, student)]
         return float(kept.square().sum() / scores.square().sum().clamp_min(1e-30))
     if _inner(teacher, axis):
         scores = scores.norm(dim=-1)
@@ -142,7 +145,12 @@ def kept_share(importance: Importance, teacher: Arch, student: Arch, axis: str) 
     return float(share[total > 0].mean()) if (total > 0).any() else 1.0  # layers without the axis have no scores
 
 
-def _kept_layers(importance: Importance, teacher: Arch, student: Arch) -> Tensor:
+def kept_layers(importance: Importance, teacher: Arch, student: Arch) -> Tensor:
+    """The teacher's numbers of the layers that a student of this depth keeps.
+
+    Raises:
+        UserError: nothing is known of blocks of so many layers.
+    """
     scores = importance["layer"]
     if (blocks := importance.get(LAYER_BLOCKS)) is not None:
         depth, count = teacher.axis_size("layer"), teacher.axis_size("layer") - student.axis_size("layer")
@@ -170,10 +178,10 @@ def _inner(arch: Arch, axis: str) -> str | None:
     return next((tap.axes[1] for tap in arch.family.taps if tap.axes[0] == axis and len(tap.axes) > 1), None)
 
 
-def _top_of_groups(scores: Tensor, count: int, num_groups: int, kept_groups: Tensor | None) -> Tensor:
+def _top_of_groups(scores: Tensor, count: int, num_groups: int, kept_groups: Tensor | None, ranked: bool) -> Tensor:
     """The `count` best of each kept group (all, if none was chosen), numbered within the layer."""
     per_group = scores.shape[-1] // num_groups
-    best = _top(scores.unflatten(-1, (num_groups, per_group)), count)  # (…, groups, count)
+    best = _top(scores.unflatten(-1, (num_groups, per_group)), count, ranked)  # (…, groups, count)
     numbers = best + per_group * torch.arange(num_groups)[:, None]
     if kept_groups is not None:
         chosen = kept_groups.unsqueeze(-1).expand(*kept_groups.shape, count)
@@ -181,5 +189,6 @@ def _top_of_groups(scores: Tensor, count: int, num_groups: int, kept_groups: Ten
     return numbers.flatten(-2)
 
 
-def _top(scores: Tensor, count: int) -> Tensor:
-    return scores.topk(count, dim=-1).indices.sort(dim=-1).values
+def _top(scores: Tensor, count: int, ranked: bool = False) -> Tensor:
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    return best if ranked else best.sort(dim=-1).values

@@ -1,142 +1,321 @@
-"""Rank shapes by the loss of the pruned, untrained model on held-out blocks."""
+"""From all shapes within a budget to the best one: predict, compare untrained, distil a few for a while, choose."""
 
-import math
-from dataclasses import dataclass
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
 
 from minitron.data.blocks import Blocks
-from minitron.files import read_jsonl, write_jsonl
-from minitron.measure.perplexity import measure_perplexity
-from minitron.model.anatomy import AXES
+from minitron.distill.distributed import World
+from minitron.distill.teacher import Teacher
+from minitron.errors import UserError
+from minitron.files import read_json, read_jsonl, write_json, write_jsonl
+from minitron.inputs import Inputs
 from minitron.model.arch import Arch
-from minitron.model.causal import build_model
-from minitron.model.checkpoint import Checkpoint, student_config
-from minitron.progress import Progress
-from minitron.prune.importance import Importance, kept_share
-from minitron.prune.trim import cut_to
-from minitron.recipe import PLAIN, SearchRecipe
-from minitron.search.candidates import grid, shortlist
+from minitron.model.memory import attention_windows
+from minitron.progress import Progress, beside
+from minitron.prune.importance import Importance
+from minitron.recipe import DistillRecipe
+from minitron.search.budget import Budget, Limit, Serving, parse_budget, speed_limits
+from minitron.search.candidates import Shapes, every_shape, feasible, shortlist
+from minitron.search.probes import predicted, probes
+from minitron.search.speed import Speeds
+from minitron.search.standings import standings
+from minitron.search.trial import Row, Trial, compete, trial_recipe
+from minitron.search.zero_shot import ZeroShot
+from minitron.stages import stored_word
+
+SPEED_MARGIN = 0.1
+"""Estimated speeds may be so far beyond a limit for a shape to be looked at; measured ones may not."""
+TIE = 0.01
+"""Of candidates whose losses differ by no more than this share, the fastest is chosen."""
 
 
-def search(
-    teacher: Checkpoint,
-    model: nn.Module,
-    importance: Importance,
-    heldout: Blocks,
-    candidates: list[Arch],
-    recipe: SearchRecipe,
-    log: Path,
-) -> Arch:
-    """The best of the candidates: all are predicted, a diverse short list is measured.
+def shapes_within(inputs: Inputs) -> tuple[Shapes, Budget]:
+    """All shapes that are within what can be computed of the recipe's budget; and that budget, speeds left out.
 
-    `log` is `candidates.jsonl`: the short list with its predicted losses, then one measured loss after the
-    other, so that an interrupted search measures only what is missing.
+    Raises:
+        UserError: there is no budget, it is not understood, or no shape meets it.
     """
-    rows = read_jsonl(log)
-    measure = _Measurer(teacher, model, importance, heldout)
-    if not rows:
-        rows = _short_list(teacher.arch, importance, candidates, recipe.shortlist, measure)
-        write_jsonl(log, rows)
-    done = sum(row["zero_shot_loss"] is not None for row in rows)
-    with Progress("search", len(rows), "candidates", done=done) as progress:
-        for row in rows[done:]:
-            row["zero_shot_loss"] = measure(_arch(teacher.arch, row))
-            write_jsonl(log, rows)
-            progress.advance(1)
-            progress.note(f"best loss {min(r['zero_shot_loss'] for r in rows if r['zero_shot_loss']):.3f}")
-    best = min(rows, key=lambda row: row["zero_shot_loss"])
-    return _arch(teacher.arch, best)
+    recipe, target = inputs.recipe, inputs.recipe.target_params
+    if isinstance(target, tuple):
+        raise UserError("several target_params make a family of models, which is what compress does; give one")
+    windows = attention_windows(inputs.teacher.config.to_dict())
+    budget = parse_budget(target, recipe.budget, recipe.search.tolerance, inputs.teacher.arch, windows)
+    shapes = every_shape(inputs.whole.arch, budget, recipe.search, attention_windows(inputs.whole.config.to_dict()))
+    of_counts = budget.of_counts if _asks_for_speed(inputs) else budget
+    return feasible(shapes, of_counts), budget
 
 
-@dataclass(frozen=True)
-class _Measurer:
-    """Cuts the teacher in memory to a shape and gives its loss on the held-out blocks, in nats a token.
+def removed_layers(shapes: Shapes) -> set[int]:
+    """How many layers the shapes are short of."""
+    depth = shapes.teacher.axis_size("layer")
+    return {depth - int(layers) for layers in set(shapes.sizes["num_hidden_layers"].tolist())}
 
-    Plainly: what repairs regain before training they do not regain after it, and then mostly where hidden is cut, so
-    that the losses of mended shapes mislead (docs/studies/pruning.md).
+
+def search(inputs: Inputs, importance: Importance, shapes: Shapes, budget: Budget, folder: Path, world: World) -> Arch:
+    """The best of the shapes; `candidates.jsonl` and `search.json` in `folder` say why.
+
+    A killed search goes on from there and from `folder/search`, which is removed at the end: nothing that was finished
+    is done again.
     """
+    task = _Task(inputs, importance, folder, world)
+    shapes, budget = task.with_speeds(shapes, budget)
+    rows = task.candidates(shapes)
+    archs = [_arch(inputs.whole.arch, row) for row in rows]
+    task.compare_untrained(rows, archs)
+    numbers = task.short_list(rows, archs, budget)
+    if inputs.recipe.search.distill_tokens and len(numbers) > 1:
+        numbers = task.compare_distilled(rows, archs, numbers)
+    chosen = _choose(rows, numbers)
+    if world.is_main:
+        for i, row in enumerate(rows):
+            row["chosen"] = i == chosen
+        write_jsonl(task.log, rows)
+        write_json(folder / "search.json", task.summary(rows, budget, len(shapes)))
+    world.barrier()
+    if world.is_main:
+        shutil.rmtree(task.work, ignore_errors=True)
+    return archs[chosen]
 
-    teacher: Checkpoint
-    model: nn.Module
-    importance: Importance
-    heldout: Blocks
 
-    def whole(self) -> float:
-        """The teacher's own loss."""
-        return math.log(measure_perplexity(self.model, self.heldout).perplexity)
+class _Task:
+    """One search, its files and what it cost."""
 
-    def __call__(self, arch: Arch) -> float:
-        cut = cut_to(arch, self.teacher, self.importance, PLAIN)
-        config = student_config(self.teacher, arch, cut.layers)
-        parameter = next(self.model.parameters())
-        student = build_model(config, cut, parameter.device, parameter.dtype)
-        return math.log(measure_perplexity(student, self.heldout).perplexity)
+    def __init__(self, inputs: Inputs, importance: Importance, folder: Path, world: World) -> None:
+        self.inputs, self.importance, self.world = inputs, importance, world
+        self.log, self.work = folder / "candidates.jsonl", folder / "search"
+        asked = inputs.recipe.budget
+        serving = (
+            Serving(asked.batch, asked.context, asked.dtype) if _asks_for_speed(inputs) else Serving(1, inputs.context)
+        )
+        self.speeds = Speeds(inputs.whole, serving, inputs.device, inputs.dtype, self.work / "speeds.jsonl")
+        self.teacher_speeds = replace(self.speeds, teacher=inputs.teacher, path=self.work / "teacher-speed.jsonl")
+        self.recipe = inputs.recipe.search
+        if world.is_main:
+            self.work.mkdir(parents=True, exist_ok=True)
+        world.barrier()
 
-
-def _short_list(
-    teacher: Arch,
-    importance: Importance,
-    candidates: list[Arch],
-    count: int,
-    measure: _Measurer,
-) -> list[dict[str, Any]]:
-    """The candidates of the lowest predicted loss that differ enough, as rows to be measured.
-
-    Scores of different axes do not compare. So each axis is cut alone once, half way down its grid, and the
-    rise in loss is measured; a candidate's rise is predicted as the sum over its axes of that rise, in
-    proportion to the share of squared importance that it loses there.
-    """
-
-    shares: dict[tuple[str, int], float] = {}
-
-    def lost(axis: str, arch: Arch) -> float:
-        key = axis, arch.entries(axis)
-        if key not in shares:
-            shares[key] = kept_share(importance, teacher, arch, axis)
-        return 1 - shares[key]
-
-    rises = {}
-    probes = _probes(teacher)
-    with Progress("probe", len(probes) + 1, "axes") as progress:
-        whole = measure.whole()
-        progress.advance(1)
-        for axis, probe in probes.items():
-            rises[axis] = max(0.0, measure(probe) - whole) / max(lost(axis, probe), 1e-9)
-            progress.advance(1)
-    predicted = [whole + sum(rise * lost(axis, arch) for axis, rise in rises.items()) for arch in candidates]
-    best_first = sorted(range(len(candidates)), key=lambda i: predicted[i])
-    return [
-        {
-            "arch": candidates[i].to_dict(),
-            "num_parameters": candidates[i].num_parameters,
-            "predicted_loss": predicted[i],
-            "zero_shot_loss": None,
+    def with_speeds(self, shapes: Shapes, budget: Budget) -> tuple[Shapes, Budget]:
+        """The shapes that come near the limits on speed by an estimate, and the budget with these limits."""
+        if not _asks_for_speed(self.inputs):
+            return shapes, budget
+        teacher, asked = self.inputs.teacher, self.inputs.recipe.budget
+        most = getattr(teacher.config, "max_position_embeddings", None) or asked.context
+        if asked.context > most:
+            raise UserError(f"budget.context {asked.context} is above the {most} tokens that the teacher was made for")
+        if self.world.is_main:
+            known = [self.inputs.whole.arch, *probes(shapes).values(), shapes[0], shapes[len(shapes) - 1]]
+            with self._timed("speed"), Progress("speed", len(known) + 1, "shapes") as progress:
+                self.teacher_speeds(teacher.arch)
+                progress.advance(1)
+                for arch in known:
+                    self.speeds(arch)
+                    progress.advance(1)
+        self.world.barrier()
+        limits = speed_limits(asked, self.recipe.tolerance, self.teacher_speeds(teacher.arch))
+        estimated = {name: value for name, value in self.speeds.estimated(shapes).items() if name in limits}
+        shapes = Shapes(shapes.teacher, shapes.sizes, {**shapes.figures, **estimated})
+        loose = {
+            name: Limit(limit.low * (1 - SPEED_MARGIN), limit.high * (1 + SPEED_MARGIN))
+            for name, limit in limits.items()
         }
-        for i in shortlist(candidates, best_first, count)
-    ]
+        near = feasible(shapes, Budget({**budget.limits, **loose}, budget.serving))
+        return near, Budget({**budget.limits, **limits}, budget.serving)
 
+    def candidates(self, shapes: Shapes) -> list[Row]:
+        """The rows of the log; begun, where there are none, with the shapes of the lowest predicted loss."""
+        if self.world.agree(not self.log.exists()):
+            probed = self._probed(shapes)
+            expected = predicted(shapes, self.importance, probed)
+            numbers = shortlist(shapes, expected.argsort(kind="stable").tolist(), self.recipe.zero_shot)
+            rows = [
+                {
+                    "arch": shapes[i].to_dict(),
+                    **{name: value for name, value in shapes.figures_of(i).items() if not name.endswith("_seconds")},
+                    "predicted_kl": float(expected[i]),
+                    "zero_shot_kl": None, "distilled_kl": {}, "prefill_seconds": None, "decode_seconds": None,
+                    "chosen": False,
+                }
+                for i in numbers
+            ]  # fmt: skip
+            if self.world.is_main:
+                write_jsonl(self.log, rows)
+        self.world.barrier()
+        return read_jsonl(self.log)
 
-def _probes(teacher: Arch) -> dict[str, Arch]:
-    """For each axis that can be cut, the teacher with that axis alone half way down its grid, or near it."""
-    probes = {}
-    for name, options in grid(teacher).items():
-        axis = next(axis for axis, size_name in AXES.items() if size_name == name)
-        for option in sorted(options[:-1], key=lambda size: abs(size - options[(len(options) - 1) // 2])):
-            group, product = teacher.grouped.get(axis), teacher.family.product
-            sizes = {name: option * (teacher.axis_size(group) if group else 1)}
-            if product and not product.ratio and axis == product.of:
-                sizes[AXES[product.axes[0]]] = option // teacher.axis_size(product.axes[1])
-            for inner, outer in teacher.grouped.items():
-                if outer == axis:
-                    sizes[AXES[inner]] = option * teacher.entries(inner)
-            if teacher.expressible(sizes):
-                probes[axis] = teacher.resized(**sizes)
+    def _probed(self, shapes: Shapes) -> dict[str, tuple[Arch, float]]:
+        """By axis its probe and the KL of that, after a little training if the recipe wants it."""
+        found, path = probes(shapes), self.work / "probes.json"
+        known: dict[str, float] = read_json(path) if path.exists() else {}
+        missing = [axis for axis in found if axis not in known]
+        if not missing:
+            return {axis: (probe, known[axis]) for axis, probe in found.items()}
+        measure = self._measure_probes()
+        with self._timed("probes"):
+            for start in range(0, len(missing), self.world.size):
+                part = missing[start : start + self.world.size]
+                mine = part[self.world.rank] if self.world.rank < len(part) else None
+                result = None if mine is None else (mine, measure(mine, found[mine]))
+                known.update(filter(None, self.world.gather(result)))
+                if self.world.is_main:
+                    write_json(path, known)
+        self.world.barrier()
+        return {axis: (probe, known[axis]) for axis, probe in found.items()}
+
+    def _measure_probes(self) -> Callable[[str, Arch], float]:
+        if not (self.recipe.probe_tokens and self.recipe.distill_tokens):
+            untrained = self._zero_shot(self.word_of_heldout)
+            return lambda _, probe: untrained(probe)
+        trial = self._trial
+        return lambda axis, probe: trial(f"probe-{axis}", probe, self.recipe.probe_tokens, f"probe of {axis}")
+
+    @cached_property
+    def _trial(self) -> Trial:
+        """Trains candidates on what of the text is for that, with what the teacher says of it."""
+        recipe, train = self.inputs.recipe, self.inputs.splits.train
+        if recipe.distill.teacher_states is None:
+            train = train[: max(1, self.recipe.distill_tokens // self.inputs.context)]
+            of_train = self._word(self.work / "train", train, trial_recipe(recipe))
+        else:
+            of_train = self._word(Path(recipe.distill.teacher_states), train, recipe.distill)
+        return Trial(self.inputs, self.importance, train, of_train, self.word_of_heldout, self.work)
+
+    @cached_property
+    def word_of_heldout(self) -> Teacher:
+        """What the teacher says of the held-out blocks."""
+        recipe = trial_recipe(self.inputs.recipe).model_copy(update={"stored": "hidden"})
+        return self._word(self.work / "heldout", self.inputs.splits.heldout, recipe)
+
+    def _word(self, folder: Path, blocks: Blocks, recipe: DistillRecipe) -> Teacher:
+        with self._timed("teacher"):
+            word = stored_word(self.inputs, folder, blocks, recipe, self.world)
+        self.inputs.forget_model()  # candidates take its place in memory
+        return word
+
+    def compare_untrained(self, rows: list[Row], archs: list[Arch]) -> None:
+        """Fill in `zero_shot_kl`, one sorted teacher after the other."""
+        measure, world = self._zero_shot(self.word_of_heldout), self.world
+        missing = [i for i, row in enumerate(rows) if row["zero_shot_kl"] is None]
+        missing.sort(key=lambda i: measure.key(archs[i]))
+        with Progress("zero-shot", len(rows), "candidates", done=len(rows) - len(missing)) as progress:
+            for start in range(0, len(missing), world.size):
+                part = missing[start : start + world.size]
+                mine = part[world.rank] if world.rank < len(part) else None
+                with self._timed("zero_shot"):
+                    found = None if mine is None else (mine, measure(archs[mine]))
+                for i, kl in filter(None, world.gather(found)):
+                    rows[i]["zero_shot_kl"] = kl
+                if world.is_main:
+                    write_jsonl(self.log, rows)
+                progress.advance(len(part))
+                progress.note(
+                    f"least KL {min(row['zero_shot_kl'] for row in rows if row['zero_shot_kl'] is not None):.3f}"
+                )
+
+    def short_list(self, rows: list[Row], archs: list[Arch], budget: Budget) -> list[int]:
+        """The candidates of least loss that differ enough, with their speeds; those too slow are left out."""
+        sizes = {name: np.array([arch.sizes[name] for arch in archs]) for name in archs[0].sizes}
+        as_shapes = Shapes(self.inputs.whole.arch, sizes, {})
+        # The best by either measure in turn: each knows what the other does not (docs/studies/search.md).
+        by_each = [sorted(range(len(rows)), key=lambda i: rows[i][key]) for key in ("predicted_kl", "zero_shot_kl")]
+        order = list(dict.fromkeys(i for pair in zip(*by_each, strict=True) for i in pair))
+        left = list(order)
+        chosen: list[int] = []
+        while left and len(chosen) < self.recipe.shortlist:
+            wanted = shortlist(as_shapes, [*chosen, *left], self.recipe.shortlist)
+            if not (new := [i for i in wanted if i not in chosen]):
                 break
-    return probes
+            for i in new:
+                left.remove(i)
+                self._measure_speed(rows[i], archs[i])
+                figures = {name: rows[i][name] for name in budget.limits}
+                if budget.fits(figures):
+                    chosen.append(i)
+        if self.world.is_main:
+            write_jsonl(self.log, rows)
+        self.world.barrier()
+        if not chosen:
+            near = min((row for row in rows if row["prefill_seconds"]), key=lambda row: float(budget.excess(row)))
+            nearest = ", ".join(f"{name} {near[name]:,.4g}" for name in budget.limits)
+            raise UserError(
+                f"no candidate meets the budget as measured; the nearest has {nearest} ({json.dumps(near['arch'])})"
+            )
+        return sorted(chosen, key=order.index)
+
+    def _measure_speed(self, row: Row, arch: Arch) -> None:
+        if self.world.is_main:
+            with self._timed("speed"):
+                row.update(self.speeds(arch))
+        row.update(self.world.gather({name: row[name] for name in ("prefill_seconds", "decode_seconds")})[0])
+
+    def compare_distilled(self, rows: list[Row], archs: list[Arch], numbers: list[int]) -> list[int]:
+        """Distil the short list; what is returned went all the way."""
+        trial = self._trial
+        with beside(lambda: standings(rows, archs, numbers)), self._timed("distill"):
+            return compete(rows, numbers, archs, trial, self.world, lambda: write_jsonl(self.log, rows))
+
+    def summary(self, rows: list[Row], budget: Budget, num_shapes: int) -> dict[str, Any]:
+        """`search.json`: what was asked, and how much was done for the answer."""
+        recipe, context = self.inputs.recipe, self.inputs.context
+        runs = [max(map(int, row["distilled_kl"])) for row in rows if row["distilled_kl"]]
+        return {
+            "limits": {name: {"low": limit.low, "high": limit.high} for name, limit in budget.limits.items()},
+            "memory_of": asdict(budget.serving),
+            "speed_of": {**asdict(self.speeds.serving), **self.speeds.where},
+            "teacher_speed": self.teacher_speeds.remembered(self.inputs.teacher.arch),
+            "probes": read_json(self.work / "probes.json"),
+            "feasible": num_shapes,
+            "compared": {"shapes": len(rows), "tokens_each": self._zero_shot_blocks.num_tokens},
+            "distilled": {"shapes": len(runs), "tokens": sum(runs), "tokens_each": max(runs, default=0)},
+            "teacher_tokens": self.inputs.splits.heldout.num_tokens + (max(runs, default=0) // context * context),
+            "heldout_tokens": self.inputs.splits.heldout.num_tokens, "context": context, "seed": recipe.seed,
+            "seconds": read_json(self._seconds_path) if self._seconds_path.exists() else {},
+        }  # fmt: skip
+
+    @property
+    def _zero_shot_blocks(self) -> Blocks:
+        return self.inputs.splits.heldout[: max(1, self.recipe.zero_shot_tokens // self.inputs.context)]
+
+    def _zero_shot(self, word: Teacher) -> ZeroShot:
+        return ZeroShot(self.inputs, self.importance, self._zero_shot_blocks, word)
+
+    @property
+    def _seconds_path(self) -> Path:
+        return self.work / "seconds.json"
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        """Add the time that something takes to what its part of the search has taken, in earlier attempts too."""
+        started = time.monotonic()
+        yield
+        if self.world.is_main:
+            seconds = read_json(self._seconds_path) if self._seconds_path.exists() else {}
+            write_json(self._seconds_path, seconds | {part: seconds.get(part, 0.0) + time.monotonic() - started})
 
 
-def _arch(teacher: Arch, row: dict[str, Any]) -> Arch:
+def _asks_for_speed(inputs: Inputs) -> bool:
+    return inputs.recipe.budget.throughput is not None or inputs.recipe.budget.latency is not None
+
+
+def _choose(rows: list[Row], numbers: list[int]) -> int:
+    """The least loss of the last comparison; of those as good but for a tie, the fastest."""
+
+    def loss(number: int) -> float:
+        distilled = rows[number]["distilled_kl"]
+        return float(distilled[max(distilled, key=int)] if distilled else rows[number]["zero_shot_kl"])
+
+    least = min(map(loss, numbers))
+    tied = [number for number in numbers if loss(number) <= least * (1 + TIE)]
+    return min(tied, key=lambda number: (rows[number]["prefill_seconds"], loss(number)))
+
+
+def _arch(teacher: Arch, row: Row) -> Arch:
     return teacher.resized(**{name: row["arch"][name] for name in teacher.sizes})

@@ -1,0 +1,139 @@
+"""`candidates.svg`: how far the candidates of a search are from the teacher, against their size and their speed."""
+
+import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minitron.files import read_json, read_jsonl, whole_file
+
+GREY, BLUE, ORANGE = "#999999", "#0072b2", "#d55e00"
+"""Told apart by every kind of sight, and in print."""
+WIDTH, HEIGHT, LEFT, TOP, GAP = 300, 220, 62, 50, 92
+
+Row = dict[str, Any]
+
+
+def write_plot(folder: Path) -> None:
+    """Write `candidates.svg` from the `candidates.jsonl` and `search.json` in a folder."""
+    svg = plot(read_jsonl(folder / "candidates.jsonl"), read_json(folder / "search.json"))
+    with whole_file(folder / "candidates.svg") as staging:
+        staging.write_text(svg, encoding="utf-8")
+
+
+def plot(rows: list[Row], search: dict[str, Any]) -> str:
+    """Untrained candidates by their size; those distilled by size and by speed, with the front that nothing beats."""
+    distilled = [row for row in rows if row["distilled_kl"]]
+    timed = [row for row in rows if row["prefill_seconds"]]
+    speed = search["speed_of"]
+    panels = [("untrained", rows, lambda row: row["num_parameters"] / 1e6, lambda row: row["zero_shot_kl"],
+               "parameters, millions", False)]  # fmt: skip
+    if distilled:
+        panels.append(("distilled for a while", distilled, lambda row: row["num_parameters"] / 1e6, last_loss,
+                       "parameters, millions", False))  # fmt: skip
+    if timed:
+        tokens = speed["batch"] * speed["context"]
+        panels.append(("distilled for a while" if distilled else "untrained", timed,
+                       lambda row: tokens / row["prefill_seconds"], last_loss,
+                       f"tokens/s of prefill, {speed['batch']} × {speed['context']:,}", True))  # fmt: skip
+    width = LEFT + len(panels) * (WIDTH + GAP)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {TOP + HEIGHT + 70}" role="img" '
+        'font-family="system-ui, sans-serif" aria-label="candidates of the search">'
+    ]
+    for i, panel in enumerate(panels):
+        parts.append(_panel(LEFT + i * (WIDTH + GAP), *panel))
+    parts.append(_legend(TOP + HEIGHT + 56))
+    return "".join([*parts, "</svg>"])
+
+
+def last_loss(row: Row) -> float:
+    """The KL of a candidate where it was last measured."""
+    distilled = row["distilled_kl"]
+    return float(distilled[max(distilled, key=int)] if distilled else row["zero_shot_kl"])
+
+
+def _panel(left: float, title: str, rows: list[Row], x_of: Any, y_of: Any, x_label: str, more_is_better: bool) -> str:
+    points = [(float(x_of(row)), float(y_of(row)), row) for row in rows]
+    x_low, x_high = _range([x for x, _, _ in points])
+    y_low, y_high = _range([y for _, y, _ in points])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (left + WIDTH * (x - x_low) / (x_high - x_low), TOP + HEIGHT * (1 - (y - y_low) / (y_high - y_low)))
+
+    parts = [f'<text x="{left}" y="{TOP - 26}" font-size="14" font-weight="600">{title}</text>'
+             f'<text x="{left}" y="{TOP - 9}" font-size="12" fill="#555">KL to the teacher, nats a token</text>'
+             f'<rect x="{left}" y="{TOP}" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#ccc"/>']  # fmt: skip
+    for value in _ticks(y_low, y_high):
+        y = place(x_low, value)[1]
+        parts.append(
+            f'<line x1="{left}" x2="{left + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eee"/>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" font-size="12" text-anchor="end">{value:.3g}</text>'
+        )
+    for value in _ticks(x_low, x_high):
+        x = place(value, y_low)[0]
+        parts.append(
+            f'<text x="{x:.1f}" y="{TOP + HEIGHT + 16}" font-size="12" text-anchor="middle">{value:,.4g}</text>'
+        )
+    parts.append(
+        f'<text x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 34}" font-size="12" fill="#555" text-anchor="middle">'
+        f"{html.escape(x_label)}</text>"
+    )
+    front = [place(x, y) for x, y, _ in _front(points, more_is_better)]
+    parts.append(
+        f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in front)}" fill="none" stroke="{ORANGE}" '
+        'stroke-width="1.5" stroke-dasharray="4 3"/>'
+    )
+    for x, y, row in sorted(points, key=lambda point: point[2]["chosen"]):
+        cx, cy = place(x, y)
+        radius, colour = (6, BLUE) if row["chosen"] else (3, GREY)
+        parts.append(
+            f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="{radius}" fill="{colour}" fill-opacity="0.8">'
+            f"<title>{html.escape(in_words(row))}</title></circle>"
+        )
+    return "".join(parts)
+
+
+def in_words(row: Row) -> str:
+    """A candidate's sizes and losses in a line."""
+    sizes = ", ".join(
+        f"{name} {value}"
+        for name, value in row["arch"].items()
+        if name.startswith(("num_", "hidden", "inter", "moe", "mamba"))
+    )
+    return f"{row['num_parameters']:,} parameters; KL {last_loss(row):.4g}; {sizes}"
+
+
+def _front(points: Sequence[tuple[float, float, Row]], more_is_better: bool) -> list[tuple[float, float, Row]]:
+    """The points that no other beats in both, by x."""
+    sign = -1 if more_is_better else 1
+    found: list[tuple[float, float, Row]] = []
+    for point in sorted(points, key=lambda point: (sign * point[0], point[1])):
+        if not found or point[1] < found[-1][1]:
+            found.append(point)
+    return found
+
+
+def _range(values: list[float]) -> tuple[float, float]:
+    low, high = min(values), max(values)
+    margin = (high - low) * 0.06 or abs(high) * 0.05 or 1.0
+    return low - margin, high + margin
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four or so round numbers within a range."""
+    step = 10 ** math.floor(math.log10((high - low) / 3))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _legend(y: float) -> str:
+    words = ((18, "chosen"), (100, "others"), (196, "front: nothing is better in both"))
+    texts = [f'<text x="{LEFT + x}" y="{y}" font-size="12">{text}</text>' for x, text in words]
+    return "".join(texts) + (
+        f'<circle cx="{LEFT + 6}" cy="{y - 4}" r="6" fill="{BLUE}"/>'
+        f'<circle cx="{LEFT + 90}" cy="{y - 4}" r="3" fill="{GREY}"/>'
+        f'<line x1="{LEFT + 160}" x2="{LEFT + 190}" y1="{y - 4}" y2="{y - 4}" stroke="{ORANGE}" stroke-width="1.5" '
+        f'stroke-dasharray="4 3"/>'
+    )

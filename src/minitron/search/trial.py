@@ -1,0 +1,108 @@
+"""A short list of candidates, each pruned, mended and distilled for a while; poor ones stop early."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron.data.blocks import Blocks
+from minitron.distill.distributed import World
+from minitron.distill.teacher import Teacher
+from minitron.distill.train import num_steps_of, trained
+from minitron.inputs import Inputs
+from minitron.model.arch import Arch
+from minitron.model.checkpoint import open_checkpoint
+from minitron.prune.importance import Importance
+from minitron.recipe import CorrectionRecipe, DistillRecipe, IntermediateRecipe, Recipe
+from minitron.search.zero_shot import divergence
+from minitron.stages import write_pruned_folder
+
+Row = dict[str, Any]
+
+
+def rungs(recipe: Recipe, context: int) -> list[int]:
+    """The tokens after which candidates are compared: with halving, a quarter, a half and all of them."""
+    given = trial_recipe(recipe)
+    last, step_tokens = num_steps_of(given, context), given.batch_size * context
+    shares = (4, 2, 1) if recipe.search.halving else (1,)
+    return sorted({max(1, last // share) * step_tokens for share in shares})
+
+
+def trial_recipe(recipe: Recipe) -> DistillRecipe:
+    """How candidates are distilled: as the student will be, on fewer tokens, with logits alone.
+
+    The rate stays at its peak until the end, so that those who stop early are compared with those who go on
+    (`wsd`, see `distill.optimizers.learning_rate`).
+    """
+    changed: dict[str, Any] = {
+        "tokens": recipe.search.distill_tokens, "batch_size": recipe.search.batch_size, "micro_batch_size": 1,
+        "schedule": "wsd", "trackers": (), "intermediate": IntermediateRecipe(), "correction": CorrectionRecipe(),
+    }  # fmt: skip
+    if recipe.distill.teacher_states is None:
+        changed["stored"] = "hidden"
+    return recipe.distill.model_copy(update=changed)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Trains candidates on the same blocks in the same order, one at a time in this process."""
+
+    inputs: Inputs
+    importance: Importance
+    train: Blocks
+    word: Teacher
+    of_heldout: Teacher
+    folder: Path
+
+    def __call__(self, name: str, arch: Arch, tokens: int, label: str) -> float:
+        """The held-out KL of a candidate after so many tokens; it goes on from where it stands on disk."""
+        inputs, recipe, folder = self.inputs, trial_recipe(self.inputs.recipe), self.folder / name
+        if not (folder / "pruned").exists():
+            write_pruned_folder(inputs, arch, self.importance, folder / "pruned")
+        student, _ = trained(
+            self.word, open_checkpoint(folder / "pruned"), self.train, None, recipe, folder,
+            inputs.recipe.seed, inputs.device, inputs.dtype, World(),
+            until=max(1, tokens // (recipe.batch_size * inputs.context)), stage=label,
+        )  # fmt: skip
+        return divergence(student, inputs.splits.heldout, self.of_heldout)
+
+    def forget(self, name: str) -> None:
+        """Remove a candidate's files."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def compete(
+    rows: list[Row], numbers: list[int], archs: list[Arch], trial: Trial, world: World, save: Callable[[], None]
+) -> list[int]:
+    """Distil the candidates of these numbers from rung to rung; return those that came to the last one.
+
+    What a row says of a rung in `distilled_kl`, by tokens, is not done again; `save` is called whenever it says more.
+    Ranks take candidates in turn.
+    """
+    heights = rungs(trial.inputs.recipe, trial.inputs.context)
+    for rung, tokens in enumerate(heights):
+        missing = [number for number in numbers if str(tokens) not in rows[number]["distilled_kl"]]
+        for start in range(0, len(missing), world.size):
+            mine = missing[start:][world.rank] if world.rank < len(missing) - start else None
+            found: tuple[int, float] | None = None
+            if mine is not None:
+                label = f"candidate {numbers.index(mine) + 1} of {len(numbers)}"
+                found = mine, trial(_name(mine), archs[mine], tokens, label)
+            for number, kl in filter(None, world.gather(found)):
+                rows[number]["distilled_kl"][str(tokens)] = kl
+            if world.is_main:
+                save()
+        if rung + 1 < len(heights):
+            by_loss = sorted(numbers, key=lambda number: rows[number]["distilled_kl"][str(tokens)])
+            going_on = by_loss[: max(1, -(-len(numbers) // 2))]
+            if world.is_main:
+                for number in set(numbers) - set(going_on):
+                    trial.forget(_name(number))
+            world.barrier()
+            numbers = [number for number in numbers if number in going_on]
+    return numbers
+
+
+def _name(number: int) -> str:
+    return f"candidate-{number:03}"
