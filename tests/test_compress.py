@@ -20,7 +20,7 @@ from tests.conftest import make_model
 
 LAYOUT = {
     "teacher", "calibration.safetensors", "importance.safetensors", "candidates.jsonl", "arch.json",
-    "pruned", "student", "metrics.jsonl", "eval.json", "report.html", "run.json",
+    "search.json", "pruned", "student", "metrics.jsonl", "eval.json", "report.html", "run.json",
 }  # fmt: skip
 
 
@@ -28,6 +28,7 @@ def recipe(teacher: Path, text: Path, **changes: Any) -> Recipe:
     values = {
         "teacher": str(teacher), "data": str(text), "target_params": 0.6, "context": 32, "device": "cpu",
         "calibration.tokens": "1k", "search.tokens": 256, "search.shortlist": 3, "distill.tokens": 1024,
+        "search.distill_tokens": 256, "search.probe_tokens": 64, "search.zero_shot": 12, "search.zero_shot_tokens": 64,
         "distill.batch_size": 2, "distill.learning_rate": 1e-3, "distill.checkpoint_seconds": 0.0,
         "evaluation.tokens": 512, **changes,
     }  # fmt: skip
@@ -117,7 +118,7 @@ pipeline.compress(recipe(teacher, text), out)
 """
 
 KILLS = [
-    ("check teacher", 5), ("calibrate", 10), ("probe", 2), ("search", 2), ("repair", 7), ("distill", 1),
+    ("check teacher", 5), ("calibrate", 10), ("zero-shot", 5), ("candidate 2 of 3", 1), ("repair", 7), ("distill", 1),
     ("distill", 9), ("distill", 16), ("evaluate teacher", 3), ("evaluate student", 3),
 ]  # fmt: skip
 

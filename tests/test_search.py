@@ -1,8 +1,10 @@
-"""Budgets, the grid and the short list, on sizes alone; the search itself runs in test_compress."""
+"""Budgets, the grid, probes and the short list, on sizes alone; the search itself runs in test_search_run."""
 
-from math import prod
+from math import log, prod
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,15 +13,74 @@ from minitron.model.arch import Arch
 from minitron.model.causal import build_model
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.importance import kept_share
-from minitron.search.budget import Budget, parse_budget
-from minitron.search.candidates import SMALLEST_DIFFERENCE, _difference, feasible, grid, shortlist
-from minitron.search.rank import _probes
+from minitron.recipe import BudgetRecipe, Recipe, SearchRecipe, load_recipe
+from minitron.search.budget import Budget, Limit, Serving, counted, parse_budget, parse_bytes, speed_limits
+from minitron.search.candidates import SMALLEST_DIFFERENCE, Shapes, every_shape, feasible, grid, shortlist
+from minitron.search.probes import predicted, probes
 from tests.conftest import make_model
 
 SMOLLM2 = Arch.from_config(
     {"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
      "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
 )  # fmt: skip
+NEMOTRON_15B = Arch.from_config(
+    {"model_type": "nemotron", "vocab_size": 256000, "hidden_size": 6144, "intermediate_size": 24576,
+     "head_dim": 128, "num_hidden_layers": 32, "num_attention_heads": 48, "num_key_value_heads": 8,
+     "tie_word_embeddings": False}
+)  # fmt: skip
+
+
+def budget_of(teacher: Arch, target: Any = None, tolerance: float = 0.05, **given: Any) -> Budget:
+    return parse_budget(target, BudgetRecipe.model_validate(given), tolerance, teacher, [])
+
+
+def found(teacher: Arch, target: Any = None, search: Any = None, **given: Any) -> Shapes:
+    budget = budget_of(teacher, target, **given)
+    return feasible(every_shape(teacher, budget, SearchRecipe.model_validate(search or {}), []), budget)
+
+
+def archs(shapes: Shapes) -> list[Arch]:
+    return [shapes[i] for i in range(len(shapes))]
+
+
+def of_recipe(teacher: Arch, name: str) -> Shapes:
+    """The shapes of a recipe that comes along."""
+    recipe: Recipe = load_recipe(Path(name), {"teacher": "teacher"})
+    assert not isinstance(recipe.target_params, tuple)
+    budget = parse_budget(recipe.target_params, recipe.budget, recipe.search.tolerance, teacher, [])
+    return feasible(every_shape(teacher, budget, recipe.search, []), budget)
+
+
+TABLE_19 = {
+    (32, 32, 12800, 5120), (32, 32, 13824, 4608), (32, 48, 11520, 4608), (32, 48, 16384, 4096), (31, 32, 12800, 5120),
+    (31, 32, 16128, 4608), (31, 48, 13824, 4608), (31, 48, 16384, 4096), (30, 32, 12800, 5120), (30, 32, 16128, 4608),
+    (30, 48, 13824, 4608), (30, 48, 16384, 4096), (29, 32, 12800, 5120), (29, 32, 16128, 4608), (29, 48, 13824, 4608),
+}  # fmt: skip
+
+
+def test_the_space_of_minitron_8b_holds_the_15_shapes_of_its_paper() -> None:
+    names = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size")
+    shapes = of_recipe(NEMOTRON_15B, "minitron-8b")
+    assert {tuple(arch.sizes[name] for name in names) for arch in archs(shapes)} == TABLE_19
+    assert len(shapes) == 15
+
+
+def test_the_space_of_minitron_4b_holds_18_shapes() -> None:
+    shapes = of_recipe(NEMOTRON_15B, "minitron-4b")
+    assert len(shapes) == 18
+    assert all(abs(count / 4e9 - 1) <= 0.05 for count in shapes.figures["num_parameters"])
+
+
+def test_the_space_of_nano_2_holds_the_shape_that_was_released() -> None:
+    shapes = of_recipe(NANO_12B, "nemotron-nano-2-9b")
+    wanted = {"num_hidden_layers": 56, "hidden_size": 4480, "intermediate_size": 15680, "mamba_num_heads": 128}
+    assert any(all(arch.sizes[name] == size for name, size in wanted.items()) for arch in archs(shapes))
+    assert (shapes.figures["memory_bytes"] <= 19.66 * 2**30).all()
+
+
+def test_a_recipe_that_does_not_come_along_is_refused() -> None:
+    with pytest.raises(UserError, match="neither a file nor one of minitron-4b, minitron-8b"):
+        load_recipe(Path("minitron-9b"), {"teacher": "teacher"})
 
 
 @pytest.mark.parametrize(
@@ -27,60 +88,169 @@ SMOLLM2 = Arch.from_config(
     [("0.7", 94_160_506), (0.7, 94_160_506), ("94M", 94_000_000), ("0.094b", 94_000_000), ("94000000", 94_000_000)],
 )
 def test_targets(target: str | float, high: int) -> None:
-    assert parse_budget(target, SMOLLM2, 0.05) == Budget(round(0.95 * high), high)
+    assert budget_of(SMOLLM2, target).limits == {"num_parameters": Limit(round(0.95 * high), high)}
+
+
+def test_ranges_are_kept_to_on_both_sides() -> None:
+    assert budget_of(SMOLLM2, "80M..90M").limits == {"num_parameters": Limit(80_000_000, 90_000_000, is_range=True)}
+    counts = found(SMOLLM2, "80M..90M").figures["num_parameters"]
+    assert counts.min() >= 80_000_000
+    assert counts.max() <= 90_000_000
+    assert counts.min() < 84_000_000
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ({"target": "much"}, "target_params 'much' is not a number; accepted: a share"),
+        ({"target": "2B"}, "target_params 2B is not below the teacher's 134,515,008"),
+        ({"target": "90M..80M"}, "a range that ends before it begins"),
+        ({"target": None}, "no budget is given, such as target_params"),
+        ({"target": None, "memory": "much"}, "budget.memory 'much' is not a number; accepted: .*20GiB"),
+        ({"target": None, "memory": "20GiB"}, "budget.memory 20GiB is not below the teacher's"),
+        ({"target": 0.5, "active_params": "1B"}, "budget.active_params 1B is not below"),
+    ],
+)
+def test_budgets_that_are_none(given: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        budget_of(SMOLLM2, **given)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("300MB", 300_000_000), ("1.5 GiB", 3 * 2**29), ("4096", 4096), ("2kib", 2048)]
+)
+def test_sizes_in_bytes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+def test_speeds_are_relative_to_the_teacher_or_not() -> None:
+    own = {"prefill_seconds": 2.0, "decode_seconds": 0.05}
+    asked = BudgetRecipe.model_validate({"batch": 2, "context": "1k", "throughput": "2x", "latency": "40ms"})
+    assert speed_limits(asked, 0.05, own) == {
+        "prefill_seconds": Limit(0.95, 1.0), "decode_seconds": Limit(pytest.approx(0.038), 0.04)  # type: ignore[arg-type]
+    }  # fmt: skip
+    asked = asked.model_copy(update={"throughput": "2048 tok/s", "latency": "0.5x"})
+    assert speed_limits(asked, 0.05, own)["prefill_seconds"].high == pytest.approx(1.0)
+    assert speed_limits(asked, 0.05, own)["decode_seconds"].high == pytest.approx(0.025)
+    for wrong in ({"throughput": "0.9x"}, {"latency": "60ms"}):
+        with pytest.raises(UserError, match="is met by the teacher already"):
+            speed_limits(asked.model_copy(update=wrong), 0.05, own)
+    with pytest.raises(UserError, match=r"budget.latency 'soon' is not understood; accepted: such as 40ms or 0.7x"):
+        speed_limits(asked.model_copy(update={"latency": "soon"}), 0.05, own)
+
+
+def test_several_limits_are_all_met_and_one_of_them_binds() -> None:
+    shapes = found(SMOLLM2, 0.7, memory="0.75", context=8192)
+    limits = budget_of(SMOLLM2, 0.7, memory="0.75", context=8192).limits
+    for name, limit in limits.items():
+        assert (shapes.figures[name] <= limit.high).all()
+    near = [shapes.figures[name] >= limit.low for name, limit in limits.items()]
+    assert (near[0] | near[1]).all()
+    assert not near[0].all()
+    assert not near[1].all()
+
+
+def test_what_is_counted_of_many_shapes_is_what_each_has() -> None:
+    for teacher in (NANO_12B, QWEN3_30B):
+        shapes = found(teacher, 0.8)
+        serving = Serving()
+        for i in range(0, len(shapes), max(1, len(shapes) // 20)):
+            arch = shapes[i]
+            assert shapes.figures_of(i) == {name: int(value) for name, value in counted(arch, {}, serving, []).items()}
+            assert arch.num_parameters == shapes.figures["num_parameters"][i]
+
+
+def test_active_parameters_are_those_of_the_experts_that_are_chosen() -> None:
+    size = QWEN3_30B.axis_size
+    of_one_expert = 3 * size("hidden") * size("expert_ffn")
+    left_out = size("layer") * (size("expert") - size("chosen")) * of_one_expert
+    assert QWEN3_30B.num_active_parameters == QWEN3_30B.num_parameters - left_out
+    assert QWEN3_30B.num_active_parameters == pytest.approx(3.3e9, rel=0.02)  # as published: A3B
+    assert SMOLLM2.num_active_parameters == SMOLLM2.num_parameters
+    fewer = QWEN3_30B.resized(num_local_experts=64)
+    assert QWEN3_30B.num_active_parameters - fewer.num_active_parameters == size("layer") * 64 * size(
+        "hidden"
+    )  # router
 
 
 def test_every_feasible_shape_is_within_the_budget_and_all_of_the_grid_are_found() -> None:
-    budget = parse_budget("0.7", SMOLLM2, 0.05)
-    found = feasible(SMOLLM2, budget)
-    assert all(budget.low <= arch.num_parameters <= budget.high for arch in found)
-    sizes = grid(SMOLLM2)
+    limit = budget_of(SMOLLM2, 0.7).limits["num_parameters"]
+    shapes = archs(found(SMOLLM2, 0.7))
+    assert all(limit.low <= arch.num_parameters <= limit.high for arch in shapes)
+    sizes: dict[str, Any] = grid(SMOLLM2, SearchRecipe())
     by_hand = {
         (hidden, ffn, groups, per_group, layers)
         for hidden in sizes["hidden_size"]
-        for ffn in sizes["intermediate_size"][::4]
+        for ffn in sizes["intermediate_size"]
         for groups in sizes["num_key_value_heads"]
         for per_group in sizes["num_attention_heads"]
         for layers in sizes["num_hidden_layers"][::5]
-        if budget.low
+        if limit.low
         <= SMOLLM2.resized(
             hidden_size=hidden, intermediate_size=ffn, num_key_value_heads=groups,
             num_attention_heads=groups * per_group, num_hidden_layers=layers,
         ).num_parameters
-        <= budget.high
+        <= limit.high
     }  # fmt: skip
     names = ("hidden_size", "intermediate_size", "num_key_value_heads", "num_attention_heads", "num_hidden_layers")
-    every = {tuple(arch.sizes[name] for name in names) for arch in found}
+    every = {tuple(arch.sizes[name] for name in names) for arch in shapes}
     assert by_hand
     assert {(h, f, g, g * per_group, n) for h, f, g, per_group, n in by_hand} <= every
-    assert len(every) == len(found)
+    assert len(every) == len(shapes)
+
+
+def test_widths_are_multiples_of_64_or_of_what_is_asked_for() -> None:
+    for arch in archs(found(SMOLLM2, 0.6)):
+        assert arch.sizes["hidden_size"] % 64 == 0
+        assert arch.sizes["intermediate_size"] % 64 == 0
+    shapes = archs(found(SMOLLM2, 0.6, search={"multiple_of": {"intermediate_size": 96, "num_attention_heads": 3}}))
+    assert {arch.sizes["intermediate_size"] % 96 for arch in shapes} == {0}
+    assert any(arch.sizes["intermediate_size"] % 64 for arch in shapes)
+
+
+def test_a_space_that_is_given_takes_the_place_of_the_derived_one() -> None:
+    space = {"num_attention_heads": [9, 6], "num_key_value_heads": [3], "num_hidden_layers": {"first": 20, "last": 30}}
+    shapes = archs(found(SMOLLM2, 0.7, search={"space": space}))
+    assert {arch.sizes["num_attention_heads"] for arch in shapes} == {6, 9}
+    assert {arch.sizes["num_key_value_heads"] for arch in shapes} == {3}
+    assert min(arch.sizes["num_hidden_layers"] for arch in shapes) >= 20
+    assert len({arch.sizes["hidden_size"] for arch in shapes}) > 2
+    with pytest.raises(UserError, match="no axis 'num_heads' to prune: did you mean"):
+        found(SMOLLM2, 0.7, search={"space": {"num_heads": [3]}})
+    with pytest.raises(UserError, match="has no size up to the teacher's 576"):
+        found(SMOLLM2, 0.7, search={"space": {"hidden_size": [1024]}})
 
 
 def test_group_sizes_always_divide_the_heads() -> None:
-    found = feasible(SMOLLM2, parse_budget("0.6", SMOLLM2, 0.05))
-    assert {arch.sizes["num_key_value_heads"] for arch in found} == {1, 2, 3}
-    assert all(arch.sizes["num_attention_heads"] % arch.sizes["num_key_value_heads"] == 0 for arch in found)
+    shapes = archs(found(SMOLLM2, 0.6))
+    assert {arch.sizes["num_key_value_heads"] for arch in shapes} == {1, 2, 3}
+    assert all(arch.sizes["num_attention_heads"] % arch.sizes["num_key_value_heads"] == 0 for arch in shapes)
 
 
-def test_what_cannot_be_reached_says_what_can() -> None:
-    with pytest.raises(UserError, match=r"the smallest shape has [\d,]+"):
-        feasible(SMOLLM2, Budget(900, 1000))
-    with pytest.raises(UserError, match=r"feasible sizes near it: [\d,]+, "):
-        feasible(SMOLLM2, Budget(94_000_001, 94_000_002))
+def test_what_cannot_be_reached_says_what_comes_nearest() -> None:
+    with pytest.raises(UserError, match=r"between 950 and 1,000 parameters; .* nearest to that: [\d,]+ parameters \("):
+        found(SMOLLM2, "1000")
+    with pytest.raises(UserError, match=r"nearest to that: 94,0[\d,]+ parameters .*hidden_size.*; 9[34],"):
+        found(SMOLLM2, "94000001..94000002")
 
 
-def test_the_short_list_takes_the_best_that_differ() -> None:
-    candidates = feasible(SMOLLM2, parse_budget("0.7", SMOLLM2, 0.05))
+def test_the_short_list_takes_the_best_that_differ_and_then_the_best() -> None:
+    candidates = found(SMOLLM2, 0.7)
     order = list(range(len(candidates)))
     chosen = shortlist(candidates, order, 6)
     assert chosen[0] == 0
     assert len(chosen) == 6
-    pairs = [(i, j) for i in chosen for j in chosen if i < j]
-    assert all(_difference(candidates[i], candidates[j]) >= SMALLEST_DIFFERENCE for i, j in pairs)
+
+    def difference(i: int, j: int) -> float:
+        one, other = candidates[i], candidates[j]
+        return max(0.0, *(abs(log(one.sizes[name] / other.sizes[name])) for name in one.sizes))
+
+    assert all(difference(i, j) >= SMALLEST_DIFFERENCE for i in chosen for j in chosen if i < j)
     passed_over = set(range(max(chosen))) - set(chosen)
-    assert all(
-        any(_difference(candidates[i], candidates[j]) < SMALLEST_DIFFERENCE for j in chosen) for i in passed_over
-    )
+    assert all(any(difference(i, j) < SMALLEST_DIFFERENCE for j in chosen) for i in passed_over)
+    alike = candidates.at(np.array([0, *sorted(passed_over)[:3]]))
+    assert shortlist(alike, [0, 1, 2, 3], 3)[0] == 0
+    assert len(shortlist(alike, [0, 1, 2, 3], 3)) == 3
 
 
 def test_kept_share_of_grouped_heads_is_taken_within_the_groups() -> None:
@@ -89,13 +259,33 @@ def test_kept_share_of_grouped_heads_is_taken_within_the_groups() -> None:
     assert kept_share(importance, SMOLLM2, SMOLLM2.resized(num_attention_heads=6), "query") == pytest.approx(1.0)
 
 
+def test_a_prediction_is_the_sum_of_what_its_cuts_cost_by_the_importance_they_lose() -> None:
+    shapes = found(SMOLLM2, 0.7)
+    importance = {
+        "hidden": torch.ones(576), "layer": torch.ones(30), "ffn": torch.ones(30, 1536), "kv": torch.ones(30, 3),
+        "query": torch.ones(30, 9),
+    }  # fmt: skip
+    one_axis = probes(shapes)
+    assert set(one_axis) == set(importance)
+    for axis, probe in one_axis.items():
+        changed = [name for name, size in probe.sizes.items() if size != SMOLLM2.sizes[name]]
+        assert changed == (["num_attention_heads", "num_key_value_heads"] if axis == "kv" else changed[:1])
+    losses = {"hidden": 1.0, "layer": 2.0, "ffn": 3.0, "kv": 4.0, "query": 5.0}
+    expected = predicted(shapes, importance, {axis: (probe, losses[axis]) for axis, probe in one_axis.items()})
+    for i in range(0, len(shapes), 50):
+        arch = shapes[i]
+        lost = {axis: 1 - arch.entries(axis) / SMOLLM2.entries(axis) for axis in importance}
+        of_probe = {axis: 1 - probe.entries(axis) / SMOLLM2.entries(axis) for axis, probe in one_axis.items()}
+        assert expected[i] == pytest.approx(sum(losses[axis] * lost[axis] / of_probe[axis] for axis in importance))
+
+
 def test_a_llama_with_biases_keeps_to_shapes_that_its_config_class_takes() -> None:
     biased = Arch.from_config({"attention_bias": True, **SMOLLM2.to_dict()} | {"attention_bias": True})
-    found = feasible(biased, parse_budget("0.6", biased, 0.05))
-    assert found
-    assert all(arch.sizes["hidden_size"] % arch.sizes["num_attention_heads"] == 0 for arch in found)
-    assert {"ffn", "query", "layer"} <= set(_probes(biased))
-    free = feasible(SMOLLM2, parse_budget("0.6", SMOLLM2, 0.05))
+    shapes = found(biased, 0.6, search={"multiple_of": {"hidden_size": 32}})
+    assert len(shapes)
+    assert all(arch.sizes["hidden_size"] % arch.sizes["num_attention_heads"] == 0 for arch in archs(shapes))
+    assert {"ffn", "query", "layer"} <= set(probes(shapes))
+    free = archs(found(SMOLLM2, 0.6))
     assert any(arch.sizes["hidden_size"] % arch.sizes["num_attention_heads"] for arch in free)
 
 
@@ -114,31 +304,39 @@ QWEN3_30B = Arch.from_config({
 
 @pytest.mark.parametrize("teacher", [NANO_12B, QWEN3_30B], ids=["nano", "qwen3-moe"])
 def test_the_grid_of_a_large_hybrid_stays_small_and_cuts_every_axis(teacher: Arch) -> None:
-    axes = grid(teacher)
+    axes: dict[str, Any] = grid(teacher, SearchRecipe())
     assert prod(map(len, axes.values())) <= 2**20
     assert all(len(options) >= 3 for options in axes.values()), axes
-    found = feasible(teacher, parse_budget("0.8", teacher, 0.05))
+    shapes = found(teacher, 0.8)
     for name in axes:
-        assert len({arch.sizes[name] for arch in found}) > 1, name
-    for arch in found[:: max(1, len(found) // 100)]:
+        assert len(np.unique(shapes.sizes[name])) > 1, name
+    for i in range(0, len(shapes), max(1, len(shapes) // 100)):
+        arch = shapes[i]
         teacher.require_prunable_to(arch)
         assert arch == teacher.resized(**{name: arch.sizes[name] for name in teacher.sizes})
 
 
 def test_depth_of_a_hybrid_keeps_every_kind() -> None:
-    for arch in feasible(NANO_12B, parse_budget("0.5", NANO_12B, 0.05)):
+    shapes = found(NANO_12B, 0.5)
+    for i in range(0, len(shapes), max(1, len(shapes) // 1000)):
+        arch = shapes[i]
         assert arch.sizes["num_hidden_layers"] == sum(arch.layer_counts.values())
         assert min(arch.layer_counts.values()) >= 1
+
+
+def sizes_of(teacher: Arch, name: str) -> list[int]:
+    sizes: Any = grid(teacher, SearchRecipe())[name]
+    return list(sizes)
 
 
 def test_mamba_heads_are_offered_in_eights_and_experts_above_those_chosen() -> None:
     for groups in (1, 2, 4):
         teacher = NANO_12B.resized(n_groups=groups)
-        assert all(groups * heads % 8 == 0 for heads in grid(teacher)["mamba_num_heads"])
+        assert all(groups * heads % 8 == 0 for heads in sizes_of(teacher, "mamba_num_heads"))
     odd = NANO_12B.resized(n_groups=1, mamba_num_heads=12)
-    assert any(heads % 8 for heads in grid(odd)["mamba_num_heads"])
-    assert min(grid(QWEN3_30B)["num_local_experts"]) >= 8
-    assert all(size % 8 == 0 for size in grid(QWEN3_30B)["moe_intermediate_size"])
+    assert any(heads % 8 for heads in sizes_of(odd, "mamba_num_heads"))
+    assert min(sizes_of(QWEN3_30B, "num_local_experts")) >= 8
+    assert all(size % 8 == 0 for size in sizes_of(QWEN3_30B, "moe_intermediate_size"))
 
 
 def test_the_search_does_not_round_what_a_model_keeps_in_float32(tmp_path: Path) -> None:

@@ -220,14 +220,18 @@ def _resumable(inputs: Inputs, out: Path, verb: str, sources: list[str]) -> Iter
             empty_folder(work)
             write_json(work / "run.json", identity)
         world.barrier()
+        can_continue = [work / name for name in ("checkpoint", "candidates.jsonl")]
         try:
             yield work, world
             world.barrier()
-            if world.is_main:
-                shutil.rmtree(work)
+            can_continue = []
+        except UserError:
+            raise
+        except BaseException:  # interrupted: what has been measured counts as well
+            can_continue.append(work / "importance.safetensors")
+            raise
         finally:
-            can_continue = (work / "checkpoint").exists() or (work / "candidates.jsonl").exists()
-            if world.is_main and not can_continue:
+            if world.is_main and not any(path.exists() for path in can_continue):
                 shutil.rmtree(work, ignore_errors=True)
 
 

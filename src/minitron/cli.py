@@ -21,7 +21,9 @@ app = typer.Typer(
 
 Teacher = Annotated[str, typer.Argument(help="A hub id, a folder, a .gguf file, or the built-in smollm2.")]
 Out = Annotated[Path, typer.Argument(help="The folder to make.", resolve_path=True)]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A YAML recipe; options override it.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option("--recipe", help="A YAML recipe, or minitron-8b and the like; options override it.")
+]
 Target = Annotated[
     str | None,
     typer.Option("--target-params", help="A share of the teacher (0.7), a count (94M, 4B) or a range (7.8B..8.5B)."),
@@ -93,6 +95,13 @@ def compress(
     loaded = _recipe(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
                      seed=seed, device=device, dtype=dtype, **budget,
                      **{"distill.tokens": tokens, "distill.teacher_states": teacher_states})  # fmt: skip
+    if isinstance(loaded.target_params, tuple):
+        members = _imported("lineage").compress_family(loaded, out, overwrite)
+        if as_json:
+            _print_json({"out": str(out), "members": members})
+        for name, found in () if as_json else members.items():
+            _print_results(out / name, found)
+        return
     results = _imported("pipeline").compress(loaded, out, overwrite)
     if as_json:
         _print_json({"out": str(out), **results})

@@ -32,11 +32,12 @@ from minitron.stages import (
 )
 
 
-def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, Any]:
+def compress(recipe: Recipe, out: Path, overwrite: bool = False, larger: Path | None = None) -> dict[str, Any]:
     """Make a smaller model of the recipe's teacher in the run directory `out`; return what `eval.json` holds.
 
-    A finished run is read; an interrupted one continues after its last finished stage, or inside the search,
-    the distillation and the evaluation where they stood.
+    With `larger`, the folder of another student of that teacher, that is what is cut. A finished run is read; an
+    interrupted one continues after its last finished stage, or inside the search, the distillation and the evaluation
+    where they stood.
 
     Raises:
         UserError: something asked for cannot be done; nothing is left behind that was not finished.
@@ -45,7 +46,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
     run = open_run(out, recipe, overwrite)
     if run.is_finished and run.path("report.html").exists():
         return dict(read_json(run.path("eval.json")))
-    inputs = Inputs(recipe)
+    inputs = Inputs(recipe, larger)
     shapes, budget = shapes_within(inputs)
     _check(run, inputs, shapes)
     try:
@@ -59,7 +60,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
             with run.stage("search"):
                 arch = search(inputs, importance, shapes, budget, out, World())
                 write_json(run.path("arch.json"), arch.to_dict())
-        arch = read_arch(run.path("arch.json"), inputs.teacher.arch)
+        arch = read_arch(run.path("arch.json"), inputs.whole.arch)
         if not run.is_done("prune"):
             with run.stage("prune"):
                 write_pruned_folder(inputs, arch, importance, run.path("pruned"))
@@ -87,6 +88,8 @@ def _check(run: Run, inputs: Inputs, shapes: Shapes) -> None:
     largest = int(shapes.figures["num_parameters"].max())
     with Progress("check teacher", inputs.teacher.num_bytes, "bytes") as progress:
         run.bind("teacher", inputs.teacher.fingerprint(progress.advance))
+    if inputs.larger:
+        run.bind("larger", inputs.whole.fingerprint())
     run.bind("data", inputs.splits.fingerprint())
     if run.is_begun:
         return

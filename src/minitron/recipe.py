@@ -277,6 +277,15 @@ class DistillRecipe(_Strict):
         return self
 
 
+class LineageRecipe(_Strict):
+    """How the members of a family are made (several `target_params`), each out of the next larger one."""
+
+    taught_by: Literal["teacher", "larger"] = "teacher"
+    """The teacher of all, or the larger member that a student was cut from."""
+    stores_states: bool = True
+    """The teacher runs over the text once for all members, and its states are kept until the last one is done."""
+
+
 class EvaluationRecipe(_Strict):
     """What the final figures are measured on."""
 
@@ -304,16 +313,19 @@ class Recipe(_Strict):
     search: SearchRecipe = SearchRecipe()
     prune: PruneRecipe = PruneRecipe()
     distill: DistillRecipe = DistillRecipe()
+    lineage: LineageRecipe = LineageRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     """The recipe in a YAML file with command-line options laid over it; `a.b` names an entry of a part.
 
+    `path` may be the name of a recipe that comes along, such as `minitron-8b`.
+
     Raises:
         UserError: the file is missing or no mapping, or a key or a value is not accepted.
     """
-    values = _read_yaml(path) if path else {}
+    values = _read_yaml(_of_name(path)) if path else {}
     for key, value in overrides.items():
         if value is not None:
             part, _, name = key.rpartition(".")
@@ -353,6 +365,16 @@ def _first_complaint(model: type[BaseModel], error: ValidationError) -> str:
     if complaint["type"] == "missing":
         return f"{location} is not given"
     return f"{location}: {complaint['msg'].removeprefix('Value error, ')}"
+
+
+def _of_name(path: Path) -> Path:
+    """The file of a recipe that comes along, or the path itself."""
+    own = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+    if path.exists() or path.suffix or path.name != str(path):
+        return path
+    if path.name not in own:
+        raise UserError(f"recipe '{path}' is neither a file nor one of {', '.join(own)}")
+    return own[path.name]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

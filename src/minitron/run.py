@@ -105,7 +105,8 @@ class Run:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        if self._is_new and not any(self.is_done(stage) for stage in self.record["stages"]):
+        holds_runs = any((path / "run.json").exists() for path in self.folder.iterdir())
+        if self._is_new and not holds_runs and not any(self.is_done(stage) for stage in self.record["stages"]):
             shutil.rmtree(self.folder)
             remove_empty(self._missing_parents)
 

@@ -78,18 +78,24 @@ def read_arch(path: Path, teacher: Arch) -> Arch:
     return arch
 
 
-def write_pruned_folder(inputs: Inputs, arch: Arch, importance: Importance, folder: Path) -> None:
-    """What the inputs say is cut, cut to a shape and mended as the recipe says, as a Hugging Face folder."""
+def write_pruned_folder(
+    inputs: Inputs, arch: Arch, importance: Importance, folder: Path, blocks: Blocks | None = None
+) -> None:
+    """What the inputs say is cut, cut to a shape and mended as the recipe says, as a Hugging Face folder.
+
+    It is mended on `blocks`, by default those of the calibration.
+    """
     teacher, recipe = inputs.whole, inputs.recipe.prune
+    blocks = inputs.calibration_blocks if blocks is None else blocks
     if recipe.rounds > 1:
         importance = score_in_rounds(
-            teacher, arch, importance, recipe.rounds, inputs.calibration_blocks, inputs.recipe.calibration,
+            teacher, arch, importance, recipe.rounds, blocks, inputs.recipe.calibration,
             inputs.device, inputs.dtype, folder.parent,
         )  # fmt: skip
     with whole_folder(folder) as staging:
         write_pruned(
             teacher, cut_to(arch, teacher, importance, recipe),
-            lambda cut: mended(teacher, cut, inputs.calibration_blocks, recipe, inputs.device, inputs.dtype), staging,
+            lambda cut: mended(teacher, cut, blocks, recipe, inputs.device, inputs.dtype), staging,
         )  # fmt: skip
 
 

@@ -1,12 +1,12 @@
 """One process or many: what the training loop needs to know about torchrun, and FSDP2 around the student."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from minitron.model.arch import Arch
 from minitron.model.causal import Headless
 from minitron.recipe import DistillRecipe
 
+Item = TypeVar("Item")
 LONGEST_WAIT = timedelta(days=1)
 """For other ranks, which may be calibrating, or training a candidate that takes longer than one's own."""
 
@@ -57,6 +58,13 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def share_out(self, items: list[Item], do: Callable[[Item], Any]) -> Iterator[list[tuple[Item, Any]]]:
+        """Ranks take items in turn, one each a round; yields, on every rank, what a round of them came to."""
+        for start in range(0, len(items), self.size):
+            part = items[start : start + self.size]
+            mine = part[self.rank : self.rank + 1]
+            yield [pair for found in self.gather([(item, do(item)) for item in mine]) for pair in found]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -3,6 +3,7 @@
 import html
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +24,32 @@ def write_plot(folder: Path) -> None:
 
 
 def plot(rows: list[Row], search: dict[str, Any]) -> str:
-    """Untrained candidates by their size; those distilled by size and by speed, with the front that nothing beats."""
-    distilled = [row for row in rows if row["distilled_kl"]]
-    timed = [row for row in rows if row["prefill_seconds"]]
+    """Untrained candidates by their size; those distilled, as far as all of them were, by size and by speed.
+
+    With the front of each: what no other beats in both.
+    """
+    distilled, timed = [row for row in rows if row["distilled_kl"]], [row for row in rows if row["prefill_seconds"]]
     speed = search["speed_of"]
-    panels = [("untrained", rows, lambda row: row["num_parameters"] / 1e6, lambda row: row["zero_shot_kl"],
-               "parameters, millions", False)]  # fmt: skip
+    tokens = speed["batch"] * speed["context"]
+    by_size = partial(_panel, x_label="parameters, millions", x_of=lambda row: row["num_parameters"] / 1e6)
+    by_speed = partial(
+        _panel, x_label=f"tokens/s of prefill, {speed['batch']} × {speed['context']:,}", more_is_better=True,
+        x_of=lambda row: tokens / row["prefill_seconds"],
+    )  # fmt: skip
+    panels = [partial(by_size, title="untrained", rows=rows, y_of=lambda row: row["zero_shot_kl"])]
     if distilled:
-        panels.append(("distilled for a while", distilled, lambda row: row["num_parameters"] / 1e6, last_loss,
-                       "parameters, millions", False))  # fmt: skip
-    if timed:
-        tokens = speed["batch"] * speed["context"]
-        panels.append(("distilled for a while" if distilled else "untrained", timed,
-                       lambda row: tokens / row["prefill_seconds"], last_loss,
-                       f"tokens/s of prefill, {speed['batch']} × {speed['context']:,}", True))  # fmt: skip
-    width = LEFT + len(panels) * (WIDTH + GAP)
+        least = min(min(map(int, row["distilled_kl"])) for row in distilled)
+        trained = {"title": f"after {least:,} tokens of distillation", "rows": distilled,
+                   "y_of": lambda row: row["distilled_kl"][str(least)]}  # fmt: skip
+        panels += [partial(by_size, **trained), partial(by_speed, **trained)]
+    elif timed:
+        panels.append(partial(by_speed, title="untrained", rows=timed, y_of=lambda row: row["zero_shot_kl"]))
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {TOP + HEIGHT + 70}" role="img" '
-        'font-family="system-ui, sans-serif" aria-label="candidates of the search">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + len(panels) * (WIDTH + GAP)} '
+        f'{TOP + HEIGHT + 70}" role="img" font-family="system-ui, sans-serif" aria-label="candidates of the search">'
     ]
-    for i, panel in enumerate(panels):
-        parts.append(_panel(LEFT + i * (WIDTH + GAP), *panel))
-    parts.append(_legend(TOP + HEIGHT + 56))
-    return "".join([*parts, "</svg>"])
+    parts += [panel(LEFT + i * (WIDTH + GAP)) for i, panel in enumerate(panels)]
+    return "".join([*parts, _legend(TOP + HEIGHT + 56), "</svg>"])
 
 
 def last_loss(row: Row) -> float:
@@ -54,7 +58,9 @@ def last_loss(row: Row) -> float:
     return float(distilled[max(distilled, key=int)] if distilled else row["zero_shot_kl"])
 
 
-def _panel(left: float, title: str, rows: list[Row], x_of: Any, y_of: Any, x_label: str, more_is_better: bool) -> str:
+def _panel(
+    left: float, title: str, rows: list[Row], x_of: Any, y_of: Any, x_label: str, more_is_better: bool = False
+) -> str:
     points = [(float(x_of(row)), float(y_of(row)), row) for row in rows]
     x_low, x_high = _range([x for x, _, _ in points])
     y_low, y_high = _range([y for _, y, _ in points])
@@ -69,12 +75,12 @@ def _panel(left: float, title: str, rows: list[Row], x_of: Any, y_of: Any, x_lab
         y = place(x_low, value)[1]
         parts.append(
             f'<line x1="{left}" x2="{left + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eee"/>'
-            f'<text x="{left - 6}" y="{y + 4:.1f}" font-size="12" text-anchor="end">{value:.3g}</text>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" font-size="12" text-anchor="end">{_number(value)}</text>'
         )
     for value in _ticks(x_low, x_high):
         x = place(value, y_low)[0]
         parts.append(
-            f'<text x="{x:.1f}" y="{TOP + HEIGHT + 16}" font-size="12" text-anchor="middle">{value:,.4g}</text>'
+            f'<text x="{x:.1f}" y="{TOP + HEIGHT + 16}" font-size="12" text-anchor="middle">{_number(value)}</text>'
         )
     parts.append(
         f'<text x="{left + WIDTH / 2}" y="{TOP + HEIGHT + 34}" font-size="12" fill="#555" text-anchor="middle">'
@@ -126,6 +132,10 @@ def _ticks(low: float, high: float) -> list[float]:
     step = 10 ** math.floor(math.log10((high - low) / 3))
     step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= 5)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) else f"{value:,.4g}"
 
 
 def _legend(y: float) -> str:

@@ -26,6 +26,8 @@ svg { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1rem; ove
 NUM_UNTRAINED_SHOWN = 12
 TEACHER, STUDENT = "#999999", "#0072b2"
 """Grey and blue: told apart by every kind of sight, and in print."""
+BLUES = [STUDENT, "#56b4e9", "#013a63", "#7f7f7f", "#009e73", "#d55e00"]
+"""Of several runs."""
 
 
 def write_report(run: Path) -> None:
@@ -46,13 +48,13 @@ def write_report(run: Path) -> None:
 <title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
 <h2>Figures</h2>
-{_table(figures_table(results))}
+{table(figures_table(results))}
 <p class="note">{measured["num_tokens"]:,} tokens of {html.escape(data_in_words(recipe["data"]))} that no other
 stage has seen, context {measured["context"]}, seed {record["seed"]}.</p>
 <h2>Shape</h2>
 {_shape_bars(teacher, student)}
 <h2>Distillation</h2>
-{_curves(metrics)}
+{curves({"student": metrics}, BLUES)}
 <h2>Search</h2>
 {_search(run, candidates, chosen)}
 <h2>Recipe</h2>
@@ -68,7 +70,8 @@ def _sizes(sizes: Mapping[str, int]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name not in fixed and not isinstance(size, bool)}
 
 
-def _table(rows: list[list[str]], marked: int | None = None) -> str:
+def table(rows: list[list[str]], marked: int | None = None) -> str:
+    """An HTML table of text, its head first."""
     head, *body = [[html.escape(cell) for cell in row] for row in rows]
     names = "".join("<th>" + cell.replace("_", "_<wbr>") + "</th>" for cell in head)  # long names may wrap
     lines = [f"<tr>{names}</tr>"]
@@ -92,25 +95,41 @@ def _shape_bars(teacher: dict[str, int], student: dict[str, int]) -> str:
     return f'<svg viewBox="0 0 720 {34 * len(teacher)}" role="img" aria-label="sizes kept">{"".join(bars)}</svg>'
 
 
-def _curves(metrics: list[dict[str, Any]]) -> str:
-    losses = [(row["tokens"], row["loss"]) for row in metrics if "loss" in row]
-    heldout = [(row["tokens"], row["heldout_perplexity"]) for row in metrics if "heldout_perplexity" in row]
-    return _plot(losses, "KL to the teacher, nats a token") + _plot(heldout, "perplexity on held-out text", dots=True)
+def curves(runs: dict[str, list[dict[str, Any]]], colours: list[str]) -> str:
+    """Loss and held-out perplexity of one run or several, from the rows of their `metrics.jsonl`."""
+    losses = {name: [(row["tokens"], row["loss"]) for row in rows if "loss" in row] for name, rows in runs.items()}
+    heldout = {
+        name: [(row["tokens"], row["heldout_perplexity"]) for row in rows if "heldout_perplexity" in row]
+        for name, rows in runs.items()
+    }
+    trained = {name: points[1:] if len(points) > 2 else points for name, points in heldout.items()}
+    return _plot(losses, colours, "KL to the teacher, nats a token") + _plot(
+        trained, colours, "perplexity on held-out text, from the first measurement after training began", True
+    )
 
 
-def _plot(points: list[tuple[float, float]], label: str, dots: bool = False) -> str:
-    if not points:
+def _plot(lines: dict[str, list[tuple[float, float]]], colours: list[str], label: str, dots: bool = False) -> str:
+    every = [point for points in lines.values() for point in points]
+    if not every:
         return ""
     left, top, width, height = 60, 24, 640, 180
-    last_x, high = max(x for x, _ in points) or 1, max(y for _, y in points) * 1.05
-    place = [(left + width * x / last_x, top + height * (1 - y / high)) for x, y in points]
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place)
-    marks = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{STUDENT}"/>' for x, y in place) if dots else ""
-    values = "".join(
-        f'<text x="{x:.1f}" y="{y - 8:.1f}" font-size="12" text-anchor="{"start" if x == left else "middle"}">'
-        f"{value:.1f}</text>"
-        for (x, y), (_, value) in zip(place, points, strict=True)
-    )
+    last_x, high = max(x for x, _ in every) or 1, max(y for _, y in every) * 1.05
+    parts = []
+    for (name, points), colour in zip(lines.items(), colours, strict=False):
+        place = [(left + width * x / last_x, top + height * (1 - y / high)) for x, y in points]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        for (x, y), (_, value) in zip(place, points, strict=True) if dots else ():
+            anchor = "start" if x == left else "middle"
+            parts.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
+                f'<text x="{x:.1f}" y="{y - 8:.1f}" font-size="12" text-anchor="{anchor}">{value:.1f}</text>'
+            )
+        if len(lines) > 1 and place:
+            x, y = place[-1]
+            parts.append(
+                f'<text x="{x + 6:.1f}" y="{y + 4:.1f}" font-size="12" fill="{colour}">{html.escape(name)}</text>'
+            )
     ticks = "".join(
         f'<text x="{left - 6}" y="{top + height * (1 - share) + 4:.0f}" font-size="12" text-anchor="end">'
         f'{high * share:.3g}</text><line x1="{left}" x2="{left + width}" y1="{top + height * (1 - share):.0f}" '
@@ -118,9 +137,8 @@ def _plot(points: list[tuple[float, float]], label: str, dots: bool = False) -> 
         for share in (0, 0.5, 1)
     )
     return (
-        f'<svg viewBox="0 0 720 {top + height + 34}" role="img" aria-label="{label}">'
-        f'<text x="{left}" y="14" font-size="14">{label}</text>{ticks}'
-        f'<polyline points="{line}" fill="none" stroke="{STUDENT}" stroke-width="2"/>{marks}{values if dots else ""}'
+        f'<svg viewBox="0 0 760 {top + height + 34}" role="img" aria-label="{label}">'
+        f'<text x="{left}" y="14" font-size="14">{label}</text>{ticks}{"".join(parts)}'
         f'<text x="{left + width}" y="{top + height + 18}" font-size="12" text-anchor="end">{last_x:,} tokens</text>'
         "</svg>"
     )
@@ -131,7 +149,7 @@ def _search(run: Path, rows: list[dict[str, Any]], chosen: dict[str, Any]) -> st
     search, names = read_json(run / "search.json"), list(_sizes(chosen))
     shown = [row for row in rows if row["distilled_kl"]] or sorted(rows, key=last_loss)[:NUM_UNTRAINED_SHOWN]
     heights = sorted({int(tokens) for row in shown for tokens in row["distilled_kl"]})
-    table = [
+    lines = [
         ["parameters", *names, "untrained", *(f"{tokens:,} tokens" for tokens in heights), "prefill ms", "token ms"]
     ]
     # Those that went furthest first, and of these the best.
@@ -140,11 +158,11 @@ def _search(run: Path, rows: list[dict[str, Any]], chosen: dict[str, Any]) -> st
         speeds = [f"{row[key] * 1e3:.3g}" if row[key] else "" for key in ("prefill_seconds", "decode_seconds")]
         losses = [f"{kl:.4f}" if (kl := row["distilled_kl"].get(str(tokens))) else "" for tokens in heights]
         sizes = [f"{row['arch'][name]:,}" for name in names]
-        table.append([f"{row['num_parameters']:,}", *sizes, f"{row['zero_shot_kl']:.3f}", *losses, *speeds])
+        lines.append([f"{row['num_parameters']:,}", *sizes, f"{row['zero_shot_kl']:.3f}", *losses, *speeds])
     speed, compared, distilled = search["speed_of"], search["compared"], search["distilled"]
     seconds = ", ".join(f"{part.replace('_', '-')} {value:,.0f}" for part, value in search["seconds"].items())
     return f"""{plot(rows, search)}
-{_table(table, marked=next((i for i, row in enumerate(ordered) if row["chosen"]), None))}
+{table(lines, marked=next((i for i, row in enumerate(ordered) if row["chosen"]), None))}
 <p class="note">KL to the teacher in nats a token: untrained on {compared["tokens_each"]:,} held-out tokens, then on
 {search["heldout_tokens"]:,}, context {search["context"]}, seed {search["seed"]}. Of {search["feasible"]:,} shapes
 within the budget {compared["shapes"]:,} were compared untrained and {distilled["shapes"]:,} distilled, on

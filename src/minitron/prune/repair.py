@@ -23,6 +23,7 @@ from torch import Tensor
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.model.anatomy import Norm, Row
+from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.progress import Progress
 from minitron.prune.layers import Layers, Stream
@@ -193,16 +194,20 @@ class _Walk:
 
 
 def _require_tokens(cut: Cut, blocks: Blocks) -> None:
-    kinds = dict.fromkeys(cut.teacher.layers) if cut.teacher.layers else [None]
-    widest = max(
-        (
-            writer.row.shape(cut.student.axis_size)[writer.dim]
-            for kind in kinds
-            for writer in writers_of(cut.teacher, cut.teacher.layer_numbers(kind)[0])
-        ),
-        default=0,
-    )
-    if blocks.num_tokens < widest:
+    if blocks.num_tokens < (widest := widest_input(cut.teacher, cut.student)):
         raise UserError(
             f"a refit of {widest} inputs needs at least as many calibration tokens; there are {blocks.num_tokens}"
         )
+
+
+def widest_input(teacher: Arch, student: Arch) -> int:
+    """The most inputs of a tensor that a refit corrects, which is the fewest tokens that it can do with."""
+    kinds = dict.fromkeys(teacher.layers) if teacher.layers else [None]
+    return max(
+        (
+            writer.row.shape(student.axis_size)[writer.dim]
+            for kind in kinds
+            for writer in writers_of(teacher, teacher.layer_numbers(kind)[0])
+        ),
+        default=0,
+    )

@@ -107,7 +107,8 @@ def sort_teacher(
 ) -> Sorted:
     """The teacher cut to some sizes, those of `decided_by`, mended there and sorted along every other axis.
 
-    The repair is the rescaling of norms, on `blocks`; the refit of a shape depends on all its sizes and is left out.
+    The repair is the rescaling of norms, on `blocks`. What depends on all sizes of a shape is left out: the refit, and
+    heads that are merged.
     """
     # Not every such shape could be written as a config, but it is never written.
     whole = replace(teacher.arch, sizes={**teacher.arch.sizes, **sizes})

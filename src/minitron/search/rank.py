@@ -2,9 +2,7 @@
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +20,11 @@ from minitron.model.arch import Arch
 from minitron.model.memory import attention_windows
 from minitron.progress import Progress, beside
 from minitron.prune.importance import Importance
-from minitron.recipe import DistillRecipe
+from minitron.recipe import DistillRecipe, Target
 from minitron.search.budget import Budget, Limit, Serving, parse_budget, speed_limits
 from minitron.search.candidates import Shapes, every_shape, feasible, shortlist
 from minitron.search.probes import predicted, probes
+from minitron.search.seconds import Seconds
 from minitron.search.speed import Speeds
 from minitron.search.standings import standings
 from minitron.search.trial import Row, Trial, compete, trial_recipe
@@ -44,14 +43,20 @@ def shapes_within(inputs: Inputs) -> tuple[Shapes, Budget]:
     Raises:
         UserError: there is no budget, it is not understood, or no shape meets it.
     """
-    recipe, target = inputs.recipe, inputs.recipe.target_params
+    target = inputs.recipe.target_params
     if isinstance(target, tuple):
         raise UserError("several target_params make a family of models, which is what compress does; give one")
-    windows = attention_windows(inputs.teacher.config.to_dict())
-    budget = parse_budget(target, recipe.budget, recipe.search.tolerance, inputs.teacher.arch, windows)
-    shapes = every_shape(inputs.whole.arch, budget, recipe.search, attention_windows(inputs.whole.config.to_dict()))
+    budget, windows = budget_of(inputs, target), attention_windows(inputs.whole.config.to_dict())
+    shapes = every_shape(inputs.whole.arch, budget, inputs.recipe.search, windows)
     of_counts = budget.of_counts if _asks_for_speed(inputs) else budget
     return feasible(shapes, of_counts), budget
+
+
+def budget_of(inputs: Inputs, target: Target | None) -> Budget:
+    """The recipe's budget with a target for all parameters, speeds left out."""
+    recipe, teacher = inputs.recipe, inputs.teacher
+    windows = attention_windows(teacher.config.to_dict())
+    return parse_budget(target, recipe.budget, recipe.search.tolerance, teacher.arch, windows)
 
 
 def removed_layers(shapes: Shapes) -> set[int]:
@@ -66,6 +71,8 @@ def search(inputs: Inputs, importance: Importance, shapes: Shapes, budget: Budge
     A killed search goes on from there and from `folder/search`, which is removed at the end: nothing that was finished
     is done again.
     """
+    if (folder / "search.json").exists():  # written last
+        return _arch(inputs.whole.arch, next(row for row in read_jsonl(folder / "candidates.jsonl") if row["chosen"]))
     task = _Task(inputs, importance, folder, world)
     shapes, budget = task.with_speeds(shapes, budget)
     rows = task.candidates(shapes)
@@ -98,7 +105,7 @@ class _Task:
         )
         self.speeds = Speeds(inputs.whole, serving, inputs.device, inputs.dtype, self.work / "speeds.jsonl")
         self.teacher_speeds = replace(self.speeds, teacher=inputs.teacher, path=self.work / "teacher-speed.jsonl")
-        self.recipe = inputs.recipe.search
+        self.recipe, self.seconds = inputs.recipe.search, Seconds(self.work / "seconds.json", world)
         if world.is_main:
             self.work.mkdir(parents=True, exist_ok=True)
         world.barrier()
@@ -113,7 +120,7 @@ class _Task:
             raise UserError(f"budget.context {asked.context} is above the {most} tokens that the teacher was made for")
         if self.world.is_main:
             known = [self.inputs.whole.arch, *probes(shapes).values(), shapes[0], shapes[len(shapes) - 1]]
-            with self._timed("speed"), Progress("speed", len(known) + 1, "shapes") as progress:
+            with self.seconds.of("speed"), Progress("speed", len(known) + 1, "shapes") as progress:
                 self.teacher_speeds(teacher.arch)
                 progress.advance(1)
                 for arch in known:
@@ -159,12 +166,9 @@ class _Task:
         if not missing:
             return {axis: (probe, known[axis]) for axis, probe in found.items()}
         measure = self._measure_probes()
-        with self._timed("probes"):
-            for start in range(0, len(missing), self.world.size):
-                part = missing[start : start + self.world.size]
-                mine = part[self.world.rank] if self.world.rank < len(part) else None
-                result = None if mine is None else (mine, measure(mine, found[mine]))
-                known.update(filter(None, self.world.gather(result)))
+        with self.seconds.of("probes"):
+            for pairs in self.world.share_out(missing, lambda axis: measure(axis, found[axis])):
+                known.update(pairs)
                 if self.world.is_main:
                     write_json(path, known)
         self.world.barrier()
@@ -172,7 +176,7 @@ class _Task:
 
     def _measure_probes(self) -> Callable[[str, Arch], float]:
         if not (self.recipe.probe_tokens and self.recipe.distill_tokens):
-            untrained = self._zero_shot(self.word_of_heldout)
+            untrained = self._zero_shot()
             return lambda _, probe: untrained(probe)
         trial = self._trial
         return lambda axis, probe: trial(f"probe-{axis}", probe, self.recipe.probe_tokens, f"probe of {axis}")
@@ -195,30 +199,30 @@ class _Task:
         return self._word(self.work / "heldout", self.inputs.splits.heldout, recipe)
 
     def _word(self, folder: Path, blocks: Blocks, recipe: DistillRecipe) -> Teacher:
-        with self._timed("teacher"):
+        with self.seconds.of("teacher"):
             word = stored_word(self.inputs, folder, blocks, recipe, self.world)
         self.inputs.forget_model()  # candidates take its place in memory
         return word
 
     def compare_untrained(self, rows: list[Row], archs: list[Arch]) -> None:
         """Fill in `zero_shot_kl`, one sorted teacher after the other."""
-        measure, world = self._zero_shot(self.word_of_heldout), self.world
         missing = [i for i, row in enumerate(rows) if row["zero_shot_kl"] is None]
+        if not missing:
+            return
+        measure = self._zero_shot()
         missing.sort(key=lambda i: measure.key(archs[i]))
-        with Progress("zero-shot", len(rows), "candidates", done=len(rows) - len(missing)) as progress:
-            for start in range(0, len(missing), world.size):
-                part = missing[start : start + world.size]
-                mine = part[world.rank] if world.rank < len(part) else None
-                with self._timed("zero_shot"):
-                    found = None if mine is None else (mine, measure(archs[mine]))
-                for i, kl in filter(None, world.gather(found)):
+        with (
+            Progress("zero-shot", len(rows), "candidates", done=len(rows) - len(missing)) as progress,
+            self.seconds.of("zero_shot"),
+        ):
+            for pairs in self.world.share_out(missing, lambda i: measure(archs[i])):
+                for i, kl in pairs:
                     rows[i]["zero_shot_kl"] = kl
-                if world.is_main:
+                if self.world.is_main:
                     write_jsonl(self.log, rows)
-                progress.advance(len(part))
-                progress.note(
-                    f"least KL {min(row['zero_shot_kl'] for row in rows if row['zero_shot_kl'] is not None):.3f}"
-                )
+                progress.advance(len(pairs))
+                known = [row["zero_shot_kl"] for row in rows if row["zero_shot_kl"] is not None]
+                progress.note(f"least KL {min(known):.3f}")
 
     def short_list(self, rows: list[Row], archs: list[Arch], budget: Budget) -> list[int]:
         """The candidates of least loss that differ enough, with their speeds; those too slow are left out."""
@@ -252,14 +256,14 @@ class _Task:
 
     def _measure_speed(self, row: Row, arch: Arch) -> None:
         if self.world.is_main:
-            with self._timed("speed"):
+            with self.seconds.of("speed"):
                 row.update(self.speeds(arch))
         row.update(self.world.gather({name: row[name] for name in ("prefill_seconds", "decode_seconds")})[0])
 
     def compare_distilled(self, rows: list[Row], archs: list[Arch], numbers: list[int]) -> list[int]:
         """Distil the short list; what is returned went all the way."""
         trial = self._trial
-        with beside(lambda: standings(rows, archs, numbers)), self._timed("distill"):
+        with beside(lambda: standings(rows, archs, numbers)), self.seconds.of("distill"):
             return compete(rows, numbers, archs, trial, self.world, lambda: write_jsonl(self.log, rows))
 
     def summary(self, rows: list[Row], budget: Budget, num_shapes: int) -> dict[str, Any]:
@@ -277,28 +281,15 @@ class _Task:
             "distilled": {"shapes": len(runs), "tokens": sum(runs), "tokens_each": max(runs, default=0)},
             "teacher_tokens": self.inputs.splits.heldout.num_tokens + (max(runs, default=0) // context * context),
             "heldout_tokens": self.inputs.splits.heldout.num_tokens, "context": context, "seed": recipe.seed,
-            "seconds": read_json(self._seconds_path) if self._seconds_path.exists() else {},
+            "seconds": self.seconds.spent,
         }  # fmt: skip
 
     @property
     def _zero_shot_blocks(self) -> Blocks:
         return self.inputs.splits.heldout[: max(1, self.recipe.zero_shot_tokens // self.inputs.context)]
 
-    def _zero_shot(self, word: Teacher) -> ZeroShot:
-        return ZeroShot(self.inputs, self.importance, self._zero_shot_blocks, word)
-
-    @property
-    def _seconds_path(self) -> Path:
-        return self.work / "seconds.json"
-
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        """Add the time that something takes to what its part of the search has taken, in earlier attempts too."""
-        started = time.monotonic()
-        yield
-        if self.world.is_main:
-            seconds = read_json(self._seconds_path) if self._seconds_path.exists() else {}
-            write_json(self._seconds_path, seconds | {part: seconds.get(part, 0.0) + time.monotonic() - started})
+    def _zero_shot(self) -> ZeroShot:
+        return ZeroShot(self.inputs, self.importance, self._zero_shot_blocks, self.word_of_heldout)
 
 
 def _asks_for_speed(inputs: Inputs) -> bool:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ from minitron.inputs import Inputs
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.prune.importance import Importance
+from minitron.prune.repair import widest_input
 from minitron.recipe import CorrectionRecipe, DistillRecipe, IntermediateRecipe, Recipe
 from minitron.search.zero_shot import divergence
 from minitron.stages import write_pruned_folder
 
 Row = dict[str, Any]
+REPAIR_TOKENS = 4_096
+"""Calibration tokens on which candidates are mended, if that is enough for their tensors of most inputs."""
+REPAIR_TOKENS_PER_INPUT = 2
 
 
 def rungs(recipe: Recipe, context: int) -> list[int]:
@@ -59,13 +64,18 @@ class Trial:
         """The held-out KL of a candidate after so many tokens; it goes on from where it stands on disk."""
         inputs, recipe, folder = self.inputs, trial_recipe(self.inputs.recipe), self.folder / name
         if not (folder / "pruned").exists():
-            write_pruned_folder(inputs, arch, self.importance, folder / "pruned")
+            write_pruned_folder(inputs, arch, self.importance, folder / "pruned", self._repair_blocks(arch))
         student, _ = trained(
             self.word, open_checkpoint(folder / "pruned"), self.train, None, recipe, folder,
             inputs.recipe.seed, inputs.device, inputs.dtype, World(),
             until=max(1, tokens // (recipe.batch_size * inputs.context)), stage=label,
         )  # fmt: skip
         return divergence(student, inputs.splits.heldout, self.of_heldout)
+
+    def _repair_blocks(self, arch: Arch) -> Blocks:
+        """The first calibration blocks: on all of them, repairs would take as long as the training."""
+        tokens = max(REPAIR_TOKENS, REPAIR_TOKENS_PER_INPUT * widest_input(self.inputs.whole.arch, arch))
+        return self.inputs.calibration_blocks[: -(-tokens // self.inputs.context)]
 
     def forget(self, name: str) -> None:
         """Remove a candidate's files."""
@@ -83,13 +93,8 @@ def compete(
     heights = rungs(trial.inputs.recipe, trial.inputs.context)
     for rung, tokens in enumerate(heights):
         missing = [number for number in numbers if str(tokens) not in rows[number]["distilled_kl"]]
-        for start in range(0, len(missing), world.size):
-            mine = missing[start:][world.rank] if world.rank < len(missing) - start else None
-            found: tuple[int, float] | None = None
-            if mine is not None:
-                label = f"candidate {numbers.index(mine) + 1} of {len(numbers)}"
-                found = mine, trial(_name(mine), archs[mine], tokens, label)
-            for number, kl in filter(None, world.gather(found)):
+        for found in world.share_out(missing, partial(_distil, numbers, archs, trial, tokens)):
+            for number, kl in found:
                 rows[number]["distilled_kl"][str(tokens)] = kl
             if world.is_main:
                 save()
@@ -102,6 +107,11 @@ def compete(
             world.barrier()
             numbers = [number for number in numbers if number in going_on]
     return numbers
+
+
+def _distil(numbers: list[int], archs: list[Arch], trial: Trial, tokens: int, number: int) -> float:
+    label = f"candidate {numbers.index(number) + 1} of {len(numbers)}"
+    return trial(_name(number), archs[number], tokens, label)
 
 
 def _name(number: int) -> str:

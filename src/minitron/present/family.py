@@ -1,0 +1,84 @@
+"""`report.html` of a family: its members side by side, and what making them together saved."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+from minitron.files import read_json, read_jsonl, whole_file
+from minitron.present.report import BLUES, STYLE, curves, table
+from minitron.recipe import data_in_words
+
+
+def write_family_report(out: Path) -> None:
+    """Write `report.html` into the folder of a finished family."""
+    record = read_json(out / "run.json")
+    recipe, names = record["recipe"], [str(target) for target in record["recipe"]["target_params"]]
+    results = {name: read_json(out / name / "eval.json") for name in names}
+    members = {name: read_json(out / name / "run.json") for name in names}
+    title = f"{recipe['teacher']}: a family of {len(names)}"
+    first = results[names[0]]["student"]
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<h2>Members</h2>
+{table(_figures(names, results))}
+<p class="note">Each is cut out of the one to its left and taught by {_taught_by(recipe)}.
+{first["num_tokens"]:,} tokens of {html.escape(data_in_words(recipe["data"]))} that no stage has seen, context
+{first["context"]}, seed {record["seed"]}. The reports of the members: {_links(names)}.</p>
+<h2>Distillation</h2>
+{curves({name: read_jsonl(out / name / "metrics.jsonl") for name in names}, BLUES)}
+<h2>What it took</h2>
+{table(_seconds(names, members))}
+<p class="note">{html.escape(_saving(out, names))}</p>
+</body></html>
+"""
+    with whole_file(out / "report.html") as staging:
+        staging.write_text(page, encoding="utf-8")
+
+
+def _figures(names: list[str], results: dict[str, Any]) -> list[list[str]]:
+    whole = results[names[0]]["teacher"]
+    columns = [("teacher", whole), *((name, results[name]["student"]) for name in names)]
+    rows = [["", *(name for name, _ in columns)]]
+    rows.append(["parameters", *(f"{found['num_parameters']:,}" for _, found in columns)])
+    rows.append(
+        ["share of the teacher", *(f"{found['num_parameters'] / whole['num_parameters']:.1%}" for _, found in columns)]
+    )
+    rows.append(
+        ["perplexity before training", "", *(f"{results[name]['pruned']['perplexity']:,.4g}" for name in names)]
+    )
+    rows.append(["perplexity", *(f"{found['perplexity']:,.4g}" for _, found in columns)])
+    rows.append(["bits per byte", *(f"{found['bits_per_byte']:.4g}" for _, found in columns)])
+    rows.append(["tokens/s, forward pass", *(f"{found['tokens_per_second']:,.0f}" for _, found in columns)])
+    return rows
+
+
+def _seconds(names: list[str], members: dict[str, Any]) -> list[list[str]]:
+    stages = list(members[names[0]]["stages"])
+    rows = [["seconds", *names]]
+    for stage in stages:
+        rows.append([stage, *(f"{members[name]['stages'][stage]['seconds']:,.0f}" for name in names)])
+    sums = (sum(entry["seconds"] for entry in members[name]["stages"].values()) for name in names)
+    return [*rows, ["all", *(f"{total:,.0f}" for total in sums)]]
+
+
+def _saving(out: Path, names: list[str]) -> str:
+    path = out / "teacher.json"
+    if not path.exists():
+        return "The teacher ran along with every member."
+    teacher = read_json(path)
+    others = len(names) - 1
+    return (
+        f"The teacher ran over {teacher['tokens']:,} tokens once, in {teacher['seconds']:,.0f} s, for the search and "
+        f"the distillation of all members. Separate runs would have run it {len(names)} times: "
+        f"{others * teacher['tokens']:,} tokens and about {others * teacher['seconds']:,.0f} s more."
+    )
+
+
+def _taught_by(recipe: dict[str, Any]) -> str:
+    return "the teacher" if recipe["lineage"]["taught_by"] == "teacher" else "that one"
+
+
+def _links(names: list[str]) -> str:
+    return ", ".join(f'<a href="{html.escape(name)}/report.html">{html.escape(name)}</a>' for name in names)
