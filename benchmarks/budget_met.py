@@ -68,9 +68,8 @@ def bytes_held(folder: Path, device: torch.device, batch: int, context: int, dty
     names = ("keys", "values", "recurrent_states", "conv_states")
     tensors = [value for layer in held.layers for name in names if (value := getattr(layer, name, None)) is not None]
     flat = [tensor for value in tensors for tensor in (value.values() if isinstance(value, dict) else [value])]
-    return sum(storage.nbytes() for storage in storages.values()) + sum(
-        tensor.nbytes for tensor in flat if isinstance(tensor, Tensor)
-    )
+    of_cache = sum(tensor.nbytes for tensor in flat if isinstance(tensor, Tensor))
+    return int(sum(storage.nbytes() for storage in storages.values()) + of_cache)
 
 
 if __name__ == "__main__":

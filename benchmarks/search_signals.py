@@ -111,8 +111,9 @@ def _show_probes(
 
 
 def _spearman(one: Any, other: Any) -> float:
-    ranks = [np.argsort(np.argsort(np.asarray(values))) for values in (one, other)]
-    return round(float(np.corrcoef(*ranks)[0, 1]), 3)
+    ranks = np.stack([np.argsort(np.argsort(np.asarray(values))).astype(float) for values in (one, other)])
+    table = np.asarray(np.corrcoef(ranks))
+    return round(float(table[0, 1]), 3)
 
 
 def _show(**row: Any) -> None:

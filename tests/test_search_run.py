@@ -287,8 +287,8 @@ def test_candidates_of_hybrids_are_timed_with_layers_of_each_kind(tmp_path: Path
 def test_the_plot_shows_each_candidate_and_marks_the_chosen(place: Path) -> None:
     rows = rows_of(place / "found")
     svg = plot(rows, json.loads((place / "found" / "search.json").read_text()))
-    assert svg.count("<circle") == 10 + 4 + 4 + 2  # untrained; by size; by speed; in the legend
-    assert svg.count('r="6"') == 3 + 1
+    assert svg.count("<circle") == 10 + 4 + 4 + 3 * 2  # untrained; by size; by speed; in the legends
+    assert svg.count('r="6"') == 3 + 3
     rows[0]["arch"]["num_<script>"] = 1
     assert "<script>" not in plot(rows, json.loads((place / "found" / "search.json").read_text()))
 

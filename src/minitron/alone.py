@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from minitron.data.blocks import load_tokenizer, read_blocks
@@ -24,12 +25,18 @@ from minitron.files import (
     write_json,
 )
 from minitron.inputs import Inputs
+from minitron.measure.agreement import measure_agreement
+from minitron.measure.peak import peak_memory
+from minitron.measure.speed import DECODED_TOKENS, alternate, figures_of
 from minitron.model.arch import Arch
+from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, read_config
 from minitron.model.memory import DTYPE_BYTES, attention_windows, memory
 from minitron.model.source import open_teacher, resolve_teacher
 from minitron.present.plot import write_plot
+from minitron.progress import Progress
 from minitron.recipe import Recipe, data_in_words, parse_context
+from minitron.run import versions
 from minitron.search.rank import removed_layers, shapes_within
 from minitron.search.rank import search as find_shape
 from minitron.stages import (
@@ -235,21 +242,72 @@ def _resumable(inputs: Inputs, out: Path, verb: str, sources: list[str]) -> Iter
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def evaluate(recipe: Recipe, max_tokens: int | None) -> dict[str, Any]:
+def evaluate(
+    recipe: Recipe, max_tokens: int | None, stride: int | None = None, against: str | None = None
+) -> dict[str, Any]:
     """Perplexity and bits per byte of the recipe's teacher on its data, the first `max_tokens` in the seed's order.
 
-    With the seed, context and tokens of a run, these are the blocks that the run kept for its evaluation.
+    With the seed, context and tokens of a run, these are the blocks that the run kept for its evaluation. With a
+    `stride`, windows slide over them; with another model, how far the one is from the other is measured too.
+
+    Raises:
+        UserError: the stride is above the context.
     """
     require_one_process()
     inputs = Inputs(recipe)
     _ = inputs.dtype
     tokenizer, vocab_size = load_tokenizer(inputs.teacher.folder), inputs.teacher.arch.sizes["vocab_size"]
     blocks = read_blocks(recipe.data, tokenizer, vocab_size, inputs.context, recipe.seed, max_tokens)
+    if stride is not None:
+        if not 0 < stride < inputs.context:
+            raise UserError(f"--stride {stride}: accepted: 1 to {inputs.context - 1}, below the context")
+        blocks = blocks.sliding(stride)
+    found = measure(inputs, inputs.teacher, blocks, "evaluate")
+    if against is not None:
+        other = open_teacher(against)
+        _require_one_vocabulary(other, inputs.teacher)
+        with Progress("compare", blocks.num_tokens) as progress:
+            teacher = load_model(other, inputs.device, inputs.dtype)
+            found |= measure_agreement(inputs.model, teacher, blocks, progress.advance).to_dict()
+    return {**found, "stride": stride, "against": against, "data": data_in_words(recipe.data), "seed": recipe.seed}
+
+
+def bench(recipe: Recipe, against: str | None, batches: list[int], contexts: list[int], repeats: int) -> dict[str, Any]:
+    """Speed and peak memory of the recipe's model, beside those of another, at every batch and context.
+
+    A run directory stands for its student, and is compared with its teacher. The models take turns; ratios are of
+    turns next to each other.
+
+    Raises:
+        UserError: a context is above what a model was made for.
+    """
+    require_one_process()
+    run = Path(recipe.teacher).expanduser()
+    if (run / "run.json").is_file() and (run / "student").is_dir():
+        recipe, against = recipe.model_copy(update={"teacher": str(run / "student")}), against or str(run / "teacher")
+    inputs = Inputs(recipe)
+    folders = {"model": inputs.teacher} | ({"against": open_teacher(against)} if against else {})
+    for checkpoint in folders.values():
+        most = getattr(checkpoint.config, "max_position_embeddings", None) or max(contexts)
+        if max(contexts) > most:
+            raise UserError(f"context {max(contexts)} is above the {most} tokens that {checkpoint.folder} was made for")
+    models = {name: load_model(checkpoint, inputs.device, inputs.dtype) for name, checkpoint in folders.items()}
+    grid = [(batch, context) for batch in batches for context in contexts]
+    rows = []
+    with Progress("bench", len(grid) * len(models) * (repeats + 2), "measurements") as progress:
+        for batch, context in grid:
+            speeds = alternate(models, batch, context, repeats, progress.advance)
+            peaks = {}
+            for name, checkpoint in folders.items():
+                peaks[name] = peak_memory(checkpoint.folder, batch, context, inputs.device, inputs.dtype)
+                progress.advance(1)
+            rows.append({"batch": batch, "context": context, **figures_of(speeds, peaks)})
     return {
-        **measure(inputs, inputs.teacher, blocks, "evaluate"),
-        "data": data_in_words(recipe.data),
-        "seed": recipe.seed,
-    }
+        **{name: str(checkpoint.folder) for name, checkpoint in folders.items()},
+        "warm_up": 1, "repeats": repeats, "decoded_tokens": DECODED_TOKENS, "device": str(inputs.device),
+        "dtype": str(inputs.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "versions": versions(),
+        "rows": rows,
+    }  # fmt: skip
 
 
 def _inputs(recipe: Recipe, out: Path, overwrite: bool, mark: str, *folders: Path, one_process: bool = True) -> Inputs:

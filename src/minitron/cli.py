@@ -100,13 +100,13 @@ def compress(
         if as_json:
             _print_json({"out": str(out), "members": members})
         for name, found in () if as_json else members.items():
-            _print_results(out / name, found)
+            _tables().print_results(out / name, found)
         return
     results = _imported("pipeline").compress(loaded, out, overwrite)
     if as_json:
         _print_json({"out": str(out), **results})
     else:
-        _print_results(out, results)
+        _tables().print_results(out, results)
 
 
 @app.command()
@@ -291,18 +291,66 @@ def evaluate(
     family: Family = None,
     data: Data = None,
     max_tokens: Annotated[str | None, typer.Option(help="Tokens to measure on; all by default.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Windows slide on by so many tokens; by default blocks.")] = None,
+    against: Annotated[str | None, typer.Option(help="A teacher: KL to it and top-1 agreement with it.")] = None,
     context: Context = None,
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Perplexity and bits per byte of a model on some text."""
+    """Perplexity and bits per byte of a model on some text, and how far it is from its teacher."""
     from minitron.recipe import option_count
 
     loaded = _recipe(recipe, teacher=model, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype)  # fmt: skip
-    _print_record(_imported("alone").evaluate(loaded, option_count("--max-tokens", max_tokens)), as_json)
+    _print_record(
+        _imported("alone").evaluate(loaded, option_count("--max-tokens", max_tokens), stride, against), as_json
+    )
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A run directory, for its student and its teacher, or a model.")],
+    against: Annotated[str | None, typer.Option(help="Another model to compare with.")] = None,
+    batch: Annotated[str, typer.Option(help="Sequences, several with commas.")] = "1",
+    context: Annotated[str, typer.Option(help="Tokens of each, several with commas: 512,4k.")] = "512",
+    repeats: Annotated[int, typer.Option(min=1, help="Turns of each model, after one to warm up.")] = 5,
+    family: Family = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """How fast models are and how much memory they take: prefill, decoding, time to the first token."""
+    loaded = _recipe(None, teacher=model, family=family, seed=seed, device=device, dtype=dtype)
+    from minitron.recipe import option_lengths
+
+    batches, contexts = option_lengths("--batch", batch), option_lengths("--context", context)
+    record = _imported("alone").bench(loaded, against, batches, contexts, repeats)
+    if as_json:
+        _print_json(record)
+    else:
+        _tables().print_bench(record)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, also of runs under way.", resolve_path=True)],
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write for several runs; by default comparison.html here.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """A page on a run, in its directory, or one that puts several runs side by side."""
+    module = _imported("present.report")
+    if len(runs) == 1 and out is None:
+        path = runs[0] / "report.html"
+        module.write_report(runs[0])
+    else:
+        path = (out or Path("comparison.html")).absolute()
+        module.write_comparison(runs, path)
+    _print_record({"report": str(path)}, as_json)
 
 
 def main() -> None:
@@ -381,6 +429,10 @@ def _budget(
     }  # fmt: skip
 
 
+def _tables() -> Any:
+    return import_module("minitron.present.terminal")
+
+
 def _print_json(record: dict[str, Any]) -> None:
     if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, the first one speaks
         print(json.dumps(record, allow_nan=False))
@@ -393,20 +445,3 @@ def _print_record(record: dict[str, Any], as_json: bool) -> None:
     for key, value in record.items():
         shown = value if not isinstance(value, dict) else " · ".join(f"{k} {v}" for k, v in value.items())
         print(f"{key:>28}  {shown:,}" if type(shown) is int else f"{key:>28}  {shown}")
-
-
-def _print_results(out: Path, results: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from minitron.present.card import figures_table
-
-    head, *rows = figures_table(results)
-    measured = results["student"]
-    table = Table(caption=f"{measured['num_tokens']:,} held-out tokens, context {measured['context']}")
-    for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-    print(f"student: {out / 'student'}")

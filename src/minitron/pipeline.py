@@ -17,6 +17,7 @@ from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.present.card import write_card
 from minitron.present.report import write_report
 from minitron.progress import Progress
+from minitron.prune.importance import kept_layers
 from minitron.recipe import Recipe
 from minitron.run import Run, open_run
 from minitron.search.candidates import Shapes
@@ -63,9 +64,11 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False, larger: Path | 
         arch = read_arch(run.path("arch.json"), inputs.whole.arch)
         if not run.is_done("prune"):
             with run.stage("prune"):
+                run.record["kept_layers"] = kept_layers(importance, inputs.whole.arch, arch).tolist()
                 write_pruned_folder(inputs, arch, importance, run.path("pruned"))
         if not run.is_done("distill"):
             with run.stage("distill"):
+                _note_resumption(run, inputs)
                 pruned = open_checkpoint(run.path("pruned"))
                 teacher = teacher_of(inputs, pruned, World())
                 train(inputs, teacher, pruned, run.path("student"), work=out, world=World())
@@ -74,7 +77,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False, larger: Path | 
             with run.stage("evaluate"):
                 results = _evaluate_run(run, inputs)
                 student = open_checkpoint(run.path("student")).arch
-                write_card(run.path("student"), run.record, inputs.teacher.arch, student, results)
+                write_card(out, run.record, inputs.teacher.arch, student, results)
         if not run.path("report.html").exists():
             write_report(out)
     finally:
@@ -103,6 +106,15 @@ def _link_teacher(run: Run, teacher: Checkpoint) -> None:
         link.symlink_to(teacher.folder.absolute(), target_is_directory=True)
 
 
+def _note_resumption(run: Run, inputs: Inputs) -> None:
+    """Record at how many tokens the distillation is taken up again, for the curves."""
+    state = run.path("checkpoint") / "state.json"
+    if state.exists():
+        tokens = read_json(state)["step"] * inputs.recipe.distill.batch_size * inputs.context
+        run.record["stages"]["distill"].setdefault("resumed_at", []).append(tokens)
+        run.save()
+
+
 def _evaluate_run(run: Run, inputs: Inputs) -> dict[str, Any]:
     """Measure teacher, pruned and student on the blocks that no other stage has seen."""
     path = run.path("eval.json")
@@ -110,6 +122,6 @@ def _evaluate_run(run: Run, inputs: Inputs) -> dict[str, Any]:
     for name in ("teacher", "pruned", "student"):
         if name not in results:
             checkpoint = inputs.teacher if name == "teacher" else open_checkpoint(run.path(name))
-            results[name] = measure(inputs, checkpoint, inputs.splits.evaluation, f"evaluate {name}")
+            results[name] = measure(inputs, checkpoint, inputs.splits.evaluation, f"evaluate {name}", num_samples=3)
             write_json(path, results)
     return dict(results)

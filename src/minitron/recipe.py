@@ -344,6 +344,14 @@ def option_count(option: str, text: str | None) -> int | None:
         raise UserError(f"{option}: {error}") from error
 
 
+def option_lengths(option: str, text: str) -> list[int]:
+    """`1,8` or `512,4k`, as integers; what is none is a `UserError` that names the option."""
+    try:
+        return [parse_context(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
 def validate(model: type[Model], values: dict[str, Any], where: str) -> Model:
     """Build a model of the recipe, turning the first complaint into one clear line."""
     try:

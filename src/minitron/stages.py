@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from minitron.data.blocks import Blocks
+from minitron.data.blocks import Blocks, load_tokenizer
 from minitron.distill.distributed import World, loading_device, num_ranks
 from minitron.distill.teacher import Learning, Live, Teacher, stored
 from minitron.distill.train import distill
@@ -17,6 +17,7 @@ from minitron.files import (
     whole_folder,
 )
 from minitron.inputs import Inputs
+from minitron.measure.continuation import PROMPT_TOKENS, continuation
 from minitron.measure.perplexity import measure_perplexity
 from minitron.model.arch import Arch
 from minitron.model.causal import load_model, read_head
@@ -133,15 +134,22 @@ def train(inputs: Inputs, teacher: Teacher | None, pruned: Checkpoint, out: Path
     )  # fmt: skip
 
 
-def measure(inputs: Inputs, checkpoint: Checkpoint, blocks: Blocks, stage: str) -> dict[str, Any]:
-    """Parameters, perplexity and speed of a model on some blocks, as `eval.json` has them."""
+def measure(inputs: Inputs, checkpoint: Checkpoint, blocks: Blocks, stage: str, num_samples: int = 0) -> dict[str, Any]:
+    """Parameters, perplexity and speed of a model on some blocks, as `eval.json` has them.
+
+    With `num_samples`, also how it goes on behind the beginnings of so many blocks, for people to read.
+    """
     model = inputs.model if checkpoint is inputs.teacher else load_model(checkpoint, inputs.device, inputs.dtype)
     with Progress(stage, blocks.num_tokens) as progress:
-        figures = measure_perplexity(model, blocks, progress.advance)
+        figures = measure_perplexity(model, blocks, progress.advance).to_dict()
+    if num_samples:
+        tokenizer = load_tokenizer(checkpoint.folder)
+        prompts = blocks.ids[:num_samples, :PROMPT_TOKENS].split(1)
+        figures["samples"] = [continuation(model, tokenizer, prompt) for prompt in prompts]
     return {
         "num_parameters": checkpoint.arch.num_parameters,
         "num_non_embedding_parameters": checkpoint.arch.num_non_embedding_parameters,
-        **figures.to_dict(),
+        **figures,
     }
 
 

@@ -42,6 +42,20 @@ class Blocks:
         """Parts of so many blocks, the last one of fewer."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
+    def sliding(self, stride: int) -> "Blocks":
+        """Windows of a block's length over the same text, each `stride` tokens on, whose last `stride` are counted.
+
+        Of the first window all are: so every token is counted once, but for a rest shorter than a stride, with at least
+        context − stride tokens in front of it.
+        """
+        starts = torch.arange(0, self.num_tokens - self.context + 1, stride)
+        places = starts[:, None] + torch.arange(self.context)
+        is_counted = (torch.arange(self.context) >= self.context - stride).expand_as(places).clone()
+        is_counted[0] = True
+        if self.is_learnt is not None:
+            is_counted &= self.is_learnt.flatten()[places]
+        return Blocks(self.ids.flatten()[places], self.num_bytes.flatten()[places], is_counted)
+
     @property
     def targets(self) -> Tensor:
         """(N, context): each position's next token, −100 at the end of a block and where that is not to be learnt."""

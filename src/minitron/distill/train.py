@@ -27,7 +27,7 @@ from minitron.distill.teacher import Learning, Live, Teacher
 from minitron.distill.trained import choose_parameters
 from minitron.errors import UserError
 from minitron.files import whole_folder
-from minitron.measure.continuation import continuation
+from minitron.measure.continuation import PROMPT_TOKENS, continuation
 from minitron.measure.perplexity import measure_perplexity, next_token_nll
 from minitron.model.causal import Head, Headless, Readout, load_model
 from minitron.model.checkpoint import Checkpoint, write_model
@@ -37,7 +37,6 @@ from minitron.signals import stop_wish
 
 MOST_SKIPPED = 10
 """Steps in a row whose loss or gradient is not finite, and which are therefore skipped, before the run gives up."""
-PROMPT_TOKENS = 16
 NUM_EVALUATIONS = 5
 """Held-out perplexity is measured this often along the way, and once before the first step."""
 

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PROMPT_TOKENS = 16
 NUM_TOKENS = 32
 
 

@@ -147,7 +147,7 @@ def download(hub_id: str, weights: bool = True, family: str | None = None) -> Pa
             read_config(config, family)
             if not weights:
                 return config
-            return Path(snapshot_download(hub_id, allow_patterns=[*WEIGHTS, "*.json", *COMPANIONS]))
+            return Path(snapshot_download(hub_id, allow_patterns=[*WEIGHTS, "*.json", "README.md", *COMPANIONS]))
     except GatedRepoError as error:
         raise UserError(
             f"hub model '{hub_id}' is gated: accept its terms on its page, then log in (hf auth login)"

@@ -1,15 +1,16 @@
 """The student's model card: what it was made of, how, how good it is, how to use it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from minitron.files import whole_file
 from minitron.model.arch import Arch
 from minitron.recipe import data_in_words
 
+Results = dict[str, dict[str, Any]]
+"""What `eval.json` holds."""
 LABELS = {
     "num_parameters": "parameters",
     "num_non_embedding_parameters": "of these not in embeddings",
@@ -19,24 +20,18 @@ LABELS = {
 }
 
 
-def write_card(
-    folder: Path, record: dict[str, Any], teacher: Arch, student: Arch, results: dict[str, dict[str, Any]]
-) -> None:
-    """Write `README.md` into the student's folder from the run's record and its figures."""
-    recipe = record["recipe"]
-    metadata = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["minitron", "pruned", "distilled"],
-    }
-    hub_like = recipe["teacher"].count("/") == 1 and not Path(recipe["teacher"]).exists()
-    if hub_like:
-        metadata["base_model"] = recipe["teacher"]
+RETAINED = {"perplexity": "perplexity retained", "bits_per_byte": "bits per byte retained"}
+"""Where less is better: the teacher's figure as a share of the student's."""
+
+
+def write_card(run: Path, record: dict[str, Any], teacher: Arch, student: Arch, results: Results) -> None:
+    """Write `README.md` into the student's folder of a run, from the run's record and its figures."""
+    recipe, folder = record["recipe"], run / "student"
     text = f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
+{_metadata(record, results, run / "teacher")}
 ---
 
-# {recipe["teacher"].rstrip("/").rsplit("/", 1)[-1]}, {student.num_parameters / 1e6:,.1f} M parameters
+# {_name(recipe)}, {student.num_parameters / 1e6:,.1f} M parameters
 
 A {student.model_type} model of {student.num_parameters:,} parameters, \
 {student.num_parameters / teacher.num_parameters:.1%} of its teacher `{recipe["teacher"]}`. The teacher was pruned by \
@@ -66,6 +61,13 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 
 It is a stock checkpoint: any engine that runs {_model_class(folder)} runs it.
 
+```sh
+vllm serve PATH                                                   # vLLM
+python convert_hf_to_gguf.py PATH --outfile student.gguf          # llama.cpp: convert, then
+llama-cli -m student.gguf
+trtllm-serve PATH                                                 # TensorRT-LLM
+```
+
 ## Limits
 
 It inherits what its teacher gets wrong, and was compared with it on the text above alone. Retraining was short: \
@@ -81,12 +83,59 @@ expect more loss in knowledge and in rare languages than perplexity shows.
         staging.write_text(text, encoding="utf-8")
 
 
+def _name(recipe: dict[str, Any]) -> str:
+    return str(recipe["teacher"]).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _metadata(record: dict[str, Any], results: Results, teacher: Path) -> str:
+    """What the Hub reads, as YAML: the licence is the teacher's, the figures are those of `eval.json`."""
+    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub.repocard import metadata_load
+
+    recipe, student = record["recipe"], results["student"]
+    readme = teacher / "README.md"
+    of_teacher: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
+    inherited = {
+        key: of_teacher[key] for key in ("license", "license_name", "license_link", "language") if key in of_teacher
+    }
+    sources = [recipe["data"]] if isinstance(recipe["data"], str) else list(recipe["data"])
+    evaluated = {
+        "task_type": "text-generation", "dataset_name": data_in_words(recipe["data"]),
+        "dataset_type": sources[0].partition(":")[0], "dataset_split": "held out",
+        "dataset_args": {"context": student["context"], "num_tokens": student["num_tokens"], "seed": recipe["seed"]},
+    }  # fmt: skip
+    card = ModelCardData(
+        **inherited,
+        base_model=recipe["teacher"] if _is_hub_id(recipe["teacher"]) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["minitron", "pruned", "distilled"],
+        datasets=[source for source in sources if _is_hub_id(source)] or None,
+        model_name=_name(recipe),
+        eval_results=[
+            EvalResult(**evaluated, metric_type=metric, metric_value=round(student[metric], 4))
+            for metric in ("perplexity", "bits_per_byte")
+        ],
+    )
+    return str(card.to_yaml(line_break="\n")).strip()
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) is not None and not Path(name).exists()
+
+
 def figures_table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     """Rows of `measure, teacher, pruned, student`, the head first, as text."""
     names = list(results)
     rows = [["", *names]]
     for key, label in LABELS.items():
-        rows.append([label, *(_format(results[name][key]) for name in names)])
+        rows.append([label, *(format_figure(results[name][key]) for name in names)])
+    if {"teacher", "student"} <= set(names):
+        for key, label in RETAINED.items():
+            share = results["teacher"][key] / results["student"][key]
+            rows.append([label, *("" if name != "student" else f"{share:.1%}" for name in names)])
+        speed_up = results["student"]["tokens_per_second"] / results["teacher"]["tokens_per_second"]
+        rows.append(["speed-up", *("" if name != "student" else f"{speed_up:.2f}×" for name in names)])
     return rows
 
 
@@ -115,7 +164,8 @@ def _markdown(rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
 
 
-def _format(value: Any) -> str:
+def format_figure(value: Any) -> str:
+    """A figure with as many digits as mean something."""
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

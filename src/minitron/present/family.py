@@ -4,8 +4,9 @@ import html
 from pathlib import Path
 from typing import Any
 
-from minitron.files import read_json, read_jsonl, whole_file
-from minitron.present.report import BLUES, STYLE, curves, table
+from minitron.files import read_json, read_jsonl
+from minitron.present.page import OF_RUNS, note, table, write_page
+from minitron.present.pictures import curves
 from minitron.recipe import data_in_words
 
 
@@ -17,24 +18,16 @@ def write_family_report(out: Path) -> None:
     members = {name: read_json(out / name / "run.json") for name in names}
     title = f"{recipe['teacher']}: a family of {len(names)}"
     first = results[names[0]]["student"]
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<h2>Members</h2>
-{table(_figures(names, results))}
-<p class="note">Each is cut out of the one to its left and taught by {_taught_by(recipe)}.
-{first["num_tokens"]:,} tokens of {html.escape(data_in_words(recipe["data"]))} that no stage has seen, context
-{first["context"]}, seed {record["seed"]}. The reports of the members: {_links(names)}.</p>
-<h2>Distillation</h2>
-{curves({name: read_jsonl(out / name / "metrics.jsonl") for name in names}, BLUES)}
-<h2>What it took</h2>
-{table(_seconds(names, members))}
-<p class="note">{html.escape(_saving(out, names))}</p>
-</body></html>
-"""
-    with whole_file(out / "report.html") as staging:
-        staging.write_text(page, encoding="utf-8")
+    members_note = (
+        f"Each is cut out of the one to its left and taught by {_taught_by(recipe)}. {first['num_tokens']:,} tokens of "
+        f"{data_in_words(recipe['data'])} that no stage has seen, context {first['context']}, seed {record['seed']}."
+    )
+    sections = [
+        ("Members", table(_figures(names, results)) + note(members_note) + f"<p>Their reports: {_links(names)}.</p>"),
+        ("Distillation", curves({name: read_jsonl(out / name / "metrics.jsonl") for name in names}, OF_RUNS)),
+        ("What it took", table(_seconds(names, members)) + note(_saving(out, names))),
+    ]
+    write_page(out / "report.html", title, sections)
 
 
 def _figures(names: list[str], results: dict[str, Any]) -> list[list[str]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from minitron.files import read_json, read_jsonl, whole_file
+from minitron.present.page import BLUE, GREY, ORANGE
 
-GREY, BLUE, ORANGE = "#999999", "#0072b2", "#d55e00"
-"""Told apart by every kind of sight, and in print."""
-WIDTH, HEIGHT, LEFT, TOP, GAP = 300, 220, 62, 50, 92
+WIDTH, HEIGHT, LEFT, TOP = 300, 220, 62, 50
+PANEL_WIDTH = LEFT + WIDTH + 30
 
 Row = dict[str, Any]
 
@@ -24,6 +24,25 @@ def write_plot(folder: Path) -> None:
 
 
 def plot(rows: list[Row], search: dict[str, Any]) -> str:
+    """The panels side by side, as one picture."""
+    shown = panels(rows, search)
+    nested = [f'<g transform="translate({i * PANEL_WIDTH} 0)">{content}</g>' for i, content in enumerate(shown)]
+    return _svg(len(shown) * PANEL_WIDTH, "".join(nested))
+
+
+def panels_apart(rows: list[Row], search: dict[str, Any]) -> str:
+    """The panels as pictures of their own, which stand under each other where there is no room beside."""
+    return f'<div class="panels">{"".join(_svg(PANEL_WIDTH, content) for content in panels(rows, search))}</div>'
+
+
+def _svg(width: int, content: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {TOP + HEIGHT + 70}" role="img" '
+        f'font-family="system-ui, sans-serif" aria-label="candidates of the search">{content}</svg>'
+    )
+
+
+def panels(rows: list[Row], search: dict[str, Any]) -> list[str]:
     """Untrained candidates by their size; those distilled, as far as all of them were, by size and by speed.
 
     With the front of each: what no other beats in both.
@@ -36,20 +55,15 @@ def plot(rows: list[Row], search: dict[str, Any]) -> str:
         _panel, x_label=f"tokens/s of prefill, {speed['batch']} × {speed['context']:,}", more_is_better=True,
         x_of=lambda row: tokens / row["prefill_seconds"],
     )  # fmt: skip
-    panels = [partial(by_size, title="untrained", rows=rows, y_of=lambda row: row["zero_shot_kl"])]
+    found = [by_size(title="untrained", rows=rows, y_of=lambda row: row["zero_shot_kl"])]
     if distilled:
         least = min(min(map(int, row["distilled_kl"])) for row in distilled)
-        trained = {"title": f"after {least:,} tokens of distillation", "rows": distilled,
+        trained: dict[str, Any] = {"title": f"after {least:,} tokens of distillation", "rows": distilled,
                    "y_of": lambda row: row["distilled_kl"][str(least)]}  # fmt: skip
-        panels += [partial(by_size, **trained), partial(by_speed, **trained)]
+        found += [by_size(**trained), by_speed(**trained)]
     elif timed:
-        panels.append(partial(by_speed, title="untrained", rows=timed, y_of=lambda row: row["zero_shot_kl"]))
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LEFT + len(panels) * (WIDTH + GAP)} '
-        f'{TOP + HEIGHT + 70}" role="img" font-family="system-ui, sans-serif" aria-label="candidates of the search">'
-    ]
-    parts += [panel(LEFT + i * (WIDTH + GAP)) for i, panel in enumerate(panels)]
-    return "".join([*parts, _legend(TOP + HEIGHT + 56), "</svg>"])
+        found.append(by_speed(title="untrained", rows=timed, y_of=lambda row: row["zero_shot_kl"]))
+    return [panel + _legend(TOP + HEIGHT + 56) for panel in found]
 
 
 def last_loss(row: Row) -> float:
@@ -58,9 +72,8 @@ def last_loss(row: Row) -> float:
     return float(distilled[max(distilled, key=int)] if distilled else row["zero_shot_kl"])
 
 
-def _panel(
-    left: float, title: str, rows: list[Row], x_of: Any, y_of: Any, x_label: str, more_is_better: bool = False
-) -> str:
+def _panel(title: str, rows: list[Row], x_of: Any, y_of: Any, x_label: str, more_is_better: bool = False) -> str:
+    left = LEFT
     points = [(float(x_of(row)), float(y_of(row)), row) for row in rows]
     x_low, x_high = _range([x for x, _, _ in points])
     y_low, y_high = _range([y for _, y, _ in points])
@@ -139,11 +152,11 @@ def _number(value: float) -> str:
 
 
 def _legend(y: float) -> str:
-    words = ((18, "chosen"), (100, "others"), (196, "front: nothing is better in both"))
+    words = ((18, "chosen"), (86, "others"), (164, "front: unbeaten in both"))
     texts = [f'<text x="{LEFT + x}" y="{y}" font-size="12">{text}</text>' for x, text in words]
     return "".join(texts) + (
         f'<circle cx="{LEFT + 6}" cy="{y - 4}" r="6" fill="{BLUE}"/>'
-        f'<circle cx="{LEFT + 90}" cy="{y - 4}" r="3" fill="{GREY}"/>'
-        f'<line x1="{LEFT + 160}" x2="{LEFT + 190}" y1="{y - 4}" y2="{y - 4}" stroke="{ORANGE}" stroke-width="1.5" '
+        f'<circle cx="{LEFT + 76}" cy="{y - 4}" r="3" fill="{GREY}"/>'
+        f'<line x1="{LEFT + 136}" x2="{LEFT + 160}" y1="{y - 4}" y2="{y - 4}" stroke="{ORANGE}" stroke-width="1.5" '
         f'stroke-dasharray="4 3"/>'
     )

@@ -1,170 +1,222 @@
-"""`report.html`: one self-contained page on a run, made from its files alone."""
+"""`report.html`: one self-contained page on a run, finished or under way, or on several; from their files alone."""
 
 import html
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minitron.files import read_json, read_jsonl, whole_file
+from minitron.errors import UserError
+from minitron.files import read_json, read_jsonl
+from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import read_config
-from minitron.present.card import figures_table
-from minitron.present.plot import last_loss, plot
+from minitron.present.card import LABELS, figures_table, format_figure
+from minitron.present.page import BLUE, OF_RUNS, note, table, write_page
+from minitron.present.pictures import curves, heatmap, layer_scores, layer_stack, per_layer, shape_bars
+from minitron.present.plot import last_loss, panels_apart
 from minitron.recipe import data_in_words
 
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .5rem; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; } tr.chosen td { font-weight: 600; background: #eef5fb; }
-.wide { overflow-x: auto; } p.note { color: #555; font-size: .9rem; }
-svg { width: 100%; height: auto; } pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem; }
-@media print { body { margin: 0; max-width: none; } pre { white-space: pre-wrap; } }
-"""
 NUM_UNTRAINED_SHOWN = 12
-TEACHER, STUDENT = "#999999", "#0072b2"
-"""Grey and blue: told apart by every kind of sight, and in print."""
-BLUES = [STUDENT, "#56b4e9", "#013a63", "#7f7f7f", "#009e73", "#d55e00"]
-"""Of several runs."""
+FIXED = {"vocab_size", "head_dim", "max_position_embeddings"}
 
 
 def write_report(run: Path) -> None:
-    """Write `report.html` into a finished run directory."""
-    record, results = read_json(run / "run.json"), read_json(run / "eval.json")
-    candidates, metrics = read_jsonl(run / "candidates.jsonl"), read_jsonl(run / "metrics.jsonl")
-    read_as = {"teacher": record["recipe"].get("family"), "student": None}
-    teacher, student = (
-        _sizes(Arch.from_config(read_config(run / name, family).to_dict()).sizes) for name, family in read_as.items()
+    """Write `report.html` into a run directory, on as much of the run as there is.
+
+    Raises:
+        UserError: it is no run directory.
+    """
+    record = _record(run)
+    write_page(run / "report.html", _title(run, record), _sections(run, record))
+
+
+def write_comparison(runs: list[Path], path: Path) -> None:
+    """Write a page that puts several runs side by side.
+
+    Raises:
+        UserError: one is no run directory.
+    """
+    records = {run: _record(run) for run in runs}
+    names = _names(runs)
+    results = {name: read_json(run / "eval.json") for run, name in names.items() if (run / "eval.json").exists()}
+    sections = [
+        ("Figures", _compared_figures(results) + "".join(_conditions(records[run], results[names[run]], names[run])
+                                                       for run in runs if names[run] in results)),
+        ("Shapes", _compared_shapes({names[run]: run for run in runs})),
+        ("Distillation", curves({names[run]: read_jsonl(run / "metrics.jsonl") for run in runs}, OF_RUNS)),
+        ("Recipes", "".join(f"<h3>{html.escape(names[run])}</h3>{_provenance(records[run])}" for run in runs)),
+    ]  # fmt: skip
+    write_page(path, f"{len(runs)} runs", sections)
+
+
+def _record(run: Path) -> dict[str, Any]:
+    if not (run / "run.json").is_file():
+        raise UserError(f"{run} holds no run.json: not a run of minitron")
+    found = read_json(run / "run.json")
+    if not isinstance(found, dict) or not {"recipe", "stages"} <= set(found):
+        raise UserError(f"{run / 'run.json'} is not the record of a run")
+    return found
+
+
+def _title(run: Path, record: dict[str, Any]) -> str:
+    teacher = record["recipe"]["teacher"]
+    if not (run / "eval.json").exists():
+        return f"{teacher}: under way"
+    results = read_json(run / "eval.json")
+    if "student" not in results:
+        return f"{teacher}: under way"
+    share = results["student"]["num_parameters"] / results["teacher"]["num_parameters"]
+    return f"{teacher}, pruned to {share:.1%} and distilled"
+
+
+def _sections(run: Path, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    results = read_json(run / "eval.json") if (run / "eval.json").exists() else {}
+    yield "Stages", "" if "student" in results else _stages(record)
+    if results:
+        conditions = _conditions(record, results) if "student" in results else ""
+        yield "Figures", table(figures_table(results)) + conditions
+    archs = _archs(run, record)
+    yield "Shape", _shape(archs, record)
+    yield "Importance", _importance(run, archs, record)
+    if (run / "search.json").exists():
+        yield "Search", _search(run, read_json(run / "arch.json"))
+    yield "Distillation", curves({"student": read_jsonl(run / "metrics.jsonl")}, [BLUE], _resumed(record))
+    yield "How they go on", _samples(results)
+    yield "Recipe", _provenance(record)
+
+
+def _stages(record: dict[str, Any]) -> str:
+    rows = [[name, entry["state"], f"{entry['seconds']:,.0f}"] for name, entry in record["stages"].items()]
+    return table([["stage", "state", "seconds"], *rows]) if rows else ""
+
+
+def _conditions(record: dict[str, Any], results: dict[str, Any], name: str = "") -> str:
+    measured = results["student"]
+    return note(
+        f"{name + ': ' if name else ''}{measured['num_tokens']:,} tokens of {data_in_words(record['recipe']['data'])} "
+        f"that no other stage has seen, context {measured['context']}, seed {record['seed']}."
     )
-    chosen = read_json(run / "arch.json")
-    recipe, measured = record["recipe"], results["student"]
-    share = measured["num_parameters"] / results["teacher"]["num_parameters"]
-    title = f"{recipe['teacher']}, pruned to {share:.1%} and distilled"
-    provenance = {key: record[key] for key in ("recipe", "versions", "sources", "stages")}
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<h2>Figures</h2>
-{table(figures_table(results))}
-<p class="note">{measured["num_tokens"]:,} tokens of {html.escape(data_in_words(recipe["data"]))} that no other
-stage has seen, context {measured["context"]}, seed {record["seed"]}.</p>
-<h2>Shape</h2>
-{_shape_bars(teacher, student)}
-<h2>Distillation</h2>
-{curves({"student": metrics}, BLUES)}
-<h2>Search</h2>
-{_search(run, candidates, chosen)}
-<h2>Recipe</h2>
-<pre>{html.escape(json.dumps(provenance, indent=2))}</pre>
-</body></html>
-"""
-    with whole_file(run / "report.html") as staging:
-        staging.write_text(page, encoding="utf-8")
 
 
-def _sizes(sizes: Mapping[str, int]) -> dict[str, int]:
-    fixed = {"model_type", "vocab_size", "head_dim", "max_position_embeddings"}
-    return {name: size for name, size in sizes.items() if name not in fixed and not isinstance(size, bool)}
+def _archs(run: Path, record: dict[str, Any]) -> list[Arch]:
+    """Teacher and student, as far as there is a shape."""
+    if not (run / "arch.json").exists() or not (run / "teacher").exists():
+        return []
+    teacher = Arch.from_config(read_config(run / "teacher", record["recipe"].get("family")).to_dict())
+    sizes = read_json(run / "arch.json")
+    return [teacher, teacher.resized(**{name: sizes[name] for name in teacher.sizes})]
 
 
-def table(rows: list[list[str]], marked: int | None = None) -> str:
-    """An HTML table of text, its head first."""
-    head, *body = [[html.escape(cell) for cell in row] for row in rows]
-    names = "".join("<th>" + cell.replace("_", "_<wbr>") + "</th>" for cell in head)  # long names may wrap
-    lines = [f"<tr>{names}</tr>"]
-    for i, row in enumerate(body):
-        kind = ' class="chosen"' if i == marked else ""
-        lines.append(f"<tr{kind}>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
-
-
-def _shape_bars(teacher: dict[str, int], student: dict[str, int]) -> str:
-    bars = []
-    for i, (name, size) in enumerate(teacher.items()):
-        y = 34 * i
-        kept = 380 * student[name] / size
-        bars.append(
-            f'<text x="0" y="{y + 17}" font-size="14">{name}</text>'
-            f'<rect x="190" y="{y + 4}" width="380" height="18" fill="none" stroke="{TEACHER}"/>'
-            f'<rect x="190" y="{y + 4}" width="{kept:.1f}" height="18" fill="{STUDENT}"/>'
-            f'<text x="580" y="{y + 17}" font-size="14">{student[name]:,} of {size:,}</text>'
-        )
-    return f'<svg viewBox="0 0 720 {34 * len(teacher)}" role="img" aria-label="sizes kept">{"".join(bars)}</svg>'
-
-
-def curves(runs: dict[str, list[dict[str, Any]]], colours: list[str]) -> str:
-    """Loss and held-out perplexity of one run or several, from the rows of their `metrics.jsonl`."""
-    losses = {name: [(row["tokens"], row["loss"]) for row in rows if "loss" in row] for name, rows in runs.items()}
-    heldout = {
-        name: [(row["tokens"], row["heldout_perplexity"]) for row in rows if "heldout_perplexity" in row]
-        for name, rows in runs.items()
-    }
-    trained = {name: points[1:] if len(points) > 2 else points for name, points in heldout.items()}
-    return _plot(losses, colours, "KL to the teacher, nats a token") + _plot(
-        trained, colours, "perplexity on held-out text, from the first measurement after training began", True
-    )
-
-
-def _plot(lines: dict[str, list[tuple[float, float]]], colours: list[str], label: str, dots: bool = False) -> str:
-    every = [point for points in lines.values() for point in points]
-    if not every:
+def _shape(archs: list[Arch], record: dict[str, Any]) -> str:
+    if not archs:
         return ""
-    left, top, width, height = 60, 24, 640, 180
-    last_x, high = max(x for x, _ in every) or 1, max(y for _, y in every) * 1.05
-    parts = []
-    for (name, points), colour in zip(lines.items(), colours, strict=False):
-        place = [(left + width * x / last_x, top + height * (1 - y / high)) for x, y in points]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for (x, y), (_, value) in zip(place, points, strict=True) if dots else ():
-            anchor = "start" if x == left else "middle"
-            parts.append(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
-                f'<text x="{x:.1f}" y="{y - 8:.1f}" font-size="12" text-anchor="{anchor}">{value:.1f}</text>'
-            )
-        if len(lines) > 1 and place:
-            x, y = place[-1]
-            parts.append(
-                f'<text x="{x + 6:.1f}" y="{y + 4:.1f}" font-size="12" fill="{colour}">{html.escape(name)}</text>'
-            )
-    ticks = "".join(
-        f'<text x="{left - 6}" y="{top + height * (1 - share) + 4:.0f}" font-size="12" text-anchor="end">'
-        f'{high * share:.3g}</text><line x1="{left}" x2="{left + width}" y1="{top + height * (1 - share):.0f}" '
-        f'y2="{top + height * (1 - share):.0f}" stroke="#ddd"/>'
-        for share in (0, 0.5, 1)
-    )
-    return (
-        f'<svg viewBox="0 0 760 {top + height + 34}" role="img" aria-label="{label}">'
-        f'<text x="{left}" y="14" font-size="14">{label}</text>{ticks}{"".join(parts)}'
-        f'<text x="{left + width}" y="{top + height + 18}" font-size="12" text-anchor="end">{last_x:,} tokens</text>'
-        "</svg>"
-    )
+    teacher, student = archs
+    bars = shape_bars(_sizes(teacher), _sizes(student))
+    kept = record.get("kept_layers")
+    return bars + (layer_stack(teacher, student, kept) if kept is not None else "")
 
 
-def _search(run: Path, rows: list[dict[str, Any]], chosen: dict[str, Any]) -> str:
+def _sizes(arch: Arch) -> dict[str, int]:
+    return {name: size for name, size in arch.sizes.items() if name not in FIXED}
+
+
+def _importance(run: Path, archs: list[Arch], record: dict[str, Any]) -> str:
+    path = run / "importance.safetensors"
+    if not path.exists() or not archs or "larger" in record["sources"]:
+        return ""
+    from safetensors.numpy import load_file
+
+    importance, (teacher, student) = load_file(path), archs
+    kept = record.get("kept_layers", list(range(teacher.axis_size("layer"))))
+    parts = ["<h3>layers</h3>", layer_scores(importance["layer"], kept)]
+    for axis, scores in per_layer(importance, teacher).items():
+        parts.append(heatmap(scores, student.axis_size(axis) / teacher.axis_size(axis), AXES[axis]))
+    text = (
+        "Layers: what is lost without each; hollow ones went. The others: a row a layer, its entries from the most to "
+        "the least important, dark being the most; what is left of the line was kept."
+    )
+    if record["recipe"]["prune"].get("rotate") is not False:
+        text += " Where hidden is turned, its directions and not these channels are kept."
+    return "".join(parts) + note(text)
+
+
+def _search(run: Path, chosen: dict[str, Any]) -> str:
     """The plot, what was done, and a table of the candidates that were distilled, or else of the best untrained."""
-    search, names = read_json(run / "search.json"), list(_sizes(chosen))
+    rows, search = read_jsonl(run / "candidates.jsonl"), read_json(run / "search.json")
+    names = [name for name, size in chosen.items() if name in rows[0]["arch"] and _is_size(name, size)]
     shown = [row for row in rows if row["distilled_kl"]] or sorted(rows, key=last_loss)[:NUM_UNTRAINED_SHOWN]
     heights = sorted({int(tokens) for row in shown for tokens in row["distilled_kl"]})
-    lines = [
-        ["parameters", *names, "untrained", *(f"{tokens:,} tokens" for tokens in heights), "prefill ms", "token ms"]
-    ]
+    trained = [f"{tokens:,} tokens" for tokens in heights]
+    lines = [["parameters", *names, "predicted", "untrained", *trained, "prefill ms", "token ms"]]
     # Those that went furthest first, and of these the best.
     ordered = sorted(shown, key=lambda row: (-max(map(int, row["distilled_kl"]), default=0), last_loss(row)))
     for row in ordered:
         speeds = [f"{row[key] * 1e3:.3g}" if row[key] else "" for key in ("prefill_seconds", "decode_seconds")]
         losses = [f"{kl:.4f}" if (kl := row["distilled_kl"].get(str(tokens))) else "" for tokens in heights]
         sizes = [f"{row['arch'][name]:,}" for name in names]
-        lines.append([f"{row['num_parameters']:,}", *sizes, f"{row['zero_shot_kl']:.3f}", *losses, *speeds])
+        untrained = [f"{row['predicted_kl']:.3f}", f"{row['zero_shot_kl']:.3f}"]
+        lines.append([f"{row['num_parameters']:,}", *sizes, *untrained, *losses, *speeds])
+    marked = next((i for i, row in enumerate(ordered) if row["chosen"]), None)
     speed, compared, distilled = search["speed_of"], search["compared"], search["distilled"]
     seconds = ", ".join(f"{part.replace('_', '-')} {value:,.0f}" for part, value in search["seconds"].items())
-    return f"""{plot(rows, search)}
-{table(lines, marked=next((i for i, row in enumerate(ordered) if row["chosen"]), None))}
-<p class="note">KL to the teacher in nats a token: untrained on {compared["tokens_each"]:,} held-out tokens, then on
-{search["heldout_tokens"]:,}, context {search["context"]}, seed {search["seed"]}. Of {search["feasible"]:,} shapes
-within the budget {compared["shapes"]:,} were compared untrained and {distilled["shapes"]:,} distilled, on
-{distilled["tokens"]:,} tokens in all. Speeds: prefill of {speed["batch"]} × {speed["context"]:,} tokens and one token
-behind them, {html.escape(speed["device"])}, {html.escape(speed["dtype"])}. Seconds: {html.escape(seconds)}.</p>"""
+    probes = ", ".join(f"{AXES[axis]} {kl:.3f}" for axis, kl in search["probes"].items())
+    text = (
+        f"KL to the teacher in nats a token: untrained on {compared['tokens_each']:,} held-out tokens, then on "
+        f"{search['heldout_tokens']:,}, context {search['context']}, seed {search['seed']}. Of {search['feasible']:,} "
+        f"shapes within the budget {compared['shapes']:,} were compared untrained and {distilled['shapes']:,} "
+        f"distilled, on {distilled['tokens']:,} tokens in all. Cut about half way along one axis alone: {probes}. "
+        f"Speeds: prefill of {speed['batch']} × {speed['context']:,} tokens and one token behind them, "
+        f"{speed['device']}, {speed['dtype']}. Seconds: {seconds}."
+    )
+    return panels_apart(rows, search) + table(lines, marked) + note(text)
+
+
+def _is_size(name: str, size: Any) -> bool:
+    return name not in FIXED and isinstance(size, int) and not isinstance(size, bool)
+
+
+def _resumed(record: dict[str, Any]) -> list[float]:
+    return list(record["stages"].get("distill", {}).get("resumed_at", []))
+
+
+def _samples(results: dict[str, Any]) -> str:
+    found = {name: figures["samples"] for name, figures in results.items() if "samples" in figures}
+    if not found:
+        return ""
+    rows = [list(texts) for texts in zip(*found.values(), strict=True)]
+    return table([list(found), *rows], kind="texts") + note(
+        "The likeliest next token, one after the other, behind the first tokens of some of the texts above."
+    )
+
+
+def _provenance(record: dict[str, Any]) -> str:
+    shown = {key: record[key] for key in ("recipe", "versions", "sources", "stages") if key in record}
+    return f"<pre>{html.escape(json.dumps(shown, indent=2))}</pre>"
+
+
+def _names(runs: list[Path]) -> dict[Path, str]:
+    """What to call them: the last parts of their paths, as many as tell them apart."""
+    for count in range(1, 1 + max(len(run.parts) for run in runs)):
+        names = {run: "/".join(run.parts[-count:]) for run in runs}
+        if len(set(names.values())) == len(runs):
+            return names
+    raise UserError("the same run is given twice")
+
+
+def _compared_figures(results: dict[str, Any]) -> str:
+    if not results:
+        return ""
+    rows = [["", "teacher of the first", *results]]
+    first = next(iter(results.values()))["teacher"]
+    for key, label in LABELS.items():
+        students = [format_figure(found["student"][key]) if "student" in found else "" for found in results.values()]
+        rows.append([label, format_figure(first[key]), *students])
+    return table(rows)
+
+
+def _compared_shapes(runs: dict[str, Path]) -> str:
+    shapes = {name: read_json(run / "arch.json") for name, run in runs.items() if (run / "arch.json").exists()}
+    names = dict.fromkeys(name for shape in shapes.values() for name, size in shape.items() if _is_size(name, size))
+    rows = [[name, *(f"{shape[name]:,}" if name in shape else "" for shape in shapes.values())] for name in names]
+    return table([["", *shapes], *rows]) if shapes else ""
