@@ -33,6 +33,8 @@ from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, read_config
 from minitron.model.memory import DTYPE_BYTES, attention_windows, memory
 from minitron.model.source import open_teacher, resolve_teacher
+from minitron.model.streaming import Sampling, Speaker
+from minitron.present.chat import serve, talk
 from minitron.present.plot import write_plot
 from minitron.progress import Progress
 from minitron.recipe import Recipe, data_in_words, parse_context
@@ -282,9 +284,7 @@ def bench(recipe: Recipe, against: str | None, batches: list[int], contexts: lis
         UserError: a context is above what a model was made for.
     """
     require_one_process()
-    run = Path(recipe.teacher).expanduser()
-    if (run / "run.json").is_file() and (run / "student").is_dir():
-        recipe, against = recipe.model_copy(update={"teacher": str(run / "student")}), against or str(run / "teacher")
+    recipe, against = _of_run(recipe, against)
     inputs = Inputs(recipe)
     folders = {"model": inputs.teacher} | ({"against": open_teacher(against)} if against else {})
     for checkpoint in folders.values():
@@ -308,6 +308,37 @@ def bench(recipe: Recipe, against: str | None, batches: list[int], contexts: lis
         "dtype": str(inputs.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "versions": versions(),
         "rows": rows,
     }  # fmt: skip
+
+
+def chat(recipe: Recipe, against: str | None, sampling: Sampling | None, host: str, port: int | None) -> None:
+    """Talk to the recipe's model, a run's student beside its teacher, on a page; or with `sampling` on the terminal.
+
+    Raises:
+        UserError: a model cannot be read, the page cannot be served, or Gradio is missing.
+    """
+    require_one_process()
+    recipe, against = _of_run(recipe, against)
+    inputs = Inputs(recipe)
+    checkpoints = {"teacher": open_teacher(against)} if against else {}
+    checkpoints["student" if against else "model"] = inputs.teacher
+    speakers = {
+        name: Speaker(load_model(checkpoint, inputs.device, inputs.dtype), load_tokenizer(checkpoint.folder))
+        for name, checkpoint in checkpoints.items()
+    }
+    if sampling:
+        talk(speakers, sampling)
+    else:
+        serve(speakers, f"minitron: {inputs.teacher.folder.parent.name}", host, port)
+
+
+def _of_run(recipe: Recipe, against: str | None) -> tuple[Recipe, str | None]:
+    """Of a run directory its student, to be held against its teacher."""
+    run = Path(recipe.teacher).expanduser()
+    if not (run / "run.json").is_file():
+        return recipe, against
+    if not (run / "student").is_dir():
+        raise UserError(f"{run} has no student yet")
+    return recipe.model_copy(update={"teacher": str(run / "student")}), against or str(run / "teacher")
 
 
 def _inputs(recipe: Recipe, out: Path, overwrite: bool, mark: str, *folders: Path, one_process: bool = True) -> Inputs:

@@ -335,6 +335,29 @@ def bench(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run directory, for its student and its teacher, or a model.")],
+    against: Annotated[str | None, typer.Option(help="Another model to answer beside it.")] = None,
+    terminal: Annotated[bool, typer.Option("--terminal", help="On the terminal instead of a page.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, on the terminal.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="The same; 0 takes the likeliest token.")] = 0.0,
+    host: Annotated[
+        str, typer.Option(help="Where the page is served; others see it only if you say so.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of the page; by default a free one.")] = None,
+    family: Family = None,
+    seed: Seed = None,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Talk to a model, a run's student beside its teacher: a local page, or the terminal."""
+    loaded = _recipe(None, teacher=model, family=family, seed=seed, device=device, dtype=dtype)
+    module = _imported("alone")
+    sampling = module.Sampling(max_new_tokens, temperature, seed=loaded.seed) if terminal else None
+    module.chat(loaded, against, sampling, host, port)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, also of runs under way.", resolve_path=True)],
     out: Annotated[
