@@ -40,15 +40,21 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("compress", "inspect", "calibrate", "search", "prune", "distill", "evaluate"):
+    for name in ("compress", "inspect", "calibrate", "search", "prune", "distill", "evaluate", "bench", "report",
+                 "chat"):  # fmt: skip
         assert name in done.stdout
 
 
 def test_every_verb_takes_the_common_options() -> None:
     for command in cli.app.registered_commands:
         assert command.callback is not None
-        annotations = set(command.callback.__annotations__)
-        assert {"as_json", "seed", "device", "dtype"} <= annotations, command.callback.__name__
+        name, annotations = command.callback.__name__, set(command.callback.__annotations__)
+        needed = {
+            "chat": {"seed", "device", "dtype"},
+            "report": {"as_json"},
+            "push": {"as_json"},
+        }  # a conversation; files alone
+        assert needed.get(name, {"as_json", "seed", "device", "dtype"}) <= annotations, name
 
 
 def test_inspect_takes_a_folder_or_a_config(verb: Verb, tmp_path: Path) -> None:

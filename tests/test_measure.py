@@ -1,12 +1,19 @@
-"""Perplexity and bits per byte against transformers' own loss."""
+"""Perplexity, bits per byte, agreement and speed, against transformers' own loss and plain arithmetic."""
 
 import math
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from minitron.data.blocks import Blocks, pack
+from minitron.measure.agreement import measure_agreement
+from minitron.measure.peak import peak_memory
 from minitron.measure.perplexity import measure_perplexity, next_token_nll
+from minitron.measure.speed import alternate, figures_of
 from minitron.model.causal import Head, load_model
 from minitron.model.checkpoint import Checkpoint
 from tests.conftest import byte_tokenizer
@@ -42,3 +49,81 @@ def test_the_gradient_is_that_of_the_whole_logits(softcap: float | None, monkeyp
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
     torch.testing.assert_close(found, (hidden.grad, weight.grad))
+
+
+@pytest.mark.parametrize("stride", [5, 8, 31])
+def test_sliding_windows_count_every_token_once_with_enough_in_front(stride: int) -> None:
+    blocks = pack(["some words, naïvely joined " * 20], byte_tokenizer(), 32, None)
+    windows, text = blocks.sliding(stride), blocks.ids.flatten()
+    counted: list[int] = []
+    for i, ids in enumerate(windows.ids):
+        start = i * stride
+        assert torch.equal(ids, text[start : start + 32])
+        places = [start + place + 1 for place in (windows.targets[i] >= 0).nonzero().flatten().tolist()]
+        assert all(text[place] == windows.targets[i][place - start - 1] for place in places)
+        assert i == 0 or min(places) - start >= 32 - stride
+        counted += places
+    assert counted == list(range(1, len(counted) + 1))
+    assert len(text) - len(counted) <= stride
+
+
+def test_sliding_is_the_loss_of_each_token_behind_a_window(teachers: Callable[[str], Checkpoint]) -> None:
+    model = load_model(teachers("llama"), torch.device("cpu"), torch.float32)
+    blocks = pack(["some words, naïvely joined " * 6], byte_tokenizer(), 32, None)
+    text = blocks.ids.flatten()
+    nll = []
+    with torch.no_grad():
+        for start in range(0, len(text) - 31, 8):
+            log_q = model(input_ids=text[None, start : start + 32]).logits[0].log_softmax(dim=-1)
+            first = 1 if start == 0 else 24
+            nll += [-float(log_q[place - 1, text[start + place]]) for place in range(first, 32)]
+    found = measure_perplexity(model, blocks.sliding(8))
+    assert found.num_tokens == len(nll)
+    assert found.perplexity == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
+    assert found.perplexity != pytest.approx(measure_perplexity(model, blocks).perplexity, rel=1e-4)
+
+
+def test_agreement_is_that_of_the_whole_logits(
+    teachers: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron.measure.agreement.CHUNK_TOKENS", 7)
+    models = [load_model(teachers(name), torch.device("cpu"), torch.float32) for name in ("gemma2", "llama")]
+    blocks = pack(["some words, naïvely joined " * 6], byte_tokenizer(), 32, None)
+    with torch.no_grad():
+        p, q = (model(input_ids=blocks.ids).logits[:, :-1].log_softmax(dim=-1) for model in models)
+    found = measure_agreement(models[1], models[0], blocks)
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(dim=-1).mean()), rel=1e-4)
+    assert found.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    same = measure_agreement(models[0], models[0], blocks)
+    assert same.kl == pytest.approx(0.0, abs=1e-6)
+    assert same.top1 == 1.0
+
+
+def test_models_are_timed_in_turn() -> None:
+    order: list[str] = []
+
+    class Timed(torch.nn.Module):
+        def __init__(self, name: str, seconds: float) -> None:
+            super().__init__()
+            self.name, self.seconds, self.weight = name, seconds, torch.nn.Parameter(torch.zeros(1))
+            self.config = SimpleNamespace(vocab_size=9)
+
+        def forward(self, input_ids: torch.Tensor, **given: Any) -> dict[str, Any]:
+            if input_ids.shape[1] > 1:
+                order.append(self.name)
+                time.sleep(self.seconds)
+            return {"past_key_values": given.get("past_key_values", 0)}
+
+    found = alternate({"a": Timed("a", 0.002), "b": Timed("b", 0.006)}, batch=2, context=4, repeats=3)
+    assert order == ["a", "b"] * 4  # the first turn of each only warms up
+    assert [len(speeds) for speeds in found.values()] == [3, 3]
+    figures = figures_of(found, {"a": 1, "b": 2})
+    assert 1.5 < figures["speed_up"]["prefill"]["median"] < 4
+    assert figures["speed_up"]["prefill"]["low"] <= figures["speed_up"]["prefill"]["median"]
+    assert figures["a"]["time_to_first_token"] == pytest.approx(8 / figures["a"]["prefill_tokens_per_second"])
+
+
+def test_peak_memory_is_at_least_the_weights(teachers: Callable[[str], Checkpoint]) -> None:
+    teacher = teachers("llama")
+    peak = peak_memory(teacher.folder, 1, 32, torch.device("cpu"), torch.float32)
+    assert peak > 4 * teacher.arch.num_parameters

@@ -358,6 +358,17 @@ def chat(
 
 
 @app.command()
+def push(
+    run: Annotated[Path, typer.Argument(help="A run directory, for its student, or a model folder.")],
+    repo: Annotated[str, typer.Argument(help="Where on the hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Nobody else sees it.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a student with its card to the Hugging Face Hub (log in with `hf auth login` first)."""
+    _print_record({"commit": _imported("present.hub").push(run, repo, private)}, as_json)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, also of runs under way.", resolve_path=True)],
     out: Annotated[

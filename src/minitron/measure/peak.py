@@ -13,7 +13,7 @@ from minitron.measure.speed import measure_speed
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import open_checkpoint
 
-MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024
+STATUS, CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def peak_memory(folder: Path, batch: int, context: int, device: torch.device, dtype: torch.dtype) -> int:
@@ -42,10 +42,18 @@ def peak_memory(folder: Path, batch: int, context: int, device: torch.device, dt
 def _measure(
     results: Connection, folder: Path, batch: int, context: int, device: torch.device, dtype: torch.dtype
 ) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _held("VmRSS")
+    if CLEAR_PEAK.exists():  # what importing took at most is not the model's
+        CLEAR_PEAK.write_text("5")
     model = load_model(open_checkpoint(folder), device, dtype)
     measure_speed(model, batch, context)
-    if device.type == "cuda":
-        results.send(torch.cuda.max_memory_allocated(device))
-    else:
-        results.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * MAXRSS_UNIT)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _held("VmHWM") - before
+    results.send(peak)
+
+
+def _held(what: str) -> int:
+    """Bytes of resident memory, now (`VmRSS`) or at most (`VmHWM`); at most in either case where Linux does not say."""
+    if not STATUS.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{what}:"))
+    return int(line.split()[1]) * 1024
