@@ -49,11 +49,8 @@ def test_every_verb_takes_the_common_options() -> None:
     for command in cli.app.registered_commands:
         assert command.callback is not None
         name, annotations = command.callback.__name__, set(command.callback.__annotations__)
-        needed = {
-            "chat": {"seed", "device", "dtype"},
-            "report": {"as_json"},
-            "push": {"as_json"},
-        }  # a conversation; files alone
+        # A conversation, and what is done with files alone.
+        needed = {"chat": {"seed", "device", "dtype"}, "report": {"as_json"}, "push": {"as_json"}}
         assert needed.get(name, {"as_json", "seed", "device", "dtype"}) <= annotations, name
 
 
