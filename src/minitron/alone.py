@@ -1,8 +1,10 @@
 """The stages one by one, each a verb of the command line."""
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +30,7 @@ from minitron.inputs import Inputs
 from minitron.measure.agreement import measure_agreement
 from minitron.measure.peak import peak_memory
 from minitron.measure.speed import DECODED_TOKENS, alternate, figures_of
+from minitron.measure.tasks import plan_tasks, run_tasks, tasks_data
 from minitron.model.arch import Arch
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, read_config
@@ -272,6 +275,26 @@ def evaluate(
             teacher = load_model(other, inputs.device, inputs.dtype)
             found |= measure_agreement(inputs.model, teacher, blocks, progress.advance).to_dict()
     return {**found, "stride": stride, "against": against, "data": data_in_words(recipe.data), "seed": recipe.seed}
+
+
+def evaluate_tasks(
+    recipe: Recipe, names: list[str], limit: int | None, data: str | None, runs_code: bool
+) -> dict[str, Any]:
+    """Benchmarks of the recipe's teacher, by lm-eval; those that cannot be had are named with the reason.
+
+    Raises:
+        UserError: a name is no task, none can be run, or lm-eval is not installed.
+    """
+    require_one_process()
+    inputs, folder = Inputs(recipe), tasks_data(data)
+    plan = plan_tasks(names, limit, folder, runs_code)
+    for name, reason in plan.skipped.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    with Progress(f"tasks {', '.join(task.name for task in plan.tasks)}"):
+        dtype = str(inputs.dtype).removeprefix("torch.")
+        results = run_tasks(inputs.teacher.folder, plan, folder, str(inputs.device), dtype, recipe.seed)
+    return {"tasks": results, "skipped": dict(plan.skipped), "limit": plan.limit, "seed": recipe.seed,
+            "versions": versions() | {"lm_eval": version("lm_eval")}}  # fmt: skip
 
 
 def bench(recipe: Recipe, against: str | None, batches: list[int], contexts: list[int], repeats: int) -> dict[str, Any]:

