@@ -52,7 +52,7 @@ class ZeroShot:
             self.current = None  # before the next one is made
             blocks = inputs.calibration_blocks[: max(1, REPAIR_TOKENS // inputs.context)]
             sizes = dict(zip(self.decisive, key, strict=True))
-            self.current = key, sort_teacher(inputs.teacher, self.importance, sizes, inputs.recipe.prune, blocks,
+            self.current = key, sort_teacher(inputs.whole, self.importance, sizes, inputs.recipe.prune, blocks,
                                              inputs.device, inputs.dtype)  # fmt: skip
         model = self.current[1].model(arch, inputs.device, inputs.dtype)
         return divergence(model, self.blocks, self.word)
@@ -60,7 +60,7 @@ class ZeroShot:
     @property
     def decisive(self) -> tuple[str, ...]:
         """The sizes that decide which sorted teacher a shape is cut out of."""
-        return decided_by(self.inputs.teacher.arch, self.inputs.recipe.prune)
+        return decided_by(self.inputs.whole.arch, self.inputs.recipe.prune)
 
     def key(self, arch: Arch) -> tuple[int, ...]:
         """Those of a shape; shapes are best measured in the order of these."""
