@@ -7,6 +7,7 @@ rank correlation (Spearman's) of the held-out KL that they come to with
 
 - the KL of the untrained shape, cut plainly and with one repair or both;
 - the KL predicted from probes, the teacher cut along one axis alone, untrained and after so many tokens of training;
+- the KL after a sixteenth, a quarter and a half of the tokens;
 - the number of parameters.
 
 A line of JSON each, then the shapes from best to worst.
@@ -32,6 +33,8 @@ from minitron.search.trial import Trial, trial_recipe
 from minitron.search.zero_shot import ZeroShot
 from minitron.stages import stored_word
 
+EARLY = (16, 4, 2)
+"""Shapes are also measured after these fractions of the tokens."""
 METHODS = {
     "plain": PLAIN,
     "rescaled": PruneRecipe(rotate=False, refit=False),
@@ -76,18 +79,23 @@ def _study(
     )
     trial = Trial(inputs, importance, train, of_train, of_heldout, work)
     archs = [shapes[i] for i in range(len(shapes))]
-    final = []
+    final, early = [], {share: list[float]() for share in EARLY}
     for i, arch in enumerate(archs):
+        for share, found in early.items():
+            found.append(trial(f"shape-{i}", arch, tokens // share, f"shape {i + 1} of {len(archs)}"))
         final.append(trial(f"shape-{i}", arch, tokens, f"shape {i + 1} of {len(archs)}"))
         trial.forget(f"shape-{i}")
     about = {"shapes": len(archs), "tokens": tokens}
     _show(**about, signal="parameters", correlation=_spearman(-shapes.figures["num_parameters"], final))
+    for share, found in early.items():
+        _show(**about, signal=f"distilled on {tokens // share:,} tokens", correlation=_spearman(found, final))
     for name, method in METHODS.items():
         other = Inputs(inputs.recipe.model_copy(update={"prune": method}))
         measure = ZeroShot(other, importance, heldout[: max(1, 1024 // inputs.context)], of_heldout)
         by_key = sorted(range(len(archs)), key=lambda i: measure.key(archs[i]))
-        found = dict(zip(by_key, (measure(archs[i]) for i in by_key), strict=True))
-        _show(**about, signal=f"untrained, {name}", correlation=_spearman([found[i] for i in range(len(archs))], final))
+        of_shape = dict(zip(by_key, (measure(archs[i]) for i in by_key), strict=True))
+        untrained = [of_shape[i] for i in range(len(archs))]
+        _show(**about, signal=f"untrained, {name}", correlation=_spearman(untrained, final))
         if name in {"plain", "rotated and rescaled"}:
             probed = {axis: (probe, measure(probe)) for axis, probe in probes(shapes).items()}
             _show_probes(about, f"probes untrained, {name}", shapes, importance, probed, final)

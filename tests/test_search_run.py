@@ -203,8 +203,11 @@ def test_of_candidates_as_good_the_fastest_is_chosen() -> None:
 
 
 def test_a_memory_budget_is_kept_by_what_is_written(place: Path, tmp_path: Path) -> None:
-    asked = recipe(place / "model", place / "text.txt", **{"target_params": None, "budget.memory": "0.6", "search.tolerance": 0.2,
-                   "budget.context": 4096, "budget.batch": 4, "search.distill_tokens": 0})  # fmt: skip
+    asked = recipe(
+        place / "model", place / "text.txt",
+        **{"target_params": None, "budget.memory": "0.6", "budget.context": 4096, "budget.batch": 4,
+           "search.tolerance": 0.2, "search.distill_tokens": 0},
+    )  # fmt: skip
     found = alone.prune(asked, {}, None, None, tmp_path / "pruned", overwrite=False)
     student = load_model(open_checkpoint(tmp_path / "pruned"), CPU, torch.bfloat16)
     ids = torch.zeros(4, 256, dtype=torch.int64)
