@@ -164,11 +164,12 @@ def plot(
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place)
         parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
         for (x, y), (_, value) in zip(place, points, strict=True) if dots else ():
-            anchor = "start" if x == left else "middle"
-            parts.append(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>'
-                f'<text x="{x:.1f}" y="{y - 8:.1f}" font-size="12" text-anchor="{anchor}">{value:.1f}</text>'
-            )
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{value:.4g}</title></circle>')
+            if len(lines) == 1:  # of several, numbers would stand on each other
+                anchor = "start" if x == left else "middle"
+                parts.append(
+                    f'<text x="{x:.1f}" y="{y - 8:.1f}" font-size="12" text-anchor="{anchor}">{value:.1f}</text>'
+                )
         if len(lines) > 1 and place:
             x, y = place[-1]
             parts.append(
