@@ -43,7 +43,8 @@ def main() -> None:
                 times[who].append(getattr(speed, name))
         best = {who: min(found) for who, found in times.items()}
         show(name, search["limits"][name], chosen[name], best["student"], rounds=times["student"],
-             faster_than_teacher=[round(t / s, 3) for t, s in zip(*times.values(), strict=True)])  # fmt: skip
+             faster_than_teacher=[round(t / s, 3) for t, s in zip(*times.values(), strict=True)],
+             fastest_over_fastest=round(best["teacher"] / best["student"], 3))  # fmt: skip
 
 
 def show(name: str, limit: dict[str, float], predicted: float, measured: float, **more: Any) -> None:
