@@ -176,11 +176,11 @@ def test_broken_config(place: Place, refused: Run) -> None:
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("2", "is below what the axes can reach: the smallest shape has"),
-        ("0.01", "is below what the axes can reach: the smallest shape has"),
+        ("2", "the feasible ones nearest to that: "),
+        ("0.01", "the feasible ones nearest to that: "),
         ("1.0", "is not below the teacher's"),
         ("5B", "is not below the teacher's"),
-        ("most", "is not a number; accepted: a share of the teacher such as 0.7, or a count"),
+        ("most", "is not a number; accepted: a share of the teacher such as 0.7, an amount"),
         ("-0.5", "is not a number"),
         ("nan", "is not a number"),
     ],
@@ -232,7 +232,7 @@ def test_a_target_between_shapes_shows_the_feasible_ones(place: Place, refused: 
     recipe = place.folder / "recipe.yaml"
     recipe.write_text("search: {tolerance: 1.0e-9}")
     message = refused(*compress(place, "--recipe", str(recipe), target="30001"))
-    assert "feasible sizes near it: " in message
+    assert "the feasible ones nearest to that: " in message
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b"\0\1\2" * 1000, b"\xff\xfe" * 1000])
@@ -429,7 +429,7 @@ def test_measuring_a_model_that_gives_nan(place: Place, refused: Run) -> None:
 
 def test_stages_that_run_in_one_process(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "only distill and correct run under torchrun" in refused(*compress(place))
+    assert "only search, distill and correct run under torchrun" in refused(*compress(place))
 
 
 def test_distilling_between_tokenizers(place: Place, refused: Run) -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint
@@ -76,5 +75,5 @@ def test_a_length_of_a_context(text: str, length: int) -> None:
 
 @pytest.mark.parametrize("text", ["0", "-1", "4.5k", "128m", ""])
 def test_no_length_of_a_context(text: str) -> None:
-    with pytest.raises(UserError, match="is no length"):
+    with pytest.raises(ValueError, match="is no length"):
         parse_context(text)

@@ -105,7 +105,7 @@ def test_ranges_are_kept_to_on_both_sides() -> None:
         ({"target": "much"}, "target_params 'much' is not a number; accepted: a share"),
         ({"target": "2B"}, "target_params 2B is not below the teacher's 134,515,008"),
         ({"target": "90M..80M"}, "a range that ends before it begins"),
-        ({"target": None}, "no budget is given, such as target_params"),
+        ({"target": None}, "no budget: target_params is not given"),
         ({"target": None, "memory": "much"}, "budget.memory 'much' is not a number; accepted: .*20GiB"),
         ({"target": None, "memory": "20GiB"}, "budget.memory 20GiB is not below the teacher's"),
         ({"target": 0.5, "active_params": "1B"}, "budget.active_params 1B is not below"),

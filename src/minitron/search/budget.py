@@ -127,7 +127,7 @@ def parse_budget(
     }
     if not limits and budget.throughput is None and budget.latency is None:
         raise UserError(
-            "no budget is given, such as target_params; accepted: a share of the teacher such as 0.7, a count such as "
+            "no budget: target_params is not given; accepted: a share of the teacher such as 0.7, a count such as "
             "94M, a range such as 7.8B..8.5B; or budget.memory, budget.throughput, budget.latency"
         )
     return Budget(limits, serving)
