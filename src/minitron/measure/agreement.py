@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minitron.data.blocks import Blocks
-from minitron.model.causal import Head, Headless
+from minitron.model.causal import Headless
 
 CHUNK_TOKENS = 256
 
@@ -44,7 +44,7 @@ def measure_agreement(
         ]
         for start in range(0, int(is_counted.sum()), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
-            logits = [_logits(hidden[part], head) for hidden, head in states]
+            logits = [head.logits(hidden[part]) for hidden, head in states]
             vocab = min(each.shape[-1] for each in logits)
             log_p, log_q = (each[:, :vocab].log_softmax(dim=-1) for each in logits)
             kl += float((log_p.exp() * (log_p - log_q)).sum())
@@ -52,9 +52,3 @@ def measure_agreement(
             counted += len(log_p)
         advance(block.num_tokens)
     return Agreement(kl / max(1, counted), agreed / max(1, counted))
-
-
-def _logits(states: Tensor, head: Head) -> Tensor:
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    logits = states.to(dtype) @ head.weight.to(dtype).T
-    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits

@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ class Task:
     shots: int = 0
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By split, what its local file may be called: the end of a path, of jsonl (or jsonl.gz) or a folder of arrow."""
-    metric: str = "acc"
     runs_code: bool = False
 
 
@@ -36,22 +35,19 @@ TASKS = {
     task.name: task
     for task in (
         Task("mmlu", 5, MMLU_FILES),
-        Task("hellaswag", 10, {"validation": ("hellaswag.validation.jsonl", "hellaswag/none/validation")},
-             "acc_norm"),
+        Task("hellaswag", 10, {"validation": ("hellaswag.validation.jsonl", "hellaswag/none/validation")}),
         Task("winogrande", 5, {"validation": ("winogrande.validation.jsonl", "winogrande_xl/validation")}),
-        Task("arc_easy", 0, {"validation": ("arc_easy.validation.jsonl", "ARC-Easy/validation")}, "acc_norm"),
-        Task("arc_challenge", 25, {"validation": ("arc_challenge.validation.jsonl", "ARC-Challenge/validation")},
-             "acc_norm"),
-        Task("piqa", 0, {"validation": ("piqa.validation.jsonl", "piqa/plain_text/validation")}, "acc_norm"),
+        Task("arc_easy", 0, {"validation": ("arc_easy.validation.jsonl", "ARC-Easy/validation")}),
+        Task("arc_challenge", 25, {"validation": ("arc_challenge.validation.jsonl", "ARC-Challenge/validation")}),
+        Task("piqa", 0, {"validation": ("piqa.validation.jsonl", "piqa/plain_text/validation")}),
         Task("boolq", 0, {"validation": ("boolq.validation.jsonl", "hf_datasets/boolq/none/validation")}),
-        Task("openbookqa", 0, {"validation": ("openbookqa.validation.jsonl", "openbookqa/main/validation")},
-             "acc_norm"),
-        Task("gsm8k", 5, {"train": ("gsm8k/train.jsonl",), "test": ("gsm8k/test.jsonl",)}, "exact_match"),
+        Task("openbookqa", 0, {"validation": ("openbookqa.validation.jsonl", "openbookqa/main/validation")}),
+        Task("gsm8k", 5, {"train": ("gsm8k/train.jsonl",), "test": ("gsm8k/test.jsonl",)}),
         Task("truthfulqa_mc2", 0),
-        Task("xlsum", 3, metric="rouge"),
-        Task("humaneval", 0, {"test": ("HumanEval.jsonl",)}, "pass@1", runs_code=True),
-        Task("mbpp", 3, metric="pass_at_1", runs_code=True),
-        Task("ifeval", 0, {"train": ("ifeval/input_data.jsonl",)}, "prompt_level_strict_acc"),
+        Task("xlsum", 3),
+        Task("humaneval", 0, {"test": ("HumanEval.jsonl",)}, runs_code=True),
+        Task("mbpp", 3, runs_code=True),
+        Task("ifeval", 0, {"train": ("ifeval/input_data.jsonl",)}),
     )
 }  # fmt: skip
 GROUPS = {
@@ -86,7 +82,7 @@ def plan_tasks(names: list[str], limit: int | None, data: Path | None, runs_code
             raise UserError(f"unknown task '{name}': {nearest(name, [*GROUPS, *TASKS])}")
         for part in GROUPS.get(name, (name,)):
             task = TASKS[part]
-            chosen[part] = Task(part, 0, task.files, task.metric, task.runs_code) if name == "quick" else task
+            chosen[part] = replace(task, shots=0) if name == "quick" else task
     skipped = {}
     for name, task in chosen.items():
         if name not in manager.task_index:

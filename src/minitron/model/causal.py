@@ -26,6 +26,12 @@ class Head:
     weight: Tensor  # (vocab, hidden)
     softcap: float | None = None
 
+    def logits(self, states: Tensor) -> Tensor:
+        """Of states (…, hidden), in float32 or better: for few tokens at a time."""
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        logits = states.to(dtype) @ self.weight.to(dtype).T
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
 
 Readout = Callable[[Tensor, Head], Any]
 """From last hidden states (B, T, hidden) and the head to what is wanted of them."""

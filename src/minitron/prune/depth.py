@@ -197,7 +197,7 @@ def _damage(model: nn.Module, blocks: Blocks, recipe: DepthRecipe, tokenizer: An
 
     def difference(hidden: Tensor, head: Head, whole: Tensor) -> float:
         return sum(
-            compare(_logits(part, head), _logits(of_whole, head))
+            compare(head.logits(part), head.logits(of_whole))
             for part, of_whole in zip(hidden[0].split(CHUNK_TOKENS), whole[0].split(CHUNK_TOKENS), strict=True)
         )
 
@@ -208,7 +208,7 @@ def _damage(model: nn.Module, blocks: Blocks, recipe: DepthRecipe, tokenizer: An
     if recipe.score == "kl":
         return lambda: total_difference() / blocks.num_tokens
     squares = sum(
-        float(_logits(part, head).square().sum())
+        float(head.logits(part).square().sum())
         for ids in parts
         for hidden, head in [headless(ids, states)]
         for part in hidden[0].split(CHUNK_TOKENS)
@@ -223,9 +223,3 @@ def _kl(logits: Tensor, of_whole: Tensor) -> float:
 
 def _squared_error(logits: Tensor, of_whole: Tensor) -> float:
     return float((logits - of_whole).square().sum())
-
-
-def _logits(states: Tensor, head: Head) -> Tensor:
-    dtype = torch.promote_types(states.dtype, torch.float32)
-    logits = states.to(dtype) @ head.weight.to(dtype).T
-    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
