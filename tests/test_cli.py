@@ -139,7 +139,10 @@ def test_the_published_shapes_come_out_of_a_dry_run(verb: Verb, name: str, tmp_p
 def test_the_stages_one_after_the_other(verb: Verb, tmp_path: Path, text_file: Path) -> None:
     teacher = make_model(tmp_path / "model", "mistral")
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("search: {tokens: 256, shortlist: 2}\nevaluation: {tokens: 512}\ndistill: {batch_size: 1}\n")
+    recipe.write_text(
+        "search: {tokens: 256, zero_shot: 4, zero_shot_tokens: 64, probe_tokens: 64, shortlist: 2, distill_tokens: 0}\n"
+        "calibration: {tokens: 1k}\nevaluation: {tokens: 512}\ndistill: {batch_size: 1}\n"
+    )
     text = ("--data", text_file, "--context", "32", "--recipe", recipe)
     verb("calibrate", teacher, tmp_path / "stats", *text, "--tokens", "1k")
     assert set(load_file(tmp_path / "stats" / "importance.safetensors")) == {

@@ -107,7 +107,11 @@ def test_an_unknown_type_with_known_tensors_names_the_flag_that_tries_it(
     place.config(model_type="myllama", head_dim=8)
     message = refused(*compress(place))
     assert message.endswith("its tensors match the table of llama: try --family llama")
-    monkeypatch.setattr("sys.argv", ["minitron", *compress(place, "--family", "llama")])
+    quick = place.folder / "quick.yaml"
+    quick.write_text(
+        "search: {zero_shot: 4, zero_shot_tokens: 64, probe_tokens: 64, shortlist: 2, distill_tokens: 64}\n"
+    )
+    monkeypatch.setattr("sys.argv", ["minitron", *compress(place, "--family", "llama", "--recipe", str(quick))])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert not stopped.value.code

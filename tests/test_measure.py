@@ -18,7 +18,7 @@ from minitron.measure.agreement import measure_agreement
 from minitron.measure.peak import peak_memory
 from minitron.measure.perplexity import measure_perplexity, next_token_nll
 from minitron.measure.speed import alternate, figures_of
-from minitron.measure.tasks import plan_tasks, run_tasks, tasks_data
+from minitron.measure.tasks import load_lm, plan_tasks, run_tasks, tasks_data
 from minitron.model.causal import Head, load_model
 from minitron.model.checkpoint import Checkpoint
 from tests.conftest import byte_tokenizer
@@ -159,7 +159,7 @@ def test_tasks_from_local_files_are_what_lm_eval_gives(
     assert [task.name for task in plan.tasks] == ["hellaswag", "piqa"]
     assert "winogrande.validation" not in plan.skipped
     assert plan.skipped["winogrande"].endswith("holds no file of its split validation")
-    found = run_tasks(folder, plan, tmp_path / "items", "cpu", "float32", seed=0)
+    found = run_tasks(load_lm(folder, "cpu", "float32"), plan, tmp_path / "items", seed=0)
     assert {name: result["items"] for name, result in found.items()} == {"hellaswag": 6, "piqa": 5}
     from lm_eval.models.huggingface import HFLM
 

@@ -18,7 +18,8 @@ from minitron.prune.rotate import obstacle
 from minitron.prune.trim import cut_to
 from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
 from minitron.search.prefixes import Sorted, decided_by, sort_teacher
-from tests.test_trim import CPU, CUTS, build, logits, random_importance, skip_without
+from tests.test_trim import CPU, CUTS, build, logits, random_importance
+from tests.test_trim import cut_to as shape_cut
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,7 @@ def test_hidden_is_turned_and_its_norms_rescaled_as_in_the_pruned_model(
 @pytest.mark.parametrize("axis", ["ffn", "kv", "expert", "expert_ffn", "layer"])
 def test_candidates_are_views(teacher: Checkpoint, blocks: Blocks, axis: str) -> None:
     """All that is not several things in one dimension shares the storage of the sorted teacher."""
-    skip_without(teacher.arch, axis)
-    arch = teacher.arch.resized(**CUTS[axis])
+    arch = shape_cut(teacher.arch, axis)
     whole = sorted_for(teacher, arch, random_importance(teacher.arch), PLAIN, blocks)
     owned = {tensor.untyped_storage().data_ptr() for tensor in whole.tensors.values()}
     for name, value in whole.views(arch):

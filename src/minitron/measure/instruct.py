@@ -1,0 +1,58 @@
+"""Benchmarks of models that follow instructions, beside those of lm-eval: tables 5 to 8 of arXiv 2407.14679."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from minitron.errors import UserError
+from minitron.files import read_json, write_json
+from minitron.measure import bfcl, chatrag, mt_bench
+from minitron.measure.answers import Answerer
+from minitron.measure.judge import Judge
+
+Run = Callable[[Answerer, Any, Path, int | None, Judge | None], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Why it cannot be run with some folder of data (None: it can), and running it."""
+
+    missing: Callable[[Path | None], str | None]
+    run: Run
+
+
+BENCHES = {
+    "mt_bench": Bench(mt_bench.missing, mt_bench.run),
+    "chatrag": Bench(chatrag.missing, chatrag.run),
+    "bfcl": Bench(bfcl.missing, bfcl.run),
+}
+
+
+def run_benches(
+    names: Sequence[str], answerer: Answerer, data: Path | None, answers: Path | None, identity: dict[str, Any],
+    limit: int | None, judge: Judge | None,
+) -> dict[str, Any]:  # fmt: skip
+    """By benchmark its metrics, the number of items, and what there is to say of them.
+
+    Answers and judgements are kept in the folder `answers`, if one is given, and are not asked for again.
+
+    Raises:
+        UserError: the answers in that folder are not of this `identity`, or the judge does not answer.
+    """
+    with nullcontext(answers) if answers else TemporaryDirectory() as place:
+        folder = Path(place)
+        folder.mkdir(parents=True, exist_ok=True)
+        if (of := folder / "answers.json").exists() and (found := read_json(of)) != identity:
+            differing = ", ".join(key for key in identity if found.get(key) != identity[key])
+            raise UserError(f"the answers in {folder} are others' ({differing}): choose another folder for --answers")
+        write_json(of, identity)
+        return {
+            name: {
+                **BENCHES[name].run(answerer, data, (folder / name).absolute(), limit, judge),
+                "shots": 0, "data": str(data) if data and name != "bfcl" else "bfcl-eval",
+            }
+            for name in names
+        }  # fmt: skip
