@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minitron.alone import correct, distill, evaluate, prune
+from minitron.alone import correct, distill, prune
 from minitron.inputs import Inputs
+from minitron.measured import evaluate
 from minitron.recipe import Recipe, parse_count
 
 BEFORE = ("full", "norms", "lora")

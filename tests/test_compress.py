@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from minitron import alone, inputs, pipeline
+from minitron import inputs, measured, pipeline
 from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import PLAIN, Recipe, load_recipe
@@ -62,7 +62,7 @@ def test_the_figures_are_those_of_the_files(made: Path) -> None:
     assert results["teacher"]["num_parameters"] == teacher.num_parameters
     assert results["student"]["num_parameters"] == student.num_parameters
     assert 0.57 * teacher.num_parameters <= student.num_parameters <= 0.6 * teacher.num_parameters
-    again = alone.evaluate(
+    again = measured.evaluate(
         recipe(made / "run" / "student", made / "text.txt"), max_tokens=512
     )  # the same blocks, by seed, context and tokens
     assert again["perplexity"] == results["student"]["perplexity"]

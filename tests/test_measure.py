@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from minitron.data.blocks import Blocks, pack
 from minitron.errors import UserError
@@ -32,12 +34,53 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(teacher: Checkpoint, mon
         losses = [float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in blocks.ids]
     mean = sum(losses) / len(losses)
     figures = measure_perplexity(model, blocks)
-    assert figures.perplexity == pytest.approx(math.exp(mean), rel=1e-4)
+    assert figures.perplexity == pytest.approx(math.exp(mean), rel=1e-5)
     assert figures.num_tokens == 32 * len(blocks)
     assert figures.context == 33
     num_bytes = int(blocks.num_bytes[:, 1:].sum())
-    assert figures.bits_per_byte == pytest.approx(mean * figures.num_tokens / math.log(2) / num_bytes, rel=1e-4)
+    assert figures.bits_per_byte == pytest.approx(mean * figures.num_tokens / math.log(2) / num_bytes, rel=1e-5)
     assert num_bytes < int(blocks.num_bytes.sum())
+
+
+def renumbered(tokenizer: PreTrainedTokenizerFast, places: list[int]) -> PreTrainedTokenizerFast:
+    """The same tokens under other numbers: token i is number `places[i]`."""
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    told["model"]["vocab"] = {word: places[i] for word, i in told["model"]["vocab"].items()}
+    for added in told["added_tokens"]:
+        added["id"] = places[added["id"]]
+    backend = Tokenizer.from_str(json.dumps(told))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+def test_bits_per_byte_do_not_depend_on_how_a_tokenizer_numbers_its_tokens(
+    teachers: Callable[[str], Checkpoint],
+) -> None:
+    """Nor on how long its tokens are, in what they are counted against."""
+    texts = ["naïve café — 日本語 🙂 text, and plain words " * 8]
+    plain = byte_tokenizer()
+    places = torch.randperm(258, generator=torch.Generator().manual_seed(1))
+    other = renumbered(plain, places.tolist())
+    model, turned = (load_model(teachers("llama"), torch.device("cpu"), torch.float32) for _ in range(2))
+    for name in ("model.embed_tokens", "lm_head"):
+        weight = turned.get_submodule(name).weight.data
+        weight.copy_(weight.clone()[places.argsort()])
+    expected, found, mistaken = (
+        measure_perplexity(one, pack(texts, tokenizer, 32, None)).bits_per_byte
+        for one, tokenizer in ((model, plain), (turned, other), (model, other))
+    )
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert mistaken != pytest.approx(expected, rel=1e-3)
+
+    merged = Tokenizer(models.BPE())
+    merged.pre_tokenizer = plain.backend_tokenizer.pre_tokenizer
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    merged.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
+    longer = PreTrainedTokenizerFast(tokenizer_object=merged, bos_token="<s>", eos_token="</s>")
+    counted = [pack(texts, tokenizer, 1, None) for tokenizer in (plain, longer)]
+    assert len(counted[1]) < len(counted[0])
+    assert int(counted[0].num_bytes.sum()) == int(counted[1].num_bytes.sum()) == len(texts[0].encode())
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -166,3 +166,18 @@ def require_one_process() -> None:
     """
     if num_ranks() > 1:
         raise UserError("only search, distill and correct run under torchrun; run this one in one process")
+
+
+def require_one_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
+    """The same tokens under the same numbers; the models may have more entries than these, as padding.
+
+    Raises:
+        UserError: they are not.
+    """
+    tokens, of_student = (load_tokenizer(model.folder).get_vocab() for model in (teacher, student))
+    if tokens != of_student:
+        differing = len(tokens.items() ^ of_student.items())
+        raise UserError(f"teacher and student have different tokenizers: {differing} tokens are not the same")
+    smaller = min(model.arch.axis_size("vocab") for model in (teacher, student))
+    if (highest := max(tokens.values(), default=0)) >= smaller:
+        raise UserError(f"the tokenizer knows token {highest}, one of the models {smaller} tokens only")

@@ -10,7 +10,7 @@ from minitron.present.card import figures_table
 
 
 def print_bench(record: dict[str, Any]) -> None:
-    """Speeds and memory by batch and context, as `alone.bench` found them."""
+    """Speeds and memory by batch and context, as `measured.bench` found them."""
     where = f"{record['device']}, {record['dtype']}, {record['threads']} threads"
     turns = f"medians of {record['repeats']} turns after {record['warm_up']} to warm up; speed-ups with their range"
     table = Table(caption=f"{turns}; {where}")
@@ -32,7 +32,7 @@ def print_bench(record: dict[str, Any]) -> None:
 
 
 def print_tasks(record: dict[str, Any]) -> None:
-    """Benchmarks, as `alone.evaluate_tasks` found them."""
+    """Benchmarks, as `measured.evaluate_tasks` found them."""
     limit = "all items" if record["limit"] is None else f"the first {record['limit']} items of each"
     table = Table(caption=f"{limit}, seed {record['seed']}, lm-eval {record['versions']['lm_eval']}")
     for name in ("task", "metric", "value", "shots", "items", "data"):
