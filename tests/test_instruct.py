@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import pytest
 
 from minitron.errors import UserError
-from minitron.measure import bfcl, chatrag, mt_bench
+from minitron.measure import bfcl, chatrag, mt_bench, programs
 from minitron.measure.answers import Answerer, Request
 from minitron.measure.instruct import run_benches
 from minitron.measure.judge import Judge
@@ -34,7 +35,7 @@ class Scripted(Answerer):
     def context(self) -> int:
         return self.limit
 
-    def answers(self, requests: Any) -> list[str]:
+    def answers(self, requests: Any, stage: str = "") -> list[str]:
         self.asked += requests
         return [self.says(request) for request in requests]
 
@@ -297,3 +298,66 @@ def test_what_cannot_be_asked_is_named(mt_data: Path, tmp_path: Path) -> None:
     assert "coqa/dev.json" in plan.skipped["chatrag"]
     assert "no file of its split train" in plan.skipped["ifeval"]
     assert "--tasks-data" in plan_tasks(["mt_bench", "quick"], None, None, runs_code=False).skipped["mt_bench"]
+
+
+@pytest.mark.parametrize(
+    ("program", "is_right"),
+    [
+        ("assert 1 + 1 == 2", True),
+        ("assert 1 + 1 == 3", False),
+        ("def f(:", False),
+        ("x = bytearray(2**31)", False),
+        ("open('big', 'wb').write(b'0' * 2**22)", False),
+        ("import os\nassert 'PATH' not in os.environ\nassert os.listdir('.') == ['program.py']", True),
+        ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nx = bytearray(2**31)", False),
+        ("print('\\ud800'.encode('utf-8', 'surrogatepass'))", True),
+    ],
+)
+def test_programs_are_run_with_little_to_spend(program: str, is_right: bool) -> None:
+    assert programs.passes(program) is is_right
+
+
+def test_a_program_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "SECONDS", 1)
+    started = time.monotonic()
+    assert not programs.passes("while True: pass")
+    assert not programs.passes("import time\ntime.sleep(60)")
+    assert time.monotonic() - started < 10
+
+
+TWICE = "def twice(x): return 2 * x"
+
+
+class Programmer(Scripted):
+    """Continues texts with what a function says."""
+
+    def continuations(self, prompts: Any, ends: Any, max_new_tokens: int, stage: str = "") -> list[str]:
+        self.prompts = list(prompts)
+        return [self.says(Request([{"role": "user", "content": prompt}], max_new_tokens)) for prompt in prompts]
+
+
+def test_humaneval_and_mbpp(tmp_path: Path) -> None:
+    rows = [
+        {"task_id": f"HumanEval/{i}", "prompt": f"def f{i}(x):\n", "entry_point": f"f{i}",
+         "test": "def check(g):\n    assert g(2) == 4\n"} for i in range(3)
+    ]  # fmt: skip
+    (tmp_path / "HumanEval.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    mbpp = [
+        {
+            "task_id": i,
+            "text": f"double {i}",
+            "code": "def twice(x): return 2 * x",
+            "test_list": ["assert twice(3) == 6"],
+        }
+        for i in (2, 3, 4, 11, 12)
+    ]
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(json.dumps(row) for row in mbpp))
+    model = Programmer(lambda request: "    return x * x" if "f1" not in str(request.messages) else "    return 5")
+    found = programs.run_humaneval(model, tmp_path, tmp_path / "a", None, None)
+    assert found == {"metrics": {"pass@1": pytest.approx(2 / 3)}, "items": 3}
+    model = Programmer(lambda request: TWICE if "double 11" in str(request.messages) else "")
+    found = programs.run_mbpp(model, tmp_path, tmp_path / "b", None, None)
+    assert found == {"metrics": {"pass@1": 0.5}, "items": 2}
+    assert model.prompts[0].count("[BEGIN]") == 4
+    assert "--run-code" in plan_tasks(["quick", "mbpp"], None, None, runs_code=False).skipped["mbpp"]
+    assert plan_tasks(["mbpp"], None, tmp_path, runs_code=True).benches == ("mbpp",)

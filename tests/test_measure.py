@@ -191,6 +191,25 @@ def items_of(folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_truthfulqa_from_its_own_table(teachers: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    (tmp_path / "truthfulqa").mkdir()
+    (tmp_path / "truthfulqa" / "TruthfulQA.csv").write_text(
+        "\ufeffQuestion,Correct Answers,Incorrect Answers\n"
+        '"Is it, so?","Yes, it is; Quite so",No;  Never\nWhy?,Because,; Nobody knows\n'
+    )
+    plan = plan_tasks(["truthfulqa_mc2"], None, tmp_path, runs_code=False)
+    [task] = plan.tasks
+    assert task.rows is not None
+    first, second = task.rows(tmp_path / "truthfulqa" / "TruthfulQA.csv")
+    assert first["mc2_targets"] == {"choices": ["Yes, it is", "Quite so", "No", "Never"], "labels": [1, 1, 0, 0]}
+    assert second["mc2_targets"]["labels"] == [1, 0]
+    found = run_tasks(load_lm(teachers("llama").folder, "cpu", "float32"), plan, tmp_path, seed=0)
+    assert 0 < found["truthfulqa_mc2"]["metrics"]["acc"] < 1
+    assert found["truthfulqa_mc2"]["items"] == 2
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_tasks_from_local_files_are_what_lm_eval_gives(
     teachers: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,10 +244,11 @@ def test_tasks_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     items_of(tmp_path / "items")
     plan = plan_tasks(["minitron-base"], 7, tmp_path / "items", runs_code=False)
     assert {task.name for task in plan.tasks} == {"hellaswag", "piqa"}
+    assert not plan.benches
     assert plan.limit == 7
     assert "--run-code" in plan.skipped["humaneval"]
     assert plan.skipped["xlsum"] == "lm-eval has no such task"
-    assert plan.skipped["truthfulqa_mc2"] == "its data is on the hub alone"
+    assert plan.skipped["truthfulqa_mc2"].endswith("holds no file of its split validation")
     assert "no file of its split test" in plan_tasks(["minitron-base"], 7, tmp_path / "items", True).skipped["mmlu"]
     with pytest.raises(UserError, match="unknown task 'helaswag': did you mean 'hellaswag'"):
         plan_tasks(["helaswag"], None, None, runs_code=False)

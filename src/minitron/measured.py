@@ -16,7 +16,7 @@ from minitron.measure.instruct import run_benches
 from minitron.measure.judge import Judge
 from minitron.measure.peak import peak_memory
 from minitron.measure.speed import DECODED_TOKENS, alternate, figures_of
-from minitron.measure.tasks import load_lm, plan_tasks, run_tasks, tasks_data
+from minitron.measure.tasks import fitting, load_lm, plan_tasks, run_tasks, tasks_data
 from minitron.model.causal import load_model
 from minitron.model.source import open_teacher
 from minitron.model.streaming import Sampling, Speaker
@@ -75,14 +75,14 @@ def evaluate_tasks(
     require_one_process()
     inputs, folder = Inputs(recipe), tasks_data(data)
     plan = plan_tasks(names, limit, folder, runs_code)
-    for name, reason in plan.skipped.items():
-        print(f"skipped {name}: {reason}", file=sys.stderr)
     dtype, found = str(inputs.dtype).removeprefix("torch."), versions() | {"lm_eval": version("lm_eval")}
     model = load_lm(inputs.teacher.folder, str(inputs.device), dtype)
+    plan = fitting(plan, model.max_length)
+    for name, reason in plan.skipped.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
     results: dict[str, Any] = {}
     if plan.tasks:
-        with Progress(f"tasks {', '.join(task.name for task in plan.tasks)}", len(plan.tasks), "tasks") as progress:
-            results |= run_tasks(model, plan, folder, recipe.seed, progress.advance)
+        results |= run_tasks(model, plan, folder, recipe.seed)
     if plan.benches:
         identity = {"model": inputs.teacher.fingerprint(), "seed": recipe.seed, "dtype": dtype, "versions": found}
         answerer = Answerer(model, "-".join(Path(recipe.teacher).parts[-2:]), recipe.seed)

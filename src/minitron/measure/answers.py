@@ -10,7 +10,6 @@ import torch
 
 from minitron.errors import UserError
 from minitron.files import read_jsonl, write_jsonl
-from minitron.progress import Progress
 
 Messages = list[dict[str, str]]
 """A conversation as chat templates take it: `role` (system, user or assistant) and `content`."""
@@ -39,25 +38,38 @@ class Answerer:
         """The most tokens that conversation and answer may have together; what is above is cut off in front."""
         return int(self.model.max_length)
 
-    def answers(self, requests: Sequence[Request]) -> list[str]:
-        """The answers, in the order of the requests.
+    def answers(self, requests: Sequence[Request], stage: str = "answers") -> list[str]:
+        """The answers, in the order of the requests; `stage` is what progress is shown under.
 
         Raises:
             UserError: an answer may be longer than the model's context.
         """
-        from lm_eval.api.instance import Instance
-
-        torch.manual_seed(self.seed)
-        instances = []
-        for i, request in enumerate(requests):
-            if request.max_new_tokens >= self.context:
-                raise UserError(f"answers of {request.max_new_tokens} tokens do not fit in a context of {self.context}")
-            sampling: dict[str, Any] = {"do_sample": request.temperature > 0, "max_gen_toks": request.max_new_tokens}
+        asked = []
+        for request in requests:
+            sampling: dict[str, Any] = {"do_sample": request.temperature > 0}
             if request.temperature > 0:
                 sampling["temperature"] = request.temperature
             prompt, ends = self._prompt(request.messages)
-            instances.append(Instance("generate_until", {}, (prompt, {"until": ends, **sampling}), i))
-        return [str(answer).strip() for answer in self.model.generate_until(instances, disable_tqdm=True)]
+            asked.append((prompt, {"until": ends, "max_gen_toks": request.max_new_tokens, **sampling}))
+        return [answer.strip() for answer in self._generated(asked, stage)]
+
+    def continuations(
+        self, prompts: Sequence[str], ends: Sequence[str], max_new_tokens: int, stage: str = "answers"
+    ) -> list[str]:
+        """How texts go on, by the likeliest tokens, up to any of the `ends`."""
+        options = {"until": list(ends), "max_gen_toks": max_new_tokens, "do_sample": False}
+        return self._generated([(prompt, options) for prompt in prompts], stage)
+
+    def _generated(self, asked: list[tuple[str, dict[str, Any]]], stage: str) -> list[str]:
+        from lm_eval.api.instance import Instance
+
+        longest = max((options["max_gen_toks"] for _, options in asked), default=0)
+        if longest >= self.context:
+            raise UserError(f"answers of {longest} tokens do not fit in a context of {self.context}")
+        torch.manual_seed(self.seed)
+        self.model.stage = stage
+        instances = [Instance("generate_until", {}, each, i) for i, each in enumerate(asked)]
+        return [str(answer) for answer in self.model.generate_until(instances)]
 
     def num_tokens(self, text: str) -> int:
         """Of a text by itself."""
@@ -77,21 +89,20 @@ class Answerer:
 
 
 def kept(
-    stage: str, path: Path, keys: Sequence[Any], key_name: str, make: Callable[[list[Any]], list[dict[str, Any]]]
+    stage: str, path: Path, keys: Sequence[Any], key_name: str, make: Callable[[list[Any], str], list[dict[str, Any]]]
 ) -> dict[Any, dict[str, Any]]:
     """The rows of a jsonl file by key; those that are missing are made, some at a time, and added to it.
 
-    `make` is given keys and returns their rows, each with its key under `key_name`.
+    `make` is given keys, and words for what it does, and returns their rows, each with its key under `key_name`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = {row[key_name]: row for row in read_jsonl(path)}
     left = [key for key in keys if key not in rows]
-    with Progress(stage, len(keys), "answers", done=len(keys) - len(left)) as progress:
-        for start in range(0, len(left), KEPT_AT_ONCE):
-            part = left[start : start + KEPT_AT_ONCE]
-            rows |= {row[key_name]: row for row in make(part)}
-            write_jsonl(path, list(rows.values()))
-            progress.advance(len(part))
+    for start in range(0, len(left), KEPT_AT_ONCE):
+        part = left[start : start + KEPT_AT_ONCE]
+        done = len(keys) - len(left) + start
+        rows |= {row[key_name]: row for row in make(part, f"{stage} {done + 1} to {done + len(part)} of {len(keys)}")}
+        write_jsonl(path, list(rows.values()))
     return {key: rows[key] for key in keys}
 
 
@@ -101,7 +112,12 @@ def read_items(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: a line is no JSON.
     """
+    return parse_items(path.read_bytes(), path)
+
+
+def parse_items(content: bytes, path: Path) -> list[dict[str, Any]]:
+    """The same of what a file holds."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [json.loads(line) for line in content.decode("utf-8").split("\n") if line.strip()]
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON lines: {error}") from error

@@ -49,8 +49,8 @@ def run(answerer: Answerer, data: Path | None, folder: Path, limit: int | None, 
         group = "live" if category in LIVE else "non_live"
         path = folder / "result" / REGISTERED.replace("/", "_") / group / f"BFCL_v4_{category}_result.json"
 
-        def answered(ids: list[str], questions: dict[str, Any] = questions) -> list[dict[str, Any]]:
-            told = answerer.answers([_request(questions[each]) for each in ids])
+        def answered(ids: list[str], stage: str, questions: Any = questions) -> list[dict[str, Any]]:
+            told = answerer.answers([_request(questions[each]) for each in ids], stage)
             return [{"id": key, "result": answer} for key, answer in zip(ids, told, strict=True)]
 
         kept(f"BFCL {category}", path, list(questions), "id", answered)

@@ -85,8 +85,8 @@ def run(answerer: Answerer, data: Path, folder: Path, limit: int | None, judge: 
     for name, path in found.items():
         rows = read_json(path)[:limit]
 
-        def answered(ids: list[int], part: Part = PARTS[name], rows: list[Any] = rows) -> list[dict[str, Any]]:
-            told = answerer.answers([_request(answerer, part, rows[i]) for i in ids])
+        def answered(ids: list[int], stage: str, part: Part = PARTS[name], rows: Any = rows) -> list[dict[str, Any]]:
+            told = answerer.answers([_request(answerer, part, rows[i]) for i in ids], stage)
             return [{"item": i, "answer": answer} for i, answer in zip(ids, told, strict=True)]
 
         answers = kept(f"ChatRAG {name}", folder / f"{name}.jsonl", list(range(len(rows))), "item", answered)

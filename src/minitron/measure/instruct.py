@@ -1,4 +1,4 @@
-"""Benchmarks of models that follow instructions, beside those of lm-eval: tables 5 to 8 of arXiv 2407.14679."""
+"""Benchmarks beside those of lm-eval: of models that follow instructions, and of those that write programs."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -9,7 +9,7 @@ from typing import Any
 
 from minitron.errors import UserError
 from minitron.files import read_json, write_json
-from minitron.measure import bfcl, chatrag, mt_bench
+from minitron.measure import bfcl, chatrag, mt_bench, programs
 from minitron.measure.answers import Answerer
 from minitron.measure.judge import Judge
 
@@ -22,13 +22,19 @@ class Bench:
 
     missing: Callable[[Path | None], str | None]
     run: Run
+    runs_code: bool = False
 
 
 BENCHES = {
     "mt_bench": Bench(mt_bench.missing, mt_bench.run),
     "chatrag": Bench(chatrag.missing, chatrag.run),
     "bfcl": Bench(bfcl.missing, bfcl.run),
+    "humaneval": Bench(programs.missing_humaneval, programs.run_humaneval, runs_code=True),
+    "mbpp": Bench(programs.missing_mbpp, programs.run_mbpp, runs_code=True),
 }
+
+
+SHOTS = {"mbpp": 3}
 
 
 def run_benches(
@@ -52,7 +58,7 @@ def run_benches(
         return {
             name: {
                 **BENCHES[name].run(answerer, data, (folder / name).absolute(), limit, judge),
-                "shots": 0, "data": str(data) if data and name != "bfcl" else "bfcl-eval",
+                "shots": SHOTS.get(name, 0), "data": "bfcl-eval" if name == "bfcl" else str(data or "hub"),
             }
             for name in names
         }  # fmt: skip

