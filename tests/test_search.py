@@ -17,6 +17,7 @@ from minitron.recipe import BudgetRecipe, Recipe, SearchRecipe, load_recipe
 from minitron.search.budget import Budget, Limit, Serving, counted, parse_budget, parse_bytes, speed_limits
 from minitron.search.candidates import SMALLEST_DIFFERENCE, Shapes, every_shape, feasible, grid, shortlist
 from minitron.search.probes import predicted, probes
+from minitron.search.rank import first_of_each_kind
 from tests.conftest import make_model
 
 SMOLLM2 = Arch.from_config(
@@ -251,6 +252,24 @@ def test_the_short_list_takes_the_best_that_differ_and_then_the_best() -> None:
     alike = candidates.at(np.array([0, *sorted(passed_over)[:3]]))
     assert shortlist(alike, [0, 1, 2, 3], 3)[0] == 0
     assert len(shortlist(alike, [0, 1, 2, 3], 3)) == 3
+
+
+def test_every_kind_of_cut_is_there_with_its_best() -> None:
+    candidates = found(SMOLLM2, 0.7)
+    every = [candidates[i] for i in range(len(candidates))]
+    order = list(reversed(range(len(every))))
+
+    def kind(i: int) -> set[str]:
+        return {name for name, size in every[i].sizes.items() if size != SMOLLM2.sizes[name]}
+
+    firsts = first_of_each_kind(SMOLLM2, every, order)
+    kinds = [kind(i) for i in firsts]
+    assert {"num_hidden_layers"} in kinds
+    assert all(kinds.count(one) == 1 for one in kinds)
+    assert all(kind(i) in kinds for i in order)
+    assert firsts == sorted(firsts, key=order.index)
+    for i, one in zip(firsts, kinds, strict=True):
+        assert not any(kind(j) == one for j in order[: order.index(i)])
 
 
 def test_kept_share_of_grouped_heads_is_taken_within_the_groups() -> None:

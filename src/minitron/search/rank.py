@@ -225,12 +225,17 @@ class _Task:
                 progress.note(f"least KL {min(known):.3f}")
 
     def short_list(self, rows: list[Row], archs: list[Arch], budget: Budget) -> list[int]:
-        """The candidates of least loss that differ enough, with their speeds; those too slow are left out."""
+        """The candidates of least loss that differ enough, with their speeds; those too slow are left out.
+
+        Half of the places are for kinds of cuts: what a cut of some axes costs beside others is what neither measure
+        knows well (docs/studies/search.md), so that the best of every kind should have its trial first.
+        """
         sizes = {name: np.array([arch.sizes[name] for arch in archs]) for name in archs[0].sizes}
         as_shapes = Shapes(self.inputs.whole.arch, sizes, {})
         # The best by either measure in turn: each knows what the other does not (docs/studies/search.md).
         by_each = [sorted(range(len(rows)), key=lambda i: rows[i][key]) for key in ("predicted_kl", "zero_shot_kl")]
-        order = list(dict.fromkeys(i for pair in zip(*by_each, strict=True) for i in pair))
+        kinds = first_of_each_kind(self.inputs.whole.arch, archs, by_each[0])[: self.recipe.shortlist // 2]
+        order = list(dict.fromkeys([*kinds, *(i for pair in zip(*by_each, strict=True) for i in pair)]))
         left = list(order)
         chosen: list[int] = []
         while left and len(chosen) < self.recipe.shortlist:
@@ -294,6 +299,14 @@ class _Task:
 
 def _asks_for_speed(inputs: Inputs) -> bool:
     return inputs.recipe.budget.throughput is not None or inputs.recipe.budget.latency is not None
+
+
+def first_of_each_kind(teacher: Arch, archs: list[Arch], order: list[int]) -> list[int]:
+    """In this order the first shape of every set of sizes that are smaller than the teacher's."""
+    found: dict[frozenset[str], int] = {}
+    for i in order:
+        found.setdefault(frozenset(name for name, size in archs[i].sizes.items() if size < teacher.sizes[name]), i)
+    return list(found.values())
 
 
 def _choose(rows: list[Row], numbers: list[int]) -> int:
