@@ -15,7 +15,8 @@ from minitron.measure import bfcl, chatrag, mt_bench, programs
 from minitron.measure.answers import Answerer, Request
 from minitron.measure.instruct import run_benches
 from minitron.measure.judge import Judge
-from minitron.measure.tasks import load_lm, plan_tasks
+from minitron.measure.lm import load_lm
+from minitron.measure.tasks import plan_tasks
 from minitron.model.checkpoint import Checkpoint
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"

