@@ -1,6 +1,7 @@
 """The main job on a tiny model: its result, its files, and that a killed run continues to the same bits."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from minitron import inputs, measured, pipeline
 from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.model.checkpoint import open_checkpoint
+from minitron.present.report import write_report
 from minitron.recipe import PLAIN, Recipe, load_recipe
 from tests.conftest import make_model
 
@@ -68,6 +70,35 @@ def test_the_figures_are_those_of_the_files(made: Path) -> None:
     assert again["perplexity"] == results["student"]["perplexity"]
     assert again["bits_per_byte"] == results["student"]["bits_per_byte"]
     assert again["perplexity"] != pytest.approx(results["pruned"]["perplexity"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_measured_of_a_run_later_is_in_its_report(made: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run, symlinks=True)
+    items = [{"goal": f"count to {i}", "sol1": "one, two", "sol2": "two, one", "label": i % 2} for i in range(5)]
+    (tmp_path / "piqa.validation.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    given = recipe(run, made / "text.txt")
+    found = measured.evaluate_tasks(given, ["piqa"], None, str(tmp_path), runs_code=False)
+    assert json.loads((run / "tasks.json").read_text()) == found
+    assert set(found["tasks"]) == set(found["teacher_tasks"]) == {"piqa"}
+    alone_ = measured.evaluate_tasks(
+        recipe(run / "teacher", made / "text.txt"), ["piqa"], None, str(tmp_path), runs_code=False
+    )
+    assert alone_["tasks"] == found["teacher_tasks"]
+    speeds = measured.bench(given, None, [1], [16], repeats=1)
+    assert json.loads((run / "bench.json").read_text()) == speeds
+    assert speeds["run"] == str(run)
+    against = measured.evaluate(given, max_tokens=512)
+    assert against["perplexity"] == json.loads((run / "eval.json").read_text())["student"]["perplexity"]
+    assert against["kl"] > 0
+    write_report(run)
+    page = (run / "report.html").read_text()
+    share = found["tasks"]["piqa"]["metrics"]["acc"] / found["teacher_tasks"]["piqa"]["metrics"]["acc"]
+    assert f"<td>{share:.1%}</td>" in page
+    assert "prefill tokens/s" in page
+    assert "Benchmarks" not in (made / "run" / "report.html").read_text()
 
 
 def test_distillation_brings_the_student_closer(made: Path, tmp_path: Path) -> None:

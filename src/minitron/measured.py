@@ -9,6 +9,7 @@ import torch
 
 from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.errors import UserError
+from minitron.files import read_json, write_json
 from minitron.inputs import Inputs
 from minitron.measure.agreement import measure_agreement
 from minitron.measure.answers import Answerer
@@ -18,7 +19,7 @@ from minitron.measure.lm import load_lm
 from minitron.measure.peak import peak_memory
 from minitron.measure.speed import DECODED_TOKENS, alternate, figures_of
 from minitron.measure.task_files import tasks_data
-from minitron.measure.tasks import fitting, plan_tasks, run_tasks
+from minitron.measure.tasks import Plan, fitting, plan_tasks, run_tasks
 from minitron.model.causal import load_model
 from minitron.model.source import open_teacher
 from minitron.model.streaming import Sampling, Speaker
@@ -45,6 +46,7 @@ def evaluate(
         UserError: the stride is above the context.
     """
     require_one_process()
+    recipe, against = _of_run(recipe, against)
     inputs = Inputs(recipe)
     _ = inputs.dtype
     tokenizer, vocab_size = load_tokenizer(inputs.teacher.folder), inputs.teacher.arch.sizes["vocab_size"]
@@ -67,49 +69,64 @@ def evaluate_tasks(
     recipe: Recipe, names: list[str], limit: int | None, data: str | None, runs_code: bool,
     answers: Path | None = None, judge: tuple[str, str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Benchmarks of the recipe's teacher, by lm-eval and of chats; what cannot be had is named with the reason.
+    """Benchmarks of the recipe's model, by lm-eval and others; what cannot be had is named with the reason.
 
+    Of a run directory, student and teacher are measured, and `tasks.json` there keeps the figures for its report.
     Answers to chats are kept in the folder `answers`, if one is given, and rated by a `judge`: its endpoint and model.
 
     Raises:
         UserError: a name is no task, none can be run, or lm-eval is not installed.
     """
     require_one_process()
-    inputs, folder = Inputs(recipe), tasks_data(data)
+    folder = tasks_data(data)
     plan = plan_tasks(names, limit, folder, runs_code)
-    dtype, found = str(inputs.dtype).removeprefix("torch."), versions() | {"lm_eval": version("lm_eval")}
+    rater = Judge(*judge) if judge else None
+    run = _run_of(recipe)
+    if run is None:
+        return _tasks_of(recipe, plan, folder, answers, rater)
+    student, teacher = _of_run(recipe, None)
+    assert teacher is not None
+    places = [answers / name if answers else None for name in ("student", "teacher")]
+    record = _tasks_of(student, plan, folder, places[0], rater)
+    of_teacher = _tasks_of(recipe.model_copy(update={"teacher": teacher}), plan, folder, places[1], rater)
+    record["teacher_tasks"] = of_teacher["tasks"]
+    before = read_json(run / "tasks.json") if (run / "tasks.json").exists() else {}
+    if all(before.get(key) == record[key] for key in ("limit", "seed", "versions")):  # more of the same
+        for key in ("tasks", "teacher_tasks"):
+            record[key] = before[key] | record[key]
+    write_json(run / "tasks.json", record)
+    return record
+
+
+def _tasks_of(
+    recipe: Recipe, plan: Plan, data: Path | None, answers: Path | None, judge: Judge | None
+) -> dict[str, Any]:
+    inputs, found = Inputs(recipe), versions() | {"lm_eval": version("lm_eval")}
+    dtype = str(inputs.dtype).removeprefix("torch.")
     model = load_lm(inputs.teacher.folder, str(inputs.device), dtype)
     plan = fitting(plan, model.max_length)
     for name, reason in plan.skipped.items():
         print(f"skipped {name}: {reason}", file=sys.stderr)
-    results: dict[str, Any] = {}
-    if plan.tasks:
-        results |= run_tasks(model, plan, folder, recipe.seed)
+    results = run_tasks(model, plan, data, recipe.seed) if plan.tasks else {}
     if plan.benches:
         identity = {"model": inputs.teacher.fingerprint(), "seed": recipe.seed, "dtype": dtype, "versions": found}
         answerer = Answerer(model, "-".join(Path(recipe.teacher).parts[-2:]), recipe.seed)
-        results |= run_benches(
-            plan.benches, answerer, folder, answers, identity, limit, Judge(*judge) if judge else None
-        )
-    return {
-        "tasks": results,
-        "skipped": dict(plan.skipped),
-        "limit": plan.limit,
-        "seed": recipe.seed,
-        "versions": found,
-    }
+        results |= run_benches(plan.benches, answerer, data, answers, identity, plan.limit, judge)
+    return {"tasks": results, "skipped": dict(plan.skipped), "limit": plan.limit, "seed": recipe.seed,
+            "versions": found}  # fmt: skip
 
 
 def bench(recipe: Recipe, against: str | None, batches: list[int], contexts: list[int], repeats: int) -> dict[str, Any]:
     """Speed and peak memory of the recipe's model, beside those of another, at every batch and context.
 
-    A run directory stands for its student, and is compared with its teacher. The models take turns; ratios are of
-    turns next to each other.
+    A run directory stands for its student, and is compared with its teacher; `bench.json` there keeps the figures for
+    its report. The models take turns; ratios are of turns next to each other.
 
     Raises:
         UserError: a context is above what a model was made for.
     """
     require_one_process()
+    run = _run_of(recipe) if against is None else None
     recipe, against = _of_run(recipe, against)
     inputs = Inputs(recipe)
     folders = {"model": inputs.teacher} | ({"against": open_teacher(against)} if against else {})
@@ -128,12 +145,15 @@ def bench(recipe: Recipe, against: str | None, batches: list[int], contexts: lis
                 peaks[name] = peak_memory(checkpoint.folder, batch, context, inputs.device, inputs.dtype)
                 progress.advance(1)
             rows.append({"batch": batch, "context": context, **figures_of(speeds, peaks)})
-    return {
-        **{name: str(checkpoint.folder) for name, checkpoint in folders.items()},
+    record = {
+        "run": str(run) if run else None, **{name: str(checkpoint.folder) for name, checkpoint in folders.items()},
         "warm_up": 1, "repeats": repeats, "decoded_tokens": DECODED_TOKENS, "device": str(inputs.device),
         "dtype": str(inputs.dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "versions": versions(),
         "rows": rows,
     }  # fmt: skip
+    if run is not None:
+        write_json(run / "bench.json", record)
+    return record
 
 
 def chat(recipe: Recipe, against: str | None, sampling: Sampling | None, host: str, port: int | None) -> None:
@@ -157,10 +177,16 @@ def chat(recipe: Recipe, against: str | None, sampling: Sampling | None, host: s
         serve(speakers, f"minitron: {inputs.teacher.folder.parent.name}", host, port)
 
 
+def _run_of(recipe: Recipe) -> Path | None:
+    """The run directory that is given instead of a model."""
+    run = Path(recipe.teacher).expanduser()
+    return run if (run / "run.json").is_file() else None
+
+
 def _of_run(recipe: Recipe, against: str | None) -> tuple[Recipe, str | None]:
     """Of a run directory its student, to be held against its teacher."""
-    run = Path(recipe.teacher).expanduser()
-    if not (run / "run.json").is_file():
+    run = _run_of(recipe)
+    if run is None:
         return recipe, against
     if not (run / "student").is_dir():
         raise UserError(f"{run} has no student yet")

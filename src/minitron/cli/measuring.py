@@ -45,7 +45,7 @@ def inspect(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model as in compress.")],
+    model: Annotated[str, typer.Argument(help="A model as in compress, or a run directory, for its student.")],
     recipe: RecipeFile = None,
     family: Family = None,
     data: Data = None,

@@ -7,21 +7,8 @@ from typing import Any
 
 from minitron.files import whole_file
 from minitron.model.arch import Arch
+from minitron.present.figures import Results, figures_table
 from minitron.recipe import data_in_words
-
-Results = dict[str, dict[str, Any]]
-"""What `eval.json` holds."""
-LABELS = {
-    "num_parameters": "parameters",
-    "num_non_embedding_parameters": "of these not in embeddings",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
-    "tokens_per_second": "tokens/s, forward pass",
-}
-
-
-RETAINED = {"perplexity": "perplexity retained", "bits_per_byte": "bits per byte retained"}
-"""Where less is better: the teacher's figure as a share of the student's."""
 
 
 def write_card(run: Path, record: dict[str, Any], teacher: Arch, student: Arch, results: Results) -> None:
@@ -124,21 +111,6 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
-def figures_table(results: dict[str, dict[str, Any]]) -> list[list[str]]:
-    """Rows of `measure, teacher, pruned, student`, the head first, as text."""
-    names = list(results)
-    rows = [["", *names]]
-    for key, label in LABELS.items():
-        rows.append([label, *(format_figure(results[name][key]) for name in names)])
-    if {"teacher", "student"} <= set(names):
-        for key, label in RETAINED.items():
-            share = results["teacher"][key] / results["student"][key]
-            rows.append([label, *("" if name != "student" else f"{share:.1%}" for name in names)])
-        speed_up = results["student"]["tokens_per_second"] / results["teacher"]["tokens_per_second"]
-        rows.append(["speed-up", *("" if name != "student" else f"{speed_up:.2f}×" for name in names)])
-    return rows
-
-
 def _figures(results: dict[str, dict[str, Any]]) -> str:
     return _markdown(figures_table(results))
 
@@ -162,13 +134,6 @@ def _markdown(rows: list[list[str]]) -> str:
     head, *body = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
-
-
-def format_figure(value: Any) -> str:
-    """A figure with as many digits as mean something."""
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _model_class(folder: Path) -> str:

@@ -11,13 +11,26 @@ from minitron.files import read_json, read_jsonl
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import read_config
-from minitron.present.card import LABELS, figures_table, format_figure
+from minitron.present.figures import (
+    LABELS,
+    bench_conditions,
+    bench_table,
+    figures_table,
+    format_figure,
+    tasks_conditions,
+    tasks_table,
+)
 from minitron.present.page import BLUE, OF_RUNS, note, table, write_page
 from minitron.present.pictures import curves, heatmap, layer_scores, layer_stack, per_layer, shape_bars
 from minitron.present.plot import last_loss, panels_apart
 from minitron.recipe import data_in_words
 
 NUM_UNTRAINED_SHOWN = 12
+MEASURED = (
+    ("Benchmarks", "tasks.json", tasks_table, tasks_conditions),
+    ("Speed", "bench.json", bench_table, bench_conditions),
+)
+"""What `evaluate --tasks` and `bench` leave in a run directory."""
 FIXED = {"vocab_size", "head_dim", "max_position_embeddings"}
 
 
@@ -76,6 +89,10 @@ def _sections(run: Path, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if results:
         conditions = _conditions(record, results) if "student" in results else ""
         yield "Figures", table(figures_table(results)) + conditions
+    for name, file, rows, words in MEASURED:
+        if (run / file).exists():
+            found = read_json(run / file)
+            yield name, table(rows(found)) + note(words(found))
     archs = _archs(run, record)
     yield "Shape", _shape(archs, record)
     yield "Importance", _importance(run, archs, record)
