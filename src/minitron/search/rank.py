@@ -227,14 +227,14 @@ class _Task:
     def short_list(self, rows: list[Row], archs: list[Arch], budget: Budget) -> list[int]:
         """The candidates of least loss that differ enough, with their speeds; those too slow are left out.
 
-        Half of the places are for kinds of cuts: what a cut of some axes costs beside others is what neither measure
+        Most of the places are for kinds of cuts: what a cut of some axes costs beside others is what neither measure
         knows well (docs/studies/search.md), so that the best of every kind should have its trial first.
         """
         sizes = {name: np.array([arch.sizes[name] for arch in archs]) for name in archs[0].sizes}
         as_shapes = Shapes(self.inputs.whole.arch, sizes, {})
         # The best by either measure in turn: each knows what the other does not (docs/studies/search.md).
         by_each = [sorted(range(len(rows)), key=lambda i: rows[i][key]) for key in ("predicted_kl", "zero_shot_kl")]
-        kinds = first_of_each_kind(self.inputs.whole.arch, archs, by_each[0])[: self.recipe.shortlist // 2]
+        kinds = first_of_each_kind(self.inputs.whole.arch, archs, by_each[0])[: self.recipe.shortlist * 3 // 4]
         order = list(dict.fromkeys([*kinds, *(i for pair in zip(*by_each, strict=True) for i in pair)]))
         left = list(order)
         chosen: list[int] = []
