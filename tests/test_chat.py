@@ -169,6 +169,13 @@ def test_on_the_page_both_answers_stream(speaker: Speaker, browser: Any) -> None
     handle.remove()
     page.click("#clear")
     page.wait_for_function("!document.querySelector('#pane-student').innerText.includes('hacked')")
+    page.fill("#prompt textarea", "<img src=x onerror='window.hacked = 2'>" * 2**15)  # more than a megabyte
+    page.click("#send")
+    for name in seen:
+        page.wait_for_function(f"document.querySelector('#pane-{name}').innerText.includes('shorten it')")
+        assert page.locator(f"#pane-{name} img[src=x]").count() == 0
+        assert 1000 < len(page.inner_text(f"#pane-{name}")) < 2 * chat.MOST_CHARACTERS
+    assert page.evaluate("window.hacked") is None
 
 
 def test_a_report_opens_without_a_network(browser: Any, tmp_path: Path, text_file: Path) -> None:
