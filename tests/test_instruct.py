@@ -1,6 +1,7 @@
 """Benchmarks of chats: what is asked, what is kept, how it is judged."""
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from minitron.measure.answers import Answerer, Request
 from minitron.measure.instruct import run_benches
 from minitron.measure.judge import Judge
 from minitron.measure.lm import load_lm
-from minitron.measure.tasks import plan_tasks
+from minitron.measure.tasks import fitting, plan_tasks
 from minitron.model.checkpoint import Checkpoint
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
@@ -161,10 +162,15 @@ def test_mt_bench(mt_data: Path, endpoint: str, tmp_path: Path, monkeypatch: pyt
     assert mt_bench.run(model, mt_data, tmp_path / "out", 1, judge)["items"] == 1
 
 
-def test_a_judge_that_refuses_is_named(endpoint: str) -> None:
+def test_a_judge_that_refuses_is_named(endpoint: str, mt_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="status 404: no such model"):
         Judge(endpoint, "unknown", wait=0.0).says([{"role": "user", "content": "?"}])
     assert len(Stand.asked) == 1  # no use in asking again
+    found = mt_bench.run(
+        Scripted(lambda _: "so"), mt_data, tmp_path / "out", None, Judge(endpoint, "unknown", wait=0.0)
+    )
+    assert found["metrics"] == {}
+    assert "not judged: the judge at" in found["note"]
     with pytest.raises(UserError, match="does not answer"):
         Judge("http://127.0.0.1:9", "any", wait=0.0).says([{"role": "user", "content": "?"}])
 
@@ -176,6 +182,8 @@ def test_without_a_judge_answers_are_kept(mt_data: Path, tmp_path: Path, answere
     assert "--judge" in found["mt_bench"]["note"]
     kept = tmp_path / "kept/mt_bench/model_answer/tiny.jsonl"
     assert len(kept.read_text().splitlines()) == 2
+    with pytest.raises(UserError, match=r"are others' \(data\)"):
+        run_benches(["mt_bench"], answerer, tmp_path, tmp_path / "kept", identity, 2, None)
     with pytest.raises(UserError, match=r"are others' \(model\)"):
         run_benches(["mt_bench"], answerer, mt_data, tmp_path / "kept", {"model": "b", "seed": 0}, 2, None)
 
@@ -287,8 +295,10 @@ def test_bfcl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["metrics"] == {"live": 50.0, "live_simple": 50.0}
     assert len(model.asked) == asked
     assert "--partial-eval" in (tmp_path / "out/asked").read_text()
+    shutil.rmtree(tmp_path / "out")  # as of a student whose answers were not to be kept, before its teacher's turn
+    assert bfcl.run(model, None, tmp_path / "other", 2, None)["metrics"] == found["metrics"]
     command.write_text("#!/bin/sh\necho no module named torch >&2\nexit 1\n")
-    assert "failed (no module named torch)" in bfcl.run(model, None, tmp_path / "out", 2, None)["note"]
+    assert "failed (no module named torch)" in bfcl.run(model, None, tmp_path / "other", 2, None)["note"]
 
 
 def test_what_cannot_be_asked_is_named(mt_data: Path, tmp_path: Path) -> None:
@@ -307,6 +317,9 @@ def test_what_cannot_be_asked_is_named(mt_data: Path, tmp_path: Path) -> None:
         ("assert 1 + 1 == 2", True),
         ("assert 1 + 1 == 3", False),
         ("def f(:", False),
+        ("from __future__ import annotations\nassert True", True),
+        ("exit()\nassert False", False),
+        ("import os\nos._exit(0)", False),
         ("x = bytearray(2**31)", False),
         ("open('big', 'wb').write(b'0' * 2**22)", False),
         ("import os\nassert 'PATH' not in os.environ\nassert os.listdir('.') == ['program.py']", True),
@@ -361,4 +374,8 @@ def test_humaneval_and_mbpp(tmp_path: Path) -> None:
     assert found == {"metrics": {"pass@1": 0.5}, "items": 2}
     assert model.prompts[0].count("[BEGIN]") == 4
     assert "--run-code" in plan_tasks(["quick", "mbpp"], None, None, runs_code=False).skipped["mbpp"]
-    assert plan_tasks(["mbpp"], None, tmp_path, runs_code=True).benches == ("mbpp",)
+    plan = plan_tasks(["mbpp", "humaneval"], None, tmp_path, runs_code=True)
+    assert plan.benches == ("mbpp", "humaneval")
+    short = fitting(plan, 512)
+    assert short.benches == ("mbpp",)
+    assert "1,024 tokens do not fit in a context of 512" in short.skipped["humaneval"]

@@ -1,6 +1,7 @@
 """What is measured of a model, and talking to it, each a verb of the command line."""
 
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,11 @@ from minitron.stages import (
 def evaluate(
     recipe: Recipe, max_tokens: int | None, stride: int | None = None, against: str | None = None
 ) -> dict[str, Any]:
-    """Perplexity and bits per byte of the recipe's teacher on its data, the first `max_tokens` in the seed's order.
+    """Perplexity and bits per byte of the recipe's model on its data, the first `max_tokens` in the seed's order.
 
     With the seed, context and tokens of a run, these are the blocks that the run kept for its evaluation. With a
-    `stride`, windows slide over them; with another model, how far the one is from the other is measured too.
+    `stride`, windows slide over them; with another model, how far the one is from the other is measured too. Of a
+    run directory, the student is measured, and how far it is from its teacher.
 
     Raises:
         UserError: the stride is above the context.
@@ -80,6 +82,7 @@ def evaluate_tasks(
     require_one_process()
     folder = tasks_data(data)
     plan = plan_tasks(names, limit, folder, runs_code)
+    _say_skipped(plan.skipped)
     rater = Judge(*judge) if judge else None
     run = _run_of(recipe)
     if run is None:
@@ -104,9 +107,8 @@ def _tasks_of(
     inputs, found = Inputs(recipe), versions() | {"lm_eval": version("lm_eval")}
     dtype = str(inputs.dtype).removeprefix("torch.")
     model = load_lm(inputs.teacher.folder, str(inputs.device), dtype)
-    plan = fitting(plan, model.max_length)
-    for name, reason in plan.skipped.items():
-        print(f"skipped {name}: {reason}", file=sys.stderr)
+    asked, plan = plan, fitting(plan, model.max_length)
+    _say_skipped({name: reason for name, reason in plan.skipped.items() if name not in asked.skipped})
     results = run_tasks(model, plan, data, recipe.seed) if plan.tasks else {}
     if plan.benches:
         identity = {"model": inputs.teacher.fingerprint(), "seed": recipe.seed, "dtype": dtype, "versions": found}
@@ -114,6 +116,11 @@ def _tasks_of(
         results |= run_benches(plan.benches, answerer, data, answers, identity, plan.limit, judge)
     return {"tasks": results, "skipped": dict(plan.skipped), "limit": plan.limit, "seed": recipe.seed,
             "versions": found}  # fmt: skip
+
+
+def _say_skipped(skipped: Mapping[str, str]) -> None:
+    for name, reason in skipped.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr)
 
 
 def bench(recipe: Recipe, against: str | None, batches: list[int], contexts: list[int], repeats: int) -> dict[str, Any]:

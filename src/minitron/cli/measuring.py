@@ -45,7 +45,7 @@ def inspect(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model as in compress, or a run directory, for its student.")],
+    model: Annotated[str, typer.Argument(help="A model as in compress, or a run directory: its student and teacher.")],
     recipe: RecipeFile = None,
     family: Family = None,
     data: Data = None,
@@ -62,7 +62,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
     run_code: Annotated[bool, typer.Option("--run-code", help="Tasks may run programs that the model wrote.")] = False,
     answers: Annotated[
-        Path | None, typer.Option(help="A folder that keeps what is answered to mt_bench, chatrag and bfcl.")
+        Path | None, typer.Option(help="A folder that keeps what is answered to benchmarks that lm-eval lacks.")
     ] = None,
     judge: Annotated[
         str | None, typer.Option(help="Rates mt_bench: an OpenAI-compatible endpoint, http://localhost:8000/v1.")

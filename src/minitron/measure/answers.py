@@ -1,6 +1,5 @@
 """What a model answers to conversations, by lm-eval's batches, in files that a later run goes on with."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,20 +103,3 @@ def kept(
         rows |= {row[key_name]: row for row in make(part, f"{stage} {done + 1} to {done + len(part)} of {len(keys)}")}
         write_jsonl(path, list(rows.values()))
     return {key: rows[key] for key in keys}
-
-
-def read_items(path: Path) -> list[dict[str, Any]]:
-    """The items of a benchmark's jsonl file.
-
-    Raises:
-        UserError: a line is no JSON.
-    """
-    return parse_items(path.read_bytes(), path)
-
-
-def parse_items(content: bytes, path: Path) -> list[dict[str, Any]]:
-    """The same of what a file holds."""
-    try:
-        return [json.loads(line) for line in content.decode("utf-8").split("\n") if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON lines: {error}") from error

@@ -10,7 +10,9 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from minitron.measure.answers import Answerer, Messages, Request, kept
@@ -44,8 +46,8 @@ def run(answerer: Answerer, data: Path | None, folder: Path, limit: int | None, 
     The answers are kept in `folder` as the leaderboard's results; `limit` is that of each category.
     """
     items = 0
-    for category in (*LIVE, *NON_LIVE):
-        questions = {entry["id"]: entry for entry in _questions(folder, category)[:limit]}
+    for category, entries in _questions().items():
+        questions = {entry["id"]: entry for entry in entries[:limit]}
         group = "live" if category in LIVE else "non_live"
         path = folder / "result" / REGISTERED.replace("/", "_") / group / f"BFCL_v4_{category}_result.json"
 
@@ -59,13 +61,16 @@ def run(answerer: Answerer, data: Path | None, folder: Path, limit: int | None, 
     return {"metrics": metrics, "items": items, **({"note": problem} if problem else {})}
 
 
-def _questions(folder: Path, category: str) -> list[dict[str, Any]]:
-    os.environ["BFCL_PROJECT_ROOT"] = str(folder)  # where the package makes folders when it is imported
-    folder.mkdir(parents=True, exist_ok=True)
-    from bfcl_eval.utils import load_dataset_entry
+@cache
+def _questions() -> dict[str, list[dict[str, Any]]]:
+    """By category; the package makes folders for its locks when it is imported, for as long as it is given here."""
+    with TemporaryDirectory() as folder:
+        os.environ["BFCL_PROJECT_ROOT"] = folder
+        from bfcl_eval.utils import load_dataset_entry
 
-    entries: list[dict[str, Any]] = load_dataset_entry(category)
-    return entries
+        found = {category: load_dataset_entry(category) for category in (*LIVE, *NON_LIVE)}
+        del os.environ["BFCL_PROJECT_ROOT"]
+    return found
 
 
 def _request(entry: dict[str, Any]) -> Request:

@@ -16,6 +16,7 @@ from typing import Any
 from minitron.files import read_json
 from minitron.measure.answers import Answerer, Messages, Request, kept
 from minitron.measure.judge import Judge
+from minitron.measure.task_files import located
 
 MAX_NEW_TOKENS = 64
 NUM_PASSAGES = 5
@@ -46,6 +47,11 @@ class Part:
     is_first_turn: bool = False
     """The words go before the first of the user's turns, not the last."""
     may_refuse: bool = False
+    adds_refusal: bool = False
+    """Its files add `NO_ANSWER` to all right answers."""
+    is_number: bool = False
+    counts_with: str | None = None
+    """Of several that count as one in the mean, their common name."""
 
 
 PARTS = {
@@ -55,17 +61,17 @@ PARTS = {
     "topiocqa": Part(
         "topiocqa/dev.json", "Answer the following question with a short span, or a full and complete answer. "
     ),
-    "inscit": Part("inscit/dev.json", is_first_turn=True),
+    "inscit": Part("inscit/dev.json", is_first_turn=True, adds_refusal=True),
     "coqa": Part(
         "coqa/dev.json",
         "Answer the following question with a short span. The answer needs to be just in a few words. ",
     ),
     "hybridial": Part("hybridial/test.json", is_first_turn=True),
     "sqa": Part("sqa/test.json", "Answer the following question with one or a list of items. "),
-    "doqa_cooking": Part("doqa/test_cooking.json", is_first_turn=True, may_refuse=True),
-    "doqa_travel": Part("doqa/test_travel.json", is_first_turn=True, may_refuse=True),
-    "doqa_movies": Part("doqa/test_movies.json", is_first_turn=True, may_refuse=True),
-    "convfinqa": Part("convfinqa/dev.json", is_first_turn=True),
+    "doqa_cooking": Part("doqa/test_cooking.json", is_first_turn=True, may_refuse=True, counts_with="doqa"),
+    "doqa_travel": Part("doqa/test_travel.json", is_first_turn=True, may_refuse=True, counts_with="doqa"),
+    "doqa_movies": Part("doqa/test_movies.json", is_first_turn=True, may_refuse=True, counts_with="doqa"),
+    "convfinqa": Part("convfinqa/dev.json", is_first_turn=True, is_number=True),
 }
 
 
@@ -90,19 +96,22 @@ def run(answerer: Answerer, data: Path, folder: Path, limit: int | None, judge: 
             return [{"item": i, "answer": answer} for i, answer in zip(ids, told, strict=True)]
 
         answers = kept(f"ChatRAG {name}", folder / f"{name}.jsonl", list(range(len(rows))), "item", answered)
-        scores[name] = 100 * sum(_score(name, row, answers[i]["answer"]) for i, row in enumerate(rows)) / len(rows)
+        scores[name] = (
+            100 * sum(_score(PARTS[name], row, answers[i]["answer"]) for i, row in enumerate(rows)) / len(rows)
+        )
         items += len(rows)
-    doqa = [score for name, score in scores.items() if name.startswith("doqa")]
-    parts = [score for name, score in scores.items() if not name.startswith("doqa")]
-    parts += [sum(doqa) / len(doqa)] if doqa else []
+    groups: dict[str, list[float]] = {}
+    for name, score in scores.items():
+        groups.setdefault(PARTS[name].counts_with or name, []).append(score)
+    means = [sum(group) / len(group) for group in groups.values()]
     lacking = sorted(PARTS.keys() - found.keys())
     note = {"note": f"without {', '.join(lacking)}: no files"} if lacking else {}
-    return {"metrics": {"average": sum(parts) / len(parts), **scores}, "items": items, **note}
+    return {"metrics": {"average": sum(means) / len(means), **scores}, "items": items, **note}
 
 
 def _found(data: Path) -> dict[str, Path]:
-    paths = {name: sorted(data.rglob(part.file)) for name, part in PARTS.items()}
-    return {name: found[0] for name, found in paths.items() if found}
+    paths = {name: located(data, part.file) for name, part in PARTS.items()}
+    return {name: path for name, path in paths.items() if path}
 
 
 def _request(answerer: Answerer, part: Part, row: Mapping[str, Any]) -> Request:
@@ -118,13 +127,13 @@ def _request(answerer: Answerer, part: Part, row: Mapping[str, Any]) -> Request:
     return Request(messages, MAX_NEW_TOKENS)
 
 
-def _score(name: str, row: Mapping[str, Any], answer: str) -> float:
-    if name == "convfinqa":
+def _score(part: Part, row: Mapping[str, Any], answer: str) -> float:
+    if part.is_number:
         return _has_number(row, answer)
-    if PARTS[name].may_refuse and REFUSALS.search(answer.lower()):
+    if part.may_refuse and REFUSALS.search(answer.lower()):
         answer = NO_ANSWER
     right = _answers(row)
-    if name == "inscit":  # whose files add this answer to all others
+    if part.adds_refusal:
         right = [each for each in right if each != NO_ANSWER] or right
     return max(word_f1(answer, each) for each in right)
 

@@ -23,18 +23,24 @@ class Bench:
     missing: Callable[[Path | None], str | None]
     run: Run
     runs_code: bool = False
+    shots: int = 0
+    longest_answer: int = 0
+    """Tokens that it lets a model write; 0: as many as a context has room for."""
+    package: str | None = None
+    """Where its data comes from, if not from a folder."""
 
 
 BENCHES = {
     "mt_bench": Bench(mt_bench.missing, mt_bench.run),
-    "chatrag": Bench(chatrag.missing, chatrag.run),
-    "bfcl": Bench(bfcl.missing, bfcl.run),
-    "humaneval": Bench(programs.missing_humaneval, programs.run_humaneval, runs_code=True),
-    "mbpp": Bench(programs.missing_mbpp, programs.run_mbpp, runs_code=True),
+    "chatrag": Bench(chatrag.missing, chatrag.run, longest_answer=chatrag.MAX_NEW_TOKENS),
+    "bfcl": Bench(bfcl.missing, bfcl.run, package="bfcl-eval", longest_answer=bfcl.MAX_NEW_TOKENS),
+    "humaneval": Bench(
+        programs.missing_humaneval, programs.run_humaneval, runs_code=True, longest_answer=programs.HUMANEVAL_TOKENS
+    ),
+    "mbpp": Bench(
+        programs.missing_mbpp, programs.run_mbpp, runs_code=True, shots=3, longest_answer=programs.MBPP_TOKENS
+    ),
 }
-
-
-SHOTS = {"mbpp": 3}
 
 
 def run_benches(
@@ -46,8 +52,9 @@ def run_benches(
     Answers and judgements are kept in the folder `answers`, if one is given, and are not asked for again.
 
     Raises:
-        UserError: the answers in that folder are not of this `identity`, or the judge does not answer.
+        UserError: the answers in that folder are not of this `identity` and data.
     """
+    identity = {**identity, "data": str(data)}
     with nullcontext(answers) if answers else TemporaryDirectory() as place:
         folder = Path(place)
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +65,7 @@ def run_benches(
         return {
             name: {
                 **BENCHES[name].run(answerer, data, (folder / name).absolute(), limit, judge),
-                "shots": SHOTS.get(name, 0), "data": "bfcl-eval" if name == "bfcl" else str(data or "hub"),
+                "shots": BENCHES[name].shots, "data": BENCHES[name].package or str(data or "hub"),
             }
             for name in names
         }  # fmt: skip

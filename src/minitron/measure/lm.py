@@ -25,7 +25,10 @@ def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             with Progress(self.stage, len(requests), "answers") as self.progress:
-                return super().loglikelihood(requests, disable_tqdm=True)
+                found = super().loglikelihood(requests, disable_tqdm=True)
+                # Those that continue one text by one token are answered by one call.
+                self.progress.advance(len(requests) - self.progress.done)
+                return found
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             with Progress(self.stage, len(requests), "answers") as self.progress:

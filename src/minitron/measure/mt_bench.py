@@ -1,7 +1,7 @@
 """MT-Bench: eighty questions of two turns, each answer rated from 1 to 10 by a judge (arXiv 2306.05685).
 
 Files are FastChat's, read and written: `question.jsonl`, `judge_prompts.jsonl` and, for questions that have one right
-answer, `reference_gpt-4.jsonl` (or `reference_answer/gpt-4.jsonl`).
+answer, `reference_answer/gpt-4.jsonl` (or `reference_gpt-4.jsonl`).
 """
 
 import re
@@ -11,29 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import UserError
-from minitron.measure.answers import Answerer, Messages, Request, kept, read_items
+from minitron.measure.answers import Answerer, Messages, Request, kept
 from minitron.measure.judge import Judge
+from minitron.measure.task_files import located, read_items
 from minitron.progress import Progress
 
 MAX_NEW_TOKENS = 1024
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 """As the benchmark has them; the likeliest tokens elsewhere."""
 WITH_REFERENCE = {"math", "reasoning", "coding"}
+QUESTIONS, PROMPTS = ("mt_bench/question.jsonl", "question.jsonl"), ("judge_prompts.jsonl",)
+REFERENCES = ("mt_bench/reference_answer/gpt-4.jsonl", "reference_answer/gpt-4.jsonl", "reference_gpt-4.jsonl")
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]|\[(\d+\.?\d*)\]")
 
 
 def missing(data: Path | None) -> str | None:
     """Why it cannot be run with these files."""
-    needed = ("question.jsonl", "judge_prompts.jsonl")
     if data is None:
-        return f"its questions are read from files: --tasks-data with FastChat's {' and '.join(needed)}"
-    lacking = [name for name in needed if not list(data.rglob(name))]
+        return "its questions are read from files: --tasks-data with FastChat's question.jsonl and judge_prompts.jsonl"
+    lacking = [names[-1] for names in (QUESTIONS, PROMPTS) if located(data, *names) is None]
     return f"{data} holds no {lacking[0]}" if lacking else None
 
 
 def run(answerer: Answerer, data: Path, folder: Path, limit: int | None, judge: Judge | None) -> dict[str, Any]:
     """Metrics of the answers, which are kept in `folder`; without a judge there are none."""
-    questions = {row["question_id"]: row for row in read_items(next(data.rglob("question.jsonl")))[:limit]}
+    questions = {row["question_id"]: row for row in _rows(data, QUESTIONS)[:limit]}
     told = kept(
         "MT-Bench answers", folder / "model_answer" / f"{answerer.name}.jsonl", list(questions), "question_id",
         lambda ids, stage: _answered(answerer, [questions[each] for each in ids], stage),
@@ -41,8 +43,8 @@ def run(answerer: Answerer, data: Path, folder: Path, limit: int | None, judge: 
     answers = {key: row["choices"][0]["turns"] for key, row in told.items()}
     if judge is None:
         return {"metrics": {}, "items": len(answers), "note": "not judged: name a judge with --judge"}
-    references = _references(data)
-    prompts = {row["name"]: row for row in read_items(next(data.rglob("judge_prompts.jsonl")))}
+    references = {row["question_id"]: row["choices"][0]["turns"] for row in _rows(data, REFERENCES)}
+    prompts = {row["name"]: row for row in _rows(data, PROMPTS)}
 
     def judged(keys: list[str], stage: str) -> list[dict[str, Any]]:
         rows = []
@@ -55,12 +57,16 @@ def run(answerer: Answerer, data: Path, folder: Path, limit: int | None, judge: 
                 progress.advance(1)
         return rows
 
-    ratings = kept(
-        "MT-Bench judgements",
-        folder / "model_judgment" / f"{judge.model.replace('/', '_')}_single" / f"{answerer.name}.jsonl",
-        [f"{key}-{turn}" for key in questions for turn in (1, 2)], "id", judged,
-    )  # fmt: skip
-    return {"metrics": _means(questions, list(ratings.values())), "items": len(questions), "judge": judge.model}
+    found: dict[str, Any] = {"items": len(questions), "judge": judge.model}
+    try:
+        ratings = kept(
+            "MT-Bench judgements",
+            folder / "model_judgment" / f"{judge.model.replace('/', '_')}_single" / f"{answerer.name}.jsonl",
+            [f"{key}-{turn}" for key in questions for turn in (1, 2)], "id", judged,
+        )  # fmt: skip
+    except UserError as error:  # the answers, and other benchmarks, are worth keeping
+        return {**found, "metrics": {}, "note": f"not judged: {error}"}
+    return {**found, "metrics": _means(questions, list(ratings.values()))}
 
 
 def _answered(answerer: Answerer, questions: list[dict[str, Any]], stage: str) -> list[dict[str, Any]]:
@@ -93,11 +99,9 @@ def _room(answerer: Answerer) -> int:
     return min(MAX_NEW_TOKENS, answerer.context // 2)
 
 
-def _references(data: Path) -> dict[int, list[str]]:
-    for name in ("reference_gpt-4.jsonl", "gpt-4.jsonl"):
-        for path in data.rglob(name):
-            return {row["question_id"]: row["choices"][0]["turns"] for row in read_items(path)}
-    return {}
+def _rows(data: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
+    path = located(data, *names)
+    return read_items(path) if path else []
 
 
 def _judged(

@@ -5,7 +5,6 @@ environment; that keeps mistakes small, but does not keep a program from reading
 trust the model runs the command in a container.
 """
 
-import gzip
 import subprocess
 import sys
 import tempfile
@@ -14,20 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from minitron.errors import UserError
-from minitron.measure.answers import Answerer, kept, parse_items
+from minitron.measure.answers import Answerer, kept
 from minitron.measure.judge import Judge
+from minitron.measure.task_files import located, read_items
 from minitron.progress import Progress
 
 SECONDS = 10
-LIMITS = f"""\
-import resource as _r
-for _what, _most in ((_r.RLIMIT_AS, 2**30), (_r.RLIMIT_CPU, {SECONDS}), (_r.RLIMIT_FSIZE, 2**20), (_r.RLIMIT_NPROC, 0),
-                     (_r.RLIMIT_CORE, 0)):
-    _r.setrlimit(_what, (_most, _most))
+PASSED = 77
+"""The exit status of a program that was run to its end: one that exits by itself has not passed its tests."""
+LAUNCHER = f"""\
+import resource as r, runpy, sys
+for what, most in ((r.RLIMIT_AS, 2**30), (r.RLIMIT_CPU, {SECONDS}), (r.RLIMIT_FSIZE, 2**20), (r.RLIMIT_NPROC, 0),
+                   (r.RLIMIT_CORE, 0)):
+    r.setrlimit(what, (most, most))
+runpy.run_path("program.py", run_name="__main__")
+sys.exit({PASSED})
 """
-"""What a program begins with: it cannot take these back."""
+"""Runs a program under limits that it cannot take back (that on further processes does not bind root)."""
 
 HUMANEVAL_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+HUMANEVAL_TOKENS, MBPP_TOKENS = 1024, 256
+"""Of a program, as lm-eval has them."""
 MBPP_EXAMPLES = (2, 3, 4)
 MBPP_TEST = range(11, 511)
 
@@ -48,7 +54,7 @@ def run_humaneval(
     """The share of functions that pass their tests, each continued from its signature and what it is for."""
     items = _rows(data, "HumanEval.jsonl", ("openai/openai_humaneval", None, ("test",)))[:limit]
     prompts = [item["prompt"] for item in items]
-    bodies = _written("HumanEval", answerer, folder, prompts, HUMANEVAL_ENDS, 1024)
+    bodies = _written("HumanEval", answerer, folder, prompts, HUMANEVAL_ENDS, HUMANEVAL_TOKENS)
     return _passed("HumanEval", [
         f"{item['prompt']}{body}\n{item['test']}\ncheck({item['entry_point']})"
         for item, body in zip(items, bodies, strict=True)
@@ -64,7 +70,7 @@ def run_mbpp(
     examples = "".join(f"{_task(by_number[i])}{by_number[i]['code']}\n[DONE]\n\n" for i in MBPP_EXAMPLES)
     items = [by_number[i] for i in MBPP_TEST if i in by_number][:limit]
     prompts = [examples + _task(item) for item in items]
-    codes = _written("MBPP", answerer, folder, prompts, ("[DONE]",), 256)
+    codes = _written("MBPP", answerer, folder, prompts, ("[DONE]",), MBPP_TOKENS)
     return _passed("MBPP", [
         "\n".join([item.get("test_setup_code", ""), code, *item["test_list"]])
         for item, code in zip(items, codes, strict=True)
@@ -72,43 +78,34 @@ def run_mbpp(
 
 
 def passes(program: str) -> bool:
-    """Whether it ends by itself, without an error, in time and within its limits."""
+    """Whether it comes to its end without an error, in time and within its limits."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "program.py")
-        path.write_text(LIMITS + program, encoding="utf-8", errors="replace")
+        Path(folder, "program.py").write_text(program, encoding="utf-8", errors="replace")
         try:
             done = subprocess.run(
-                [sys.executable, "-I", str(path)], cwd=folder, env={}, stdin=subprocess.DEVNULL,
+                [sys.executable, "-I", "-c", LAUNCHER], cwd=folder, env={}, stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == 0
+    return done.returncode == PASSED
 
 
 def _missing(data: Path | None, name: str) -> str | None:
-    if data is None or _file(data, name):
-        return None
-    return f"{data} holds no {name}"
-
-
-def _file(data: Path, name: str) -> Path | None:
-    return next((path for end in ("", ".gz") for path in sorted(data.rglob(name + end))), None)
+    return None if data is None or located(data, name) else f"{data} holds no {name}"
 
 
 def _rows(data: Path | None, name: str, hub: tuple[str, str | None, Sequence[str]]) -> list[dict[str, Any]]:
-    if data is None:
-        from datasets import load_dataset
+    if data is not None:
+        path = located(data, name)
+        return read_items(path) if path else []
+    from datasets import load_dataset
 
-        repository, part, splits = hub
-        try:
-            return [dict(row) for split in splits for row in load_dataset(repository, part, split=split)]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{repository} cannot be read: {error}") from error
-    path = _file(data, name)
-    assert path is not None
-    content = path.read_bytes()
-    return parse_items(gzip.decompress(content) if path.suffix == ".gz" else content, path)
+    repository, part, splits = hub
+    try:
+        return [dict(row) for split in splits for row in load_dataset(repository, part, split=split)]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{repository} cannot be read: {error}") from error
 
 
 def _task(row: dict[str, Any]) -> str:

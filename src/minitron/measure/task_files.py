@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ class Task:
     """Reads a file of another form than lm-eval's."""
     longest_answer: int = 0
     """Tokens that it lets a model write; 0: it compares likelihoods."""
+    lacks: Callable[[], str | None] = lambda: None
+    """Why it would fail, whatever its data; None: it would not."""
     is_chat: bool = False
     """Asked in the words of the tokenizer's chat template, where there is one."""
 
@@ -52,16 +55,34 @@ def tasks_data(name: str | None) -> Path | None:
     return Path(name)
 
 
-def find_file(data: Path, task: Task, split: str) -> Path | None:
-    """The local file of a task's split, or the folder of its arrow files."""
-    if task.name == "mmlu" and (arrow := data / "hf_datasets" / "hails" / "mmlu_no_train").is_dir():
-        return arrow
-    for ending in task.files[split]:
+def located(data: Path, *endings: str) -> Path | None:
+    """The first file, or folder, below a folder whose path ends in one of these, or in that and `.gz`."""
+    for ending in endings:
         name = ending.rpartition("/")[2]
         for path in sorted((*data.rglob(name), *data.rglob(f"{name}.gz"))):
             if path.as_posix().removesuffix(".gz").endswith(f"/{ending}"):
                 return path
     return None
+
+
+def read_items(path: Path) -> list[dict[str, Any]]:
+    """The items of a benchmark's jsonl file, which may be gzipped.
+
+    Raises:
+        UserError: a line is no JSON.
+    """
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        return [json.loads(line) for line in content.decode("utf-8").split("\n") if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON lines: {error}") from error
+
+
+def find_file(data: Path, task: Task, split: str) -> Path | None:
+    """The local file of a task's split, or the folder of its arrow files."""
+    if task.name == "mmlu" and (arrow := data / "hf_datasets" / "hails" / "mmlu_no_train").is_dir():
+        return arrow
+    return located(data, *task.files[split])
 
 
 @contextmanager
@@ -105,11 +126,16 @@ def _of_subject(data: Path, task: Task, split: str, subject: str, folder: Path) 
     assert path is not None
     if path.is_dir():
         return _files(path / subject / split)
-    target = folder / f"{subject}.{split}.jsonl"
-    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    rows = [line for line in content.decode().split("\n") if line and json.loads(line)["subject"] == subject]
-    target.write_text("\n".join([*rows, ""]), encoding="utf-8")
+    write_jsonl(target := folder / f"{subject}.{split}.jsonl", _by_subject(path)[subject])
     return [str(target)]
+
+
+@lru_cache(maxsize=2)
+def _by_subject(path: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in read_items(path):
+        found.setdefault(row["subject"], []).append(row)
+    return found
 
 
 def _write_definition(folder: Path, name: str, builtin: Path, files: dict[str, list[str]]) -> None:

@@ -13,6 +13,25 @@ from minitron.measure.instruct import BENCHES, Bench
 from minitron.measure.lm import lm_eval, manager
 from minitron.measure.task_files import Task, find_file, redirected, truthful_rows
 
+
+def _lacks_words() -> str | None:
+    """Why IFEval's checker, which counts sentences, would fail."""
+    try:
+        import immutabledict  # noqa: F401
+        import langdetect  # noqa: F401
+        import nltk
+    except ImportError as error:
+        return f"it needs {error.name}: pip install 'minitron[eval]'"
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        with redirect_stderr(StringIO()):
+            is_fetched = nltk.download("punkt_tab", quiet=True)
+        if not is_fetched:
+            return "nltk's punkt_tab is not there and cannot be fetched: put it where NLTK_DATA says"
+    return None
+
+
 MMLU_FILES = {"test": ("mmlu.test.jsonl",), "dev": ("mmlu.dev.jsonl",)}
 TASKS = {
     task.name: task
@@ -28,7 +47,8 @@ TASKS = {
         Task("gsm8k", 5, {"train": ("gsm8k/train.jsonl",), "test": ("gsm8k/test.jsonl",)}, longest_answer=256),
         Task("truthfulqa_mc2", 0, {"validation": ("truthfulqa/TruthfulQA.csv",)}, rows=truthful_rows),
         Task("xlsum", 3, longest_answer=256),
-        Task("ifeval", 0, {"train": ("ifeval/input_data.jsonl",)}, longest_answer=1280, is_chat=True),
+        Task("ifeval", 0, {"train": ("ifeval/input_data.jsonl",)}, longest_answer=1280,
+             lacks=_lacks_words, is_chat=True),
     )
 }  # fmt: skip
 GROUPS = {
@@ -84,13 +104,16 @@ def plan_tasks(names: list[str], limit: int | None, data: Path | None, runs_code
 
 def fitting(plan: Plan, context: int) -> Plan:
     """The plan without the tasks whose answers may be longer than a model's context."""
+    longest = {task.name: task.longest_answer for task in plan.tasks}
+    longest |= {name: BENCHES[name].longest_answer for name in plan.benches}
     long = {
-        task.name: f"its answers of up to {task.longest_answer:,} tokens do not fit in a context of {context:,}"
-        for task in plan.tasks
-        if task.longest_answer >= context
+        name: f"its answers of up to {tokens:,} tokens do not fit in a context of {context:,}"
+        for name, tokens in longest.items()
+        if tokens >= context
     }
-    left = tuple(task for task in plan.tasks if task.name not in long)
-    return replace(plan, tasks=left, skipped={**plan.skipped, **long})
+    tasks = tuple(task for task in plan.tasks if task.name not in long)
+    benches = tuple(name for name in plan.benches if name not in long)
+    return replace(plan, tasks=tasks, benches=benches, skipped={**plan.skipped, **long})
 
 
 def _obstacle_of_bench(bench: Bench, data: Path | None, runs_code: bool) -> str | None:
@@ -107,25 +130,7 @@ def _obstacle(task: Task, index: Mapping[str, Any], data: Path | None) -> str | 
         return "its data is on the hub alone"
     if data is not None and (missing := [split for split in task.files if find_file(data, task, split) is None]):
         return f"{data} holds no file of its split {missing[0]}"
-    return _lacks_words() if task.name == "ifeval" else None
-
-
-def _lacks_words() -> str | None:
-    """Why IFEval's checker, which counts sentences, would fail."""
-    try:
-        import immutabledict  # noqa: F401
-        import langdetect  # noqa: F401
-        import nltk
-    except ImportError as error:
-        return f"it needs {error.name}: pip install 'minitron[eval]'"
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError:
-        with redirect_stderr(StringIO()):
-            is_fetched = nltk.download("punkt_tab", quiet=True)
-        if not is_fetched:
-            return "nltk's punkt_tab is not there and cannot be fetched: put it where NLTK_DATA says"
-    return None
+    return task.lacks()
 
 
 def run_tasks(model: Any, plan: Plan, data: Path | None, seed: int) -> dict[str, Any]:
