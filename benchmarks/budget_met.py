@@ -3,11 +3,13 @@
     python benchmarks/budget_met.py RUN
 
 Bytes: the student is loaded in the budget's dtype and reads the budget's batch × context, a piece at a time; then its
-parameters and what its cache holds are added up. Speed: the student and its teacher are timed in turn, several times,
-on the device and in the dtype of the search. Prints a line of JSON each: limit, prediction, measurement.
+parameters and what its cache holds are added up. Speed: the student and its teacher are timed in turn, on the device
+and in the dtype of the search, and the student's seconds are the median of its shares of the teacher's times what the
+teacher took in the search, as there. Prints a line of JSON each: limit, prediction, measurement.
 """
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,12 @@ import torch
 from torch import Tensor
 
 from minitron.files import read_json, read_jsonl
-from minitron.measure.speed import measure_speed
+from minitron.measure.speed import alternate
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import open_checkpoint
 
 PIECE = 512
-ROUNDS = 5
+TURNS = 15
 
 
 def main() -> None:
@@ -34,17 +36,14 @@ def main() -> None:
         held = bytes_held(run / "student", device, **search["memory_of"])
         show("memory", search["limits"]["memory_bytes"], chosen["memory_bytes"], held)
     for name in {"prefill_seconds", "decode_seconds"} & set(search["limits"]):
-        times: dict[str, list[float]] = {"teacher": [], "student": []}
         models = {who: load_model(open_checkpoint(run / who), device, getattr(torch, search["speed_of"]["dtype"]))
-                  for who in times}  # fmt: skip
-        for _ in range(ROUNDS):
-            for who, model in models.items():
-                speed = measure_speed(model, search["speed_of"]["batch"], search["speed_of"]["context"])
-                times[who].append(getattr(speed, name))
-        best = {who: min(found) for who, found in times.items()}
-        show(name, search["limits"][name], chosen[name], best["student"], rounds=times["student"],
-             faster_than_teacher=[round(t / s, 3) for t, s in zip(*times.values(), strict=True)],
-             fastest_over_fastest=round(best["teacher"] / best["student"], 3))  # fmt: skip
+                  for who in ("teacher", "student")}  # fmt: skip
+        turns = alternate(models, search["speed_of"]["batch"], search["speed_of"]["context"], TURNS)
+        teacher, student = ([getattr(speed, name) for speed in turns[who]] for who in ("teacher", "student"))
+        shares = [s / t for s, t in zip(student, teacher, strict=True)]
+        measured = search["teacher_speed"][name] * statistics.median(shares)
+        show(name, search["limits"][name], chosen[name], measured, teacher=teacher, student=student,
+             faster_than_teacher=[round(1 / share, 3) for share in sorted(shares, reverse=True)])  # fmt: skip
 
 
 def show(name: str, limit: dict[str, float], predicted: float, measured: float, **more: Any) -> None:

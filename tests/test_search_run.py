@@ -17,7 +17,7 @@ from minitron import alone, pipeline
 from minitron.errors import UserError
 from minitron.inputs import Inputs
 from minitron.lineage import compress_family
-from minitron.measure.speed import measure_speed
+from minitron.measure.speed import Speed, measure_speed
 from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.present.plot import plot
@@ -221,28 +221,26 @@ def test_a_memory_budget_is_kept_by_what_is_written(place: Path, tmp_path: Path)
     assert found["arch"]["num_key_value_heads"] < whole.axis_size("kv") or found["arch"]["num_hidden_layers"] < 4
 
 
+class Pretended:
+    """Times as if each layer took a second, and each of its neurons a millisecond; or so many times that."""
+
+    def __init__(self, slower: float = 1.0) -> None:
+        self.slower = slower
+
+    def __call__(self, model: Any, batch: int, context: int) -> Speed:
+        config = model.config
+        seconds = self.slower * config.num_hidden_layers * (1 + config.intermediate_size / 1000)
+        return Speed(seconds, seconds / context, batch, context)
+
+    def alternate(self, models: dict[str, Any], batch: int, context: int, repeats: int) -> dict[str, list[Speed]]:
+        return {name: [self(model, batch, context)] * repeats for name, model in models.items()}
+
+
 def test_a_speed_budget_is_kept_by_what_is_measured(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def of_layers(speeds: Speeds, arch: Any) -> dict[str, float]:
-        # As if each layer took a second, and each of its neurons a millisecond.
-        return {"prefill_seconds": arch.axis_size("layer") * (1 + arch.axis_size("ffn") / 1000), "decode_seconds": 1.0}
-
-    plain = Speeds.__call__
-
-    def pretended(speeds: Speeds, arch: Any) -> dict[str, float]:
-        with monkeypatch.context() as patched:
-            patched.setattr("minitron.search.speed.measure_speed", lambda *_: Pretended(of_layers(speeds, arch)))
-            return plain(speeds, arch)
-
-    class Pretended:
-        def __init__(self, found: dict[str, float]) -> None:
-            self.found = found
-
-        def to_dict(self) -> dict[str, float]:
-            return self.found
-
-    monkeypatch.setattr(Speeds, "__call__", pretended)
+    monkeypatch.setattr("minitron.search.speed.measure_speed", Pretended())
+    monkeypatch.setattr("minitron.search.speed.alternate", Pretended(slower=3.0).alternate)
     asked = recipe(place / "model", place / "text.txt", **{"target_params": None, "budget.throughput": "1.35x",
                    "budget.context": 64, "search.distill_tokens": 0, "search.tolerance": 0.2})  # fmt: skip
     found = alone.search(asked, tmp_path / "found", overwrite=False)
@@ -261,6 +259,26 @@ def test_a_fit_of_times_has_no_negative_factor() -> None:
     exact = parts @ [0.0, 2.0, 0.5, 1.0]
     assert _fitted(parts, exact) == pytest.approx([0.0, 2.0, 0.5, 1.0], abs=1e-9)
     assert (_fitted(parts, exact - 0.3 * parts[:, 0] + 0.2) >= 0).all()
+
+
+def test_a_machine_that_slows_down_changes_no_shape_that_is_timed_beside_the_teacher(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, small = open_checkpoint(place / "model"), {"num_hidden_layers": 2}
+    seconds = {}
+    for slower in (1.0, 3.0):
+        own = Speeds(teacher, Serving(1, 32), CPU, torch.float32, tmp_path / f"{slower}-teacher.jsonl")
+        monkeypatch.setattr("minitron.search.speed.measure_speed", Pretended())
+        own(teacher.arch)
+        monkeypatch.setattr("minitron.search.speed.measure_speed", Pretended(slower))
+        monkeypatch.setattr("minitron.search.speed.alternate", Pretended(slower).alternate)
+        for beside in (own, None):
+            speeds = Speeds(
+                teacher, Serving(1, 32), CPU, torch.float32, tmp_path / f"{slower}-{beside is None}", beside
+            )
+            seconds[slower, beside is None] = speeds(teacher.arch.resized(**small))["prefill_seconds"]
+    assert seconds[3.0, False] == pytest.approx(seconds[1.0, False]) == pytest.approx(seconds[1.0, True])
+    assert seconds[3.0, True] == pytest.approx(3 * seconds[1.0, True])  # alone
 
 
 def test_speeds_are_measured_once_and_remembered(place: Path, tmp_path: Path) -> None:

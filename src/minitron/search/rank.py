@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -103,8 +103,10 @@ class _Task:
         serving = (
             Serving(asked.batch, asked.context, asked.dtype) if _asks_for_speed(inputs) else Serving(1, inputs.context)
         )
-        self.speeds = Speeds(inputs.whole, serving, inputs.device, inputs.dtype, self.work / "speeds.jsonl")
-        self.teacher_speeds = replace(self.speeds, teacher=inputs.teacher, path=self.work / "teacher-speed.jsonl")
+        device, dtype = inputs.device, inputs.dtype
+        self.teacher_speeds = Speeds(inputs.teacher, serving, device, dtype, self.work / "teacher-speed.jsonl")
+        beside = self.teacher_speeds if _asks_for_speed(inputs) else None  # else they only break ties
+        self.speeds = Speeds(inputs.whole, serving, device, dtype, self.work / "speeds.jsonl", beside)
         self.recipe, self.seconds = inputs.recipe.search, Seconds(self.work / "seconds.json", world)
         if world.is_main:
             self.work.mkdir(parents=True, exist_ok=True)
@@ -248,6 +250,7 @@ class _Task:
                 figures = {name: rows[i][name] for name in budget.limits}
                 if budget.fits(figures):
                     chosen.append(i)
+        self.teacher_speeds.forget()
         if self.world.is_main:
             write_jsonl(self.log, rows)
         self.world.barrier()

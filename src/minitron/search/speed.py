@@ -1,6 +1,7 @@
 """What speed a shape has on this device: measured once on random weights and remembered, or estimated from those."""
 
 import platform
+import statistics
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,38 +14,62 @@ from transformers import AutoModelForCausalLM
 
 from minitron.errors import UserError
 from minitron.files import read_jsonl, write_jsonl
-from minitron.measure.speed import measure_speed
+from minitron.measure.speed import alternate, measure_speed
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.search.budget import SPEEDS, Serving
 from minitron.search.candidates import Shapes
 
 Array = NDArray[np.float64]
+TURNS = 5
+"""How often a shape and the teacher are timed in turn, each once more to warm up."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Speeds:
-    """Speeds of shapes of one teacher for one way of serving; `path` is the jsonl file that remembers them."""
+    """Speeds of shapes of one teacher for one way of serving; `path` is the jsonl file that remembers them.
+
+    With `beside`, speeds of a teacher, every shape is timed in turn with that teacher. Its seconds are then those that
+    it would have taken when the teacher itself was timed: how fast a machine is changes from one shape to the next.
+    """
 
     teacher: Checkpoint
     serving: Serving
     device: torch.device
     dtype: torch.dtype
     path: Path
+    beside: "Speeds | None" = None
 
     def __call__(self, arch: Arch) -> dict[str, float]:
         """The figures of `SPEEDS`, in seconds, of a shape."""
         if known := self.remembered(arch):
             return known
-        # Which layers are kept matters to no speed, but for their kinds, of which each keeps the teacher's first.
-        layers = self._first_layers(arch)
-        config = student_config(self.teacher, arch, layers)
-        with torch.random.fork_rng(devices=[]), torch.device(self.device):
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
-        found = measure_speed(model, self.serving.batch, self.serving.context).to_dict()
+        model = self._on_random_weights(arch)
+        if self.beside is None:
+            speed = measure_speed(model, self.serving.batch, self.serving.context)
+            found = {name: getattr(speed, name) for name in SPEEDS}
+        else:
+            found = self._in_turn(model, self.beside)
         write_jsonl(self.path, [*read_jsonl(self.path), self._key(arch) | found])
-        return {name: found[name] for name in SPEEDS}
+        return found
+
+    def _in_turn(self, model: Any, beside: "Speeds") -> dict[str, float]:
+        models = {"shape": model, "teacher": beside.own}
+        turns = alternate(models, self.serving.batch, self.serving.context, TURNS)
+        pairs, seconds = list(zip(turns["shape"], turns["teacher"], strict=True)), beside(beside.teacher.arch)
+        return {
+            name: seconds[name] * statistics.median(getattr(a, name) / getattr(b, name) for a, b in pairs)
+            for name in SPEEDS
+        }
+
+    @cached_property
+    def own(self) -> Any:
+        """The teacher itself, on random weights, kept until it is forgotten."""
+        return self._on_random_weights(self.teacher.arch)
+
+    def forget(self) -> None:
+        """Let go of the teacher that others were timed in turn with."""
+        self.__dict__.pop("own", None)
 
     def remembered(self, arch: Arch) -> dict[str, float] | None:
         """The same if they have been measured before."""
@@ -80,6 +105,13 @@ class Speeds:
         active = np.asarray(shapes.figures["num_active_parameters"], dtype=float)
         parts = np.broadcast_arrays(np.ones(len(shapes)), layers, active, layers * heads)
         return np.stack(parts, axis=1)
+
+    def _on_random_weights(self, arch: Arch) -> Any:
+        # Which layers are kept matters to no speed, but for their kinds, of which each keeps the teacher's first.
+        config = student_config(self.teacher, arch, self._first_layers(arch))
+        with torch.random.fork_rng(devices=[]), torch.device(self.device):
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval()
 
     def _first_layers(self, arch: Arch) -> list[int]:
         if not arch.layer_counts:

@@ -41,12 +41,13 @@ def rungs(recipe: Recipe, context: int) -> list[int]:
 def trial_recipe(recipe: Recipe) -> DistillRecipe:
     """How candidates are distilled: as the student will be, on fewer tokens, with logits alone.
 
-    The rate stays at its peak until the end, so that those who stop early are compared with those who go on
-    (`wsd`, see `distill.optimizers.learning_rate`).
+    The rate stays at its peak for the first half, within which those who stop early are compared with those who go on,
+    and comes down over the second (`wsd`, see `distill.optimizers.learning_rate`): near the peak all differ less.
     """
     changed: dict[str, Any] = {
         "tokens": recipe.search.distill_tokens, "batch_size": recipe.search.batch_size, "micro_batch_size": 1,
-        "schedule": "wsd", "trackers": (), "intermediate": IntermediateRecipe(), "correction": CorrectionRecipe(),
+        "schedule": "wsd", "decay_ratio": 0.5, "trackers": (), "intermediate": IntermediateRecipe(),
+        "correction": CorrectionRecipe(),
     }  # fmt: skip
     if recipe.distill.teacher_states is None:
         changed["stored"] = "hidden"
