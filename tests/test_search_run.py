@@ -15,6 +15,7 @@ import torch
 
 from minitron import alone, pipeline
 from minitron.errors import UserError
+from minitron.files import write_jsonl
 from minitron.inputs import Inputs
 from minitron.lineage import compress_family
 from minitron.measure.speed import Speed, measure_speed
@@ -26,7 +27,7 @@ from minitron.search import trial, zero_shot
 from minitron.search.budget import Serving
 from minitron.search.rank import _choose, shapes_within
 from minitron.search.speed import Speeds, _fitted
-from minitron.search.trial import rungs
+from minitron.search.trial import better_half, rungs
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -202,6 +203,13 @@ def test_of_candidates_as_good_the_fastest_is_chosen() -> None:
     assert _choose([row(1.0, 3.0), row(1.02, 1.0)], [0, 1]) == 0
 
 
+def test_of_a_comparison_the_better_half_goes_on_and_who_is_as_good() -> None:
+    assert better_half({1: 1.0, 2: 1.2, 3: 1.1, 4: 1.3}) == {1, 3}
+    assert better_half({1: 1.0, 2: 1.105, 3: 1.1, 4: 1.12}) == {1, 2, 3}
+    assert better_half({1: 1.0, 2: 1.2, 3: 1.1}) == {1, 3}
+    assert better_half({7: 1.0}) == {7}
+
+
 def test_a_memory_budget_is_kept_by_what_is_written(place: Path, tmp_path: Path) -> None:
     asked = recipe(
         place / "model", place / "text.txt",
@@ -279,6 +287,23 @@ def test_a_machine_that_slows_down_changes_no_shape_that_is_timed_beside_the_tea
             seconds[slower, beside is None] = speeds(teacher.arch.resized(**small))["prefill_seconds"]
     assert seconds[3.0, False] == pytest.approx(seconds[1.0, False]) == pytest.approx(seconds[1.0, True])
     assert seconds[3.0, True] == pytest.approx(3 * seconds[1.0, True])  # alone
+
+
+def test_an_estimate_knows_embeddings_from_weights_of_layers(place: Path, tmp_path: Path) -> None:
+    """Where a layer's weights take time and embeddings none, as in a prefill; the control counts them alike."""
+    asked = recipe(place / "model", place / "text.txt", target_params=None, **{"budget.throughput": "1.1x"})
+    teacher, shapes = open_checkpoint(place / "model"), shapes_within(Inputs(asked))[0]
+    speeds = Speeds(teacher, Serving(1, 32), CPU, torch.float32, tmp_path / "speeds.jsonl")
+    exact = {i: 1e-6 * shapes[i].num_non_embedding_parameters for i in range(0, len(shapes), max(1, len(shapes) // 40))}
+    fitted = list(exact)[::4]
+    times = [{"prefill_seconds": exact[i], "decode_seconds": 1e-6 * shapes[i].num_parameters} for i in fitted]
+    write_jsonl(speeds.path, [{"sizes": dict(shapes[i].sizes), **row} for i, row in zip(fitted, times, strict=True)])
+    found = speeds.estimated(shapes)
+    for i, seconds in exact.items():
+        assert found["prefill_seconds"][i] == pytest.approx(seconds, rel=1e-6)
+        assert found["decode_seconds"][i] == pytest.approx(1e-6 * shapes[i].num_parameters, rel=1e-6)
+    shares = [shapes[i].num_parameters / exact[i] for i in exact]
+    assert max(shares) > 1.1 * min(shares)
 
 
 def test_speeds_are_measured_once_and_remembered(place: Path, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ class SearchRecipe(_Strict):
     batch_size: int = Field(2, ge=1)
     """Blocks a step of that."""
     halving: bool = True
-    """Only the better half goes on after a quarter of these tokens, and of that the better half after one half."""
+    """Only the better half, and who is as good, goes on after a quarter of these tokens, and of that after a half."""
     tokens: Count = 16_384
     """Held-out tokens that rank candidates and follow the distillation; a quarter of these told apart only 5 %."""
 

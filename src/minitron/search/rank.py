@@ -27,14 +27,12 @@ from minitron.search.probes import predicted, probes
 from minitron.search.seconds import Seconds
 from minitron.search.speed import Speeds
 from minitron.search.standings import standings
-from minitron.search.trial import Row, Trial, compete, trial_recipe
+from minitron.search.trial import TIE, Row, Trial, compete, trial_recipe
 from minitron.search.zero_shot import ZeroShot
 from minitron.stages import stored_word
 
 SPEED_MARGIN = 0.1
 """Estimated speeds may be so far beyond a limit for a shape to be looked at; measured ones may not."""
-TIE = 0.01
-"""Of candidates whose losses differ by no more than this share, the fastest is chosen."""
 
 
 def shapes_within(inputs: Inputs) -> tuple[Shapes, Budget]:

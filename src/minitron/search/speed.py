@@ -80,8 +80,9 @@ class Speeds:
     def estimated(self, shapes: Shapes) -> dict[str, Array]:
         """The same of many shapes, (n,) each, from a fit through all that have been measured.
 
-        Time is a sum of four parts, each with a factor that is not negative: what does not depend on the shape, what
-        every layer takes, every multiplication with a weight, and every one between tokens of the context.
+        Time is a sum of five parts, each with a factor that is not negative: what does not depend on the shape, what
+        every layer takes, every multiplication with a weight of a layer, every one between tokens of the context, and
+        what embeddings take, which a prefill multiplies with the last token alone.
 
         Raises:
             UserError: too few have been measured to say.
@@ -97,13 +98,14 @@ class Speeds:
         return {name: wanted @ _fitted(known, np.array([row[name] for row in rows])) for name in SPEEDS}
 
     def _parts(self, shapes: Shapes) -> Array:
-        """(n, 4)."""
+        """(n, 5)."""
         teacher = self.teacher.arch
         size = {**teacher.sizes, **shapes.sizes}
         layers = np.asarray(size["num_hidden_layers"], dtype=float)
         heads = np.asarray(size.get("num_attention_heads", 0), dtype=float) * size.get("head_dim", 0)
-        active = np.asarray(shapes.figures["num_active_parameters"], dtype=float)
-        parts = np.broadcast_arrays(np.ones(len(shapes)), layers, active, layers * heads)
+        embeddings = np.asarray(teacher.count_grid(size) - teacher.count_grid(size, without="vocab"), dtype=float)
+        active = np.asarray(shapes.figures["num_active_parameters"], dtype=float) - embeddings
+        parts = np.broadcast_arrays(np.ones(len(shapes)), layers, active, layers * heads, embeddings)
         return np.stack(parts, axis=1)
 
     def _on_random_weights(self, arch: Arch) -> Any:

@@ -1,7 +1,7 @@
 """A short list of candidates, each pruned, mended and distilled for a while; poor ones stop early."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ On a quarter of them, a shape that keeps hidden whole, whose matrices are refitt
 worse; one that cuts hidden is not refitted and loses nothing (docs/studies/search.md).
 """
 REPAIR_TOKENS_PER_INPUT = 2
+TIE = 0.01
+"""Candidates whose losses differ by no more than this share are as good as each other: held-out text tells no more."""
 
 
 def rungs(recipe: Recipe, context: int) -> list[int]:
@@ -104,14 +106,19 @@ def compete(
             if world.is_main:
                 save()
         if rung + 1 < len(heights):
-            by_loss = sorted(numbers, key=lambda number: rows[number]["distilled_kl"][str(tokens)])
-            going_on = by_loss[: max(1, -(-len(numbers) // 2))]
+            going_on = better_half({number: rows[number]["distilled_kl"][str(tokens)] for number in numbers})
             if world.is_main:
-                for number in set(numbers) - set(going_on):
+                for number in set(numbers) - going_on:
                     trial.forget(_name(number))
             world.barrier()
             numbers = [number for number in numbers if number in going_on]
     return numbers
+
+
+def better_half(losses: Mapping[int, float]) -> set[int]:
+    """Of candidates, by number, the half with less loss, and those as good as the last of it."""
+    last = sorted(losses.values())[(len(losses) - 1) // 2]
+    return {number for number, loss in losses.items() if loss <= last * (1 + TIE)}
 
 
 def _distil(numbers: list[int], archs: list[Arch], trial: Trial, tokens: int, number: int) -> float:
