@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minitron.files import read_json, read_jsonl
 from minitron.measure.speed import alternate
-from minitron.model.causal import load_model
+from minitron.model.causal import load_model, resolve_device
 from minitron.model.checkpoint import open_checkpoint
 
 PIECE = 512
@@ -31,7 +31,7 @@ def main() -> None:
     run = Path(sys.argv[1])
     search = read_json(run / "search.json")
     [chosen] = [row for row in read_jsonl(run / "candidates.jsonl") if row["chosen"]]
-    device = torch.device(search["speed_of"]["device"].split(" ")[0])
+    device = resolve_device(search["speed_of"]["device"].split(" ")[0])
     if "memory_bytes" in search["limits"]:
         held = bytes_held(run / "student", device, **search["memory_of"])
         show("memory", search["limits"]["memory_bytes"], chosen["memory_bytes"], held)
