@@ -181,9 +181,9 @@ class SearchRecipe(_Strict):
     batch_size: int = Field(2, ge=1)
     """Blocks a step of that."""
     halving: bool = True
-    """Only the better half, and who is as good, goes on after a quarter of these tokens, and of that after a half."""
+    """After a quarter of these tokens, and again after half, only the better half goes on, and who is as good."""
     tokens: Count = 16_384
-    """Held-out tokens that rank candidates and follow the distillation; a quarter of these told apart only 5 %."""
+    """Held-out tokens that rank candidates and follow the distillation; fewer do not tell good shapes apart."""
 
 
 class IntermediateRecipe(_Strict):

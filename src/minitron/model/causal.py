@@ -77,7 +77,10 @@ def _softcap(config: Any) -> float | None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU; under torchrun, each process has a GPU of its own."""
+    """`auto` is CUDA where there is one, else the CPU; under torchrun, each process has a GPU of its own.
+
+    In passing, the process is told how to multiply on this machine's processor.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and "LOCAL_RANK" in os.environ:

@@ -129,6 +129,7 @@ class _Task:
                 for arch in known:
                     self.speeds(arch)
                     progress.advance(1)
+            self.teacher_speeds.forget()
         self.world.barrier()
         limits = speed_limits(asked, self.recipe.tolerance, self.teacher_speeds(teacher.arch))
         estimated = {name: value for name, value in self.speeds.estimated(shapes).items() if name in limits}
