@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minitron.evaluation.speed import alternate
 from minitron.files import read_json, read_jsonl
-from minitron.measure.speed import alternate
-from minitron.model.causal import load_model, resolve_device
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.language_model import load_model
+from minitron.runtime import resolve_device
 
 PIECE = 512
 TURNS = 15

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from minitron.inputs import Inputs
-from minitron.prune.calibrate import calibrate
+from minitron.pruning.calibrate import calibrate
 from minitron.recipe import Recipe
+from minitron.session import Session
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     tokens = 512 * options.blocks
-    inputs = Inputs(Recipe.model_validate({
+    inputs = Session(Recipe.model_validate({
         "teacher": options.teacher, "context": 512, "search": {"tokens": 512}, "evaluation": {"tokens": 512},
         "calibration": {"tokens": tokens}, "distill": {"tokens": tokens},
     }))  # fmt: skip
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def forward(inputs: Inputs) -> None:
+def forward(inputs: Session) -> None:
     """The blocks through the model, one at a time, up to its last hidden states."""
     for ids in inputs.calibration_blocks.ids.split(1):
         inputs.model.base_model(input_ids=ids.to(inputs.device), use_cache=False)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from minitron.alone import correct, distill, prune
-from minitron.inputs import Inputs
 from minitron.measured import evaluate
 from minitron.recipe import Recipe, parse_count
+from minitron.session import Session
 
 BEFORE = ("full", "norms", "lora")
 
@@ -62,7 +62,7 @@ def study(options: argparse.Namespace, seed: int) -> None:
 
     pruned = folder / "pruned"
     whole = recipe(options.teacher)
-    size = round(Inputs(whole).teacher.arch.sizes["intermediate_size"] * options.ffn / 4) * 4
+    size = round(Session(whole).teacher.arch.sizes["intermediate_size"] * options.ffn / 4) * 4
     prune(whole, {"intermediate_size": size}, None, None, pruned, False)
     show(options.teacher, model="teacher")
     show(pruned, model="pruned")

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from kd_loss import memory_mb, spread
 
-from minitron.distill.distributed import World
-from minitron.distill.optimizers import make_optimizers, take_step
-from minitron.distill.teacher import Live, stored
-from minitron.distill.train import accumulate
-from minitron.inputs import Inputs
-from minitron.model.causal import Headless, read_head
+from minitron.distillation.optimizers import make_optimizers, take_step
+from minitron.distillation.teacher import Live, stored
+from minitron.distillation.trainer import accumulate
 from minitron.model.checkpoint import student_config
+from minitron.model.language_model import Headless, read_head
 from minitron.recipe import Recipe
+from minitron.runtime import World
+from minitron.session import Session
 
 SIZES = {"hidden_size": 448, "intermediate_size": 1152}
 CONTEXT = 512
@@ -71,7 +71,7 @@ def alone(way: str) -> dict[str, float]:
 def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     """The median rate of the steps behind the first, and peak memory."""
     tokens = CONTEXT * options.batch_size
-    inputs = Inputs(Recipe.model_validate({
+    inputs = Session(Recipe.model_validate({
         "teacher": options.teacher, "context": CONTEXT, "dtype": "float32", "calibration": {"tokens": tokens},
         "search": {"tokens": CONTEXT}, "evaluation": {"tokens": CONTEXT},
         "distill": {"tokens": tokens * (options.steps + 1), "batch_size": options.batch_size},
@@ -84,7 +84,7 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     return {"tokens_per_second": tokens / statistics.median(seconds[1:]), "peak_mb": memory_mb("VmHWM")}
 
 
-def make_student(inputs: Inputs) -> Any:
+def make_student(inputs: Session) -> Any:
     """Random, of two thirds of the parameters."""
     from transformers import AutoModelForCausalLM
 
@@ -94,7 +94,7 @@ def make_student(inputs: Inputs) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def our_steps(inputs: Inputs, way: str, options: argparse.Namespace) -> Iterator[None]:
+def our_steps(inputs: Session, way: str, options: argparse.Namespace) -> Iterator[None]:
     """Steps of our loop."""
     student, recipe, blocks = Headless(make_student(inputs)), inputs.recipe.distill, inputs.splits.train
     with TemporaryDirectory() as folder:
@@ -116,18 +116,18 @@ def our_steps(inputs: Inputs, way: str, options: argparse.Namespace) -> Iterator
 STORE = """
 import json, sys
 from pathlib import Path
-from minitron.distill.distributed import World
-from minitron.distill.teacher import stored
-from minitron.inputs import Inputs
-from minitron.model.causal import read_head
+from minitron.runtime import World
+from minitron.distillation.teacher import stored
+from minitron.session import Session
+from minitron.model.language_model import read_head
 from minitron.recipe import Recipe
-inputs = Inputs(Recipe.model_validate(json.loads(sys.argv[1])))
+inputs = Session(Recipe.model_validate(json.loads(sys.argv[1])))
 head, recipe = read_head(inputs.teacher, inputs.device, inputs.dtype), inputs.recipe.distill
 stored(Path(sys.argv[2]) / "states", {}, lambda: inputs.model, head, inputs.splits.train, recipe, World())
 """
 
 
-def trl_steps(inputs: Inputs, options: argparse.Namespace) -> Iterator[None]:
+def trl_steps(inputs: Session, options: argparse.Namespace) -> Iterator[None]:
     """Steps of TRL's trainer, which runs in a thread of its own so that they can be counted from here."""
     import queue
     import threading

@@ -17,9 +17,9 @@ import torch
 from kd_loss import spread
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minitron.distill.fused import States, logit_loss
-from minitron.distill.losses import forward_kl
-from minitron.model.causal import Head, Headless
+from minitron.distillation.fused import States, logit_loss
+from minitron.distillation.losses import forward_kl
+from minitron.model.language_model import Head, Headless
 
 WAYS = {"as torch takes them": "ieee", "oneDNN": "bf16"}
 VOCAB, HIDDEN, FFN, TOKENS = 49_152, 576, 1_536, 512

@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from minitron.data.blocks import read_splits
 from minitron.data.corpus import documents
-from minitron.distill.distributed import World
-from minitron.distill.train import distill
+from minitron.distillation.trainer import distill
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pipeline import compress
 from minitron.recipe import DistillRecipe, Recipe, parse_count
+from minitron.runtime import World
 
 VOCABULARY, CONTEXT, SEED = 2048, 256, 0
 EVALUATION_TOKENS, HELDOUT_TOKENS = 16_384, 4_096

@@ -13,12 +13,12 @@ import json
 import torch
 from torch import Tensor
 
-from minitron.distill.fused import States, logit_loss
-from minitron.distill.losses import forward_kl
-from minitron.inputs import Inputs
-from minitron.model.causal import Headless, load_model
+from minitron.distillation.fused import States, logit_loss
+from minitron.distillation.losses import forward_kl
+from minitron.model.language_model import Headless, load_model
 from minitron.model.source import open_teacher
 from minitron.recipe import Recipe
+from minitron.session import Session
 
 CONTEXT = 512
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--tokens", type=int, default=CONTEXT)
     options = parser.parse_args()
-    inputs = Inputs(Recipe.model_validate({
+    inputs = Session(Recipe.model_validate({
         "teacher": options.teacher, "context": CONTEXT, "dtype": "bfloat16", "calibration": {"tokens": options.tokens},
         "search": {"tokens": CONTEXT}, "evaluation": {"tokens": CONTEXT}, "distill": {"tokens": options.tokens},
     }))  # fmt: skip

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitron.distill.fused import States, logit_loss
-from minitron.distill.losses import forward_kl
-from minitron.model.causal import Head
+from minitron.distillation.fused import States, logit_loss
+from minitron.distillation.losses import forward_kl
+from minitron.model.language_model import Head
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Of the student's states (N, hidden) and output matrix (vocab, hidden), and of the teacher's."""

@@ -160,8 +160,8 @@ def calibrated(folder: Path) -> dict[str, Any]:
     """Scores, block influence and the moment of the stream."""
     from safetensors.torch import save_file
 
-    from minitron.prune.calibrate import calibrate
-    from minitron.prune.importance import score
+    from minitron.pruning.calibrate import calibrate
+    from minitron.pruning.importance import score
     from minitron.recipe import CalibrationRecipe
 
     teacher, blocks = inputs(folder)
@@ -177,8 +177,8 @@ def pruned(folder: Path, repairs: bool = False) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     from minitron.files import whole_folder
-    from minitron.prune.repair import mended
-    from minitron.prune.trim import cut_to, write_pruned
+    from minitron.pruning.cut import cut_to, write_pruned
+    from minitron.pruning.repair import mended
     from minitron.recipe import PLAIN, PruneRecipe
 
     teacher, blocks = inputs(folder)

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from minitron.data.blocks import load_tokenizer, read_blocks
-from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import load_model
+from minitron.evaluation.perplexity import measure_perplexity
+from minitron.model.language_model import load_model
 from minitron.model.source import open_teacher
 from minitron.recipe import parse_count
 

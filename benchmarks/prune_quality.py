@@ -21,17 +21,17 @@ from typing import Any
 import torch
 
 from minitron.data.blocks import Blocks, load_tokenizer, read_blocks
-from minitron.distill.distributed import World
-from minitron.distill.teacher import Teacher, stored
-from minitron.distill.train import distill
+from minitron.distillation.teacher import Teacher, stored
+from minitron.distillation.trainer import distill
+from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import whole_folder
-from minitron.inputs import Inputs
-from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import load_model, read_head
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.repair import mended
-from minitron.prune.trim import cut_to, write_pruned
+from minitron.model.language_model import load_model, read_head
+from minitron.pruning.cut import cut_to, write_pruned
+from minitron.pruning.repair import mended
 from minitron.recipe import PLAIN, PruneRecipe, Recipe, parse_count
+from minitron.runtime import World
+from minitron.session import Session
 
 SHAPES = {
     "ffn": {"intermediate_size": 768},
@@ -73,7 +73,7 @@ def main() -> None:
         "distill": {"tokens": options.tokens or options.calibration, "learning_rate": options.learning_rate,
                     "batch_size": options.batch_size, "optimizer": options.optimizer},
     })  # fmt: skip
-    inputs = Inputs(recipe)
+    inputs = Session(recipe)
     texts = {"wiki": inputs.splits.evaluation}
     if options.wikitext:
         texts["wikitext-2"] = read_wikitext(options.wikitext, inputs)
@@ -87,13 +87,15 @@ def main() -> None:
                         study(inputs, texts, name, method, Path(folder), word)
 
 
-def teacher_of(inputs: Inputs, folder: Path) -> Teacher:
+def teacher_of(inputs: Session, folder: Path) -> Teacher:
     """All students see the same blocks, so the teacher runs over each of them once."""
     head = read_head(inputs.teacher, inputs.device, inputs.dtype)
     return stored(folder, {}, lambda: inputs.model, head, inputs.splits.train, inputs.recipe.distill, World())
 
 
-def study(inputs: Inputs, texts: dict[str, Blocks], name: str, method: str, folder: Path, word: Teacher | None) -> None:
+def study(
+    inputs: Session, texts: dict[str, Blocks], name: str, method: str, folder: Path, word: Teacher | None
+) -> None:
     """Cut, measure, and if there is a teacher to say it, distil and measure again."""
     teacher, recipe, started = inputs.teacher, METHODS[method], time.monotonic()
     arch = teacher.arch.resized(**SHAPES[name])
@@ -122,7 +124,7 @@ def measured(model: Any, texts: dict[str, Blocks]) -> dict[str, float]:
     return {name: round(measure_perplexity(model, blocks).perplexity, 2) for name, blocks in texts.items()}
 
 
-def read_wikitext(path: Path, inputs: Inputs) -> Blocks:
+def read_wikitext(path: Path, inputs: Session) -> Blocks:
     """The first 8,192 tokens, detokenised."""
     with TemporaryDirectory() as folder:
         plain = Path(folder) / "wikitext.txt"

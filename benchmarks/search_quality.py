@@ -18,17 +18,17 @@ from typing import Any
 
 from minitron.alone import prune
 from minitron.data.blocks import Blocks
-from minitron.distill.distributed import World
-from minitron.distill.fused import States, logit_loss
-from minitron.distill.losses import forward_kl
-from minitron.distill.teacher import stored
-from minitron.distill.train import distill
+from minitron.distillation.fused import States, logit_loss
+from minitron.distillation.losses import forward_kl
+from minitron.distillation.teacher import stored
+from minitron.distillation.trainer import distill
+from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import read_jsonl
-from minitron.inputs import Inputs
-from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import Headless, load_model, read_head
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.language_model import Headless, load_model, read_head
 from minitron.recipe import Recipe, parse_count
+from minitron.runtime import World
+from minitron.session import Session
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def _study(teacher: str, seed: int, tokens: int, shapes: dict[str, dict[str, int
         "teacher": teacher, "seed": seed, "context": 512, "search": {"tokens": 4096}, "evaluation": {"tokens": 16_384},
         "calibration": {"tokens": 16_384}, "distill": {"tokens": tokens, "batch_size": 2, "learning_rate": 5e-4},
     })  # fmt: skip
-    inputs = Inputs(recipe)
+    inputs = Session(recipe)
     head = read_head(inputs.teacher, inputs.device, inputs.dtype)
     states = out / f"states-{seed}"
     word = stored(states, {}, lambda: inputs.model, head, inputs.splits.train, recipe.distill, World())
@@ -72,7 +72,7 @@ def _study(teacher: str, seed: int, tokens: int, shapes: dict[str, dict[str, int
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
-def _importance(inputs: Inputs, out: Path) -> Path:
+def _importance(inputs: Session, out: Path) -> Path:
     from minitron.stages import write_statistics
 
     folder = out / f"importance-{inputs.recipe.seed}"

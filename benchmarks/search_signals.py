@@ -21,16 +21,16 @@ from typing import Any
 
 import numpy as np
 
-from minitron.distill.distributed import World
-from minitron.inputs import Inputs
 from minitron.model.arch import Arch
-from minitron.prune.importance import Importance
+from minitron.nas.probes import predicted, probes
+from minitron.nas.rank import removed_layers, shapes_within
+from minitron.nas.shapes import Shapes
+from minitron.nas.trial import Trial, trial_recipe
+from minitron.nas.zero_shot import ZeroShot
+from minitron.pruning.importance import Importance
 from minitron.recipe import PLAIN, PruneRecipe, Recipe, parse_count
-from minitron.search.candidates import Shapes
-from minitron.search.probes import predicted, probes
-from minitron.search.rank import removed_layers, shapes_within
-from minitron.search.trial import Trial, trial_recipe
-from minitron.search.zero_shot import ZeroShot
+from minitron.runtime import World
+from minitron.session import Session
 from minitron.stages import stored_word
 
 EARLY = (16, 4, 2)
@@ -60,7 +60,7 @@ def main() -> None:
         "seed": options.seed, "search": {"distill_tokens": options.tokens, "halving": False},
         "distill": {"tokens": options.tokens},
     })  # fmt: skip
-    inputs = Inputs(recipe)
+    inputs = Session(recipe)
     shapes, _ = shapes_within(inputs)
     rng = np.random.default_rng(options.seed)
     shapes = shapes.at(np.sort(rng.permutation(len(shapes))[: options.shapes]))
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def _study(
-    inputs: Inputs, shapes: Shapes, importance: Importance, work: Path, tokens: int, probe_tokens: list[int]
+    inputs: Session, shapes: Shapes, importance: Importance, work: Path, tokens: int, probe_tokens: list[int]
 ) -> None:
     train, heldout = inputs.splits.train[: max(1, tokens // inputs.context)], inputs.splits.heldout
     of_train, of_heldout = (
@@ -90,7 +90,7 @@ def _study(
     for share, found in early.items():
         _show(**about, signal=f"distilled on {tokens // share:,} tokens", correlation=_spearman(found, final))
     for name, method in METHODS.items():
-        other = Inputs(inputs.recipe.model_copy(update={"prune": method}))
+        other = Session(inputs.recipe.model_copy(update={"prune": method}))
         measure = ZeroShot(other, importance, heldout[: max(1, 1024 // inputs.context)], of_heldout)
         by_key = sorted(range(len(archs)), key=lambda i: measure.key(archs[i]))
         of_shape = dict(zip(by_key, (measure(archs[i]) for i in by_key), strict=True))

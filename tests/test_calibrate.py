@@ -12,12 +12,12 @@ from torch.nn.functional import cosine_similarity
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.model.anatomy import Tap
-from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint
-from minitron.prune import layers
-from minitron.prune.calibrate import calibrate
-from minitron.prune.importance import Importance, score, score_shape, select
-from minitron.prune.layers import Stream
+from minitron.model.language_model import load_model
+from minitron.pruning import layers
+from minitron.pruning.calibrate import calibrate
+from minitron.pruning.importance import Importance, score, score_shape, select
+from minitron.pruning.layers import Stream
 from minitron.recipe import CalibrationRecipe
 
 CPU = torch.device("cpu")

@@ -15,10 +15,10 @@ import torch
 
 from minitron.data.blocks import load_tokenizer
 from minitron.errors import UserError
-from minitron.model.causal import load_model
+from minitron.evaluation.generation import Sampling, Speaker
 from minitron.model.checkpoint import open_checkpoint
-from minitron.model.streaming import Sampling, Speaker
-from minitron.present import chat
+from minitron.model.language_model import load_model
+from minitron.reports import chat
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")

@@ -12,14 +12,14 @@ import torch
 from minitron.data.blocks import Blocks, pack
 from minitron.data.corpus import Chat, documents
 from minitron.data.tokens import tokenise
-from minitron.distill.distributed import World
-from minitron.distill.teacher import Live
-from minitron.distill.train import accumulate
+from minitron.distillation.teacher import Live
+from minitron.distillation.trainer import accumulate
 from minitron.errors import UserError
-from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import Headless, load_model
+from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.language_model import Headless, load_model
 from minitron.recipe import DistillRecipe
+from minitron.runtime import World
 from tests.conftest import byte_tokenizer, make_model
 
 CPU = torch.device("cpu")

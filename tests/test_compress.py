@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from minitron import inputs, measured, pipeline
 from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.model.checkpoint import open_checkpoint
-from minitron.present.report import write_report
 from minitron.recipe import PLAIN, Recipe, load_recipe
+from minitron.reports.html import write_report
 from tests.conftest import make_model
 
 LAYOUT = {

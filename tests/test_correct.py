@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 
 from minitron import cli
 from minitron.data.blocks import Blocks
-from minitron.distill.distributed import World
-from minitron.distill.intermediate import compare_on_the_way
-from minitron.distill.optimizers import make_optimizers, take_step
-from minitron.distill.teacher import Learning, Live
-from minitron.distill.train import accumulate, batch_indices, distill
+from minitron.distillation.intermediate import compare_on_the_way
+from minitron.distillation.optimizers import make_optimizers, take_step
+from minitron.distillation.teacher import Learning, Live
+from minitron.distillation.trainer import accumulate, batch_indices, distill
 from minitron.errors import UserError
-from minitron.measure.perplexity import measure_perplexity
-from minitron.model.causal import Headless, load_model
+from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.language_model import Headless, load_model
 from minitron.recipe import CorrectionRecipe, DistillRecipe, IntermediateRecipe
+from minitron.runtime import World
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -58,7 +58,9 @@ def test_adapters_continue_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monk
     recipe = DistillRecipe(tokens=24 * 12, batch_size=2, trains="lora", lora_rank=4, checkpoint_seconds=0)
     expected = corrected(teacher, tmp_path / "through", recipe)
     with monkeypatch.context() as patch:
-        patch.setattr("minitron.distill.train._write_student", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "minitron.distillation.trainer._write_student", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             corrected(teacher, tmp_path / "killed", recipe)
     (tmp_path / "killed" / "work").rename(tmp_path / "work")
@@ -142,7 +144,9 @@ def test_a_student_of_a_learning_teacher_continues_after_a_kill(
     )
     expected = taught(tmp_path / "through", *pair, recipe)
     with monkeypatch.context() as patch:
-        patch.setattr("minitron.distill.train._write_student", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(
+            "minitron.distillation.trainer._write_student", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             taught(tmp_path / "killed", *pair, recipe)
     found = taught(tmp_path / "killed", *pair, recipe)

@@ -13,12 +13,12 @@ from torch.nn.functional import cosine_similarity
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
-from minitron.measure.choices import accuracy, read_items
-from minitron.model.causal import build_model, load_model
+from minitron.evaluation.multiple_choice import accuracy, read_items
 from minitron.model.checkpoint import Checkpoint, student_config
-from minitron.prune.depth import score_depth
-from minitron.prune.importance import LAYER_BLOCKS, select
-from minitron.prune.trim import Cut
+from minitron.model.language_model import build_model, load_model
+from minitron.pruning.cut import Cut
+from minitron.pruning.depth import score_depth
+from minitron.pruning.importance import LAYER_BLOCKS, select
 from minitron.recipe import DepthRecipe
 from tests.conftest import byte_tokenizer
 from tests.test_trim import random_importance

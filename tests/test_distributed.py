@@ -18,15 +18,16 @@ from safetensors.torch import load_file
 
 from minitron import cli
 from minitron.data.blocks import Blocks
-from minitron.distill import train
-from minitron.distill.distributed import World, layers_of, lighten
-from minitron.distill.intermediate import compare_on_the_way
-from minitron.distill.teacher import Live
-from minitron.distill.train import accumulate
+from minitron.distillation import trainer as train
+from minitron.distillation.intermediate import compare_on_the_way
+from minitron.distillation.parallel import layers_of, lighten
+from minitron.distillation.teacher import Live
+from minitron.distillation.trainer import accumulate
 from minitron.errors import UserError
-from minitron.model.causal import Headless, load_model
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.language_model import Headless, load_model
 from minitron.recipe import DistillRecipe, IntermediateRecipe
+from minitron.runtime import World
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -47,11 +48,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from minitron.data.blocks import Blocks
-from minitron.distill.distributed import joined_world, shard, whole
-from minitron.distill.intermediate import compare_on_the_way
-from minitron.distill.teacher import Live
-from minitron.distill.train import accumulate
-from minitron.model.causal import Headless, load_model
+from minitron.distillation.parallel import shard, whole
+from minitron.runtime import joined_world
+from minitron.distillation.intermediate import compare_on_the_way
+from minitron.distillation.teacher import Live
+from minitron.distillation.trainer import accumulate
+from minitron.model.language_model import Headless, load_model
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import DistillRecipe, IntermediateRecipe
 

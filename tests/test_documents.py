@@ -7,14 +7,14 @@ import torch
 
 from minitron import cli
 from minitron.data.blocks import Blocks, pack, read_splits
-from minitron.distill.distributed import World
-from minitron.distill.fused import States
-from minitron.distill.teacher import stored
+from minitron.distillation.fused import States
+from minitron.distillation.teacher import stored
 from minitron.errors import UserError
-from minitron.inputs import Inputs
-from minitron.model.causal import Headless, load_model, read_head
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.language_model import Headless, load_model, read_head
 from minitron.recipe import DistillRecipe, Recipe
+from minitron.runtime import World
+from minitron.session import Session
 from tests.conftest import byte_tokenizer, make_model
 
 CPU = torch.device("cpu")
@@ -96,4 +96,4 @@ def test_what_cannot_is_refused(tmp_path: Path, variant: str) -> None:
     teacher = make_model(tmp_path / "teacher", variant)
     recipe = Recipe.model_validate({"teacher": str(teacher), "distill": {"documents": "apart"}})
     with pytest.raises(UserError, match=f"{variant} runs from one document of a block into the next; accepted: joined"):
-        _ = Inputs(recipe).splits
+        _ = Session(recipe).splits

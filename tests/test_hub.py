@@ -12,7 +12,7 @@ import pytest
 
 from minitron import pipeline
 from minitron.errors import UserError
-from minitron.present.hub import push, require_valid_card
+from minitron.reports.hub import push, require_valid_card
 from tests.conftest import make_model
 from tests.test_compress import recipe
 

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import pytest
 
 from minitron.errors import UserError
-from minitron.measure import bfcl, chatrag, mt_bench, programs
-from minitron.measure.answers import Answerer, Request
-from minitron.measure.instruct import run_benches
-from minitron.measure.judge import Judge
-from minitron.measure.lm import load_lm
-from minitron.measure.tasks import fitting, plan_tasks
+from minitron.harness import bfcl, chatrag, mt_bench, programs
+from minitron.harness.answers import Answerer, Request
+from minitron.harness.benches import run_benches
+from minitron.harness.judge import Judge
+from minitron.harness.lm_eval_model import load_lm
+from minitron.harness.tasks import fitting, plan_tasks
 from minitron.model.checkpoint import Checkpoint
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"

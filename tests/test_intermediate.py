@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from minitron.data.blocks import Blocks
-from minitron.distill.distributed import World
-from minitron.distill.intermediate import Intermediate, compare_on_the_way, relation_loss
-from minitron.distill.teacher import Live
-from minitron.distill.train import distill
+from minitron.distillation.intermediate import Intermediate, compare_on_the_way, relation_loss
+from minitron.distillation.teacher import Live
+from minitron.distillation.trainer import distill
 from minitron.errors import UserError
-from minitron.model.causal import Headless, load_model
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.language_model import Headless, load_model
 from minitron.recipe import DistillRecipe, IntermediateRecipe
+from minitron.runtime import World
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")

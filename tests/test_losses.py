@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minitron.distill.fused import States, TopTokens, logit_loss
-from minitron.distill.losses import COMPARISONS, classes_of, comparison_of, forward_kl
-from minitron.model.causal import Head
+from minitron.distillation.fused import States, TopTokens, logit_loss
+from minitron.distillation.losses import COMPARISONS, classes_of, comparison_of, forward_kl
+from minitron.model.language_model import Head
 
 VOCAB, NUM_TOKENS = 53, 37
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]

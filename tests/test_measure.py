@@ -16,20 +16,20 @@ from transformers import PreTrainedTokenizerFast
 
 from minitron.data.blocks import Blocks, pack
 from minitron.errors import UserError
-from minitron.measure.agreement import measure_agreement
-from minitron.measure.lm import load_lm
-from minitron.measure.peak import peak_memory
-from minitron.measure.perplexity import measure_perplexity, next_token_nll
-from minitron.measure.speed import alternate, figures_of
-from minitron.measure.task_files import tasks_data
-from minitron.measure.tasks import plan_tasks, run_tasks
-from minitron.model.causal import Head, load_model
+from minitron.evaluation.agreement import measure_agreement
+from minitron.evaluation.peak_memory import peak_memory
+from minitron.evaluation.perplexity import measure_perplexity, next_token_nll
+from minitron.evaluation.speed import alternate, figures_of
+from minitron.harness.lm_eval_model import load_lm
+from minitron.harness.task_files import tasks_data
+from minitron.harness.tasks import plan_tasks, run_tasks
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.language_model import Head, load_model
 from tests.conftest import byte_tokenizer
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(teacher: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minitron.measure.perplexity.CHUNK_TOKENS", 10)
+    monkeypatch.setattr("minitron.evaluation.perplexity.CHUNK_TOKENS", 10)
     model = load_model(teacher, torch.device("cpu"), torch.float32)
     blocks = pack(["some words, naïvely joined " * 20], byte_tokenizer(), 33, None)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_bits_per_byte_do_not_depend_on_how_a_tokenizer_numbers_its_tokens(
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_the_gradient_is_that_of_the_whole_logits(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minitron.measure.perplexity.CHUNK_TOKENS", 3)
+    monkeypatch.setattr("minitron.evaluation.perplexity.CHUNK_TOKENS", 3)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 8, 5, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -136,7 +136,7 @@ def test_sliding_is_the_loss_of_each_token_behind_a_window(teachers: Callable[[s
 def test_agreement_is_that_of_the_whole_logits(
     teachers: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron.measure.agreement.CHUNK_TOKENS", 7)
+    monkeypatch.setattr("minitron.evaluation.agreement.CHUNK_TOKENS", 7)
     models = [load_model(teachers(name), torch.device("cpu"), torch.float32) for name in ("gemma2", "llama")]
     blocks = pack(["some words, naïvely joined " * 6], byte_tokenizer(), 32, None)
     with torch.no_grad():

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from minitron.model.arch import Arch
-from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.language_model import load_model
 from minitron.model.memory import Memory, attention_windows, memory
 from minitron.recipe import parse_context
 

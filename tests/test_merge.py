@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from minitron.model.checkpoint import Checkpoint
-from minitron.prune.importance import mirrored_heads, select
-from minitron.prune.trim import Cut
+from minitron.pruning.cut import Cut
+from minitron.pruning.importance import mirrored_heads, select
 from tests.test_trim import random_importance
 
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from minitron.data.blocks import load_tokenizer, pack
-from minitron.distill.distributed import World
-from minitron.distill.metrics import Metrics
+from minitron.distillation.metrics import Metrics
 from minitron.errors import UserError
-from minitron.measure.continuation import continuation
-from minitron.model.causal import load_model
+from minitron.evaluation.continuation import continuation
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.language_model import load_model
+from minitron.runtime import World
 from tests.conftest import byte_tokenizer
 
 ROWS: list[dict[str, Any]] = [
@@ -74,7 +74,7 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 
 
 def test_a_continuation_is_the_likeliest_one(teacher: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minitron.measure.continuation.NUM_TOKENS", 4)
+    monkeypatch.setattr("minitron.evaluation.continuation.NUM_TOKENS", 4)
     ids = expected = pack(["some words " * 9], byte_tokenizer(), 8, 1).ids
     model, tokenizer = load_model(teacher, torch.device("cpu"), torch.float32), load_tokenizer(teacher.folder)
     model.generation_config.eos_token_id = None

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from minitron.distill.checkpoints import load_checkpoint, save_checkpoint
-from minitron.distill.distributed import World
-from minitron.distill.optimizers import learning_rate, make_optimizers, make_state, take_step
+from minitron.distillation.checkpoint import load_checkpoint, save_checkpoint
+from minitron.distillation.optimizers import learning_rate, make_optimizers, make_state, take_step
 from minitron.errors import UserError
-from minitron.model.causal import Headless, load_model
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.language_model import Headless, load_model
 from minitron.recipe import DistillRecipe
+from minitron.runtime import World
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")

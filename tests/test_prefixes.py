@@ -9,15 +9,15 @@ from torch import Tensor
 from minitron.data.blocks import Blocks
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
-from minitron.model.causal import build_model
 from minitron.model.checkpoint import Checkpoint, student_config
-from minitron.prune.calibrate import calibrate
-from minitron.prune.importance import Importance, score, select
-from minitron.prune.repair import mended
-from minitron.prune.rotate import obstacle
-from minitron.prune.trim import cut_to
+from minitron.model.language_model import build_model
+from minitron.nas.sorted_teacher import Sorted, decided_by, sort_teacher
+from minitron.pruning.calibrate import calibrate
+from minitron.pruning.cut import cut_to
+from minitron.pruning.importance import Importance, score, select
+from minitron.pruning.repair import mended
+from minitron.pruning.rotate import obstacle
 from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
-from minitron.search.prefixes import Sorted, decided_by, sort_teacher
 from tests.test_trim import CPU, CUTS, build, logits, random_importance
 from tests.test_trim import cut_to as shape_cut
 

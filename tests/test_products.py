@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minitron.model.causal import resolve_device
+from minitron.runtime import resolve_device
 
 
 @pytest.mark.parametrize("shape", [(64, 96, 80), (512, 576, 1536)])

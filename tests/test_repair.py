@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.model.arch import Arch
-from minitron.model.causal import build_model, load_model
 from minitron.model.checkpoint import Checkpoint, student_config
-from minitron.prune.calibrate import calibrate
-from minitron.prune.importance import Importance, score
-from minitron.prune.repair import mended
-from minitron.prune.rotate import obstacle
-from minitron.prune.trim import Cut, cut_to
-from minitron.prune.writers import correction
+from minitron.model.language_model import build_model, load_model
+from minitron.pruning.calibrate import calibrate
+from minitron.pruning.cut import Cut, cut_to
+from minitron.pruning.importance import Importance, score
+from minitron.pruning.repair import mended
+from minitron.pruning.rotate import obstacle
+from minitron.pruning.writers import correction
 from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
 from tests.test_trim import cut_everywhere, random_importance
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.model.arch import TIED, Arch
-from minitron.model.causal import build_model, load_model
 from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint, student_config
-from minitron.prune.calibrate import STREAM_MOMENT
-from minitron.prune.importance import score_shape
-from minitron.prune.repair import mended
-from minitron.prune.rotate import Rotated, obstacle, principal_basis, untied
-from minitron.prune.trim import cut_to
+from minitron.model.language_model import build_model, load_model
+from minitron.pruning.calibrate import STREAM_MOMENT
+from minitron.pruning.cut import cut_to
+from minitron.pruning.importance import score_shape
+from minitron.pruning.repair import mended
+from minitron.pruning.rotate import Rotated, obstacle, principal_basis, untied
 from minitron.recipe import PLAIN, PruneRecipe
 from tests.conftest import make_model
 

@@ -7,10 +7,10 @@ import torch
 
 from minitron.data.blocks import Blocks
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.prune.calibrate import calibrate
-from minitron.prune.importance import score, select
-from minitron.prune.rounds import score_in_rounds
-from minitron.prune.trim import cut_to, write_pruned
+from minitron.pruning.calibrate import calibrate
+from minitron.pruning.cut import cut_to, write_pruned
+from minitron.pruning.importance import score, select
+from minitron.pruning.rounds import score_in_rounds
 from minitron.recipe import PLAIN, CalibrationRecipe
 from tests.test_trim import cut_everywhere
 

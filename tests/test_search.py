@@ -10,14 +10,14 @@ import torch
 
 from minitron.errors import UserError
 from minitron.model.arch import Arch
-from minitron.model.causal import build_model
 from minitron.model.checkpoint import open_checkpoint
-from minitron.prune.importance import kept_share
+from minitron.model.language_model import build_model
+from minitron.nas.budget import Budget, Limit, Serving, counted, parse_budget, parse_bytes, speed_limits
+from minitron.nas.probes import predicted, probes
+from minitron.nas.rank import first_of_each_kind
+from minitron.nas.shapes import SMALLEST_DIFFERENCE, Shapes, every_shape, feasible, grid, shortlist
+from minitron.pruning.importance import kept_share
 from minitron.recipe import BudgetRecipe, Recipe, SearchRecipe, load_recipe
-from minitron.search.budget import Budget, Limit, Serving, counted, parse_budget, parse_bytes, speed_limits
-from minitron.search.candidates import SMALLEST_DIFFERENCE, Shapes, every_shape, feasible, grid, shortlist
-from minitron.search.probes import predicted, probes
-from minitron.search.rank import first_of_each_kind
 from tests.conftest import make_model
 
 SMOLLM2 = Arch.from_config(

@@ -15,19 +15,19 @@ import torch
 
 from minitron import alone, pipeline
 from minitron.errors import UserError
+from minitron.evaluation.speed import Speed, measure_speed
 from minitron.files import write_jsonl
-from minitron.inputs import Inputs
 from minitron.lineage import compress_family
-from minitron.measure.speed import Speed, measure_speed
-from minitron.model.causal import load_model
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.present.plot import plot
+from minitron.model.language_model import load_model
+from minitron.nas import trial, zero_shot
+from minitron.nas.budget import Serving
+from minitron.nas.rank import _choose, shapes_within
+from minitron.nas.speed import Speeds, _fitted
+from minitron.nas.trial import better_half, rungs
 from minitron.recipe import Recipe, load_recipe
-from minitron.search import trial, zero_shot
-from minitron.search.budget import Serving
-from minitron.search.rank import _choose, shapes_within
-from minitron.search.speed import Speeds, _fitted
-from minitron.search.trial import better_half, rungs
+from minitron.reports.plot import plot
+from minitron.session import Session
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -223,9 +223,9 @@ def test_a_memory_budget_is_kept_by_what_is_written(place: Path, tmp_path: Path)
         cache = student(input_ids=ids, use_cache=True).past_key_values
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     held = sum(parameter.nbytes for parameter in student.parameters()) + 4096 // 256 * sum(t.nbytes for t in tensors)
-    limit = shapes_within(Inputs(asked))[1].limits["memory_bytes"]
+    limit = shapes_within(Session(asked))[1].limits["memory_bytes"]
     assert limit.low <= held <= limit.high
-    whole = Inputs(asked).teacher.arch
+    whole = Session(asked).teacher.arch
     assert found["arch"]["num_key_value_heads"] < whole.axis_size("kv") or found["arch"]["num_hidden_layers"] < 4
 
 
@@ -247,8 +247,8 @@ class Pretended:
 def test_a_speed_budget_is_kept_by_what_is_measured(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minitron.search.speed.measure_speed", Pretended())
-    monkeypatch.setattr("minitron.search.speed.alternate", Pretended(slower=3.0).alternate)
+    monkeypatch.setattr("minitron.nas.speed.measure_speed", Pretended())
+    monkeypatch.setattr("minitron.nas.speed.alternate", Pretended(slower=3.0).alternate)
     asked = recipe(place / "model", place / "text.txt", **{"target_params": None, "budget.throughput": "1.35x",
                    "budget.context": 64, "search.distill_tokens": 0, "search.tolerance": 0.2})  # fmt: skip
     found = alone.search(asked, tmp_path / "found", overwrite=False)
@@ -276,10 +276,10 @@ def test_a_machine_that_slows_down_changes_no_shape_that_is_timed_beside_the_tea
     seconds = {}
     for slower in (1.0, 3.0):
         own = Speeds(teacher, Serving(1, 32), CPU, torch.float32, tmp_path / f"{slower}-teacher.jsonl")
-        monkeypatch.setattr("minitron.search.speed.measure_speed", Pretended())
+        monkeypatch.setattr("minitron.nas.speed.measure_speed", Pretended())
         own(teacher.arch)
-        monkeypatch.setattr("minitron.search.speed.measure_speed", Pretended(slower))
-        monkeypatch.setattr("minitron.search.speed.alternate", Pretended(slower).alternate)
+        monkeypatch.setattr("minitron.nas.speed.measure_speed", Pretended(slower))
+        monkeypatch.setattr("minitron.nas.speed.alternate", Pretended(slower).alternate)
         for beside in (own, None):
             speeds = Speeds(
                 teacher, Serving(1, 32), CPU, torch.float32, tmp_path / f"{slower}-{beside is None}", beside
@@ -292,7 +292,7 @@ def test_a_machine_that_slows_down_changes_no_shape_that_is_timed_beside_the_tea
 def test_an_estimate_knows_embeddings_from_weights_of_layers(place: Path, tmp_path: Path) -> None:
     """Where a layer's weights take time and embeddings none, as in a prefill; the control counts them alike."""
     asked = recipe(place / "model", place / "text.txt", target_params=None, **{"budget.throughput": "1.1x"})
-    teacher, shapes = open_checkpoint(place / "model"), shapes_within(Inputs(asked))[0]
+    teacher, shapes = open_checkpoint(place / "model"), shapes_within(Session(asked))[0]
     speeds = Speeds(teacher, Serving(1, 32), CPU, torch.float32, tmp_path / "speeds.jsonl")
     exact = {i: 1e-6 * shapes[i].num_non_embedding_parameters for i in range(0, len(shapes), max(1, len(shapes) // 40))}
     fitted = list(exact)[::4]

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from minitron import cli
 from minitron.data.blocks import Blocks
-from minitron.distill import teacher as module
-from minitron.distill.distributed import World
-from minitron.distill.fused import States, TopTokens
-from minitron.distill.teacher import Live, Teacher, stored
-from minitron.distill.train import distill
+from minitron.distillation import teacher as module
+from minitron.distillation.fused import States, TopTokens
+from minitron.distillation.teacher import Live, Teacher, stored
+from minitron.distillation.trainer import distill
 from minitron.errors import UserError
-from minitron.model.causal import load_model, read_head
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.language_model import load_model, read_head
 from minitron.recipe import DistillRecipe
+from minitron.runtime import World
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from minitron.errors import UserError
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
-from minitron.model.causal import build_model, load_model
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, student_config
-from minitron.prune.importance import Kept, score_shape, select
-from minitron.prune.trim import Cut, write_pruned
+from minitron.model.language_model import build_model, load_model
+from minitron.pruning.cut import Cut, write_pruned
+from minitron.pruning.importance import Kept, score_shape, select
 from tests.conftest import VARIANTS, make_model
 
 CPU = torch.device("cpu")

@@ -9,8 +9,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from minitron.distill.distributed import World, joined_world
-from minitron.distill.teacher import Teacher
+from minitron.distillation.teacher import Teacher
 from minitron.errors import UserError
 from minitron.files import (
     empty_folder,
@@ -22,15 +21,16 @@ from minitron.files import (
     whole_folder,
     write_json,
 )
-from minitron.inputs import Inputs
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, has_weights, open_checkpoint, read_config
 from minitron.model.memory import DTYPE_BYTES, attention_windows, memory
 from minitron.model.source import open_teacher, resolve_teacher
-from minitron.present.plot import write_plot
+from minitron.nas.rank import removed_layers, shapes_within
+from minitron.nas.rank import search as find_shape
 from minitron.recipe import Recipe, parse_context
-from minitron.search.rank import removed_layers, shapes_within
-from minitron.search.rank import search as find_shape
+from minitron.reports.plot import write_plot
+from minitron.runtime import World, joined_world
+from minitron.session import Session
 from minitron.stages import (
     read_arch,
     read_importance,
@@ -196,7 +196,7 @@ def correct(recipe: Recipe, out: Path, overwrite: bool) -> dict[str, Any]:
     return {"out": str(out), **shape(inputs.teacher.arch)}
 
 
-def _train(inputs: Inputs, student: Checkpoint, out: Path, teacher: Callable[[World], Teacher | None]) -> None:
+def _train(inputs: Session, student: Checkpoint, out: Path, teacher: Callable[[World], Teacher | None]) -> None:
     with _resumable(inputs, out, "distill", [student.fingerprint()]) as (work, world):
         train(inputs, teacher(world), student, work / "student", work, world)
         if world.is_main:
@@ -207,7 +207,7 @@ def _train(inputs: Inputs, student: Checkpoint, out: Path, teacher: Callable[[Wo
 
 
 @contextmanager
-def _resumable(inputs: Inputs, out: Path, verb: str, sources: list[str]) -> Iterator[tuple[Path, World]]:
+def _resumable(inputs: Session, out: Path, verb: str, sources: list[str]) -> Iterator[tuple[Path, World]]:
     """A hidden folder beside `out` that what is interrupted continues from, emptied unless it is of the same inputs."""
     identity = {
         "recipe": inputs.recipe.model_dump(mode="json"),
@@ -234,11 +234,11 @@ def _resumable(inputs: Inputs, out: Path, verb: str, sources: list[str]) -> Iter
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def _inputs(recipe: Recipe, out: Path, overwrite: bool, mark: str, *folders: Path, one_process: bool = True) -> Inputs:
+def _inputs(recipe: Recipe, out: Path, overwrite: bool, mark: str, *folders: Path, one_process: bool = True) -> Session:
     """The inputs of a stage that runs alone, and whether its result may go to `out`."""
     if one_process:
         require_one_process()
-    inputs = Inputs(recipe)
+    inputs = Session(recipe)
     require_new_folder(out, overwrite, mark, (inputs.teacher.folder, *folders))
     _ = inputs.dtype
     return inputs

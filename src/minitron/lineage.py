@@ -6,15 +6,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from minitron.distill.distributed import World
 from minitron.errors import UserError
 from minitron.files import read_json, write_json
-from minitron.inputs import Inputs
+from minitron.nas.rank import budget_of
 from minitron.pipeline import compress
-from minitron.present.family import write_family_report
 from minitron.recipe import Recipe
+from minitron.reports.series import write_family_report
 from minitron.run import Run, open_run
-from minitron.search.rank import budget_of
+from minitron.runtime import World
+from minitron.session import Session
 from minitron.stages import stored_word
 
 STATES = "teacher-states"
@@ -32,7 +32,7 @@ def compress_family(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
     """
     targets = recipe.target_params
     assert isinstance(targets, tuple)
-    _require_falling(targets, Inputs(recipe))
+    _require_falling(targets, Session(recipe))
     run = open_run(out, recipe, overwrite)
     run.begin()
     results: dict[str, Any] = {}
@@ -58,7 +58,7 @@ def _member(recipe: Recipe, target: str | float, run: Run, larger: Path | None) 
     """The recipe of one member."""
     teacher, distill = recipe.teacher, recipe.distill
     if larger and recipe.lineage.taught_by == "larger":
-        teacher, whole = str(larger), Inputs(recipe).teacher.arch.num_parameters
+        teacher, whole = str(larger), Session(recipe).teacher.arch.num_parameters
         if isinstance(target, float):  # of the first teacher, not of this one
             target = str(round(target * whole))
     elif _stores_states(recipe):
@@ -78,14 +78,14 @@ def _store_once(run: Run, member: Recipe, larger: Path | None) -> None:
     states = member.distill.teacher_states
     if larger or states != str(run.path(STATES)):
         return
-    inputs, started = Inputs(member), time.monotonic()
+    inputs, started = Session(member), time.monotonic()
     stored_word(inputs, Path(states), inputs.splits.train, member.distill, World())
     found = {"tokens": inputs.splits.train.num_tokens, "seconds": round(time.monotonic() - started, 2)}
     if not run.path("teacher.json").exists():
         write_json(run.path("teacher.json"), found)
 
 
-def _require_falling(targets: tuple[str | float, ...], inputs: Inputs) -> None:
+def _require_falling(targets: tuple[str | float, ...], inputs: Session) -> None:
     highs = [budget_of(inputs, target).limits["num_parameters"].high for target in targets]
     if any(following >= before for before, following in pairwise(highs)):
         raise UserError(

@@ -10,24 +10,24 @@ import torch
 
 from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.errors import UserError
+from minitron.evaluation.agreement import measure_agreement
+from minitron.evaluation.generation import Sampling, Speaker
+from minitron.evaluation.peak_memory import peak_memory
+from minitron.evaluation.speed import DECODED_TOKENS, alternate, figures_of
 from minitron.files import read_json, write_json
-from minitron.inputs import Inputs
-from minitron.measure.agreement import measure_agreement
-from minitron.measure.answers import Answerer
-from minitron.measure.instruct import run_benches
-from minitron.measure.judge import Judge
-from minitron.measure.lm import load_lm
-from minitron.measure.peak import peak_memory
-from minitron.measure.speed import DECODED_TOKENS, alternate, figures_of
-from minitron.measure.task_files import tasks_data
-from minitron.measure.tasks import Plan, fitting, plan_tasks, run_tasks
-from minitron.model.causal import load_model
+from minitron.harness.answers import Answerer
+from minitron.harness.benches import run_benches
+from minitron.harness.judge import Judge
+from minitron.harness.lm_eval_model import load_lm
+from minitron.harness.task_files import tasks_data
+from minitron.harness.tasks import Plan, fitting, plan_tasks, run_tasks
+from minitron.model.language_model import load_model
 from minitron.model.source import open_teacher
-from minitron.model.streaming import Sampling, Speaker
-from minitron.present.chat import serve, talk
 from minitron.progress import Progress
 from minitron.recipe import Recipe, data_in_words
+from minitron.reports.chat import serve, talk
 from minitron.run import versions
+from minitron.session import Session
 from minitron.stages import (
     measure,
     require_one_process,
@@ -49,7 +49,7 @@ def evaluate(
     """
     require_one_process()
     recipe, against = _of_run(recipe, against)
-    inputs = Inputs(recipe)
+    inputs = Session(recipe)
     _ = inputs.dtype
     tokenizer, vocab_size = load_tokenizer(inputs.teacher.folder), inputs.teacher.arch.sizes["vocab_size"]
     blocks = read_blocks(recipe.data, tokenizer, vocab_size, inputs.context, recipe.seed, max_tokens)
@@ -104,7 +104,7 @@ def evaluate_tasks(
 def _tasks_of(
     recipe: Recipe, plan: Plan, data: Path | None, answers: Path | None, judge: Judge | None
 ) -> dict[str, Any]:
-    inputs, found = Inputs(recipe), versions() | {"lm_eval": version("lm_eval")}
+    inputs, found = Session(recipe), versions() | {"lm_eval": version("lm_eval")}
     dtype = str(inputs.dtype).removeprefix("torch.")
     model = load_lm(inputs.teacher.folder, str(inputs.device), dtype)
     asked, plan = plan, fitting(plan, model.max_length)
@@ -135,7 +135,7 @@ def bench(recipe: Recipe, against: str | None, batches: list[int], contexts: lis
     require_one_process()
     run = _run_of(recipe) if against is None else None
     recipe, against = _of_run(recipe, against)
-    inputs = Inputs(recipe)
+    inputs = Session(recipe)
     folders = {"model": inputs.teacher} | ({"against": open_teacher(against)} if against else {})
     for checkpoint in folders.values():
         most = getattr(checkpoint.config, "max_position_embeddings", None) or max(contexts)
@@ -171,7 +171,7 @@ def chat(recipe: Recipe, against: str | None, sampling: Sampling | None, host: s
     """
     require_one_process()
     recipe, against = _of_run(recipe, against)
-    inputs = Inputs(recipe)
+    inputs = Session(recipe)
     checkpoints = {"teacher": open_teacher(against)} if against else {}
     checkpoints["student" if against else "model"] = inputs.teacher
     speakers = {

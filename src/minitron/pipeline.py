@@ -6,22 +6,22 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from minitron.distill.distributed import World
 from minitron.files import (
     read_json,
     require_space,
     write_json,
 )
-from minitron.inputs import Inputs
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.present.card import write_card
-from minitron.present.report import write_report
+from minitron.nas.rank import removed_layers, search, shapes_within
+from minitron.nas.shapes import Shapes
 from minitron.progress import Progress
-from minitron.prune.importance import kept_layers
+from minitron.pruning.importance import kept_layers
 from minitron.recipe import Recipe
+from minitron.reports.card import write_card
+from minitron.reports.html import write_report
 from minitron.run import Run, open_run
-from minitron.search.candidates import Shapes
-from minitron.search.rank import removed_layers, search, shapes_within
+from minitron.runtime import World
+from minitron.session import Session
 from minitron.stages import (
     measure,
     read_arch,
@@ -47,7 +47,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False, larger: Path | 
     run = open_run(out, recipe, overwrite)
     if run.is_finished and run.path("report.html").exists():
         return dict(read_json(run.path("eval.json")))
-    inputs = Inputs(recipe, larger)
+    inputs = Session(recipe, larger)
     shapes, budget = shapes_within(inputs)
     _check(run, inputs, shapes)
     try:
@@ -85,7 +85,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False, larger: Path | 
     return dict(read_json(run.path("eval.json")))
 
 
-def _check(run: Run, inputs: Inputs, shapes: Shapes) -> None:
+def _check(run: Run, inputs: Session, shapes: Shapes) -> None:
     """Look at everything that can be wrong before anything is written."""
     _ = inputs.dtype
     largest = int(shapes.figures["num_parameters"].max())
@@ -106,7 +106,7 @@ def _link_teacher(run: Run, teacher: Checkpoint) -> None:
         link.symlink_to(teacher.folder.absolute(), target_is_directory=True)
 
 
-def _note_resumption(run: Run, inputs: Inputs) -> None:
+def _note_resumption(run: Run, inputs: Session) -> None:
     """Record at how many tokens the distillation is taken up again, for the curves."""
     state = run.path("checkpoint") / "state.json"
     if state.exists():
@@ -115,7 +115,7 @@ def _note_resumption(run: Run, inputs: Inputs) -> None:
         run.save()
 
 
-def _evaluate_run(run: Run, inputs: Inputs) -> dict[str, Any]:
+def _evaluate_run(run: Run, inputs: Session) -> dict[str, Any]:
     """Measure teacher, pruned and student on the blocks that no other stage has seen."""
     path = run.path("eval.json")
     results = read_json(path) if path.exists() else {}

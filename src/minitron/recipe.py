@@ -97,7 +97,7 @@ class DepthRecipe(_Strict):
     """The lowest scores go; or the lowest goes and the rest is scored anew; or the best block of layers goes."""
     tokens: Count = 4_096
     task: str | None = None
-    """A jsonl file of items (see `measure.choices.read_items`), whose accuracy is the score `task`."""
+    """A jsonl file of items (see `evaluation.multiple_choice.read_items`), whose accuracy is the score `task`."""
     items: Count = 200
     """Of these, the first so many."""
 
@@ -187,7 +187,7 @@ class SearchRecipe(_Strict):
 
 
 class IntermediateRecipe(_Strict):
-    """What of the teacher is matched beside its logits (`distill.intermediate`); the teacher has to run along."""
+    """What of the teacher is matched beside its logits (`distillation.intermediate`); the teacher has to run along."""
 
     of: tuple[Literal["embedding", "block_output", "mlp_input", "attention"], ...] = ()
     """Helps where much depth was cut (Minitron, arXiv 2407.14679, tables 17 and 18): embedding and block_output."""
@@ -235,7 +235,7 @@ class DistillRecipe(_Strict):
     """All parameters; those of the norms; or low-rank adapters, which are merged in at the end."""
     lora_rank: int = Field(16, ge=1)
     loss: Literal["forward_kl", "reverse_kl", "jsd", "mse", "cosine"] = "forward_kl"
-    """How far the student's distribution is from the teacher's (`distill.losses`)."""
+    """How far the student's distribution is from the teacher's (`distillation.losses`)."""
     temperature: float = Field(1.0, gt=0)
     beta: float = Field(0.5, gt=0, lt=1)
     """The teacher's share of the mixture that `jsd` compares with."""

@@ -7,34 +7,34 @@ import torch
 from safetensors.torch import save_file
 
 from minitron.data.blocks import Blocks, load_tokenizer
-from minitron.distill.distributed import World, loading_device, num_ranks
-from minitron.distill.teacher import Learning, Live, Teacher, stored
-from minitron.distill.train import distill
+from minitron.distillation.teacher import Learning, Live, Teacher, stored
+from minitron.distillation.trainer import distill
 from minitron.errors import UserError
+from minitron.evaluation.continuation import PROMPT_TOKENS, continuation
+from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import (
     read_json,
     whole_file,
     whole_folder,
 )
-from minitron.inputs import Inputs
-from minitron.measure.continuation import PROMPT_TOKENS, continuation
-from minitron.measure.perplexity import measure_perplexity
 from minitron.model.arch import Arch
-from minitron.model.causal import load_model, read_head
 from minitron.model.checkpoint import Checkpoint, open_safetensors
+from minitron.model.language_model import load_model, read_head
 from minitron.progress import Progress
-from minitron.prune.calibrate import STREAM_MOMENT
-from minitron.prune.importance import Importance, score_shape
-from minitron.prune.repair import mended
-from minitron.prune.rounds import score_in_rounds
-from minitron.prune.trim import cut_to, write_pruned
+from minitron.pruning.calibrate import STREAM_MOMENT
+from minitron.pruning.cut import cut_to, write_pruned
+from minitron.pruning.importance import Importance, score_shape
+from minitron.pruning.repair import mended
+from minitron.pruning.rounds import score_in_rounds
 from minitron.recipe import DistillRecipe
+from minitron.runtime import World, num_ranks
+from minitron.session import Session
 
 
-def write_statistics(folder: Path, inputs: Inputs, removed: set[int] | None = None) -> Importance:
+def write_statistics(folder: Path, inputs: Session, removed: set[int] | None = None) -> Importance:
     """`calibration.safetensors` and `importance.safetensors` of the inputs' teacher; its scores are returned.
 
-    `removed` is how many layers may have to go (`Inputs.importance`).
+    `removed` is how many layers may have to go (`Session.importance`).
     """
     importance = inputs.importance(removed)
     sums = {key: value for key, value in inputs.statistics.items() if key != STREAM_MOMENT}  # that goes with the scores
@@ -80,7 +80,7 @@ def read_arch(path: Path, teacher: Arch) -> Arch:
 
 
 def write_pruned_folder(
-    inputs: Inputs, arch: Arch, importance: Importance, folder: Path, blocks: Blocks | None = None
+    inputs: Session, arch: Arch, importance: Importance, folder: Path, blocks: Blocks | None = None
 ) -> None:
     """What the inputs say is cut, cut to a shape and mended as the recipe says, as a Hugging Face folder.
 
@@ -100,10 +100,10 @@ def write_pruned_folder(
         )  # fmt: skip
 
 
-def teacher_of(inputs: Inputs, pruned: Checkpoint, world: World) -> Teacher:
+def teacher_of(inputs: Session, pruned: Checkpoint, world: World) -> Teacher:
     """The teacher itself, or what was stored of it."""
     recipe, checkpoint = inputs.recipe.distill, inputs.teacher
-    where = loading_device(inputs.device, world)
+    where = inputs.device if world.size == 1 else torch.device("cpu")
     if recipe.correction.trains != "nothing":
         # A model of its own: others go on measuring the teacher as it was.
         model = load_model(checkpoint, where, torch.promote_types(inputs.dtype, torch.float32))
@@ -115,7 +115,7 @@ def teacher_of(inputs: Inputs, pruned: Checkpoint, world: World) -> Teacher:
     return stored_word(inputs, Path(recipe.teacher_states), inputs.splits.train, recipe, world)
 
 
-def stored_word(inputs: Inputs, folder: Path, blocks: Blocks, recipe: DistillRecipe, world: World) -> Teacher:
+def stored_word(inputs: Session, folder: Path, blocks: Blocks, recipe: DistillRecipe, world: World) -> Teacher:
     """What the teacher says of some blocks, from a folder, where it is stored first if it is not there."""
     identity = {
         "teacher": inputs.teacher.fingerprint(),
@@ -126,15 +126,17 @@ def stored_word(inputs: Inputs, folder: Path, blocks: Blocks, recipe: DistillRec
     return stored(folder, identity, lambda: inputs.model, head, blocks, recipe, world)
 
 
-def train(inputs: Inputs, teacher: Teacher | None, pruned: Checkpoint, out: Path, work: Path, world: World) -> None:
-    """`distill.train.distill` on the inputs' text by their recipe."""
+def train(inputs: Session, teacher: Teacher | None, pruned: Checkpoint, out: Path, work: Path, world: World) -> None:
+    """`distillation.trainer.distill` on the inputs' text by their recipe."""
     distill(
         teacher, pruned, inputs.splits.train, inputs.splits.heldout, inputs.recipe.distill,
         out, work, inputs.recipe.seed, inputs.device, inputs.dtype, world,
     )  # fmt: skip
 
 
-def measure(inputs: Inputs, checkpoint: Checkpoint, blocks: Blocks, stage: str, num_samples: int = 0) -> dict[str, Any]:
+def measure(
+    inputs: Session, checkpoint: Checkpoint, blocks: Blocks, stage: str, num_samples: int = 0
+) -> dict[str, Any]:
     """Parameters, perplexity and speed of a model on some blocks, as `eval.json` has them.
 
     With `num_samples`, also how it goes on behind the beginnings of so many blocks, for people to read.

@@ -148,7 +148,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """A page on a run, in its directory, or one that puts several runs side by side."""
-    module = imported("present.report")
+    module = imported("reports.html")
     if len(runs) == 1 and out is None:
         path = runs[0] / "report.html"
         module.write_report(runs[0])
@@ -166,4 +166,4 @@ def push(
     as_json: Json = False,
 ) -> None:
     """Upload a student with its card to the Hugging Face Hub (log in with `hf auth login` first)."""
-    print_record({"commit": imported("present.hub").push(run, repo, private)}, as_json)
+    print_record({"commit": imported("reports.hub").push(run, repo, private)}, as_json)

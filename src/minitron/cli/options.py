@@ -100,7 +100,7 @@ def budget_of(
 
 def tables() -> Any:
     """What puts figures in tables."""
-    return import_module("minitron.present.terminal")
+    return import_module("minitron.reports.terminal")
 
 
 def print_json(record: dict[str, Any]) -> None:

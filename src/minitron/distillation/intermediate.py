@@ -1,0 +1,259 @@
+"""Intermediate losses: the student on its way through the layers, held against the teacher (Minitron, arXiv 2407.14679,
+section 3 and appendix A.4).
+
+With h the residual stream at some place, P one learned map from the student's width to the teacher's, shared by all
+places, and n the norm through which the teacher's next block sees its stream there, a token's loss is
+
+    1 − cos(n(P h_student), n(h_teacher))        or the mean over channels of the squared difference.
+
+The student's own norm takes no part: its weights may stand for other channels, or for none (`pruning.rotate`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field
+from math import gcd, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, log_softmax
+
+from minitron.errors import UserError
+from minitron.model.anatomy import Norm, Row, Segment
+from minitron.model.arch import Arch
+from minitron.model.language_model import Headless, Point, watching
+from minitron.recipe import IntermediateRecipe
+
+ROWS_AT_ONCE = 16_384
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model, and where in it things are to be seen."""
+
+    model: Any
+    arch: Arch
+
+    def stream_before(self, layer: int) -> Point:
+        """The residual stream in front of a layer."""
+        return self._layer(layer), "input"
+
+    def stream_behind(self, layer: int) -> Point:
+        """The residual stream behind a layer."""
+        return self._layer(layer), "output"
+
+    def reader_before(self, layer: int) -> nn.Module:
+        """What the stream in front of a layer is read through: its first norm; the final norm behind the last one."""
+        if layer == self.arch.axis_size("layer"):
+            return self.named(self.arch.family.norms[-1].name)
+        norms = self._norms(layer)
+        return self.named(norms[0].name, layer) if norms else nn.Identity()
+
+    def mlp_norm(self, layer: int) -> nn.Module | None:
+        """The norm whose output enters the MLP or the experts of a layer."""
+        rows = [row for row in self._rows(layer) if row.axes & {"ffn", "expert", "shared_ffn"}]
+        found = [norm for norm in self._norms(layer) if any(norm.is_read_by(row) for row in rows)]
+        return self.named(found[-1].name, layer) if found else None
+
+    def heads(self, layer: int) -> list[tuple[Point, Segment]]:
+        """What makes queries, keys and values, and the axes that its outputs run along; one of several joined too."""
+        readers = {tap.module.split(".", 1)[1] for tap in self.arch.family.taps if tap.side == "input"}
+        return [
+            ((self.named(row.name.removesuffix(".weight"), layer), "output"), segment)
+            for row in self._rows(layer)
+            if len(row.dimensions) == 2 and row.axes & {"query", "kv"} and "hidden" in row.axes
+            and row.name.removesuffix(".weight").split(".", 1)[1] not in readers
+            for dimension in row.dimensions if dimension != (("hidden",),)
+            for segment in dimension
+        ]  # fmt: skip
+
+    def named(self, name: str, layer: int | None = None) -> nn.Module:
+        """The module of that name in files, which may begin otherwise than in memory."""
+        found: nn.Module = self.model.base_model.get_submodule(name.replace("{i}", str(layer)).split(".", 1)[1])
+        return found
+
+    def _layer(self, number: int) -> nn.Module:
+        found: nn.Module = self.model.get_submodule(self.arch.family.layer.replace("{i}", str(number)))
+        return found
+
+    def _rows(self, layer: int) -> Iterator[Row]:
+        kind = self.arch.layers[layer] if self.arch.layers else None
+        return (row for row in self.arch.rows if row.is_per_layer and row.kind in {None, kind})
+
+    def _norms(self, layer: int) -> list[Norm]:
+        names = {row.name for row in self._rows(layer)}
+        return [norm for norm in self.arch.family.norms
+                if f"{norm.name}.weight" in names and norm.is_in_front(self.arch.flags)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Streams:
+    """A place where the streams are compared."""
+
+    teacher: Point
+    student: Point
+    norm: nn.Module
+    kind: str
+
+    def losses(self, teacher: Tensor, student: Tensor, projection: nn.Module) -> Tensor:
+        """(B, T), of streams (B, T, hidden)."""
+        dtype = next(projection.parameters(), student).dtype
+        wanted: Tensor = self.norm(teacher.to(dtype))
+        found: Tensor = self.norm(projection(student.to(dtype)))
+        if self.kind == "mse":
+            return (found - wanted).square().mean(dim=-1)
+        return 1 - cosine_similarity(found, wanted, dim=-1)
+
+
+@dataclass(frozen=True)
+class _Relations:
+    """A place where the relations between tokens are compared, within heads of which both have equally many."""
+
+    teacher: Point
+    student: Point
+    columns: tuple[slice, slice]
+    num_heads: int
+
+    def losses(self, teacher: Tensor, student: Tensor, _: nn.Module) -> Tensor:
+        """(B, T), of queries, keys or values (B, T, width): see `relation_loss`."""
+        return relation_loss(teacher[..., self.columns[0]], student[..., self.columns[1]], self.num_heads)
+
+
+@dataclass
+class Intermediate:
+    """The places, and what was last seen there."""
+
+    places: list[_Streams | _Relations]
+    projection: nn.Module
+    seen: tuple[list[Any], list[Any]] = field(default_factory=lambda: ([], []))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Teacher and student are to run within."""
+        with (
+            watching([place.teacher for place in self.places]) as teacher,
+            watching([place.student for place in self.places]) as student,
+        ):
+            self.seen = teacher, student
+            yield
+        self.seen = [], []
+
+    def loss(self, teaches: Tensor | None, num_tokens: int) -> Tensor:
+        """The sum over places and over the tokens that teach, (B, T), divided by `num_tokens`."""
+        total = []
+        for place, teacher, student in zip(self.places, *self.seen, strict=True):
+            losses = place.losses(teacher.detach(), student, self.projection)
+            total.append((losses if teaches is None else losses[teaches]).sum())
+        return torch.stack(total).sum() / num_tokens
+
+
+def relation_loss(teacher: Tensor, student: Tensor, num_heads: int) -> Tensor:
+    """KL of the student's relations from the teacher's, mean over heads: (B, T).
+
+    Of queries, keys or values (B, T, width). A head's relations are softmax(A Aᵀ / √d) over the tokens up to each
+    one, A (T, d) being what the head has of them; all heads are joined and split anew into `num_heads` (MiniLMv2,
+    arXiv 2012.15828, section 3).
+    """
+    of_teacher, of_student = _relations(teacher, num_heads), _relations(student, num_heads)
+    later = torch.ones(teacher.shape[1], teacher.shape[1], dtype=torch.bool, device=teacher.device).triu(1)
+    parts = of_teacher.exp() * (of_teacher - of_student)
+    return parts.masked_fill(later, 0).sum(dim=-1).mean(dim=1)
+
+
+def _relations(states: Tensor, num_heads: int) -> Tensor:
+    """Their logarithms, (B, heads, T, T); later tokens get next to nothing."""
+    heads = states.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, heads, T, d)
+    heads = heads.to(torch.promote_types(heads.dtype, torch.float32))
+    scores = heads @ heads.transpose(-1, -2) / heads.shape[-1] ** 0.5
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return log_softmax(scores.masked_fill(later, torch.finfo(scores.dtype).min), dim=-1)
+
+
+def compare_on_the_way(
+    teacher: Any,
+    teacher_arch: Arch,
+    student: Headless,
+    student_arch: Arch,
+    recipe: IntermediateRecipe,
+    device: torch.device,
+) -> Intermediate:
+    """The places that the recipe names. Where widths differ the student gets a `projection`, trained beside its model.
+
+    It begins as the least-squares map from the student's embeddings to the teacher's.
+
+    Raises:
+        UserError: the models have no such layers, or not what is to be compared in them.
+    """
+    here, there = Side(teacher, teacher_arch), Side(student.model, student_arch)
+    depths = teacher_arch.axis_size("layer"), student_arch.axis_size("layer")
+    pairs = recipe.layers or ((max(0, depths[0] - 3), max(0, depths[1] - 3)),)
+    if wrong := [pair for pair in pairs if pair[0] >= depths[0] or pair[1] >= depths[1]]:
+        raise UserError(
+            f"distill.intermediate.layers {wrong[0][0]}:{wrong[0][1]}: the teacher has layers 0 to {depths[0] - 1}, "
+            f"the student 0 to {depths[1] - 1}"
+        )
+    dtype = torch.promote_types(next(student.parameters()).dtype, torch.float32)
+
+    def streams(teacher: Point, student: Point, norm: nn.Module) -> _Streams:
+        return _Streams(teacher, student, deepcopy(norm).to(device, dtype).requires_grad_(False), recipe.loss)
+
+    places: list[_Streams | _Relations] = []
+    if "embedding" in recipe.of:
+        places.append(streams(here.stream_before(0), there.stream_before(0), here.reader_before(0)))
+    for number, other in pairs:
+        if "block_output" in recipe.of:
+            norm = here.reader_before(number + 1)
+            places.append(streams(here.stream_behind(number), there.stream_behind(other), norm))
+        if "mlp_input" in recipe.of:
+            norms = here.mlp_norm(number), there.mlp_norm(other)
+            if norms[0] is None or norms[1] is None:
+                raise UserError(
+                    f"distill.intermediate: mlp_input of layers {number}:{other}: no norm before an MLP there"
+                )
+            places.append(streams((norms[0], "input"), (norms[1], "input"), norms[0]))
+        if "attention" in recipe.of:
+            places += _relations_between(here, there, number, other)
+    projection: nn.Module = nn.Identity()
+    if any(isinstance(place, _Streams) for place in places):
+        widths = teacher_arch.axis_size("hidden"), student_arch.axis_size("hidden")
+        if widths[0] != widths[1]:
+            projection = _projection(teacher, student.model, dtype)
+            student.add_module("projection", projection)
+    return Intermediate(places, projection)
+
+
+def _relations_between(here: Side, there: Side, number: int, other: int) -> list[_Relations]:
+    found = here.heads(number), there.heads(other)
+    if not found[0] or len(found[0]) != len(found[1]):
+        raise UserError(f"distill.intermediate: attention of layers {number}:{other}: no attention there")
+    ends: tuple[dict[Any, int], dict[Any, int]] = ({}, {})
+    places = []
+    for pair in zip(*found, strict=True):
+        columns = []
+        for side, end, (point, segment) in zip((here, there), ends, pair, strict=True):
+            start = end.get(point, 0)
+            end[point] = start + prod(f if isinstance(f, int) else side.arch.axis_size(f) for f in segment)
+            columns.append(slice(start, end[point]))
+        axis = next(f for f in pair[0][1] if f in {"query", "kv"})
+        num_heads = gcd(here.arch.axis_size(str(axis)), there.arch.axis_size(str(axis)))
+        places.append(_Relations(pair[0][0], pair[1][0], (columns[0], columns[1]), num_heads))
+    return places
+
+
+@torch.no_grad()
+def _projection(teacher: Any, student: Any, dtype: torch.dtype) -> nn.Module:
+    """The linear map P of least Σ ‖P e_student − e_teacher‖² over the tokens that both have."""
+    of_teacher, of_student = (model.get_input_embeddings().weight for model in (teacher, student))
+    widths, device = (of_teacher.shape[1], of_student.shape[1]), of_student.device
+    moment, cross = (torch.zeros(widths[1], n, dtype=torch.float64, device=device) for n in (widths[1], widths[0]))
+    for start in range(0, min(len(of_teacher), len(of_student)), ROWS_AT_ONCE):
+        end = min(start + ROWS_AT_ONCE, len(of_teacher), len(of_student))
+        x, y = of_student[start:end].double(), of_teacher[start:end].to(device).double()
+        moment.addmm_(x.T, x)
+        cross.addmm_(x.T, y)
+    moment.diagonal().add_(1e-9 * moment.diagonal().mean())
+    projection: nn.Module = nn.utils.skip_init(nn.Linear, *reversed(widths), bias=False, device=device, dtype=dtype)
+    projection.get_parameter("weight").copy_(torch.linalg.solve(moment, cross).T)
+    return projection

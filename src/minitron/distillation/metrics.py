@@ -1,0 +1,82 @@
+"""What a training run writes down as it goes: `metrics.jsonl` always, TensorBoard and Weights & Biases if asked."""
+
+import json
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import UserError
+from minitron.files import read_jsonl, write_jsonl
+from minitron.runtime import World
+
+Row = dict[str, Any]
+
+
+class Metrics:
+    """A row a step, appended as it happens; rows after the step resumed from are dropped.
+
+    Raises:
+        UserError: a tracker is not installed.
+    """
+
+    def __init__(self, work: Path, step: int, trackers: tuple[str, ...], world: World) -> None:
+        self.path, self.is_main = work / "metrics.jsonl", world.is_main
+        self.rows = [row for row in read_jsonl(self.path) if row["step"] <= step] if step else []
+        self.trackers = [TRACKERS[name](work) for name in trackers] if world.is_main else []
+        if self.is_main:
+            write_jsonl(self.path, self.rows)
+
+    def add(self, **row: Any) -> None:
+        """Append a row."""
+        self.rows.append(row)
+        if self.is_main:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        for track in self.trackers:
+            track(row)
+
+    @property
+    def num_skipped_last(self) -> int:
+        """Steps skipped since the last good one."""
+        return sum(1 for _ in takewhile(lambda row: "skipped" in row, reversed(self.rows)))
+
+    def in_words(self) -> str:
+        """The last held-out perplexity, in words, and how many steps were skipped if any."""
+        found = [row["heldout_perplexity"] for row in self.rows if "heldout_perplexity" in row]
+        num_skipped = sum("skipped" in row for row in self.rows)
+        skipped = f" · {num_skipped} steps skipped" if num_skipped else ""
+        return f"{f' · held-out perplexity {found[-1]:.2f}' if found else ''}{skipped}"
+
+
+def _tensorboard(work: Path) -> Callable[[Row], None]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("distill.trackers: tensorboard is not installed: pip install tensorboard") from error
+    writer = SummaryWriter(str(work / "tensorboard"))
+
+    def track(row: Row) -> None:
+        for name, value in _figures(row).items():
+            writer.add_scalar(name, value, row["step"])
+        if "sample" in row:
+            writer.add_text("sample", row["sample"], row["step"])
+        writer.flush()
+
+    return track
+
+
+def _wandb(work: Path) -> Callable[[Row], None]:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("distill.trackers: wandb is not installed: pip install wandb") from error
+    run = wandb.init(project="minitron", dir=str(work))
+    return lambda row: run.log(_figures(row), step=row["step"])
+
+
+def _figures(row: Row) -> dict[str, float]:
+    return {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
+
+
+TRACKERS: dict[str, Callable[[Path], Callable[[Row], None]]] = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -1,0 +1,58 @@
+"""One process or many: what the training loop needs to know about torchrun, and FSDP2 around the student."""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+from minitron.model.arch import Arch
+from minitron.model.language_model import Headless
+from minitron.recipe import DistillRecipe
+from minitron.runtime import World
+
+
+def shard(
+    model: Headless, arch: Arch, world: World, device: torch.device, dtype: torch.dtype, is_teacher: bool = False
+) -> None:
+    """Shard parameters, gradients and optimizer state over the ranks, layer by layer (FSDP2); `device` gets the shards.
+
+    Where a forward pass is in bfloat16, layers are gathered in it and their gradients summed in float32; what stands
+    outside the layers, the output matrix among it, is gathered as it is. A teacher's output matrix stays gathered,
+    since the student's loss reads it.
+    """
+    if world.size == 1:
+        return
+    mesh = init_device_mesh(device.type, (world.size,))
+    policy = MixedPrecisionPolicy()
+    if dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers_of(model, arch):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    # A student is resharded after every forward: after an evaluation, which has no backward, the optimizer must still
+    # find its sharded parameters.
+    fully_shard(model, mesh=mesh, reshard_after_forward=not is_teacher)
+
+
+def lighten(model: Headless, arch: Arch, recipe: DistillRecipe) -> None:
+    """Before `shard`: layers keep but their input for the backward pass, or are compiled, as the recipe says."""
+    for layer in layers_of(model, arch):
+        if recipe.activation_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if recipe.compile:
+            layer.compile()
+
+
+def layers_of(model: Headless, arch: Arch) -> list[nn.Module]:
+    """The modules of the layers."""
+    names = (arch.family.layer.replace("{i}", str(layer)) for layer in range(arch.axis_size("layer")))
+    return [model.model.get_submodule(name) for name in names]
+
+
+def whole(parameter: nn.Parameter | Tensor) -> Tensor:
+    """A parameter as one plain tensor on this rank; every rank must ask."""
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,0 +1,49 @@
+"""Which parameters of a model are trained: all, those of its norms alone, or low-rank adapters beside its matrices."""
+
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from minitron.errors import UserError
+from minitron.model.arch import Arch
+from minitron.recipe import CorrectionRecipe, DistillRecipe
+from minitron.runtime import World
+
+
+def choose_parameters(
+    model: Any, arch: Arch, recipe: DistillRecipe | CorrectionRecipe, seed: int, world: World
+) -> Callable[[], None]:
+    """Freeze what the recipe's `trains` leaves out; what is returned makes a stock model of it after training.
+
+    Adapters (LoRA, arXiv 2106.09685) are those of peft, beside every linear map of the layers, and are merged into
+    these at the end.
+
+    Raises:
+        UserError: adapters over several processes, or without peft.
+    """
+    if recipe.trains == "norms":
+        # Behind the first dot a norm has one name, in files and in memory.
+        norms = "|".join(norm.name.split(".", 1)[1].replace("{i}", r"\d+") for norm in arch.family.norms)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(re.fullmatch(rf"[^.]+\.({norms})\.(weight|bias)", name) is not None)
+    if recipe.trains != "lora":
+        return lambda: None
+    if world.size > 1:
+        raise UserError("distill.trains lora runs in one process; accepted under torchrun: full, norms")
+    try:
+        from peft import LoraConfig, LoraModel
+    except ImportError as error:
+        raise UserError("distill.trains lora needs peft: pip install 'minitron[lora]'") from error
+    # Fused Mamba kernels multiply by their output matrix themselves and would pass an adapter by.
+    unfit = [row.name.removesuffix(".weight").rsplit("{i}.", 1)[-1] for row in arch.rows
+             if "mhead" in row.axes and row.dimensions[0] == (("hidden",),)]  # fmt: skip
+    config = LoraConfig(
+        r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear", exclude_modules=unfit or None
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # of what it sets right itself
+        torch.manual_seed(seed)
+        adapted = LoraModel(model, config, "default")
+    return lambda: adapted.merge_and_unload() and None

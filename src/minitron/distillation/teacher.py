@@ -1,0 +1,223 @@
+"""What a teacher says of each block: by running over it whenever it is seen, or once for all and from files since then.
+
+What is stored are last hidden states: hidden × 2 bytes a token, from which the loss makes the exact logits over the
+whole vocabulary. Or, smaller where hidden is large, the likeliest tokens with a class for all others.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.filesize import decimal
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minitron.data.blocks import Blocks
+from minitron.distillation.fused import States, TopTokens
+from minitron.distillation.losses import classes_of
+from minitron.distillation.parameters import choose_parameters
+from minitron.errors import UserError
+from minitron.evaluation.perplexity import next_token_nll
+from minitron.files import read_json, require_space, require_writable, whole_file, write_json
+from minitron.model.arch import Arch
+from minitron.model.checkpoint import open_safetensors
+from minitron.model.language_model import Head, Headless, Readout
+from minitron.progress import Progress
+from minitron.recipe import CorrectionRecipe, DistillRecipe
+from minitron.runtime import World
+
+SHARD_BYTES = 2**26
+CHUNK_TOKENS = 256
+STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+Teacher = Callable[[Tensor, Tensor, Tensor | None], States | TopTokens]
+"""Of token ids (B, T), the numbers of these blocks (B,) where they are trained on, and their `Blocks.positions`."""
+
+
+class Live:
+    """A model that runs over every block when its turn comes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.headless = Headless(model.requires_grad_(False))
+        self.arch = Arch.from_config(self.headless.model.config.to_dict())  # type: ignore[operator,union-attr]
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, _: Tensor, positions: Tensor | None = None) -> States:
+        """Its last hidden states."""
+        states: States = self.headless(ids, States, positions)
+        return states
+
+
+class Learning(Live):
+    """A teacher that itself learns from the text while it teaches.
+
+    This is teacher correction alongside distillation (arXiv 2408.11796, section 2).
+    """
+
+    def __init__(self, model: nn.Module, recipe: CorrectionRecipe, seed: int, world: World) -> None:
+        super().__init__(model)
+        model.requires_grad_(True)
+        choose_parameters(model, self.arch, recipe, seed, world)
+
+    def learn(self, ids: Tensor, positions: Tensor | None, targets: Tensor) -> tuple[States, Tensor]:
+        """Its last hidden states, and the sum of its cross-entropy with `targets` (B, T), to be differentiated."""
+
+        def readout(hidden: Tensor, head: Head) -> tuple[States, Tensor]:
+            said = States(hidden.detach(), Head(head.weight.detach(), head.softcap))
+            return said, next_token_nll(hidden, head, targets)
+
+        found: tuple[States, Tensor] = self.headless(ids, readout, positions)
+        return found
+
+
+def stored(
+    folder: Path,
+    identity: dict[str, str],
+    model: Callable[[], nn.Module],
+    head: Head,
+    blocks: Blocks,
+    recipe: DistillRecipe,
+    world: World,
+) -> Teacher:
+    """A teacher whose word on every one of the blocks lies in `folder`; what is missing there is written first.
+
+    Its files are `states.json`, which says whose they are (`identity`: teacher, blocks and what the model computed
+    in), and shards of some blocks each, whole or not there, with their checksum. `model` is asked for only if a
+    shard is missing. Ranks share the work.
+
+    Raises:
+        UserError: the folder holds another teacher's word or something else, cannot be written, or has no space.
+    """
+    record = identity | {"context": str(blocks.context), "num_blocks": str(len(blocks))} | _kind(recipe)
+    per_block = blocks.context * _bytes_per_token(recipe, head.weight.shape[1])
+    shards = _Shards(folder, len(blocks), max(1, SHARD_BYTES // per_block), recipe, head)
+    if world.is_main:
+        require_space(folder, shards.num_missing * per_block)
+        _claim(folder, record)
+    world.barrier()
+    if num_missing := shards.num_missing:
+        with Progress(
+            "store teacher", blocks.num_tokens, done=(len(blocks) - num_missing) * blocks.context
+        ) as progress:
+            progress.note(f"{decimal(len(blocks) * per_block)} in {folder}")
+            teacher = Headless(model())
+            for shard in shards.numbers[world.rank :: world.size]:
+                if not shards.path(shard).exists():
+                    shards.write(shard, teacher, blocks, lambda: progress.advance(blocks.context * world.size))
+    world.barrier()
+    return shards
+
+
+@dataclass
+class _Shards:
+    """The files of a folder, read block by block."""
+
+    folder: Path
+    num_blocks: int
+    blocks_per_shard: int
+    recipe: DistillRecipe
+    head: Head
+    opened: dict[int, Any] = field(default_factory=dict)
+
+    def __call__(self, ids: Tensor, numbers: Tensor, _: Tensor | None = None) -> States | TopTokens:
+        rows = [self._block(int(number)) for number in numbers]
+        found = {name: torch.cat([row[name] for row in rows]).to(ids.device) for name in rows[0]}
+        if self.recipe.stored == "top_k":
+            return TopTokens(found["indices"], found["classes"], len(self.head.weight))
+        return States(found["hidden"], self.head)
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"states-{shard:05}.safetensors"
+
+    @property
+    def numbers(self) -> range:
+        """Those of all shards."""
+        return range(-(-self.num_blocks // self.blocks_per_shard))
+
+    @property
+    def num_missing(self) -> int:
+        """Blocks whose shard is not there."""
+        return sum(len(self.blocks_of(shard)) for shard in self.numbers if not self.path(shard).exists())
+
+    def blocks_of(self, shard: int) -> range:
+        """The numbers of a shard's blocks."""
+        first = shard * self.blocks_per_shard
+        return range(first, min(first + self.blocks_per_shard, self.num_blocks))
+
+    @torch.no_grad()
+    def write(self, shard: int, teacher: Headless, blocks: Blocks, advance: Callable[[], None]) -> None:
+        """Run the teacher over a shard's blocks, one at a time."""
+        device, rows = next(teacher.parameters()).device, []
+        readout: Readout = self._classes if self.recipe.stored == "top_k" else self._hidden
+        for number in self.blocks_of(shard):
+            block = blocks[number : number + 1]
+            positions = None if (places := block.positions) is None else places.to(device)
+            rows.append(teacher(block.ids.to(device), readout, positions))
+            advance()
+        tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        with whole_file(self.path(shard)) as staging:
+            save_file(tensors, staging, metadata={"sha256": _checksum(tensors)})
+
+    def _hidden(self, hidden: Tensor, _: Head) -> dict[str, Tensor]:
+        return {"hidden": hidden.to("cpu", STORED_DTYPES[self.recipe.stored_dtype])}
+
+    def _classes(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
+        assert self.recipe.top_k is not None
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        states, num_tokens = States(hidden, head).ready(len(head.weight), dtype, dtype), hidden.shape[:-1].numel()
+        found = [
+            classes_of(
+                states.rows(slice(start, start + CHUNK_TOKENS), self.recipe.temperature)(slice(None)), self.recipe.top_k
+            )
+            for start in range(0, num_tokens, CHUNK_TOKENS)
+        ]
+        indices, classes = (torch.cat(parts).view(*hidden.shape[:-1], -1) for parts in zip(*found, strict=True))
+        return {"indices": indices.to("cpu", torch.int32), "classes": classes.to("cpu", torch.float32)}
+
+    def _block(self, number: int) -> dict[str, Tensor]:
+        shard = number // self.blocks_per_shard
+        if shard not in self.opened:
+            file = open_safetensors(self.path(shard))
+            names = list(file.keys())
+            if (file.metadata() or {}).get("sha256") != _checksum({name: file.get_tensor(name) for name in names}):
+                raise UserError(f"{self.path(shard)} is damaged: remove it, and it will be written anew")
+            self.opened[shard] = {name: file.get_slice(name) for name in names}
+        row = number - self.blocks_of(shard).start
+        return {name: part[row : row + 1] for name, part in self.opened[shard].items()}
+
+
+def _claim(folder: Path, record: dict[str, str]) -> None:
+    """Make the folder this teacher's, or see that it is."""
+    mark = folder / "states.json"
+    if not mark.exists():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists and holds no states.json: name another folder for the teacher's states")
+        require_writable(folder)
+        write_json(mark, record)
+    found = read_json(mark)
+    if found != record:
+        names = [name for name in record if not isinstance(found, dict) or found.get(name) != record[name]]
+        raise UserError(f"{folder} holds states of another {' and '.join(names)}: name another folder, or remove it")
+
+
+def _kind(recipe: DistillRecipe) -> dict[str, str]:
+    if recipe.stored == "top_k":
+        return {"stored": f"top {recipe.top_k} at temperature {recipe.temperature}"}
+    return {"stored": f"hidden states in {recipe.stored_dtype}"}
+
+
+def _bytes_per_token(recipe: DistillRecipe, hidden_size: int) -> int:
+    if recipe.stored == "top_k":
+        assert recipe.top_k is not None
+        return 4 * recipe.top_k + 4 * (recipe.top_k + 1)
+    return hidden_size * STORED_DTYPES[recipe.stored_dtype].itemsize
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

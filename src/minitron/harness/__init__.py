@@ -1,0 +1,1 @@
+"""Other people's benchmarks: lm-eval and what it lacks."""

@@ -1,0 +1,167 @@
+"""What writes the residual stream in a layer, and how it is corrected by least squares."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minitron.errors import UserError
+from minitron.model.anatomy import Norm, Row
+from minitron.model.arch import Arch
+from minitron.model.experts import run_expert
+from minitron.model.language_model import Point
+from minitron.pruning.cut import Cut
+from minitron.pruning.layers import Layer
+from minitron.pruning.maps import kept_positions
+
+DOUBLE_WIDTH = 4096
+"""Systems of more unknowns than this are solved in float32: their matrices are large, the ridge keeps them tame."""
+LEAST_RIDGE = 1e-7
+
+Tensors = dict[tuple[Row, int | None], Tensor]
+"""A layer's tensors as the student has them, by row and expert."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A tensor that writes the residual stream, and where it shows what is lacking behind it."""
+
+    row: Row
+    dim: int
+    """The dimension of its inputs."""
+    before: Norm | None = None
+    """The norm that reads the stream it has written; None: its own output is held against the teacher's."""
+    is_last: bool = False
+    """Its stream is that behind the layer."""
+
+    @property
+    def module(self) -> str:
+        """The module that multiplies by it, as files name it."""
+        return self.row.name.removesuffix(".weight")
+
+    def point(self, layer: Layer) -> Point:
+        """Where a student should have what its teacher has."""
+        if self.before is None:
+            return layer.stored_module(self.module), "output"
+        return layer.stored_module(self.before.name), "input"
+
+
+def writers_of(arch: Arch, number: int) -> list[Writer]:
+    """The tensors that write the stream in a layer, in the order in which they do, but for those of experts."""
+    family, kind = arch.family, arch.layers[number] if arch.layers else None
+    modules = {tap.module: None for tap in family.taps
+               if tap.side == "input" and tap.axes != ("hidden",) and tap.kind in {None, kind}}  # fmt: skip
+    found = []
+    for module in modules:
+        row = _read_by(arch, module)
+        if row is not None:
+            found.append(Writer(row, next(i for i, dim in enumerate(row.dimensions) if dim != (("hidden",),))))
+    in_front = [norm for norm in family.norms if "{i}" in norm.name and norm.is_in_front(arch.flags)]
+    if family.scales_residual or any(not norm.is_in_front(arch.flags) for norm in family.norms):
+        return found  # what they write is not what the stream gains
+    following = [*in_front[1:], None]
+    return [
+        replace(writer, before=norm or in_front[-1], is_last=norm is None)
+        for i, writer in enumerate(found)
+        for norm in [following[i] if i + 1 < len(found) and i < len(following) else None]
+    ]
+
+
+def _read_by(arch: Arch, module: str) -> Row | None:
+    """The row of the tensor that multiplies the input of a module, named as in memory, and gives hidden."""
+    wanted = f"{module.split('.', 1)[1]}.weight"
+    rows = (row for row in arch.rows if row.name.split(".", 1)[-1] == wanted)
+    return next((row for row in rows if "hidden" in row.axes), None)
+
+
+@dataclass
+class ExpertWriters:
+    """The matrices with which a layer's experts write, fitted to what is left of their inputs, each by itself.
+
+    On the teacher's own tokens and choices of experts, weighted as the router weights them.
+    """
+
+    cut: Cut
+    number: int
+    row: Row
+    tensors: Tensors
+    moments: dict[int, Tensor]
+    crosses: dict[int, Tensor]
+    num_tokens: dict[int, int]
+
+    @classmethod
+    def of(cls, cut: Cut, tensors: Tensors, number: int) -> "ExpertWriters | None":
+        """Those of a layer, if it has experts and their inputs are cut."""
+        teacher = cut.teacher
+        axes = [axis for axis in teacher.family.per_expert_axes if axis in teacher.axes]
+        rows = [row for row, _ in tensors if row.axes & set(axes) and len(row.dimensions) > 1 + row.is_stacked]
+        if not rows or all(teacher.axis_size(axis) == cut.student.axis_size(axis) for axis in axes):
+            return None
+        return cls(cut, number, rows[-1], tensors, {}, {}, {})  # in every table the last one writes
+
+    def watch(self, teacher: Layer) -> torch.utils.hooks.RemovableHandle:
+        """Adds to the moments whenever the teacher's experts run."""
+        tap = next(tap for tap in self.cut.teacher.family.taps if tap.side == "routed")
+        return teacher.module(tap.module).register_forward_pre_hook(
+            lambda module, args, kwargs: self._add(module, *args, *kwargs.values()), with_kwargs=True
+        )
+
+    def _add(self, module: Any, states: Tensor, numbers: Tensor, weights: Tensor) -> None:
+        for new, expert in enumerate(self.cut.kept["expert"][self.number].tolist()):
+            token, place = (numbers == expert).nonzero(as_tuple=True)
+            inner, _ = run_expert(module, expert, states[token])
+            inner = inner.float() * weights[token, place].float()[:, None]
+            positions = self._positions(expert).to(inner.device)
+            matrix = module.down_proj[expert].float()
+            dropped = torch.ones(inner.shape[-1], dtype=torch.bool, device=inner.device)
+            dropped[positions] = False
+            lacking = inner[:, dropped] @ (matrix[dropped] if module.is_transposed else matrix[:, dropped].T)
+            if "hidden" in self.row.axes:
+                lacking = self.cut.project(lacking)
+            x = inner[:, positions]
+            self.num_tokens[new] = self.num_tokens.get(new, 0) + len(x)
+            self.moments[new] = self.moments.get(new, 0) + x.T @ x
+            self.crosses[new] = self.crosses.get(new, 0) + x.T @ lacking
+
+    def _positions(self, expert: int) -> Tensor:
+        axis = next(iter(self.row.axes & self.cut.teacher.family.per_expert_axes))
+        maps = {axis: self.cut.kept[axis][self.number][expert]}
+        return kept_positions(((axis,),), maps, self.cut.teacher.axis_size)
+
+    def fitted(self, ridge: float) -> Tensors:
+        """The mended tensors."""
+        changed = {
+            new: correction(moment, self.crosses[new], ridge, self.num_tokens[new]).cpu()
+            for new, moment in self.moments.items()
+        }
+        dimensions = self.row.dimensions[1:] if self.row.is_stacked else self.row.dimensions
+        inputs_first = not set(dimensions[0][0]).isdisjoint(self.cut.teacher.family.per_expert_axes)
+        changes = {new: change.T if inputs_first else change for new, change in changed.items()}
+        if self.row.is_stacked:
+            value = self.tensors[self.row, None]
+            return {(self.row, None): (value.float() + torch.stack([changes[e] for e in sorted(changes)])).to(value)}
+        return {
+            (self.row, e): (value.float() + change).to(value.dtype)
+            for e, change in changes.items()
+            for value in [self.tensors[self.row, e]]
+        }
+
+
+def correction(moment: Tensor, cross: Tensor, ridge: float, num_tokens: int) -> Tensor:
+    """Δ = (moment + λI)⁻¹ cross, transposed to (outputs, inputs); λ is the mean of the diagonal times
+    `ridge` · inputs / `num_tokens`.
+
+    Of moment X Xᵀ (inputs, inputs) and cross X Eᵀ (inputs, outputs) it is the least-squares best Δ in ΔX ≈ E, with as
+    much damping as the noise of a fit to so few tokens asks for.
+
+    Raises:
+        UserError: they hold NaN or infinity.
+    """
+    if not (torch.isfinite(moment).all() and torch.isfinite(cross).all()):
+        raise UserError("activations hold NaN or infinity: the teacher's weights are broken, or its dtype is too small")
+    dtype = torch.float64 if len(moment) <= DOUBLE_WIDTH else torch.float32
+    damped = moment.to(dtype, copy=True)
+    damping = max(ridge * len(moment) / max(1, num_tokens), LEAST_RIDGE)
+    damped.diagonal().add_(damping * damped.diagonal().mean().clamp_min(1e-30))
+    return torch.cholesky_solve(cross.to(dtype), torch.linalg.cholesky(damped)).T.float()
