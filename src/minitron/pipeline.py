@@ -1,44 +1,42 @@
-"""The main job: the order of the stages, in one run directory."""
+"""The order of the stages in one run directory, and of several students in a series."""
 
 import shutil
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
-from minitron.files import (
-    read_json,
-    require_space,
-    write_json,
-)
+from minitron import nas
+from minitron.distillation import distill, stored_teacher
+from minitron.errors import UserError
+from minitron.evaluation import measure
+from minitron.files import read_json, require_space, write_json
+from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.nas.rank import removed_layers, search, shapes_within
+from minitron.model.language_model import load_model
 from minitron.nas.shapes import Shapes
 from minitron.progress import Progress
+from minitron.pruning import prune, write_importance
 from minitron.pruning.importance import kept_layers
 from minitron.recipe import Recipe
 from minitron.reports.card import write_card
 from minitron.reports.html import write_report
+from minitron.reports.series import write_series_report
 from minitron.run import Run, open_run
-from minitron.runtime import World
-from minitron.session import Session
-from minitron.stages import (
-    measure,
-    read_arch,
-    require_one_process,
-    teacher_of,
-    train,
-    write_pruned_folder,
-    write_statistics,
-)
+from minitron.session import Session, require_one_process
+
+STATES = "teacher-states"
+NUM_SAMPLES = 3
+"""Texts that each model generates for the report."""
 
 
-def compress(recipe: Recipe, out: Path, overwrite: bool = False, larger: Path | None = None) -> dict[str, Any]:
+def compress(recipe: Recipe, out: Path, overwrite: bool = False, *, larger: Path | None = None) -> dict[str, Any]:
     """Make a smaller model of the recipe's teacher in the run directory `out`; return what `eval.json` holds.
 
-    With `larger`, the folder of another student of that teacher, that is what is cut. A finished run is read; an
-    interrupted one continues after its last finished stage, or inside the search, the distillation and the evaluation
-    where they stood.
+    With `larger`, the folder of another student of that teacher, that student is pruned. A finished run is read; an
+    interrupted one continues after its last finished stage, or inside search, distillation or evaluation.
 
     Raises:
         UserError: something asked for cannot be done; nothing is left behind that was not finished.
@@ -47,37 +45,36 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False, larger: Path | 
     run = open_run(out, recipe, overwrite)
     if run.is_finished and run.path("report.html").exists():
         return dict(read_json(run.path("eval.json")))
-    inputs = Session(recipe, larger)
-    shapes, budget = shapes_within(inputs)
-    _check(run, inputs, shapes)
+    session = Session(recipe, larger)
+    session.validate()
+    shapes, budget = nas.shapes_within(session)
+    _check(run, session, shapes)
     try:
         run.begin()
-        _link_teacher(run, inputs.teacher)
+        _link_teacher(run, session.teacher)
         if not run.is_done("calibrate"):
             with run.stage("calibrate"):
-                write_statistics(out, inputs, removed_layers(shapes))
+                write_importance(out, session, nas.removed_layers(shapes))
         importance = load_file(run.path("importance.safetensors"))
         if not run.is_done("search"):
             with run.stage("search"):
-                arch = search(inputs, importance, shapes, budget, out, World())
-                write_json(run.path("arch.json"), arch.to_dict())
-        arch = read_arch(run.path("arch.json"), inputs.whole.arch)
+                write_json(run.path("arch.json"), nas.search(session, importance, shapes, budget, out).to_dict())
+        source = session.source.arch
+        arch = Arch.from_dict(read_json(run.path("arch.json")), source)
         if not run.is_done("prune"):
             with run.stage("prune"):
-                run.record["kept_layers"] = kept_layers(importance, inputs.whole.arch, arch).tolist()
-                write_pruned_folder(inputs, arch, importance, run.path("pruned"))
+                run.record["kept_layers"] = kept_layers(importance, source, arch).tolist()
+                prune(session, arch, importance, run.path("pruned"))
         if not run.is_done("distill"):
             with run.stage("distill"):
-                _note_resumption(run, inputs)
-                pruned = open_checkpoint(run.path("pruned"))
-                teacher = teacher_of(inputs, pruned, World())
-                train(inputs, teacher, pruned, run.path("student"), work=out, world=World())
+                _record_resumption(run, session)
+                distill(session, open_checkpoint(run.path("pruned")), run.path("student"), work=out)
         shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
         if not run.is_done("evaluate"):
             with run.stage("evaluate"):
-                results = _evaluate_run(run, inputs)
+                figures = _evaluate(run, session)
                 student = open_checkpoint(run.path("student")).arch
-                write_card(out, run.record, inputs.teacher.arch, student, results)
+                write_card(out, run.record, session.teacher.arch, student, figures)
         if not run.path("report.html").exists():
             write_report(out)
     finally:
@@ -85,19 +82,52 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False, larger: Path | 
     return dict(read_json(run.path("eval.json")))
 
 
-def _check(run: Run, inputs: Session, shapes: Shapes) -> None:
-    """Look at everything that can be wrong before anything is written."""
-    _ = inputs.dtype
+def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, Any]:
+    """Make a student for each of the recipe's targets in `out`; return what the members' `eval.json` hold, by target.
+
+    Each smaller student is cut out of the next larger one, and taught by the one teacher or by that student (Minitron,
+    arXiv 2407.14679, section 4). Each is a run directory of its own, which continues after an interruption; the
+    teacher runs over the text once.
+
+    Raises:
+        UserError: the targets do not fall; or see `compress`.
+    """
+    targets = recipe.target_params
+    assert isinstance(targets, tuple)
+    _require_falling(targets, Session(recipe))
+    run = open_run(out, recipe, overwrite)
+    run.begin()
+    figures: dict[str, Any] = {}
+    larger: Path | None = None
+    try:
+        for target in targets:
+            name = str(target)
+            member = _member(recipe, target, run, larger)
+            if not run.is_done(name):
+                with run.stage(name):
+                    _store_teacher_once(run, member, larger)
+                    compress(member, run.path(name), larger=larger if recipe.lineage.taught_by == "teacher" else None)
+            figures[name] = read_json(run.path(name) / "eval.json")
+            larger = run.path(name) / "student"
+        shutil.rmtree(run.path(STATES), ignore_errors=True)
+        write_series_report(out)
+    finally:
+        run.clean()
+    return figures
+
+
+def _check(run: Run, session: Session, shapes: Shapes) -> None:
+    """Check teacher, text and disk space before anything is written."""
     largest = int(shapes.figures["num_parameters"].max())
-    with Progress("check teacher", inputs.teacher.num_bytes, "bytes") as progress:
-        run.bind("teacher", inputs.teacher.fingerprint(progress.advance))
-    if inputs.larger:
-        run.bind("larger", inputs.whole.fingerprint())
-    run.bind("data", inputs.splits.fingerprint())
+    with Progress("check teacher", session.teacher.num_bytes, "bytes") as progress:
+        run.bind("teacher", session.teacher.fingerprint(progress.advance))
+    if session.larger:
+        run.bind("larger", session.source.fingerprint())
+    run.bind("data", session.splits.fingerprint())
     if run.is_begun:
         return
-    # Pruned and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.
-    require_space(run.folder, 2 * inputs.teacher.num_bytes + 2 * 12 * largest)
+    # Pruned model and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.
+    require_space(run.folder, 2 * session.teacher.num_bytes + 2 * 12 * largest)
 
 
 def _link_teacher(run: Run, teacher: Checkpoint) -> None:
@@ -106,22 +136,63 @@ def _link_teacher(run: Run, teacher: Checkpoint) -> None:
         link.symlink_to(teacher.folder.absolute(), target_is_directory=True)
 
 
-def _note_resumption(run: Run, inputs: Session) -> None:
-    """Record at how many tokens the distillation is taken up again, for the curves."""
+def _record_resumption(run: Run, session: Session) -> None:
+    """Record at how many tokens the distillation continues, for the curves."""
     state = run.path("checkpoint") / "state.json"
     if state.exists():
-        tokens = read_json(state)["step"] * inputs.recipe.distill.batch_size * inputs.context
+        tokens = read_json(state)["step"] * session.recipe.distill.batch_size * session.context
         run.record["stages"]["distill"].setdefault("resumed_at", []).append(tokens)
         run.save()
 
 
-def _evaluate_run(run: Run, inputs: Session) -> dict[str, Any]:
-    """Measure teacher, pruned and student on the blocks that no other stage has seen."""
-    path = run.path("eval.json")
-    results = read_json(path) if path.exists() else {}
+def _evaluate(run: Run, session: Session) -> dict[str, Any]:
+    """Measure teacher, pruned model and student on the blocks that no other stage has seen."""
+    path, runtime, blocks = run.path("eval.json"), session.runtime, session.splits.evaluation
+    figures = read_json(path) if path.exists() else {}
     for name in ("teacher", "pruned", "student"):
-        if name not in results:
-            checkpoint = inputs.teacher if name == "teacher" else open_checkpoint(run.path(name))
-            results[name] = measure(inputs, checkpoint, inputs.splits.evaluation, f"evaluate {name}", num_samples=3)
-            write_json(path, results)
-    return dict(results)
+        if name not in figures:
+            checkpoint = session.teacher if name == "teacher" else open_checkpoint(run.path(name))
+            model = load_model(checkpoint, runtime.device, runtime.dtype)
+            figures[name] = measure(model, checkpoint, blocks, stage=f"evaluate {name}", num_samples=NUM_SAMPLES)
+            del model
+            write_json(path, figures)
+    return dict(figures)
+
+
+def _member(recipe: Recipe, target: str | float, run: Run, larger: Path | None) -> Recipe:
+    """Return the recipe of one member of a series."""
+    teacher, distill = recipe.teacher, recipe.distill
+    if larger and recipe.lineage.taught_by == "larger":
+        teacher, whole = str(larger), Session(recipe).teacher.arch.num_parameters
+        if isinstance(target, float):  # a share of the first teacher, not of this one
+            target = str(round(target * whole))
+    elif _stores_states(recipe):
+        distill = distill.model_copy(update={"teacher_states": str(run.path(STATES))})
+    return recipe.model_copy(update={"teacher": teacher, "target_params": target, "distill": distill})
+
+
+def _stores_states(recipe: Recipe) -> bool:
+    """Whether the series keeps the teacher's outputs: not where the user does, or the teacher has to run along."""
+    distill = recipe.distill
+    runs_along = distill.intermediate.of or distill.correction.trains != "nothing"
+    return recipe.lineage.stores_states and distill.teacher_states is None and not runs_along
+
+
+def _store_teacher_once(run: Run, member: Recipe, larger: Path | None) -> None:
+    """Run the teacher over the text before its first student is made, and record the time."""
+    states = member.distill.teacher_states
+    if larger or states != str(run.path(STATES)):
+        return
+    session, started = Session(member), time.monotonic()
+    stored_teacher(session, Path(states), session.splits.train, member.distill)
+    cost = {"tokens": session.splits.train.num_tokens, "seconds": round(time.monotonic() - started, 2)}
+    if not run.path("teacher.json").exists():
+        write_json(run.path("teacher.json"), cost)
+
+
+def _require_falling(targets: tuple[str | float, ...], session: Session) -> None:
+    highs = [nas.budget_of(session, target).limits["num_parameters"].high for target in targets]
+    if any(following >= before for before, following in pairwise(highs)):
+        raise UserError(
+            f"target_params {', '.join(map(str, targets))}: each member must be smaller than the one before"
+        )

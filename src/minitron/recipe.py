@@ -336,7 +336,25 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     return validate(Recipe, values, str(path) if path else "options")
 
 
-def option_count(option: str, text: str | None) -> int | None:
+def recipe_from(source: str | Path | None, **settings: Any) -> Recipe:
+    """Return the recipe of a YAML file or a built-in name, with settings laid over it; None is an empty recipe.
+
+    A setting is a key (`seed=1`), a part with its keys (`distill={"tokens": "2M"}`), or a dotted key; None leaves the
+    recipe as it is.
+
+    Raises:
+        UserError: the file is missing, or a key or a value is not accepted.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Path):
+            value = str(value)
+        is_part = key in Recipe.model_fields and isinstance(Recipe.model_fields[key].default, _Strict)
+        flat |= {f"{key}.{name}": entry for name, entry in value.items()} if is_part and value else {key: value}
+    return load_recipe(None if source is None else Path(source), flat)
+
+
+def option_count(option: str, text: str | int | None) -> int | None:
     """A count given on the command line, or None; what is none is a `UserError` that names the option."""
     try:
         return None if text is None else parse_count(text)

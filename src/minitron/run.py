@@ -18,6 +18,8 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets")
 
 CHANGE_NOTHING = {"device", "distill.checkpoint_seconds", "distill.trackers"}
 """Entries of a recipe that may differ when a run is continued."""
+RUN_RECORD = "run.json"
+"""The file that says what a run directory is of."""
 STAGES = ("calibrate", "search", "prune", "distill", "evaluate")
 
 

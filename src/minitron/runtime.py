@@ -185,7 +185,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a clean stop: finish the step, save, exit; a second signal acts as it always does."""
+    """Turn SIGINT and SIGTERM into a clean stop: finish the step, save, exit. A second signal acts as usual."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield request

@@ -1,34 +1,45 @@
-"""What a recipe names, opened: teacher, text, candidates; each when first asked for."""
+"""A recipe's teacher and text, opened once and released explicitly."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from minitron.data.blocks import Blocks, Splits, load_tokenizer, read_splits
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.model.source import open_teacher
-from minitron.pruning.calibrate import Statistics, calibrate
-from minitron.pruning.depth import score_depth
-from minitron.pruning.importance import Importance, score
-from minitron.pruning.rotate import turns
 from minitron.recipe import Recipe
-from minitron.runtime import configure_backends, resolve_device, resolve_dtype
+from minitron.runtime import Runtime, joined_world, num_ranks, resolve_device, resolve_dtype
 
 DEFAULT_CONTEXT = 1024
 
 
-@dataclass(frozen=True)
 class Session:
-    """What a recipe names, each opened when first asked for."""
+    """What a recipe names: the teacher on disk and in memory, the text, and where to compute.
 
-    recipe: Recipe
-    larger: Path | None = None
-    """A student of the teacher that is cut instead of the teacher itself."""
+    Checkpoint and text are read when first used and kept. A model is in memory only within `teacher_model` or
+    `source_model`.
+    """
+
+    def __init__(self, recipe: Recipe, larger: Path | None = None) -> None:
+        """`larger` is the folder of a student of the teacher that is pruned instead of the teacher itself."""
+        self.recipe, self.larger = recipe, larger
+        self._models: dict[Path, Any] = {}
+
+    def validate(self, *, one_process: bool = True) -> None:
+        """Check what can be wrong with teacher, device and dtype, before any work.
+
+        Raises:
+            UserError: see `open_teacher`, `resolve_device` and `resolve_dtype`; or torchrun started several processes
+                for a command that runs in one.
+        """
+        if one_process:
+            require_one_process()
+        _ = self.source, self.runtime, self.context
 
     @cached_property
     def teacher(self) -> Checkpoint:
@@ -36,57 +47,81 @@ class Session:
         return open_teacher(self.recipe.teacher, self.recipe.family)
 
     @cached_property
-    def whole(self) -> Checkpoint:
-        """What is cut: the teacher, or a larger student of it."""
+    def source(self) -> Checkpoint:
+        """The model that is pruned: the teacher, or a larger student of the teacher."""
         return open_checkpoint(self.larger) if self.larger else self.teacher
 
     @cached_property
-    def device(self) -> torch.device:
-        """Where models run."""
-        configure_backends()
-        return resolve_device(self.recipe.device)
+    def runtime(self) -> Runtime:
+        """Device, dtype and seed of the recipe, in one process; see `joined`."""
+        device = resolve_device(self.recipe.device)
+        return Runtime(device, resolve_dtype(self.recipe.dtype, device), self.recipe.seed)
 
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """What models compute in."""
-        return resolve_dtype(self.recipe.dtype, self.device)
+    @contextmanager
+    def joined(self) -> Iterator[Runtime]:
+        """Let `runtime` be one of the processes that torchrun started, while the block runs."""
+        alone = self.runtime
+        with joined_world(alone.device) as world:
+            self.runtime = replace(alone, world=world)
+            try:
+                yield self.runtime
+            finally:
+                self.runtime = alone
 
-    @cached_property
-    def model(self) -> Any:
-        """The teacher in memory."""
-        return load_model(self.teacher, self.device, self.dtype)
+    @contextmanager
+    def teacher_model(self) -> Iterator[Any]:
+        """Hold the teacher in memory while the block runs; blocks within the block share one copy."""
+        with self._model(self.teacher) as model:
+            yield model
+
+    @contextmanager
+    def source_model(self) -> Iterator[Any]:
+        """Hold the model that is pruned in memory while the block runs; see `teacher_model`."""
+        with self._model(self.source) as model:
+            yield model
+
+    @contextmanager
+    def _model(self, checkpoint: Checkpoint) -> Iterator[Any]:
+        if checkpoint.folder in self._models:
+            yield self._models[checkpoint.folder]
+            return
+        self._models[checkpoint.folder] = load_model(checkpoint, self.runtime.device, self.runtime.dtype)
+        try:
+            yield self._models[checkpoint.folder]
+        finally:
+            del self._models[checkpoint.folder]
 
     @cached_property
     def context(self) -> int:
         """Tokens in a block.
 
         Raises:
-            UserError: the teacher was made for fewer.
+            UserError: the recipe asks for more tokens than the teacher was made for.
         """
-        most = getattr(self.teacher.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-        context = self.recipe.context or min(DEFAULT_CONTEXT, most)
-        if context > most:
-            raise UserError(f"context {context} is above the {most} tokens that {self.recipe.teacher} was made for")
+        longest = getattr(self.teacher.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
+        context = self.recipe.context or min(DEFAULT_CONTEXT, longest)
+        if context > longest:
+            raise UserError(f"context {context} is above the {longest} tokens that {self.recipe.teacher} was made for")
         return context
 
     @cached_property
     def splits(self) -> Splits:
-        """The text, dealt out to its purposes.
+        """The text, split into evaluation, held-out and training blocks.
 
         Raises:
-            UserError: documents are to be kept apart in a model that cannot.
+            UserError: the recipe keeps documents apart and the model cannot; or see `read_splits`.
         """
-        recipe = self.recipe
+        recipe, arch = self.recipe, self.teacher.arch
         keeps_apart = recipe.distill.documents == "apart"
-        if keeps_apart and self.teacher.arch.family.joins_documents:
+        if keeps_apart and arch.family.joins_documents:
             raise UserError(
-                f"distill.documents apart: {self.teacher.arch.model_type} runs from one document of a block into the "
-                "next; accepted: joined"
+                f"distill.documents apart: {arch.model_type} runs from one document of a block into the next; "
+                "accepted: joined"
             )
         return read_splits(
             recipe.data,
             load_tokenizer(self.teacher.folder),
-            self.teacher.arch.sizes["vocab_size"],
+            arch.sizes["vocab_size"],
             self.context,
             recipe.seed,
             evaluation_tokens=recipe.evaluation.tokens,
@@ -97,37 +132,30 @@ class Session:
 
     @property
     def calibration_blocks(self) -> Blocks:
-        """The first training blocks."""
+        """The first training blocks, on which importance is measured."""
         return self.splits.train[: max(1, self.recipe.calibration.tokens // self.context)]
 
-    @cached_property
-    def statistics(self) -> Statistics:
-        """What calibration sums up.
 
-        Raises:
-            UserError: the calibration text is one token over and over.
-        """
-        blocks, recipe = self.calibration_blocks, self.recipe
-        if len(tokens := blocks.ids.unique()) < 2:
-            raise UserError(f"the calibration text holds token {int(tokens)} alone: is it nothing but padding?")
-        moment = turns(self.whole.arch, recipe.prune)
-        return calibrate(self.whole, blocks, recipe.calibration, self.device, self.dtype, moment)
+def require_one_process() -> None:
+    """Check that torchrun did not start several processes.
 
-    def importance(self, removed: set[int] | None = None) -> Importance:
-        """The scores of every axis, from these statistics, and of depth as the recipe says.
+    Raises:
+        UserError: torchrun did.
+    """
+    if num_ranks() > 1:
+        raise UserError("only search, distill and correct run under torchrun; run this command in one process")
 
-        `removed` is how many layers may have to go, where that matters; None: up to half of them.
-        """
-        arch, depth = self.whole.arch, self.recipe.depth
-        importance = score(self.statistics, arch, self.recipe.calibration)
-        if depth.score == "block_influence" and depth.removal == "one_shot":
-            return importance
-        tokenizer = load_tokenizer(self.teacher.folder) if depth.score == "task" else None
-        blocks = self.calibration_blocks[: max(1, depth.tokens // self.context)]
-        removed = set(range(1, arch.axis_size("layer") // 2 + 1)) if removed is None else removed
-        model = load_model(self.whole, self.device, self.dtype) if self.larger else self.model
-        return importance | score_depth(model, arch, blocks, depth, removed, tokenizer)
 
-    def forget_model(self) -> None:
-        """Let go of the teacher in memory; it is read again when it is asked for."""
-        self.__dict__.pop("model", None)
+def require_one_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
+    """Check that two models have the same tokens under the same numbers; either may have more entries, as padding.
+
+    Raises:
+        UserError: they differ.
+    """
+    tokens, student_tokens = (load_tokenizer(model.folder).get_vocab() for model in (teacher, student))
+    if tokens != student_tokens:
+        differing = len(tokens.items() ^ student_tokens.items())
+        raise UserError(f"teacher and student have different tokenizers: {differing} tokens differ")
+    smaller = min(model.arch.axis_size("vocab") for model in (teacher, student))
+    if (highest := max(tokens.values(), default=0)) >= smaller:
+        raise UserError(f"the tokenizer has token {highest}, one of the models only {smaller} tokens")

@@ -1,238 +1,111 @@
-"""Verbs that make a smaller model, or a part of the way to one."""
+"""Verbs that make a smaller model, or do one step towards it."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from minitron.cli.options import (
-    Active,
-    Batch,
-    Context,
-    Data,
-    Device,
-    Dtype,
-    Family,
-    Json,
-    Latency,
-    Memory,
-    NonEmbedding,
+    BUDGET,
+    CONTEXT,
+    TARGET,
+    TEXT,
+    TRAINING,
     Out,
     Overwrite,
     Plain,
-    RecipeFile,
-    Seed,
-    ServedContext,
-    States,
-    Target,
-    Targets,
+    Setting,
     Teacher,
-    Throughput,
-    Tokens,
-    app,
-    budget_of,
     imported,
-    print_json,
-    print_record,
-    recipe_of,
-    tables,
+    verb,
 )
 from minitron.errors import UserError
+from minitron.model.anatomy import AXES, KINDS, PRUNABLE
+
+SIZES = (
+    *(Setting(AXES[axis], AXES[axis], f"{entries}.", int) for axis, entries in PRUNABLE.items()),
+    *(
+        Setting(f"num_{kind}_layers", f"num_{kind}_layers", f"Layers with {kind}, where layers differ.", int)
+        for kind in sorted(set(KINDS.values()))
+    ),
+)  # fmt: skip
 
 
-@app.command()
-def compress(
-    teacher: Teacher,
-    out: Out,
-    target_params: Targets = None,
-    target_non_embedding_params: NonEmbedding = None,
-    target_active_params: Active = None,
-    memory: Memory = None,
-    throughput: Throughput = None,
-    latency: Latency = None,
-    batch: Batch = None,
-    recipe: RecipeFile = None,
-    family: Family = None,
-    data: Data = None,
-    tokens: Tokens = None,
-    teacher_states: States = None,
-    context: ServedContext = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    plain: Plain = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """The main job: search a shape, prune, distil, evaluate. Run again to continue."""
-    budget = budget_of(target_non_embedding_params, target_active_params, memory, throughput, latency, batch, context)
-    loaded = recipe_of(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
-                     seed=seed, device=device, dtype=dtype, **budget,
-                     **{"distill.tokens": tokens, "distill.teacher_states": teacher_states})  # fmt: skip
-    if isinstance(loaded.target_params, tuple):
-        members = imported("lineage").compress_family(loaded, out, overwrite)
-        if as_json:
-            print_json({"out": str(out), "members": members})
-        for name, found in () if as_json else members.items():
-            tables().print_results(out / name, found)
-        return
-    results = imported("pipeline").compress(loaded, out, overwrite)
-    if as_json:
-        print_json({"out": str(out), **results})
-    else:
-        tables().print_results(out, results)
+@verb(TARGET._replace(help=f"{TARGET.help} Several (0.8,0.6,0.4) make a series."), *BUDGET, *TEXT, *TRAINING)
+def compress(teacher: Teacher, out: Out, plain: Plain = False, overwrite: Overwrite = False, **settings: Any) -> Any:
+    """The main job: search for a shape, prune, distil, evaluate. Run the command again to continue."""
+    settings = _serving(settings) | _preset(plain)
+    return imported("verbs.compress").compress(teacher, out, overwrite=overwrite, **settings)
 
 
-@app.command()
-def calibrate(
-    teacher: Teacher,
-    out: Out,
-    recipe: RecipeFile = None,
-    family: Family = None,
-    data: Data = None,
-    tokens: Annotated[str | None, typer.Option(help="Tokens to calibrate on.")] = None,
-    context: Context = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
+@verb(Setting("tokens", "calibration.tokens", "Tokens to calibrate on."), CONTEXT, *TEXT)
+def calibrate(teacher: Teacher, out: Out, overwrite: Overwrite = False, **settings: Any) -> Any:
     """Measure importance: calibration.safetensors and importance.safetensors in OUT."""
-    loaded = recipe_of(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed,
-                     device=device, dtype=dtype, **{"calibration.tokens": tokens})  # fmt: skip
-    print_record(imported("alone").calibrate(loaded, out, overwrite), as_json)
+    return imported("verbs.calibrate").calibrate(teacher, out, overwrite=overwrite, **settings)
 
 
-@app.command()
-def search(
-    teacher: Teacher,
-    out: Out,
-    target_params: Target = None,
-    target_non_embedding_params: NonEmbedding = None,
-    target_active_params: Active = None,
-    memory: Memory = None,
-    throughput: Throughput = None,
-    latency: Latency = None,
-    batch: Batch = None,
-    recipe: RecipeFile = None,
-    family: Family = None,
-    data: Data = None,
-    context: ServedContext = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
+@verb(TARGET, *BUDGET, *TEXT)
+def search(teacher: Teacher, out: Out, overwrite: Overwrite = False, **settings: Any) -> Any:
     """Find the best shape within a budget: candidates.jsonl and arch.json in OUT."""
-    budget = budget_of(target_non_embedding_params, target_active_params, memory, throughput, latency, batch, context)
-    loaded = recipe_of(recipe, teacher=teacher, family=family, target_params=target_params, data=data,
-                     seed=seed, device=device, dtype=dtype, **budget)  # fmt: skip
-    print_record(imported("alone").search(loaded, out, overwrite), as_json)
+    return imported("verbs.search").search(teacher, out, overwrite=overwrite, **_serving(settings))
 
 
-@app.command()
+@verb(*SIZES, TARGET, CONTEXT, *TEXT)
 def prune(
     teacher: Teacher,
     out: Annotated[Path | None, typer.Argument(help="The folder to make.", resolve_path=True)] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="Residual channels.")] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="MLP neurons.")] = None,
-    num_hidden_layers: Annotated[int | None, typer.Option(help="Layers.")] = None,
-    num_attention_heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
-    num_key_value_heads: Annotated[int | None, typer.Option(help="KV groups.")] = None,
-    num_local_experts: Annotated[int | None, typer.Option(help="Experts of a layer.")] = None,
-    moe_intermediate_size: Annotated[int | None, typer.Option(help="Neurons of an expert.")] = None,
-    moe_shared_expert_intermediate_size: Annotated[
-        int | None, typer.Option("--moe-shared-expert-intermediate-size", help="Neurons of the shared experts.")
-    ] = None,
-    mamba_num_heads: Annotated[int | None, typer.Option(help="Mamba heads.")] = None,
-    mamba_head_dim: Annotated[int | None, typer.Option(help="Channels of a Mamba head.")] = None,
-    num_mamba_layers: Annotated[int | None, typer.Option(help="Of a hybrid, layers with a Mamba mixer.")] = None,
-    num_attention_layers: Annotated[int | None, typer.Option(help="Of a hybrid, layers with attention.")] = None,
-    num_mlp_layers: Annotated[int | None, typer.Option(help="Of a hybrid, layers with an MLP only.")] = None,
-    num_moe_layers: Annotated[int | None, typer.Option(help="Layers with experts, where others have none.")] = None,
     arch: Annotated[Path | None, typer.Option(help="An arch.json instead of sizes.")] = None,
-    target_params: Target = None,
     importance: Annotated[Path | None, typer.Option(help="A folder that calibrate wrote, instead of --data.")] = None,
-    recipe: RecipeFile = None,
-    family: Family = None,
-    data: Data = None,
-    context: Context = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out; needs no weights.")] = False,
     plain: Plain = False,
     overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
+    **settings: Any,
+) -> Any:
     """Cut a teacher to a shape, untrained: a Hugging Face folder at OUT."""
-    sizes = {
-        "hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads, "num_key_value_heads": num_key_value_heads,
-        "num_local_experts": num_local_experts, "moe_intermediate_size": moe_intermediate_size,
-        "moe_shared_expert_intermediate_size": moe_shared_expert_intermediate_size,
-        "mamba_num_heads": mamba_num_heads, "mamba_head_dim": mamba_head_dim, "num_mamba_layers": num_mamba_layers,
-        "num_attention_layers": num_attention_layers, "num_mlp_layers": num_mlp_layers,
-        "num_moe_layers": num_moe_layers,
-    }  # fmt: skip
-    given = {name: size for name, size in sizes.items() if size is not None}
-    if sum(map(bool, (given, arch, target_params))) > 1:
-        raise UserError("give sizes, --arch or --target-params, not several of them")
     if dry_run:
-        print_record(imported("alone").plan_prune(teacher, given, arch, family), as_json)
-        return
+        from minitron.verbs.inspect import plan, split_sizes
+
+        return plan(teacher, split_sizes(settings)[0], arch, settings.get("family"))
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
-    loaded = recipe_of(recipe, plain=plain, teacher=teacher, family=family, target_params=target_params, data=data,
-                     context=context, seed=seed, device=device, dtype=dtype)  # fmt: skip
-    print_record(imported("alone").prune(loaded, given, arch, importance, out, overwrite), as_json)
+    settings |= _preset(plain) | {"arch": arch, "importance": importance}
+    return imported("verbs.prune").prune(teacher, out, overwrite=overwrite, **settings)
 
 
-@app.command()
+@verb(*TRAINING, CONTEXT, *TEXT)
 def distill(
     teacher: Teacher,
     student: Annotated[str, typer.Argument(help="The pruned model to train.")],
     out: Out,
-    recipe: RecipeFile = None,
-    family: Family = None,
-    data: Data = None,
-    tokens: Tokens = None,
-    teacher_states: States = None,
-    context: Context = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
     overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Teach a smaller model with a larger one: a Hugging Face folder at OUT."""
-    loaded = recipe_of(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed,
-                     device=device, dtype=dtype,
-                     **{"distill.tokens": tokens, "distill.teacher_states": teacher_states})  # fmt: skip
-    print_record(imported("alone").distill(loaded, student, out, overwrite), as_json)
+    **settings: Any,
+) -> Any:
+    """Train a smaller model on the outputs of a larger one: a Hugging Face folder at OUT."""
+    return imported("verbs.distill").distill(teacher, student, out, overwrite=overwrite, **settings)
 
 
-@app.command()
-def correct(
-    teacher: Teacher,
-    out: Out,
-    method: Annotated[
-        str | None, typer.Option(help="What is trained: full, norms, or lora (needs minitron[lora]).")
-    ] = None,
-    recipe: RecipeFile = None,
-    family: Family = None,
-    data: Data = None,
-    tokens: Tokens = None,
-    context: Context = None,
-    seed: Seed = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Get a teacher used to the data before it teaches: trains it on the text, a Hugging Face folder at OUT."""
-    loaded = recipe_of(recipe, teacher=teacher, family=family, data=data, context=context, seed=seed, device=device,
-                     dtype=dtype, **{"distill.tokens": tokens, "distill.trains": method})  # fmt: skip
-    print_record(imported("alone").correct(loaded, out, overwrite), as_json)
+@verb(
+    Setting("method", "distill.trains", "What is trained: full, norms, or lora (needs minitron[lora])."),
+    Setting("tokens", "distill.tokens", "Tokens to train on, such as 2M."),
+    CONTEXT,
+    *TEXT,
+)
+def correct(teacher: Teacher, out: Out, overwrite: Overwrite = False, **settings: Any) -> Any:
+    """Train a teacher on the text that it is to teach with: a Hugging Face folder at OUT."""
+    return imported("verbs.correct").correct(teacher, out, overwrite=overwrite, **settings)
+
+
+def _serving(settings: dict[str, Any]) -> dict[str, Any]:
+    """Let `--context` be that of the sequences served, where a limit on serving is given."""
+    is_served = any(f"budget.{limit}" in settings for limit in ("memory", "throughput", "latency"))
+    if is_served and "context" in settings:
+        settings["budget.context"] = settings.pop("context")
+    return settings
+
+
+def _preset(plain: bool) -> dict[str, Any]:
+    if not plain:
+        return {}
+    from minitron.recipe import PLAIN
+
+    return {f"prune.{name}": value for name, value in PLAIN.model_dump().items()}

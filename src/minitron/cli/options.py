@@ -1,12 +1,17 @@
-"""What verbs share: the application that they are added to, options, and what is done with these."""
+"""How a verb of the command line is declared: its own parameters, groups of settings, and printing the result."""
 
+import inspect
 import json
 import os
+from collections.abc import Callable
+from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
+
+from minitron.errors import UserError
 
 app = typer.Typer(
     help="Make a smaller language model out of a trained one: prune it, then distil the rest back.",
@@ -16,104 +21,155 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+class Setting(NamedTuple):
+    """An option of the command line that sets a key of the recipe, or a size of the shape."""
+
+    name: str
+    """The parameter; `--name` unless `option` says otherwise."""
+    key: str
+    help: str
+    type: Any = str
+    option: str | None = None
+    minimum: int | None = None
+
+    @property
+    def parameter(self) -> inspect.Parameter:
+        """The parameter as typer reads it; None where the option is not given."""
+        names = [self.option] if self.option else []
+        option = typer.Option(*names, help=self.help, min=self.minimum)
+        return inspect.Parameter(
+            self.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[self.type | None, option]
+        )
+
+
+FAMILY = Setting("family", "family", "Read the teacher as this model_type, whatever its config says.")
+CONTEXT = Setting("context", "context", "Tokens in a block.", int)
+MACHINE = (
+    Setting("seed", "seed", "Decides the order of the text, and every random draw.", int),
+    Setting("device", "device", "auto, cpu, cuda or cuda:N."),
+    Setting("dtype", "dtype", "Dtype of the forward passes: auto, float32, bfloat16 or float16."),
+)
+TEXT = (
+    FAMILY,
+    Setting("data", "data", "A txt, jsonl or parquet file or glob, a hub data set, or the built-in wiki."),
+    *MACHINE,
+)
+TARGET = Setting(
+    "target_params", "target_params", "A share of the teacher (0.7), a count (94M, 4B) or a range (7.8B..8.5B)."
+)
+BUDGET = (
+    Setting(
+        "target_non_embedding_params", "budget.non_embedding_params", "Like --target-params, without embeddings."
+    ),
+    Setting(
+        "target_active_params", "budget.active_params",
+        "Like --target-params, of the experts only those that a token is sent to.",
+    ),
+    Setting("memory", "budget.memory", "Of weights, KV cache and Mamba state: 20GiB, or a share of the teacher's."),
+    Setting("throughput", "budget.throughput", "Least prefill speed on this device: 1.5x the teacher's, or 900 tok/s."),
+    Setting("latency", "budget.latency", "Most time per decoded token on this device: 0.7x the teacher's, or 40ms."),
+    Setting("batch", "budget.batch", "Sequences that --memory, --throughput and --latency are for.", int, minimum=1),
+    Setting(
+        "context", "context",
+        "Tokens in a block; with --memory, --throughput or --latency, tokens of the sequences that are served (128k).",
+    ),
+)  # fmt: skip
+TRAINING = (
+    Setting("tokens", "distill.tokens", "Tokens to distil on, such as 2M."),
+    Setting("teacher_states", "distill.teacher_states", "Run the teacher once and keep its outputs in this folder."),
+)
+
 Teacher = Annotated[str, typer.Argument(help="A hub id, a folder, a .gguf file, or the built-in smollm2.")]
 Out = Annotated[Path, typer.Argument(help="The folder to make.", resolve_path=True)]
-RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="A YAML recipe, or minitron-8b and the like; options override it.")
-]
-Target = Annotated[
-    str | None,
-    typer.Option("--target-params", help="A share of the teacher (0.7), a count (94M, 4B) or a range (7.8B..8.5B)."),
-]
-Targets = Annotated[
-    str | None,
-    typer.Option("--target-params", help="A share of the teacher (0.7), a count (94M, 4B) or a range (7.8B..8.5B); "
-                 "several (0.8,0.6,0.4) make a family."),
-]  # fmt: skip
-NonEmbedding = Annotated[
-    str | None, typer.Option("--target-non-embedding-params", help="The same, embeddings not counted.")
-]
-Active = Annotated[
-    str | None, typer.Option("--target-active-params", help="The same, of the experts only those a token is sent to.")
-]
-Memory = Annotated[
-    str | None, typer.Option(help="Of weights, KV cache and Mamba state: 20GiB, or a share of the teacher's.")
-]
-Throughput = Annotated[str | None, typer.Option(help="Prefill here, at least: 1.5x the teacher's, or 900 tok/s.")]
-Latency = Annotated[str | None, typer.Option(help="Of a decoded token here, at most: 0.7x the teacher's, or 40ms.")]
-Batch = Annotated[int | None, typer.Option(min=1, help="Sequences that --memory, --throughput and --latency are for.")]
-Data = Annotated[
-    str | None, typer.Option(help="A txt, jsonl or parquet file or glob, a hub data set, or the built-in wiki.")
-]
-Family = Annotated[str | None, typer.Option(help="Read the teacher as this model_type, whatever its config says.")]
-Tokens = Annotated[str | None, typer.Option(help="Tokens to distil on, such as 2M.")]
-States = Annotated[
-    str | None, typer.Option("--teacher-states", help="Run the teacher once and keep its states in this folder.")
-]
-Context = Annotated[int | None, typer.Option(help="Tokens in a block.")]
-ServedContext = Annotated[
-    str | None, typer.Option("--context", help="Tokens in a block; where --memory, --throughput or --latency is given, "
-                             "of the sequences that these are for (128k).")
-]  # fmt: skip
-Seed = Annotated[int | None, typer.Option(help="Decides the order of the text.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16, of the forward passes.")]
-Plain = Annotated[bool, typer.Option("--plain", help="The papers' pruning: no rotation, no rescaled norms, no refit.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at OUT.")]
+Plain = Annotated[bool, typer.Option("--plain", help="The papers' pruning: no rotation, no rescaled norms, no refit.")]
+
+RECIPE_OPTIONS = (
+    inspect.Parameter(
+        "recipe", inspect.Parameter.KEYWORD_ONLY, default=None,
+        annotation=Annotated[
+            Path | None,
+            typer.Option("--recipe", help="A YAML recipe, or minitron-8b and the like; options override it."),
+        ],
+    ),
+    inspect.Parameter(
+        "assignments", inspect.Parameter.KEYWORD_ONLY, default=[],
+        annotation=Annotated[
+            list[str],
+            typer.Option("--set", metavar="KEY=VALUE", help="A key of the recipe: --set distill.loss=jsd; repeatable."),
+        ],
+    ),
+)  # fmt: skip
+JSON = inspect.Parameter(
+    "as_json", inspect.Parameter.KEYWORD_ONLY, default=False,
+    annotation=Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")],
+)  # fmt: skip
+
+
+def verb(*settings: Setting, has_recipe: bool = True) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Add a function as a verb of the command line; the verb's result is printed, as JSON with `--json`.
+
+    The function's own parameters come first. Of the `settings`, and of `--recipe` and `--set` where the verb
+    `has_recipe`, the function receives those that are given, by recipe key.
+    """
+
+    def add(function: Callable[..., Any]) -> Callable[..., None]:
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        others = [setting.parameter for setting in settings]
+        parameters = [*own, *others, *(RECIPE_OPTIONS if has_recipe else ()), JSON]
+
+        @wraps(function)
+        def called(**given: Any) -> None:
+            as_json = given.pop("as_json")
+            arguments = {parameter.name: given.pop(parameter.name) for parameter in own}
+            assigned = dict(_assignment(text) for text in given.pop("assignments", []))
+            values = {setting.key: given.pop(setting.name) for setting in settings}
+            # Options that are not given are None; what --set assigns may be None on purpose.
+            chosen = {key: value for key, value in (given | values).items() if value is not None}
+            result = function(**arguments, **(assigned | chosen))
+            if result is not None:
+                _print(result, as_json)
+
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        app.command()(called)
+        return called
+
+    return add
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    """Read `KEY=VALUE`, the value as YAML."""
+    import yaml
+
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set '{text}' is not KEY=VALUE, such as distill.learning_rate=1e-4")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}: '{value}' is not a value: {' '.join(str(error).split())}") from error
 
 
 def imported(name: str) -> Any:
-    """A module of ours, imported when a command needs it: torch and transformers take seconds."""
+    """Import a module of ours when a verb needs it: torch and transformers take seconds."""
     from minitron.progress import Progress
 
     with Progress("start"):
-        return import_module(f"minitron.{name}")
+        module = import_module(f"minitron.{name}")
+        import_module("minitron.runtime").configure_backends()
+        return module
 
 
-def recipe_of(path: Path | None, plain: Any = False, **options: Any) -> Any:
-    """The recipe of a file and of options, which override it; with `plain`, nothing is mended."""
-    from minitron.recipe import PLAIN, load_recipe
-
-    if plain:
-        options.update({f"prune.{name}": value for name, value in PLAIN.model_dump().items()})
-    return load_recipe(path, options)
-
-
-def budget_of(
-    non_embedding_params: str | None,
-    active_params: str | None,
-    memory: str | None,
-    throughput: str | None,
-    latency: str | None,
-    batch: int | None,
-    context: str | None,
-) -> dict[str, Any]:
-    """Options as entries of a recipe; a context is that of serving where there is a limit on serving."""
-    is_served = any((memory, throughput, latency))
-    return {
-        "budget.non_embedding_params": non_embedding_params, "budget.active_params": active_params,
-        "budget.memory": memory, "budget.throughput": throughput, "budget.latency": latency, "budget.batch": batch,
-        "budget.context" if is_served else "context": context,
-    }  # fmt: skip
-
-
-def tables() -> Any:
-    """What puts figures in tables."""
-    return import_module("minitron.reports.terminal")
-
-
-def print_json(record: dict[str, Any]) -> None:
-    """One JSON object on standard output."""
-    if os.environ.get("RANK", "0") == "0":  # of the processes of torchrun, the first one speaks
-        print(json.dumps(record, allow_nan=False))
-
-
-def print_record(record: dict[str, Any], as_json: bool) -> None:
-    """A line a key, or JSON."""
-    if as_json or os.environ.get("RANK", "0") != "0":
-        print_json(record)
+def _print(result: Any, as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":  # of the processes of torchrun, the first one prints
         return
-    for key, value in record.items():
-        shown = value if not isinstance(value, dict) else " · ".join(f"{k} {v}" for k, v in value.items())
-        print(f"{key:>28}  {shown:,}" if type(shown) is int else f"{key:>28}  {shown}")
+    if as_json:
+        print(json.dumps(result.to_dict(), allow_nan=False))
+    else:
+        import_module("minitron.reports.terminal").print_result(result)

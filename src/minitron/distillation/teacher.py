@@ -5,6 +5,7 @@ whole vocabulary. Or, smaller where hidden is large, the likeliest tokens with a
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -76,7 +77,7 @@ class Learning(Live):
 def stored(
     folder: Path,
     identity: dict[str, str],
-    model: Callable[[], nn.Module],
+    model: Callable[[], AbstractContextManager[nn.Module]],
     head: Head,
     blocks: Blocks,
     recipe: DistillRecipe,
@@ -103,10 +104,11 @@ def stored(
             "store teacher", blocks.num_tokens, done=(len(blocks) - num_missing) * blocks.context
         ) as progress:
             progress.note(f"{decimal(len(blocks) * per_block)} in {folder}")
-            teacher = Headless(model())
-            for shard in shards.numbers[world.rank :: world.size]:
-                if not shards.path(shard).exists():
-                    shards.write(shard, teacher, blocks, lambda: progress.advance(blocks.context * world.size))
+            with model() as loaded:
+                teacher = Headless(loaded)
+                for shard in shards.numbers[world.rank :: world.size]:
+                    if not shards.path(shard).exists():
+                        shards.write(shard, teacher, blocks, lambda: progress.advance(blocks.context * world.size))
     world.barrier()
     return shards
 

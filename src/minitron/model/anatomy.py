@@ -33,6 +33,20 @@ AXES = {
 }
 """What an axis of the grammar is called in a Hugging Face config, and everywhere in this project."""
 
+PRUNABLE = {
+    "hidden": "Residual channels",
+    "ffn": "MLP neurons",
+    "expert": "Experts of a layer",
+    "expert_ffn": "Neurons of an expert",
+    "shared_ffn": "Neurons of the shared experts",
+    "query": "Query heads",
+    "kv": "KV groups",
+    "mhead": "Mamba heads",
+    "mchan": "Channels of a Mamba head",
+    "layer": "Layers",
+}
+"""The axes that can be pruned in some family, and what their entries are; a shape is given by their sizes."""
+
 KINDS = {
     "mamba": "mamba",
     "linear_attention": "mamba",
@@ -42,6 +56,9 @@ KINDS = {
     "moe": "moe",
 }
 """What configs call the kinds of layers, and what the tables call them."""
+
+SIZE_NAMES = (*(AXES[axis] for axis in PRUNABLE), *(f"num_{kind}_layers" for kind in sorted(set(KINDS.values()))))
+"""What a shape may be given by: config names of axes, and the numbers of layers of each kind."""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,16 @@ class Arch:
             raise UserError(f"the config says {wrong[0]} {sizes[wrong[0]]}")
         return replace(arch, sizes=sizes)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], teacher: "Arch") -> "Arch":
+        """Return the shape that `to_dict` described, of a teacher whose family and booleans it shares.
+
+        Raises:
+            UserError: a name is no size of the teacher, or see `resized`.
+        """
+        others = {"model_type", *(teacher.flags.keys() - teacher.sizes.keys())}
+        return teacher.resized(**{name: size for name, size in values.items() if name not in others})
+
     @property
     def family(self) -> Family:
         """The table of its family."""

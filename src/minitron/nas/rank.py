@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from minitron.data.blocks import Blocks
+from minitron.distillation import stored_teacher
 from minitron.distillation.teacher import Teacher
 from minitron.errors import UserError
 from minitron.files import read_json, read_jsonl, write_json, write_jsonl
@@ -27,9 +28,7 @@ from minitron.nas.zero_shot import ZeroShot
 from minitron.progress import Progress, beside
 from minitron.pruning.importance import Importance
 from minitron.recipe import DistillRecipe, Target
-from minitron.runtime import World
 from minitron.session import Session
-from minitron.stages import stored_word
 
 SPEED_MARGIN = 0.1
 """Shapes whose estimated seconds are so far below what is asked for are looked at, too, but none above it.
@@ -38,24 +37,24 @@ Of larger shapes less loss is expected: were those a little above the limit let 
 """
 
 
-def shapes_within(inputs: Session) -> tuple[Shapes, Budget]:
+def shapes_within(session: Session) -> tuple[Shapes, Budget]:
     """All shapes that are within what can be computed of the recipe's budget; and that budget, speeds left out.
 
     Raises:
         UserError: there is no budget, it is not understood, or no shape meets it.
     """
-    target = inputs.recipe.target_params
+    target = session.recipe.target_params
     if isinstance(target, tuple):
         raise UserError("several target_params make a family of models, which is what compress does; give one")
-    budget, windows = budget_of(inputs, target), attention_windows(inputs.whole.config.to_dict())
-    shapes = every_shape(inputs.whole.arch, budget, inputs.recipe.search, windows)
-    of_counts = budget.of_counts if _asks_for_speed(inputs) else budget
+    budget, windows = budget_of(session, target), attention_windows(session.source.config.to_dict())
+    shapes = every_shape(session.source.arch, budget, session.recipe.search, windows)
+    of_counts = budget.of_counts if _asks_for_speed(session) else budget
     return feasible(shapes, of_counts), budget
 
 
-def budget_of(inputs: Session, target: Target | None) -> Budget:
+def budget_of(session: Session, target: Target | None) -> Budget:
     """The recipe's budget with a target for all parameters, speeds left out."""
-    recipe, teacher = inputs.recipe, inputs.teacher
+    recipe, teacher = session.recipe, session.teacher
     windows = attention_windows(teacher.config.to_dict())
     return parse_budget(target, recipe.budget, recipe.search.tolerance, teacher.arch, windows)
 
@@ -66,21 +65,22 @@ def removed_layers(shapes: Shapes) -> set[int]:
     return {depth - int(layers) for layers in set(shapes.sizes["num_hidden_layers"].tolist())}
 
 
-def search(inputs: Session, importance: Importance, shapes: Shapes, budget: Budget, folder: Path, world: World) -> Arch:
+def search(session: Session, importance: Importance, shapes: Shapes, budget: Budget, folder: Path) -> Arch:
     """The best of the shapes; `candidates.jsonl` and `search.json` in `folder` say why.
 
     A killed search goes on from there and from `folder/search`, which is removed at the end: nothing that was finished
     is done again.
     """
     if (folder / "search.json").exists():  # written last
-        return _arch(inputs.whole.arch, next(row for row in read_jsonl(folder / "candidates.jsonl") if row["chosen"]))
-    task = _Task(inputs, importance, folder, world)
+        return _arch(session.source.arch, next(row for row in read_jsonl(folder / "candidates.jsonl") if row["chosen"]))
+    world = session.runtime.world
+    task = _Task(session, importance, folder)
     shapes, budget = task.with_speeds(shapes, budget)
     rows = task.candidates(shapes)
-    archs = [_arch(inputs.whole.arch, row) for row in rows]
+    archs = [_arch(session.source.arch, row) for row in rows]
     task.compare_untrained(rows, archs)
     numbers = task.short_list(rows, archs, budget)
-    if inputs.recipe.search.distill_tokens and len(numbers) > 1:
+    if session.recipe.search.distill_tokens and len(numbers) > 1:
         numbers = task.compare_distilled(rows, archs, numbers)
     chosen = _choose(rows, numbers)
     if world.is_main:
@@ -97,32 +97,35 @@ def search(inputs: Session, importance: Importance, shapes: Shapes, budget: Budg
 class _Task:
     """One search, its files and what it cost."""
 
-    def __init__(self, inputs: Session, importance: Importance, folder: Path, world: World) -> None:
-        self.inputs, self.importance, self.world = inputs, importance, world
+    def __init__(self, session: Session, importance: Importance, folder: Path) -> None:
+        self.session, self.importance, self.world = session, importance, session.runtime.world
+        world = self.world
         self.log, self.work = folder / "candidates.jsonl", folder / "search"
-        asked = inputs.recipe.budget
+        asked = session.recipe.budget
         serving = (
-            Serving(asked.batch, asked.context, asked.dtype) if _asks_for_speed(inputs) else Serving(1, inputs.context)
+            Serving(asked.batch, asked.context, asked.dtype)
+            if _asks_for_speed(session)
+            else Serving(1, session.context)
         )
-        device, dtype = inputs.device, inputs.dtype
-        self.teacher_speeds = Speeds(inputs.teacher, serving, device, dtype, self.work / "teacher-speed.jsonl")
-        beside = self.teacher_speeds if _asks_for_speed(inputs) else None  # else they only break ties
-        self.speeds = Speeds(inputs.whole, serving, device, dtype, self.work / "speeds.jsonl", beside)
-        self.recipe, self.seconds = inputs.recipe.search, Seconds(self.work / "seconds.json", world)
+        device, dtype = session.runtime.device, session.runtime.dtype
+        self.teacher_speeds = Speeds(session.teacher, serving, device, dtype, self.work / "teacher-speed.jsonl")
+        beside = self.teacher_speeds if _asks_for_speed(session) else None  # else they only break ties
+        self.speeds = Speeds(session.source, serving, device, dtype, self.work / "speeds.jsonl", beside)
+        self.recipe, self.seconds = session.recipe.search, Seconds(self.work / "seconds.json", world)
         if world.is_main:
             self.work.mkdir(parents=True, exist_ok=True)
         world.barrier()
 
     def with_speeds(self, shapes: Shapes, budget: Budget) -> tuple[Shapes, Budget]:
         """The shapes that come near the limits on speed by an estimate, and the budget with these limits."""
-        if not _asks_for_speed(self.inputs):
+        if not _asks_for_speed(self.session):
             return shapes, budget
-        teacher, asked = self.inputs.teacher, self.inputs.recipe.budget
+        teacher, asked = self.session.teacher, self.session.recipe.budget
         most = getattr(teacher.config, "max_position_embeddings", None) or asked.context
         if asked.context > most:
             raise UserError(f"budget.context {asked.context} is above the {most} tokens that the teacher was made for")
         if self.world.is_main:
-            known = [self.inputs.whole.arch, *probes(shapes).values(), shapes[0], shapes[len(shapes) - 1]]
+            known = [self.session.source.arch, *probes(shapes).values(), shapes[0], shapes[len(shapes) - 1]]
             with self.seconds.of("speed"), Progress("speed", len(known) + 1, "shapes") as progress:
                 self.teacher_speeds(teacher.arch)
                 progress.advance(1)
@@ -185,25 +188,23 @@ class _Task:
     @cached_property
     def _trial(self) -> Trial:
         """Trains candidates on what of the text is for that, with what the teacher says of it."""
-        recipe, train = self.inputs.recipe, self.inputs.splits.train
+        recipe, train = self.session.recipe, self.session.splits.train
         if recipe.distill.teacher_states is None:
-            train = train[: max(1, self.recipe.distill_tokens // self.inputs.context)]
+            train = train[: max(1, self.recipe.distill_tokens // self.session.context)]
             of_train = self._word(self.work / "train", train, trial_recipe(recipe))
         else:
             of_train = self._word(Path(recipe.distill.teacher_states), train, recipe.distill)
-        return Trial(self.inputs, self.importance, train, of_train, self.word_of_heldout, self.work)
+        return Trial(self.session, self.importance, train, of_train, self.word_of_heldout, self.work)
 
     @cached_property
     def word_of_heldout(self) -> Teacher:
         """What the teacher says of the held-out blocks."""
-        recipe = trial_recipe(self.inputs.recipe).model_copy(update={"stored": "hidden"})
-        return self._word(self.work / "heldout", self.inputs.splits.heldout, recipe)
+        recipe = trial_recipe(self.session.recipe).model_copy(update={"stored": "hidden"})
+        return self._word(self.work / "heldout", self.session.splits.heldout, recipe)
 
     def _word(self, folder: Path, blocks: Blocks, recipe: DistillRecipe) -> Teacher:
         with self.seconds.of("teacher"):
-            word = stored_word(self.inputs, folder, blocks, recipe, self.world)
-        self.inputs.forget_model()  # candidates take its place in memory
-        return word
+            return stored_teacher(self.session, folder, blocks, recipe)
 
     def compare_untrained(self, rows: list[Row], archs: list[Arch]) -> None:
         """Fill in `zero_shot_kl`, one sorted teacher after the other."""
@@ -232,10 +233,10 @@ class _Task:
         knows well (docs/studies/search.md), so that the best of every kind should have its trial first.
         """
         sizes = {name: np.array([arch.sizes[name] for arch in archs]) for name in archs[0].sizes}
-        as_shapes = Shapes(self.inputs.whole.arch, sizes, {})
+        as_shapes = Shapes(self.session.source.arch, sizes, {})
         # The best by either measure in turn: each knows what the other does not (docs/studies/search.md).
         by_each = [sorted(range(len(rows)), key=lambda i: rows[i][key]) for key in ("predicted_kl", "zero_shot_kl")]
-        kinds = first_of_each_kind(self.inputs.whole.arch, archs, by_each[0])[: self.recipe.shortlist * 3 // 4]
+        kinds = first_of_each_kind(self.session.source.arch, archs, by_each[0])[: self.recipe.shortlist * 3 // 4]
         order = list(dict.fromkeys([*kinds, *(i for pair in zip(*by_each, strict=True) for i in pair)]))
         left = list(order)
         chosen: list[int] = []
@@ -275,32 +276,32 @@ class _Task:
 
     def summary(self, rows: list[Row], budget: Budget, num_shapes: int) -> dict[str, Any]:
         """`search.json`: what was asked, and how much was done for the answer."""
-        recipe, context = self.inputs.recipe, self.inputs.context
+        recipe, context = self.session.recipe, self.session.context
         runs = [max(map(int, row["distilled_kl"])) for row in rows if row["distilled_kl"]]
         return {
             "limits": {name: {"low": limit.low, "high": limit.high} for name, limit in budget.limits.items()},
             "memory_of": asdict(budget.serving),
             "speed_of": {**asdict(self.speeds.serving), **self.speeds.where},
-            "teacher_speed": self.teacher_speeds.remembered(self.inputs.teacher.arch),
+            "teacher_speed": self.teacher_speeds.remembered(self.session.teacher.arch),
             "probes": read_json(self.work / "probes.json"),
             "feasible": num_shapes,
             "compared": {"shapes": len(rows), "tokens_each": self._zero_shot_blocks.num_tokens},
             "distilled": {"shapes": len(runs), "tokens": sum(runs), "tokens_each": max(runs, default=0)},
-            "teacher_tokens": self.inputs.splits.heldout.num_tokens + (max(runs, default=0) // context * context),
-            "heldout_tokens": self.inputs.splits.heldout.num_tokens, "context": context, "seed": recipe.seed,
+            "teacher_tokens": self.session.splits.heldout.num_tokens + (max(runs, default=0) // context * context),
+            "heldout_tokens": self.session.splits.heldout.num_tokens, "context": context, "seed": recipe.seed,
             "seconds": self.seconds.spent,
         }  # fmt: skip
 
     @property
     def _zero_shot_blocks(self) -> Blocks:
-        return self.inputs.splits.heldout[: max(1, self.recipe.zero_shot_tokens // self.inputs.context)]
+        return self.session.splits.heldout[: max(1, self.recipe.zero_shot_tokens // self.session.context)]
 
     def _zero_shot(self) -> ZeroShot:
-        return ZeroShot(self.inputs, self.importance, self._zero_shot_blocks, self.word_of_heldout)
+        return ZeroShot(self.session, self.importance, self._zero_shot_blocks, self.word_of_heldout)
 
 
-def _asks_for_speed(inputs: Session) -> bool:
-    return inputs.recipe.budget.throughput is not None or inputs.recipe.budget.latency is not None
+def _asks_for_speed(session: Session) -> bool:
+    return session.recipe.budget.throughput is not None or session.recipe.budget.latency is not None
 
 
 def first_of_each_kind(teacher: Arch, archs: list[Arch], order: list[int]) -> list[int]:

@@ -13,16 +13,16 @@ from minitron.distillation.trainer import num_steps_of, trained
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.nas.zero_shot import divergence
+from minitron.pruning import prune
 from minitron.pruning.importance import Importance
 from minitron.pruning.repair import widest_input
 from minitron.recipe import CorrectionRecipe, DistillRecipe, IntermediateRecipe, Recipe
 from minitron.runtime import World
 from minitron.session import Session
-from minitron.stages import write_pruned_folder
 
 Row = dict[str, Any]
 REPAIR_TOKENS = 16_384
-"""Calibration tokens on which candidates are mended, if that is enough for their tensors of most inputs.
+"""Calibration tokens on which candidates are mended, if that is enough for their tensors of most session.
 
 On a quarter of them, a shape that keeps hidden whole, whose matrices are refitted, came out of its trial 4 to 6 %
 worse; one that cuts hidden is not refitted and loses nothing (docs/studies/search.md).
@@ -60,7 +60,7 @@ def trial_recipe(recipe: Recipe) -> DistillRecipe:
 class Trial:
     """Trains candidates on the same blocks in the same order, one at a time in this process."""
 
-    inputs: Session
+    session: Session
     importance: Importance
     train: Blocks
     word: Teacher
@@ -69,20 +69,20 @@ class Trial:
 
     def __call__(self, name: str, arch: Arch, tokens: int, label: str) -> float:
         """The held-out KL of a candidate after so many tokens; it goes on from where it stands on disk."""
-        inputs, recipe, folder = self.inputs, trial_recipe(self.inputs.recipe), self.folder / name
+        session, recipe, folder = self.session, trial_recipe(self.session.recipe), self.folder / name
         if not (folder / "pruned").exists():
-            write_pruned_folder(inputs, arch, self.importance, folder / "pruned", self._repair_blocks(arch))
+            prune(session, arch, self.importance, folder / "pruned", blocks=self._repair_blocks(arch))
         student, _ = trained(
             self.word, open_checkpoint(folder / "pruned"), self.train, None, recipe, folder,
-            inputs.recipe.seed, inputs.device, inputs.dtype, World(),
-            until=max(1, tokens // (recipe.batch_size * inputs.context)), stage=label,
+            session.recipe.seed, session.runtime.device, session.runtime.dtype, World(),
+            until=max(1, tokens // (recipe.batch_size * session.context)), stage=label,
         )  # fmt: skip
-        return divergence(student, inputs.splits.heldout, self.of_heldout)
+        return divergence(student, session.splits.heldout, self.of_heldout)
 
     def _repair_blocks(self, arch: Arch) -> Blocks:
         """The first calibration blocks: on many more, repairs would take longer than the training."""
-        tokens = max(REPAIR_TOKENS, REPAIR_TOKENS_PER_INPUT * widest_input(self.inputs.whole.arch, arch))
-        return self.inputs.calibration_blocks[: -(-tokens // self.inputs.context)]
+        tokens = max(REPAIR_TOKENS, REPAIR_TOKENS_PER_INPUT * widest_input(self.session.source.arch, arch))
+        return self.session.calibration_blocks[: -(-tokens // self.session.context)]
 
     def forget(self, name: str) -> None:
         """Remove a candidate's files."""
@@ -97,7 +97,7 @@ def compete(
     What a row says of a rung in `distilled_kl`, by tokens, is not done again; `save` is called whenever it says more.
     Ranks take candidates in turn.
     """
-    heights = rungs(trial.inputs.recipe, trial.inputs.context)
+    heights = rungs(trial.session.recipe, trial.session.context)
     for rung, tokens in enumerate(heights):
         missing = [number for number in numbers if str(tokens) not in rows[number]["distilled_kl"]]
         for found in world.map_in_rounds(partial(_distil, numbers, archs, trial, tokens), missing):

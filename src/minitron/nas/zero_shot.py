@@ -38,7 +38,7 @@ def divergence(model: nn.Module, blocks: Blocks, word: Teacher) -> float:
 class ZeroShot:
     """Measures candidates on a few blocks, as views into one sorted teacher at a time."""
 
-    inputs: Session
+    session: Session
     importance: Importance
     blocks: Blocks
     word: Teacher
@@ -46,21 +46,21 @@ class ZeroShot:
 
     def __call__(self, arch: Arch) -> float:
         """The KL of a shape, cut and with its norms rescaled, from the teacher."""
-        inputs = self.inputs
+        session = self.session
         key = self.key(arch)
         if self.current is None or self.current[0] != key:
             self.current = None  # before the next one is made
-            blocks = inputs.calibration_blocks[: max(1, REPAIR_TOKENS // inputs.context)]
+            blocks = session.calibration_blocks[: max(1, REPAIR_TOKENS // session.context)]
             sizes = dict(zip(self.decisive, key, strict=True))
-            self.current = key, sort_teacher(inputs.whole, self.importance, sizes, inputs.recipe.prune, blocks,
-                                             inputs.device, inputs.dtype)  # fmt: skip
-        model = self.current[1].model(arch, inputs.device, inputs.dtype)
+            self.current = key, sort_teacher(session.source, self.importance, sizes, session.recipe.prune, blocks,
+                                             session.runtime.device, session.runtime.dtype)  # fmt: skip
+        model = self.current[1].model(arch, session.runtime.device, session.runtime.dtype)
         return divergence(model, self.blocks, self.word)
 
     @property
     def decisive(self) -> tuple[str, ...]:
         """The sizes that decide which sorted teacher a shape is cut out of."""
-        return decided_by(self.inputs.whole.arch, self.inputs.recipe.prune)
+        return decided_by(self.session.source.arch, self.session.recipe.prune)
 
     def key(self, arch: Arch) -> tuple[int, ...]:
         """Those of a shape; shapes are best measured in the order of these."""

@@ -10,7 +10,7 @@ from minitron.reports.charts import curves
 from minitron.reports.page import OF_RUNS, note, table, write_page
 
 
-def write_family_report(out: Path) -> None:
+def write_series_report(out: Path) -> None:
     """Write `report.html` into the folder of a finished family."""
     record = read_json(out / "run.json")
     recipe, names = record["recipe"], [str(target) for target in record["recipe"]["target_params"]]

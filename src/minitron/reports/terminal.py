@@ -1,32 +1,24 @@
 """Figures as tables on the terminal."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from minitron.reports.figures import bench_conditions, bench_table, figures_table, tasks_conditions, tasks_table
-
 WORDS = {"", "task", "metric"}
 """Columns of these names hold words, all others numbers."""
 
 
-def print_bench(record: dict[str, Any]) -> None:
-    """Speeds and memory by batch and context, as `measured.bench` found them."""
-    _print(bench_table(record), bench_conditions(record))
-
-
-def print_tasks(record: dict[str, Any]) -> None:
-    """Benchmarks, as `measured.evaluate_tasks` found them."""
-    _print(tasks_table(record), tasks_conditions(record))
-
-
-def print_results(out: Path, results: dict[str, Any]) -> None:
-    """What `eval.json` holds, and where the student is."""
-    measured = results["student"]
-    _print(figures_table(results), f"{measured['num_tokens']:,} held-out tokens, context {measured['context']}")
-    print(f"student: {out / 'student'}")
+def print_result(result: Any) -> None:
+    """Print what a verb returned: tables of figures, or a name and a value per line."""
+    for rows, caption, below in result.tables():
+        if any(rows[0]):
+            _print(rows, caption)
+        else:
+            for name, value in rows[1:]:
+                print(f"{name:>28}  {value}")
+        if below:
+            print(below)
 
 
 def _print(rows: list[list[str]], caption: str) -> None:

@@ -1,0 +1,31 @@
+"""Measure how important every part of a teacher is."""
+
+from pathlib import Path
+from typing import Any
+
+from minitron.files import whole_folder
+from minitron.pruning import write_importance
+from minitron.recipe import recipe_from
+from minitron.verbs.results import Calibrated
+from minitron.verbs.workspace import open_session
+
+
+def calibrate(
+    teacher: str | Path, out: str | Path, *, recipe: str | Path | None = None, overwrite: bool = False, **settings: Any
+) -> Calibrated:
+    """Write `calibration.safetensors` and `importance.safetensors` of a teacher into the folder `out`.
+
+    `settings` are keys of the recipe, such as `data` or `calibration={"tokens": "32k"}`; `recipe` is a YAML file or
+    the name of a recipe, which they override.
+
+    Raises:
+        UserError: an input cannot be used, or `out` may not be replaced.
+    """
+    out = Path(out).absolute()
+    session = open_session(
+        recipe_from(recipe, teacher=teacher, **settings), out, "importance.safetensors", overwrite=overwrite
+    )
+    _ = session.splits  # reads the text before the folder is made
+    with whole_folder(out) as staging:
+        importance = write_importance(staging, session)
+    return Calibrated(out, {axis: list(scores.shape) for axis, scores in importance.items()})

@@ -1,0 +1,46 @@
+"""Talk to models, side by side."""
+
+from pathlib import Path
+from typing import Any
+
+from minitron.data.blocks import load_tokenizer
+from minitron.evaluation.generation import Sampling, Speaker
+from minitron.model.language_model import load_model
+from minitron.model.source import open_teacher
+from minitron.recipe import recipe_from
+from minitron.reports.chat import serve, talk
+from minitron.session import Session
+from minitron.verbs.workspace import student_of
+
+
+def chat(
+    model: str | Path,
+    *,
+    against: str | Path | None = None,
+    terminal: bool = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    **settings: Any,
+) -> None:
+    """Serve a page on which a model answers, a run's student beside its teacher; or take turns on the terminal.
+
+    Raises:
+        UserError: a model cannot be read, the page cannot be served, or Gradio is missing.
+    """
+    recipe, other = student_of(recipe_from(None, teacher=model, **settings), str(against) if against else None)
+    session = Session(recipe)
+    session.validate()
+    checkpoints = {"teacher": open_teacher(other)} if other else {}
+    checkpoints["student" if other else "model"] = session.teacher
+    speakers = {
+        name: Speaker(
+            load_model(checkpoint, session.runtime.device, session.runtime.dtype), load_tokenizer(checkpoint.folder)
+        )
+        for name, checkpoint in checkpoints.items()
+    }
+    if terminal:
+        talk(speakers, Sampling(max_new_tokens, temperature, seed=recipe.seed))
+    else:
+        serve(speakers, f"minitron: {session.teacher.folder.parent.name}", host, port)

@@ -1,0 +1,34 @@
+"""The main job: a teacher and a budget in, a student, its figures and a report out."""
+
+from pathlib import Path
+from typing import Any
+
+from minitron import pipeline
+from minitron.model.arch import Arch
+from minitron.model.config import config_values
+from minitron.recipe import recipe_from
+from minitron.verbs.results import Compressed, CompressedSeries
+
+
+def compress(
+    teacher: str | Path, out: str | Path, *, recipe: str | Path | None = None, overwrite: bool = False, **settings: Any
+) -> Compressed | CompressedSeries:
+    """Search for a shape, prune, distil and evaluate, in the run directory `out`; called again, it continues.
+
+    `settings` are keys of the recipe, such as `target_params=0.7`, `data="wiki"` or `distill={"tokens": "2M"}`;
+    `recipe` is a YAML file or the name of a recipe, which they override. Several `target_params` make a series, each
+    student cut out of the next larger one.
+
+    Raises:
+        UserError: something asked for cannot be done; nothing is left behind that was not finished.
+    """
+    out, given = Path(out).absolute(), recipe_from(recipe, teacher=teacher, **settings)
+    if isinstance(given.target_params, tuple):
+        members = pipeline.compress_series(given, out, overwrite)
+        return CompressedSeries(out, {name: _result(out / name, figures) for name, figures in members.items()})
+    return _result(out, pipeline.compress(given, out, overwrite))
+
+
+def _result(out: Path, figures: dict[str, Any]) -> Compressed:
+    student = out / "student"
+    return Compressed(out, student, Arch.from_config(config_values(student)), figures)

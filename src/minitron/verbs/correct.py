@@ -1,0 +1,32 @@
+"""Train a teacher on the text that it is to teach with."""
+
+from pathlib import Path
+from typing import Any
+
+from minitron import distillation
+from minitron.recipe import recipe_from
+from minitron.verbs.distill import publish_student
+from minitron.verbs.results import Shaped
+from minitron.verbs.workspace import open_session, resumable
+
+
+def correct(
+    teacher: str | Path, out: str | Path, *, recipe: str | Path | None = None, overwrite: bool = False, **settings: Any
+) -> Shaped:
+    """Train a teacher itself on the recipe's data and write a Hugging Face folder at `out`.
+
+    A teacher that has not seen such data teaches it badly ("teacher correction", arXiv 2408.11796, section 2). An
+    interrupted run continues as in `distill`. See `calibrate` for `settings`.
+
+    Raises:
+        UserError: the training cannot be done.
+    """
+    out = Path(out).absolute()
+    session = open_session(
+        recipe_from(recipe, teacher=teacher, **settings), out, "config.json", overwrite=overwrite, one_process=False
+    )
+    # "distill": the folder has carried this name since the first version, and interrupted runs continue from it.
+    with resumable(session, out, "distill", [session.teacher.fingerprint()]) as work:
+        distillation.correct(session, work / "student", work)
+        publish_student(session, work, out)
+    return Shaped(out, session.teacher.arch)

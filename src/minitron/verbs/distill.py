@@ -1,0 +1,52 @@
+"""Train a smaller model on the outputs of a larger one."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from minitron import distillation
+from minitron.files import publish_folder
+from minitron.model.source import open_teacher
+from minitron.recipe import recipe_from
+from minitron.session import Session, require_one_vocabulary
+from minitron.verbs.results import Shaped
+from minitron.verbs.workspace import open_session, resumable
+
+
+def distill(
+    teacher: str | Path,
+    student: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Shaped:
+    """Train the model `student` on the outputs of a teacher and write a Hugging Face folder at `out`.
+
+    An interrupted run with equal inputs continues from its last checkpoint, in a hidden folder beside `out`. Under
+    torchrun the models are sharded with FSDP2. See `calibrate` for `settings`.
+
+    Raises:
+        UserError: the two models do not share a tokenizer, or the training cannot be done.
+    """
+    out, pruned = Path(out).absolute(), open_teacher(str(student))
+    session = open_session(
+        recipe_from(recipe, teacher=teacher, **settings), out, "config.json", overwrite=overwrite,
+        inputs=(pruned.folder,), one_process=False,
+    )  # fmt: skip
+    require_one_vocabulary(session.teacher, pruned)
+    with resumable(session, out, "distill", [pruned.fingerprint()]) as work:
+        distillation.distill(session, pruned, work / "student", work)
+        publish_student(session, work, out)
+    return Shaped(out, pruned.arch)
+
+
+def publish_student(session: Session, work: Path, out: Path) -> None:
+    """Move the finished student to its place, with the curves of its training beside the weights."""
+    if not session.runtime.world.is_main:
+        return
+    shutil.copyfile(work / "metrics.jsonl", work / "student" / "metrics.jsonl")
+    if (work / "tensorboard").exists():
+        shutil.copytree(work / "tensorboard", work / "student" / "tensorboard")
+    publish_folder(work / "student", out)

@@ -1,0 +1,141 @@
+"""Say what a model is and what would come of it, from its config alone: nothing here imports torch but for weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron.errors import UserError
+from minitron.files import read_json
+from minitron.model.anatomy import SIZE_NAMES
+from minitron.model.arch import Arch
+from minitron.model.config import config_values, has_weights
+from minitron.model.memory import DTYPE_BYTES, Memory, attention_windows, memory
+from minitron.recipe import parse_context
+from minitron.verbs.results import Result, Rows
+
+
+@dataclass(frozen=True)
+class Inspected(Result):
+    """What a model is, and what serving it takes."""
+
+    arch: Arch
+    weights_checked: bool
+    """Whether there were weights, which fit the family's table."""
+    memory: Memory
+    memory_of: dict[str, Any]
+    """Batch, context and dtype that the memory is for."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the counts and sizes, and the memory in bytes."""
+        return {
+            "model_type": self.arch.model_type,
+            "num_parameters": self.arch.num_parameters,
+            "num_non_embedding_parameters": self.arch.num_non_embedding_parameters,
+            "arch": self.arch.to_dict(),
+            "weights_checked": self.weights_checked,
+            "memory": self.memory.to_dict(),
+            "memory_of": self.memory_of,
+        }
+
+    def rows(self) -> Rows:
+        """Return the same with the memory in GiB."""
+        sizes = {key: f"{size / 2**30:.2f} GiB" for key, size in self.memory.to_dict().items()}
+        lines = {row[0]: row for row in super().rows()}
+        lines["memory"] = ["memory", " · ".join(f"{key} {size}" for key, size in sizes.items())]
+        return list(lines.values())
+
+
+@dataclass(frozen=True)
+class Planned(Result):
+    """The shape that `prune` would cut a teacher to."""
+
+    teacher: Arch
+    arch: Arch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the model type to be written, the sizes, and exact counts."""
+        restated = self.arch.restatement
+        return {
+            "model_type": restated.restated_as if restated else self.arch.model_type,
+            "num_parameters": self.arch.num_parameters,
+            "arch": self.arch.to_dict(),
+            "num_non_embedding_parameters": self.arch.num_non_embedding_parameters,
+            "share_of_teacher": self.arch.num_parameters / self.teacher.num_parameters,
+        }
+
+
+def inspect(
+    model: str | Path, *, family: str | None = None, batch: int = 1, context: str | int = "4k", dtype: str = "auto"
+) -> Inspected:
+    """Return the sizes and exact parameter counts of a model, and the memory that serving it takes.
+
+    The memory is for `batch` sequences of `context` tokens in `dtype`, by default bfloat16. Weights that are there are
+    checked against the family's table.
+
+    Raises:
+        UserError: `context` or `dtype` is not understood, or the model cannot be read.
+    """
+    dtype = "bfloat16" if dtype == "auto" else dtype
+    if dtype not in DTYPE_BYTES:
+        raise UserError(f"unknown dtype '{dtype}'; accepted: auto, {', '.join(DTYPE_BYTES)}")
+    try:
+        num_tokens = parse_context(context)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    path = _config_or_folder(model, family)
+    is_checked = has_weights(path)
+    if is_checked:
+        from minitron.model.checkpoint import open_checkpoint
+
+        values = open_checkpoint(path, family).config.to_dict()
+    else:
+        values = config_values(path, family)
+    arch = Arch.from_config(values)
+    needed = memory(arch, batch, num_tokens, dtype, attention_windows(values))
+    return Inspected(arch, is_checked, needed, {"batch": batch, "context": num_tokens, "dtype": dtype})
+
+
+def plan(
+    teacher: str | Path, sizes: dict[str, int], arch_file: str | Path | None = None, family: str | None = None
+) -> Planned:
+    """Return the shape that `prune` would cut a teacher to, and its exact counts, from the teacher's config alone.
+
+    Raises:
+        UserError: no shape is given, or it cannot be cut out of the teacher.
+    """
+    if not arch_file and not sizes:
+        raise UserError("--dry-run needs a shape: sizes such as --hidden-size, or --arch")
+    whole = Arch.from_config(config_values(_config_or_folder(teacher, family), family))
+    arch = read_arch(Path(arch_file), whole) if arch_file else whole.resized(**sizes)
+    whole.require_prunable_to(arch)
+    return Planned(whole, arch)
+
+
+def read_arch(path: Path, teacher: Arch) -> Arch:
+    """Read the shape in an `arch.json`.
+
+    Raises:
+        UserError: there is no such file, or the teacher cannot be cut to that shape.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    arch = Arch.from_dict(read_json(path), teacher)
+    teacher.require_prunable_to(arch)
+    return arch
+
+
+def split_sizes(settings: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
+    """Split keyword arguments into sizes of a shape and keys of a recipe; what is None is left out."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    sizes = {name: int(value) for name, value in given.items() if name in SIZE_NAMES}
+    return sizes, {name: value for name, value in given.items() if name not in SIZE_NAMES}
+
+
+def _config_or_folder(model: str | Path, family: str | None) -> Path:
+    path = Path(model).expanduser()
+    if path.suffix == ".json" or (path / "config.json").is_file():
+        return path
+    from minitron.model.source import resolve_teacher
+
+    return resolve_teacher(str(model), weights=False, family=family)

@@ -1,0 +1,60 @@
+"""Cut a teacher to a shape, without training it."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from minitron import nas, pruning
+from minitron.errors import UserError
+from minitron.files import require_space
+from minitron.pruning import measure_importance, read_importance
+from minitron.recipe import recipe_from
+from minitron.verbs.inspect import plan, read_arch, split_sizes
+from minitron.verbs.results import Result, Shaped
+from minitron.verbs.workspace import open_session
+
+
+def prune(
+    teacher: str | Path,
+    out: str | Path | None = None,
+    *,
+    arch: str | Path | None = None,
+    importance: str | Path | None = None,
+    recipe: str | Path | None = None,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Result:
+    """Write a pruned Hugging Face folder at `out`; without `out`, say what shape would come out.
+
+    The shape is given by sizes among the `settings` (`hidden_size=448`), by an `arch.json`, or by a budget
+    (`target_params=0.7`), within which the best shape is searched for. Importance is read from a folder that
+    `calibrate` wrote, or measured on the recipe's data. Other `settings` are keys of the recipe.
+
+    Raises:
+        UserError: several of these are given, or the shape cannot be cut out of the teacher.
+    """
+    sizes, settings = split_sizes(settings)
+    if sum(map(bool, (sizes, arch, settings.get("target_params")))) > 1:
+        raise UserError("give sizes, --arch or --target-params, not several of them")
+    if out is None:
+        return plan(teacher, sizes, arch, settings.get("family"))
+    out = Path(out).absolute()
+    session = open_session(recipe_from(recipe, teacher=teacher, **settings), out, "config.json", overwrite=overwrite)
+    source, chosen = session.source, None
+    if arch:
+        chosen = read_arch(Path(arch), source.arch)
+    elif sizes:
+        chosen = source.arch.resized(**sizes)
+        source.arch.require_prunable_to(chosen)
+    else:
+        shapes, budget = nas.shapes_within(session)
+    require_space(out, source.num_bytes)
+    removed = (
+        nas.removed_layers(shapes) if chosen is None else {source.arch.axis_size("layer") - chosen.axis_size("layer")}
+    )
+    scores = read_importance(Path(importance), source) if importance else measure_importance(session, removed)[1]
+    if chosen is None:
+        with TemporaryDirectory() as folder:
+            chosen = nas.search(session, scores, shapes, budget, Path(folder))
+    pruning.prune(session, chosen, scores, out)
+    return Shaped(out, chosen)

@@ -1,0 +1,149 @@
+"""What verbs return: small dataclasses that print as tables, also in a notebook, and turn into JSON."""
+
+import html
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minitron.model.arch import Arch
+
+Rows = list[list[str]]
+"""A table: the names of the columns, then one list of cells per row."""
+
+
+class Result:
+    """The base of all results."""
+
+    def rows(self) -> Rows:
+        """Return the result as a table of a name and a value per line."""
+        return [["", ""], *([key, _in_words(value)] for key, value in self.to_dict().items())]
+
+    def tables(self) -> list[tuple[Rows, str, str]]:
+        """Return the result as tables, each with a caption and a line below it, as the terminal prints them."""
+        return [(self.rows(), "", "")]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result for JSON, as `--json` prints it."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row)).rstrip()
+            for row in rows
+        ]
+        return "\n".join(line for line in lines if line)
+
+    def _repr_html_(self) -> str:
+        head, *body = self.rows()
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body)
+        return f"<table><tr>{cells}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+@dataclass(frozen=True)
+class Compressed(Result):
+    """A finished run directory."""
+
+    out: Path
+    student: Path
+    """The folder of the student, a stock Hugging Face checkpoint."""
+    arch: Arch
+    figures: dict[str, dict[str, Any]]
+    """Parameters, perplexity, bits per byte and speed of teacher, pruned model and student: what `eval.json` holds."""
+
+    def rows(self) -> Rows:
+        """Return the figures, one column per model."""
+        from minitron.reports.figures import figures_table
+
+        return figures_table(self.figures)
+
+    def tables(self) -> list[tuple[Rows, str, str]]:
+        """Return the figures, with what they were measured on and where the student is."""
+        student = self.figures["student"]
+        caption = f"{student['num_tokens']:,} held-out tokens, context {student['context']}"
+        return [(self.rows(), caption, f"student: {self.student}")]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the folder and the figures."""
+        return {"out": str(self.out), **self.figures}
+
+
+@dataclass(frozen=True)
+class CompressedSeries(Result):
+    """Finished run directories, one per target, the largest student first."""
+
+    out: Path
+    members: dict[str, Compressed]
+
+    def rows(self) -> Rows:
+        """Return the students' figures, one column per student."""
+        from minitron.reports.figures import figures_table
+
+        return figures_table({name: member.figures["student"] for name, member in self.members.items()})
+
+    def tables(self) -> list[tuple[Rows, str, str]]:
+        """Return the tables of every member."""
+        return [table for member in self.members.values() for table in member.tables()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the folder and the figures of every member."""
+        return {"out": str(self.out), "members": {name: member.figures for name, member in self.members.items()}}
+
+
+@dataclass(frozen=True)
+class Calibrated(Result):
+    """Statistics and scores of a teacher, in the folder `out`."""
+
+    out: Path
+    importance: dict[str, list[int]]
+    """The shape of the scores of every axis."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the folder and the shapes."""
+        return {"out": str(self.out), "importance": self.importance}
+
+
+@dataclass(frozen=True)
+class Shaped(Result):
+    """A model folder, or a shape that was found, at `out`."""
+
+    out: Path
+    arch: Arch
+
+    @property
+    def student(self) -> Path:
+        """The folder."""
+        return self.out
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the folder, the sizes, and the exact parameter count that follows from them."""
+        return {"out": str(self.out), "num_parameters": self.arch.num_parameters, "arch": self.arch.to_dict()}
+
+
+@dataclass(frozen=True)
+class Measured(Result):
+    """Figures of one model or several, with the conditions under which they were measured."""
+
+    figures: dict[str, Any]
+    table: Rows = field(default_factory=list)
+    caption: str = ""
+
+    def rows(self) -> Rows:
+        """Return the figures as a table."""
+        return self.table or super().rows()
+
+    def tables(self) -> list[tuple[Rows, str, str]]:
+        """Return the table with its caption."""
+        return [(self.rows(), self.caption, "")]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures."""
+        return self.figures
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return " · ".join(f"{key} {part}" for key, part in value.items())
+    return f"{value:,}" if type(value) is int else str(value)

@@ -1,0 +1,47 @@
+"""Find the best shape within a budget."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from minitron import nas
+from minitron.files import whole_folder, write_json
+from minitron.pruning import write_importance
+from minitron.recipe import recipe_from
+from minitron.reports.plot import write_plot
+from minitron.verbs.results import Shaped
+from minitron.verbs.workspace import open_session, resumable
+
+
+def search(
+    teacher: str | Path, out: str | Path, *, recipe: str | Path | None = None, overwrite: bool = False, **settings: Any
+) -> Shaped:
+    """Write `arch.json`, `candidates.jsonl`, `search.json` and a plot for a teacher and a budget into the folder `out`.
+
+    An interrupted search with equal inputs continues from a hidden folder beside `out`. Under torchrun, candidates
+    are split among the processes. See `calibrate` for `settings`.
+
+    Raises:
+        UserError: the budget is not understood, or no shape meets it.
+    """
+    out = Path(out).absolute()
+    session = open_session(
+        recipe_from(recipe, teacher=teacher, **settings), out, "candidates.jsonl", overwrite=overwrite,
+        one_process=False,
+    )  # fmt: skip
+    shapes, budget = nas.shapes_within(session)
+    with resumable(session, out, "search", []) as work:
+        world, scores = session.runtime.world, work / "importance.safetensors"
+        if world.is_main and not scores.exists():
+            write_importance(work, session, nas.removed_layers(shapes))
+        world.barrier()
+        arch = nas.search(session, load_file(scores), shapes, budget, work)
+        if world.is_main:
+            with whole_folder(out) as staging:
+                for name in ("candidates.jsonl", "search.json"):
+                    shutil.copyfile(work / name, staging / name)
+                write_json(staging / "arch.json", arch.to_dict())
+                write_plot(staging)
+    return Shaped(out, arch)

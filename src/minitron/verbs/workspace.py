@@ -1,0 +1,82 @@
+"""What verbs share: reading the recipe, checking where a result may go, and continuing what was interrupted."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minitron.errors import UserError
+from minitron.files import empty_folder, parents_of, read_json, require_new_folder, write_json
+from minitron.recipe import Recipe
+from minitron.run import RUN_RECORD
+from minitron.session import Session
+
+
+def open_session(
+    recipe: Recipe, out: Path, mark: str, *, overwrite: bool, inputs: tuple[Path, ...] = (), one_process: bool = True
+) -> Session:
+    """Open the recipe's session, once its result may go to `out`.
+
+    `mark` is a file that every result of this kind holds, so that `overwrite` replaces nothing else; `inputs` are
+    folders besides the teacher's that must not be inside `out`.
+
+    Raises:
+        UserError: see `Session.validate` and `require_new_folder`.
+    """
+    session = Session(recipe)
+    session.validate(one_process=one_process)
+    require_new_folder(out, overwrite, mark, (session.teacher.folder, *inputs))
+    return session
+
+
+@contextmanager
+def resumable(session: Session, out: Path, verb: str, sources: list[str]) -> Iterator[Path]:
+    """Yield a hidden folder beside `out` from which an interrupted verb continues.
+
+    The folder is emptied when it belongs to other inputs: another recipe, teacher, text, or other `sources`. While
+    the block runs, the session's runtime is one of the processes that torchrun started.
+    """
+    identity = {
+        "recipe": session.recipe.model_dump(mode="json"),
+        "sources": [session.teacher.fingerprint(), *sources, session.splits.fingerprint()],
+    }
+    work = out.with_name(f".{out.name}.{verb}")
+    with parents_of(out), session.joined() as runtime:
+        world, record = runtime.world, work / RUN_RECORD
+        if world.is_main and not (record.exists() and read_json(record) == identity):
+            empty_folder(work)
+            write_json(record, identity)
+        world.barrier()
+        can_continue = [work / name for name in ("checkpoint", "candidates.jsonl")]
+        try:
+            yield work
+            world.barrier()
+            can_continue = []
+        except UserError:
+            raise
+        except BaseException:  # interrupted: scores that are complete are kept as well
+            can_continue.append(work / "importance.safetensors")
+            raise
+        finally:
+            if world.is_main and not any(path.exists() for path in can_continue):
+                shutil.rmtree(work, ignore_errors=True)
+
+
+def run_directory(recipe: Recipe) -> Path | None:
+    """Return the run directory that is given in the place of a model, or None."""
+    run = Path(recipe.teacher).expanduser()
+    return run if (run / RUN_RECORD).is_file() else None
+
+
+def student_of(recipe: Recipe, against: str | None) -> tuple[Recipe, str | None]:
+    """For a run directory, return the recipe of its student, to be compared with its teacher; else both arguments.
+
+    Raises:
+        UserError: the run has no student yet.
+    """
+    run = run_directory(recipe)
+    if run is None:
+        return recipe, against
+    if not (run / "student").is_dir():
+        raise UserError(f"{run} has no student yet")
+    return recipe.model_copy(update={"teacher": str(run / "student")}), against or str(run / "teacher")
