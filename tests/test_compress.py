@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from minitron import inputs, measured, pipeline
+import minitron
+from minitron import pipeline, session
 from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import PLAIN, Recipe, load_recipe
@@ -64,9 +65,9 @@ def test_the_figures_are_those_of_the_files(made: Path) -> None:
     assert results["teacher"]["num_parameters"] == teacher.num_parameters
     assert results["student"]["num_parameters"] == student.num_parameters
     assert 0.57 * teacher.num_parameters <= student.num_parameters <= 0.6 * teacher.num_parameters
-    again = measured.evaluate(
-        recipe(made / "run" / "student", made / "text.txt"), max_tokens=512
-    )  # the same blocks, by seed, context and tokens
+    # Equal seed, context and tokens give equal blocks.
+    place = made / "run" / "student"
+    again = minitron.evaluate(place, recipe=recipe(place, made / "text.txt"), max_tokens=512).figures
     assert again["perplexity"] == results["student"]["perplexity"]
     assert again["bits_per_byte"] == results["student"]["bits_per_byte"]
     assert again["perplexity"] != pytest.approx(results["pruned"]["perplexity"])
@@ -80,17 +81,17 @@ def test_what_is_measured_of_a_run_later_is_in_its_report(made: Path, tmp_path: 
     items = [{"goal": f"count to {i}", "sol1": "one, two", "sol2": "two, one", "label": i % 2} for i in range(5)]
     (tmp_path / "piqa.validation.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     given = recipe(run, made / "text.txt")
-    found = measured.evaluate_tasks(given, ["piqa"], None, str(tmp_path), runs_code=False)
+    found = minitron.evaluate_tasks(run, ["piqa"], tasks_data_folder=str(tmp_path), recipe=given).figures
     assert json.loads((run / "tasks.json").read_text()) == found
     assert set(found["tasks"]) == set(found["teacher_tasks"]) == {"piqa"}
-    alone_ = measured.evaluate_tasks(
-        recipe(run / "teacher", made / "text.txt"), ["piqa"], None, str(tmp_path), runs_code=False
-    )
+    alone_ = minitron.evaluate_tasks(
+        run / "teacher", ["piqa"], tasks_data_folder=str(tmp_path), recipe=recipe(run / "teacher", made / "text.txt")
+    ).figures
     assert alone_["tasks"] == found["teacher_tasks"]
-    speeds = measured.bench(given, None, [1], [16], repeats=1)
+    speeds = minitron.bench(run, batch=[1], context=[16], repeats=1, device="cpu").figures
     assert json.loads((run / "bench.json").read_text()) == speeds
     assert speeds["run"] == str(run)
-    against = measured.evaluate(given, max_tokens=512)
+    against = minitron.evaluate(run, recipe=given, max_tokens=512).figures
     assert against["perplexity"] == json.loads((run / "eval.json").read_text())["student"]["perplexity"]
     assert against["kl"] > 0
     write_report(run)
@@ -122,7 +123,7 @@ def test_the_card_says_what_a_reader_needs(made: Path) -> None:
 
 def test_a_finished_run_repeats_nothing(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*") if path.is_file()}
-    monkeypatch.setattr(inputs, "open_teacher", lambda _: pytest.fail("the teacher was opened again"))
+    monkeypatch.setattr(session, "open_teacher", lambda _: pytest.fail("the teacher was opened again"))
     results = pipeline.compress(recipe(made / "model", made / "text.txt"), made / "run")
     assert results["student"]["perplexity"] > 1
     assert before == {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*") if path.is_file()}

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minitron import alone, cli
+import minitron
+from minitron import cli
 from tests.conftest import byte_tokenizer, make_model
 
 Run = Callable[..., str]
@@ -133,7 +134,7 @@ def test_quantised_weights(place: Place, refused: Run) -> None:
 
 def test_a_config_alone_may_be_of_a_quantised_model(place: Place) -> None:
     place.config(quantization_config={"quant_method": "mxfp4"})
-    assert alone.inspect(str(place.teacher / "config.json"))["num_parameters"] > 0
+    assert minitron.inspect(place.teacher / "config.json").arch.num_parameters > 0
 
 
 def test_unknown_tensor(place: Place, refused: Run) -> None:
@@ -354,7 +355,7 @@ def test_no_space_in_the_middle(place: Place, refused: Run, monkeypatch: pytest.
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("minitron.stages.save_file", full)
+    monkeypatch.setattr("minitron.pruning.save_file", full)
     assert "no space left" in refused(*compress(place))
 
 
@@ -362,7 +363,7 @@ def test_no_space_as_safetensors_reports_it(place: Place, refused: Run, monkeypa
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("minitron.stages.save_file", full)
+    monkeypatch.setattr("minitron.pruning.save_file", full)
     assert "no space left" in refused(*compress(place))
 
 

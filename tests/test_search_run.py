@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from minitron import alone, pipeline
+import minitron
+from minitron import pipeline
 from minitron.errors import UserError
 from minitron.evaluation.speed import Speed, measure_speed
 from minitron.files import write_jsonl
-from minitron.lineage import compress_family
+from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.nas import trial, zero_shot
@@ -25,6 +26,7 @@ from minitron.nas.budget import Serving
 from minitron.nas.rank import _choose, shapes_within
 from minitron.nas.speed import Speeds, _fitted
 from minitron.nas.trial import better_half, rungs
+from minitron.pipeline import compress_series
 from minitron.recipe import Recipe, load_recipe
 from minitron.reports.plot import plot
 from minitron.session import Session
@@ -44,13 +46,17 @@ def recipe(teacher: Path, text: Path, **changes: Any) -> Recipe:
     return load_recipe(None, values)
 
 
+def search(recipe: Recipe, out: Path) -> Arch:
+    return minitron.search(recipe.teacher, out, recipe=recipe).arch
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("search")
     make_model(folder / "model", "llama-tied")
     text = [f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}." for i in range(1500)]
     (folder / "text.txt").write_text("\n".join(text))
-    alone.search(recipe(folder / "model", folder / "text.txt"), folder / "found", overwrite=False)
+    search(recipe(folder / "model", folder / "text.txt"), folder / "found")
     return folder
 
 
@@ -101,10 +107,10 @@ def test_the_poorer_half_stops_at_every_rung(place: Path) -> None:
 
 
 def test_the_same_search_finds_the_same_again(place: Path, tmp_path: Path) -> None:
-    alone.search(recipe(place / "model", place / "text.txt"), tmp_path / "again", overwrite=False)
+    search(recipe(place / "model", place / "text.txt"), tmp_path / "again")
     assert without_speeds(rows_of(tmp_path / "again")) == without_speeds(rows_of(place / "found"))
     other = recipe(place / "model", place / "text.txt", seed=1)
-    alone.search(other, tmp_path / "other", overwrite=False)
+    search(other, tmp_path / "other")
     assert without_speeds(rows_of(tmp_path / "other")) != without_speeds(rows_of(place / "found"))
 
 
@@ -116,12 +122,11 @@ def without_speeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 KILLED = """
 import sys
 from pathlib import Path
-from minitron import alone
-from tests.test_search_run import note_calls, recipe
+from tests.test_search_run import note_calls, recipe, search
 
 name, times, teacher, text, out = sys.argv[1], int(sys.argv[2]), *map(Path, sys.argv[3:])
 note_calls(setattr, out.with_name("calls"), name, times)
-alone.search(recipe(teacher, text), out, overwrite=False)
+search(recipe(teacher, text), out)
 """
 COSTLY = {"train": (trial.Trial, "__call__"), "compare": (zero_shot.ZeroShot, "__call__")}
 
@@ -153,7 +158,7 @@ def test_a_killed_search_goes_on_and_repeats_nothing_that_was_finished(
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     before = (tmp_path / "calls").read_text().splitlines()
     note_calls(monkeypatch.setattr, tmp_path / "calls")
-    alone.search(recipe(place / "model", place / "text.txt"), tmp_path / "out", overwrite=False)
+    search(recipe(place / "model", place / "text.txt"), tmp_path / "out")
     assert without_speeds(rows_of(tmp_path / "out")) == without_speeds(rows_of(place / "found"))
     after = (tmp_path / "calls").read_text().splitlines()[len(before) :]
     assert len(before) + len(after) == 5 + 10 + 4 + 2 + 1  # probes, compared, and at each rung
@@ -167,8 +172,8 @@ def test_processes_share_the_candidates_out(place: Path, tmp_path: Path) -> None
     path = tmp_path / "recipe.json"
     path.write_text(recipe(place / "model", place / "text.txt").model_dump_json())
     code = (
-        "import sys; from pathlib import Path; from minitron import alone; from minitron.recipe import load_recipe; "
-        "alone.search(load_recipe(Path(sys.argv[1]), {}), Path(sys.argv[2]), False)"
+        "import sys, minitron; from minitron.recipe import load_recipe; from pathlib import Path; "
+        "given = load_recipe(Path(sys.argv[1]), {}); minitron.search(given.teacher, sys.argv[2], recipe=given)"
     )
     processes = [
         subprocess.Popen(
@@ -187,7 +192,7 @@ def test_processes_share_the_candidates_out(place: Path, tmp_path: Path) -> None
 
 def test_without_training_the_untrained_candidates_decide(place: Path, tmp_path: Path) -> None:
     untrained = recipe(place / "model", place / "text.txt", **{"search.distill_tokens": 0})
-    alone.search(untrained, tmp_path / "found", overwrite=False)
+    search(untrained, tmp_path / "found")
     rows = rows_of(tmp_path / "found")
     [chosen] = [row for row in rows if row["chosen"]]
     assert not any(row["distilled_kl"] for row in rows)
@@ -216,7 +221,7 @@ def test_a_memory_budget_is_kept_by_what_is_written(place: Path, tmp_path: Path)
         **{"target_params": None, "budget.memory": "0.6", "budget.context": 4096, "budget.batch": 4,
            "search.tolerance": 0.2, "search.distill_tokens": 0},
     )  # fmt: skip
-    found = alone.prune(asked, {}, None, None, tmp_path / "pruned", overwrite=False)
+    found = minitron.prune(asked.teacher, tmp_path / "pruned", recipe=asked).to_dict()
     student = load_model(open_checkpoint(tmp_path / "pruned"), CPU, torch.bfloat16)
     ids = torch.zeros(4, 256, dtype=torch.int64)
     with torch.no_grad():
@@ -251,15 +256,15 @@ def test_a_speed_budget_is_kept_by_what_is_measured(
     monkeypatch.setattr("minitron.nas.speed.alternate", Pretended(slower=3.0).alternate)
     asked = recipe(place / "model", place / "text.txt", **{"target_params": None, "budget.throughput": "1.35x",
                    "budget.context": 64, "search.distill_tokens": 0, "search.tolerance": 0.2})  # fmt: skip
-    found = alone.search(asked, tmp_path / "found", overwrite=False)
+    found = search(asked, tmp_path / "found")
     whole = 4 * (1 + 64 / 1000)
-    seconds = found["arch"]["num_hidden_layers"] * (1 + found["arch"]["intermediate_size"] / 1000)
+    seconds = found.sizes["num_hidden_layers"] * (1 + found.sizes["intermediate_size"] / 1000)
     assert 0.8 * whole / 1.35 <= seconds <= whole / 1.35
     with pytest.raises(UserError, match="is met by the teacher already"):
-        alone.search(
+        search(
             asked.model_copy(update={"budget": asked.budget.model_copy(update={"throughput": "0.5x"})}),
-            tmp_path / "slower", overwrite=False,
-        )  # fmt: skip
+            tmp_path / "slower",
+        )
 
 
 def test_a_fit_of_times_has_no_negative_factor() -> None:
@@ -341,7 +346,7 @@ def test_the_plot_shows_each_candidate_and_marks_the_chosen(place: Path) -> None
 
 @pytest.fixture(scope="module")
 def family(place: Path) -> Path:
-    compress_family(recipe(place / "model", place / "text.txt", target_params="0.85,0.7,0.55"), place / "family")
+    compress_series(recipe(place / "model", place / "text.txt", target_params="0.85,0.7,0.55"), place / "family")
     return place / "family"
 
 
@@ -367,25 +372,29 @@ def test_a_member_starts_from_the_larger_one(family: Path, place: Path) -> None:
     pruned, larger = open_checkpoint(family / "0.7" / "pruned"), open_checkpoint(family / "0.85" / "student")
     norms = [name for name in pruned.tensors if name.endswith("post_attention_layernorm.weight")]
     assert norms
-    from_larger = alone.prune(
-        recipe(family / "0.85" / "student", place / "text.txt"), {}, family / "0.7" / "arch.json", None,
-        place / "by-hand", overwrite=True,
-    )  # fmt: skip
+    student = family / "0.85" / "student"
+    from_larger = minitron.prune(
+        student,
+        place / "by-hand",
+        arch=family / "0.7" / "arch.json",
+        recipe=recipe(student, place / "text.txt", target_params=None),
+        overwrite=True,
+    )
     by_hand = open_checkpoint(place / "by-hand")
-    assert from_larger["num_parameters"] == pruned.arch.num_parameters < larger.arch.num_parameters
+    assert from_larger.arch.num_parameters == pruned.arch.num_parameters < larger.arch.num_parameters
     assert all(torch.equal(by_hand.tensor(name), pruned.tensor(name)) for name in pruned.tensors)
 
 
 def test_a_finished_member_is_not_made_again(family: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in family.rglob("student/*")}
-    monkeypatch.setattr("minitron.lineage.compress", lambda *_, **__: pytest.fail("a member was made again"))
-    compress_family(recipe(place / "model", place / "text.txt", target_params="0.85,0.7,0.55"), family)
+    monkeypatch.setattr("minitron.pipeline.compress", lambda *_, **__: pytest.fail("a member was made again"))
+    compress_series(recipe(place / "model", place / "text.txt", target_params="0.85,0.7,0.55"), family)
     assert before == {path: path.stat().st_mtime_ns for path in family.rglob("student/*")}
 
 
 def test_members_may_be_taught_by_the_larger_one(place: Path, tmp_path: Path) -> None:
     taught = recipe(place / "model", place / "text.txt", target_params="0.85,0.7", **{"lineage.taught_by": "larger"})
-    compress_family(taught, tmp_path / "family")
+    compress_series(taught, tmp_path / "family")
     record = json.loads((tmp_path / "family" / "0.7" / "run.json").read_text())
     assert record["sources"]["teacher"] == open_checkpoint(tmp_path / "family" / "0.85" / "student").fingerprint()
     student = open_checkpoint(tmp_path / "family" / "0.7" / "student")
@@ -395,9 +404,9 @@ def test_members_may_be_taught_by_the_larger_one(place: Path, tmp_path: Path) ->
 
 def test_members_must_get_smaller(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="each member must be smaller than the one before"):
-        compress_family(recipe(place / "model", place / "text.txt", target_params="0.6,0.7"), tmp_path / "family")
-    with pytest.raises(UserError, match="make a family of models, which is what compress does"):
-        alone.search(recipe(place / "model", place / "text.txt", target_params="0.7,0.6"), tmp_path / "s", False)
+        compress_series(recipe(place / "model", place / "text.txt", target_params="0.6,0.7"), tmp_path / "family")
+    with pytest.raises(UserError, match="make a series of students, which is what compress does"):
+        search(recipe(place / "model", place / "text.txt", target_params="0.7,0.6"), tmp_path / "s")
     assert not list(tmp_path.iterdir())
 
 

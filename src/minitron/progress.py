@@ -22,6 +22,19 @@ HEARTBEAT_SECONDS = 4.0
 LOG_WIDTH = 160
 
 _tables: list[Callable[[], RenderableType]] = []
+_is_disabled = False
+
+
+def disable_progress() -> None:
+    """Show no progress from now on, in this process."""
+    global _is_disabled
+    _is_disabled = True
+
+
+def enable_progress() -> None:
+    """Show progress again after `disable_progress`."""
+    global _is_disabled
+    _is_disabled = False
 
 
 @contextmanager
@@ -45,7 +58,8 @@ class Progress:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
         self.resumed, self.text, self.started = done, "", time.monotonic()
         self._finished = threading.Event()
-        self._silent = os.environ.get("RANK", "0") != "0"  # of the processes of torchrun, the first one speaks
+        # Among the processes of torchrun, only the first one shows progress.
+        self._silent = _is_disabled or os.environ.get("RANK", "0") != "0"
 
     def __enter__(self) -> "Progress":
         self.started = time.monotonic()

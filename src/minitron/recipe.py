@@ -317,6 +317,10 @@ class Recipe(_Strict):
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
 
+RecipeSource = str | Path | Recipe | None
+"""A YAML file, the name of a built-in recipe, a recipe, or None: the defaults."""
+
+
 def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     """The recipe in a YAML file with command-line options laid over it; `a.b` names an entry of a part.
 
@@ -325,19 +329,24 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     Raises:
         UserError: the file is missing or no mapping, or a key or a value is not accepted.
     """
-    values = _read_yaml(_of_name(path)) if path else {}
+    return _overlaid(_read_yaml(_of_name(path)) if path else {}, overrides, str(path) if path else "options")
+
+
+def _overlaid(values: dict[str, Any], overrides: dict[str, Any], where: str) -> Recipe:
     for key, value in overrides.items():
         if value is not None:
             part, _, name = key.rpartition(".")
-            target = values.setdefault(part, {}) if part else values
-            if not isinstance(target, dict):
-                raise UserError(f"{path}: {part} is no mapping of keys to values")
+            target = values
+            for step in part.split(".") if part else []:
+                target = target.setdefault(step, {})
+                if not isinstance(target, dict):
+                    raise UserError(f"{where}: {part} must be a mapping of keys to values")
             target[name] = value
-    return validate(Recipe, values, str(path) if path else "options")
+    return validate(Recipe, values, where)
 
 
-def recipe_from(source: str | Path | None, **settings: Any) -> Recipe:
-    """Return the recipe of a YAML file or a built-in name, with settings laid over it; None is an empty recipe.
+def recipe_from(source: RecipeSource = None, **settings: Any) -> Recipe:
+    """Return the recipe of a YAML file, of a built-in name or of another recipe, with settings laid over it.
 
     A setting is a key (`seed=1`), a part with its keys (`distill={"tokens": "2M"}`), or a dotted key; None leaves the
     recipe as it is.
@@ -351,6 +360,8 @@ def recipe_from(source: str | Path | None, **settings: Any) -> Recipe:
             value = str(value)
         is_part = key in Recipe.model_fields and isinstance(Recipe.model_fields[key].default, _Strict)
         flat |= {f"{key}.{name}": entry for name, entry in value.items()} if is_part and value else {key: value}
+    if isinstance(source, Recipe):
+        return _overlaid(source.model_dump(), flat, "recipe")
     return load_recipe(None if source is None else Path(source), flat)
 
 

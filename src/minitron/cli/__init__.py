@@ -1,5 +1,6 @@
 """The command line: parse, call one function, print."""
 
+import logging
 import os
 import sys
 
@@ -16,6 +17,7 @@ def main() -> None:
     """Run the command line; what the user did wrong is one `error: …` line and exit status 2."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # our own progress is on the screen
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     usage_error: type[Exception] = typer.BadParameter.__bases__[0]  # of the click that this typer carries
     try:
         sys.exit(app(standalone_mode=False))

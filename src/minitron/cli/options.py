@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import logging
 import os
 from collections.abc import Callable
 from functools import wraps
@@ -157,13 +158,15 @@ def _assignment(text: str) -> tuple[str, Any]:
 
 
 def imported(name: str) -> Any:
-    """Import a module of ours when a verb needs it: torch and transformers take seconds."""
+    """Import a verb's module, and torch and transformers, which take seconds; set them up as the command line does."""
     from minitron.progress import Progress
 
     with Progress("start"):
-        module = import_module(f"minitron.{name}")
         import_module("minitron.runtime").configure_backends()
-        return module
+        for library in ("torchao", "torch.utils._pytree"):  # they warn about each other's versions
+            logging.getLogger(library).setLevel(logging.ERROR)
+        import_module("minitron.session")
+        return import_module(f"minitron.{name}")
 
 
 def _print(result: Any, as_json: bool) -> None:

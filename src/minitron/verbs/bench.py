@@ -4,21 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minitron.errors import UserError
-from minitron.evaluation.peak_memory import peak_memory
-from minitron.evaluation.speed import DECODED_TOKENS, alternate, figures_of
-from minitron.files import write_json
-from minitron.model.language_model import load_model
-from minitron.model.source import open_teacher
-from minitron.progress import Progress
-from minitron.recipe import recipe_from
-from minitron.reports.figures import bench_conditions, bench_table
-from minitron.run import versions
-from minitron.session import Session
 from minitron.verbs.results import Measured
-from minitron.verbs.workspace import run_directory, student_of
 
 
 def bench(
@@ -38,6 +25,20 @@ def bench(
     Raises:
         UserError: a context is above what a model was made for.
     """
+    import torch
+
+    from minitron.evaluation.peak_memory import peak_memory
+    from minitron.evaluation.speed import DECODED_TOKENS, alternate, figures_of
+    from minitron.files import write_json
+    from minitron.model.language_model import load_model
+    from minitron.model.source import open_teacher
+    from minitron.progress import Progress
+    from minitron.recipe import recipe_from
+    from minitron.reports.figures import bench_conditions, bench_table
+    from minitron.run import versions
+    from minitron.session import Session
+    from minitron.verbs.workspace import run_directory, student_of
+
     recipe = recipe_from(None, teacher=model, **settings)
     run = run_directory(recipe) if against is None else None
     recipe, other = student_of(recipe, str(against) if against else None)

@@ -1,17 +1,16 @@
 """Measure how important every part of a teacher is."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minitron.files import whole_folder
-from minitron.pruning import write_importance
-from minitron.recipe import recipe_from
 from minitron.verbs.results import Calibrated
-from minitron.verbs.workspace import open_session
+
+if TYPE_CHECKING:
+    from minitron.recipe import RecipeSource
 
 
 def calibrate(
-    teacher: str | Path, out: str | Path, *, recipe: str | Path | None = None, overwrite: bool = False, **settings: Any
+    teacher: str | Path, out: str | Path, *, recipe: "RecipeSource" = None, overwrite: bool = False, **settings: Any
 ) -> Calibrated:
     """Write `calibration.safetensors` and `importance.safetensors` of a teacher into the folder `out`.
 
@@ -21,6 +20,11 @@ def calibrate(
     Raises:
         UserError: an input cannot be used, or `out` may not be replaced.
     """
+    from minitron.files import whole_folder
+    from minitron.pruning import write_importance
+    from minitron.recipe import recipe_from
+    from minitron.verbs.workspace import open_session
+
     out = Path(out).absolute()
     session = open_session(
         recipe_from(recipe, teacher=teacher, **settings), out, "importance.safetensors", overwrite=overwrite

@@ -3,15 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from minitron.data.blocks import load_tokenizer
-from minitron.evaluation.generation import Sampling, Speaker
-from minitron.model.language_model import load_model
-from minitron.model.source import open_teacher
-from minitron.recipe import recipe_from
-from minitron.reports.chat import serve, talk
-from minitron.session import Session
-from minitron.verbs.workspace import student_of
-
 
 def chat(
     model: str | Path,
@@ -29,6 +20,15 @@ def chat(
     Raises:
         UserError: a model cannot be read, the page cannot be served, or Gradio is missing.
     """
+    from minitron.data.blocks import load_tokenizer
+    from minitron.evaluation.generation import Sampling, Speaker
+    from minitron.model.language_model import load_model
+    from minitron.model.source import open_teacher
+    from minitron.recipe import recipe_from
+    from minitron.reports.chat import serve, talk
+    from minitron.session import Session
+    from minitron.verbs.workspace import student_of
+
     recipe, other = student_of(recipe_from(None, teacher=model, **settings), str(against) if against else None)
     session = Session(recipe)
     session.validate()

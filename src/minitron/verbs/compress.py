@@ -1,17 +1,17 @@
 """The main job: a teacher and a budget in, a student, its figures and a report out."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minitron import pipeline
 from minitron.model.arch import Arch
-from minitron.model.config import config_values
-from minitron.recipe import recipe_from
 from minitron.verbs.results import Compressed, CompressedSeries
+
+if TYPE_CHECKING:
+    from minitron.recipe import RecipeSource
 
 
 def compress(
-    teacher: str | Path, out: str | Path, *, recipe: str | Path | None = None, overwrite: bool = False, **settings: Any
+    teacher: str | Path, out: str | Path, *, recipe: "RecipeSource" = None, overwrite: bool = False, **settings: Any
 ) -> Compressed | CompressedSeries:
     """Search for a shape, prune, distil and evaluate, in the run directory `out`; called again, it continues.
 
@@ -22,6 +22,9 @@ def compress(
     Raises:
         UserError: something asked for cannot be done; nothing is left behind that was not finished.
     """
+    from minitron import pipeline
+    from minitron.recipe import recipe_from
+
     out, given = Path(out).absolute(), recipe_from(recipe, teacher=teacher, **settings)
     if isinstance(given.target_params, tuple):
         members = pipeline.compress_series(given, out, overwrite)
@@ -30,5 +33,7 @@ def compress(
 
 
 def _result(out: Path, figures: dict[str, Any]) -> Compressed:
+    from minitron.model.config import config_values
+
     student = out / "student"
     return Compressed(out, student, Arch.from_config(config_values(student)), figures)

@@ -1,17 +1,16 @@
 """Train a teacher on the text that it is to teach with."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minitron import distillation
-from minitron.recipe import recipe_from
-from minitron.verbs.distill import publish_student
 from minitron.verbs.results import Shaped
-from minitron.verbs.workspace import open_session, resumable
+
+if TYPE_CHECKING:
+    from minitron.recipe import RecipeSource
 
 
 def correct(
-    teacher: str | Path, out: str | Path, *, recipe: str | Path | None = None, overwrite: bool = False, **settings: Any
+    teacher: str | Path, out: str | Path, *, recipe: "RecipeSource" = None, overwrite: bool = False, **settings: Any
 ) -> Shaped:
     """Train a teacher itself on the recipe's data and write a Hugging Face folder at `out`.
 
@@ -21,6 +20,10 @@ def correct(
     Raises:
         UserError: the training cannot be done.
     """
+    from minitron import distillation
+    from minitron.recipe import recipe_from
+    from minitron.verbs.workspace import open_session, publish_student, resumable
+
     out = Path(out).absolute()
     session = open_session(
         recipe_from(recipe, teacher=teacher, **settings), out, "config.json", overwrite=overwrite, one_process=False

@@ -1,16 +1,12 @@
 """Train a smaller model on the outputs of a larger one."""
 
-import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minitron import distillation
-from minitron.files import publish_folder
-from minitron.model.source import open_teacher
-from minitron.recipe import recipe_from
-from minitron.session import Session, require_one_vocabulary
 from minitron.verbs.results import Shaped
-from minitron.verbs.workspace import open_session, resumable
+
+if TYPE_CHECKING:
+    from minitron.recipe import RecipeSource
 
 
 def distill(
@@ -18,7 +14,7 @@ def distill(
     student: str | Path,
     out: str | Path,
     *,
-    recipe: str | Path | None = None,
+    recipe: "RecipeSource" = None,
     overwrite: bool = False,
     **settings: Any,
 ) -> Shaped:
@@ -30,6 +26,12 @@ def distill(
     Raises:
         UserError: the two models do not share a tokenizer, or the training cannot be done.
     """
+    from minitron import distillation
+    from minitron.model.source import open_teacher
+    from minitron.recipe import recipe_from
+    from minitron.session import require_one_vocabulary
+    from minitron.verbs.workspace import open_session, publish_student, resumable
+
     out, pruned = Path(out).absolute(), open_teacher(str(student))
     session = open_session(
         recipe_from(recipe, teacher=teacher, **settings), out, "config.json", overwrite=overwrite,
@@ -40,13 +42,3 @@ def distill(
         distillation.distill(session, pruned, work / "student", work)
         publish_student(session, work, out)
     return Shaped(out, pruned.arch)
-
-
-def publish_student(session: Session, work: Path, out: Path) -> None:
-    """Move the finished student to its place, with the curves of its training beside the weights."""
-    if not session.runtime.world.is_main:
-        return
-    shutil.copyfile(work / "metrics.jsonl", work / "student" / "metrics.jsonl")
-    if (work / "tensorboard").exists():
-        shutil.copytree(work / "tensorboard", work / "student" / "tensorboard")
-    publish_folder(work / "student", out)

@@ -1,31 +1,14 @@
 """Measure how good a model is: perplexity on text, or benchmarks."""
 
-import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.errors import UserError
-from minitron.evaluation import measure
-from minitron.evaluation.agreement import measure_agreement
-from minitron.files import read_json, write_json
-from minitron.harness.answers import Answerer
-from minitron.harness.benches import run_benches
-from minitron.harness.judge import Judge
-from minitron.harness.lm_eval_model import load_lm
-from minitron.harness.task_files import tasks_data
-from minitron.harness.tasks import Plan, fitting, plan_tasks, run_tasks
-from minitron.model.language_model import load_model
-from minitron.model.source import open_teacher
-from minitron.progress import Progress
-from minitron.recipe import Recipe, data_in_words, option_count, recipe_from
-from minitron.reports.figures import tasks_conditions, tasks_table
-from minitron.run import versions
-from minitron.session import Session, require_one_process, require_one_vocabulary
 from minitron.verbs.results import Measured
-from minitron.verbs.workspace import run_directory, student_of
+
+if TYPE_CHECKING:
+    from minitron.recipe import RecipeSource
 
 
 def evaluate(
@@ -34,7 +17,7 @@ def evaluate(
     max_tokens: str | int | None = None,
     stride: int | None = None,
     against: str | Path | None = None,
-    recipe: str | Path | None = None,
+    recipe: "RecipeSource" = None,
     **settings: Any,
 ) -> Measured:
     """Return perplexity and bits per byte of a model on the first `max_tokens` of its data, in the seed's order.
@@ -46,6 +29,16 @@ def evaluate(
     Raises:
         UserError: the stride is above the context, or the models do not share a tokenizer.
     """
+    from minitron.data.blocks import load_tokenizer, read_blocks
+    from minitron.evaluation import measure
+    from minitron.evaluation.agreement import measure_agreement
+    from minitron.model.language_model import load_model
+    from minitron.model.source import open_teacher
+    from minitron.progress import Progress
+    from minitron.recipe import data_in_words, option_count, recipe_from
+    from minitron.session import Session, require_one_vocabulary
+    from minitron.verbs.workspace import student_of
+
     given, other = student_of(recipe_from(recipe, teacher=model, **settings), str(against) if against else None)
     session = Session(given)
     session.validate()
@@ -77,7 +70,7 @@ def evaluate_tasks(
     runs_code: bool = False,
     answers: str | Path | None = None,
     judge: tuple[str, str] | None = None,
-    recipe: str | Path | None = None,
+    recipe: "RecipeSource" = None,
     **settings: Any,
 ) -> Measured:
     """Return benchmarks of a model, by lm-eval and others; a task that cannot be run is named with the reason.
@@ -88,18 +81,26 @@ def evaluate_tasks(
     Raises:
         UserError: a name is no task, none can be run, or lm-eval is not installed.
     """
+    from minitron.files import read_json, write_json
+    from minitron.harness import measure_tasks, warn_of_skipped
+    from minitron.harness.judge import Judge
+    from minitron.harness.task_files import tasks_data
+    from minitron.harness.tasks import plan_tasks
+    from minitron.recipe import recipe_from
+    from minitron.session import Session, require_one_process
+    from minitron.verbs.workspace import run_directory, student_of
+
     require_one_process()
     given, data = recipe_from(recipe, teacher=model, **settings), tasks_data(tasks_data_folder)
     plan = plan_tasks(list(tasks), limit, data, runs_code)
-    _print_skipped(plan.skipped)
+    warn_of_skipped(plan.skipped)
     run, kept, rater = run_directory(given), Path(answers) if answers else None, Judge(*judge) if judge else None
     if run is None:
-        return _as_result(_measure_tasks(given, plan, data, kept, rater))
+        return _as_result(measure_tasks(Session(given), plan, data, kept, rater))
     student, teacher = student_of(given, None)
-    record = _measure_tasks(student, plan, data, kept / "student" if kept else None, rater)
-    measured = _measure_tasks(
-        given.model_copy(update={"teacher": teacher}), plan, data, kept / "teacher" if kept else None, rater
-    )
+    record = measure_tasks(Session(student), plan, data, kept / "student" if kept else None, rater)
+    teacher_session = Session(given.model_copy(update={"teacher": teacher}))
+    measured = measure_tasks(teacher_session, plan, data, kept / "teacher" if kept else None, rater)
     record["teacher_tasks"] = measured["tasks"]
     before = read_json(run / "tasks.json") if (run / "tasks.json").exists() else {}
     if all(before.get(key) == record[key] for key in ("limit", "seed", "versions")):  # further tasks of one measurement
@@ -110,31 +111,6 @@ def evaluate_tasks(
 
 
 def _as_result(record: dict[str, Any]) -> Measured:
+    from minitron.reports.figures import tasks_conditions, tasks_table
+
     return Measured(record, tasks_table(record), tasks_conditions(record))
-
-
-def _measure_tasks(
-    recipe: Recipe, plan: Plan, data: Path | None, answers: Path | None, judge: Judge | None
-) -> dict[str, Any]:
-    session, packages = Session(recipe), versions() | {"lm_eval": version("lm_eval")}
-    dtype = session.runtime.dtype_name
-    model = load_lm(session.teacher.folder, str(session.runtime.device), dtype)
-    before, plan = plan, fitting(plan, model.max_length)
-    _print_skipped({name: reason for name, reason in plan.skipped.items() if name not in before.skipped})
-    results = run_tasks(model, plan, data, recipe.seed) if plan.tasks else {}
-    if plan.benches:
-        identity = {"model": session.teacher.fingerprint(), "seed": recipe.seed, "dtype": dtype, "versions": packages}
-        answerer = Answerer(model, "-".join(Path(recipe.teacher).parts[-2:]), recipe.seed)
-        results |= run_benches(plan.benches, answerer, data, answers, identity, plan.limit, judge)
-    return {
-        "tasks": results,
-        "skipped": dict(plan.skipped),
-        "limit": plan.limit,
-        "seed": recipe.seed,
-        "versions": packages,
-    }
-
-
-def _print_skipped(skipped: Mapping[str, str]) -> None:
-    for name, reason in skipped.items():
-        print(f"skipped {name}: {reason}", file=sys.stderr)

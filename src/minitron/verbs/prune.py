@@ -2,16 +2,15 @@
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minitron import nas, pruning
 from minitron.errors import UserError
 from minitron.files import require_space
-from minitron.pruning import measure_importance, read_importance
-from minitron.recipe import recipe_from
-from minitron.verbs.inspect import plan, read_arch, split_sizes
-from minitron.verbs.results import Result, Shaped
-from minitron.verbs.workspace import open_session
+from minitron.verbs.results import Shaped
+
+if TYPE_CHECKING:
+    from minitron.recipe import RecipeSource
+    from minitron.verbs.inspect import Planned
 
 
 def prune(
@@ -20,10 +19,10 @@ def prune(
     *,
     arch: str | Path | None = None,
     importance: str | Path | None = None,
-    recipe: str | Path | None = None,
+    recipe: "RecipeSource" = None,
     overwrite: bool = False,
     **settings: Any,
-) -> Result:
+) -> "Shaped | Planned":
     """Write a pruned Hugging Face folder at `out`; without `out`, say what shape would come out.
 
     The shape is given by sizes among the `settings` (`hidden_size=448`), by an `arch.json`, or by a budget
@@ -33,6 +32,12 @@ def prune(
     Raises:
         UserError: several of these are given, or the shape cannot be cut out of the teacher.
     """
+    from minitron import nas, pruning
+    from minitron.pruning import measure_importance, read_importance
+    from minitron.recipe import recipe_from
+    from minitron.verbs.inspect import plan, read_arch, split_sizes
+    from minitron.verbs.workspace import open_session
+
     sizes, settings = split_sizes(settings)
     if sum(map(bool, (sizes, arch, settings.get("target_params")))) > 1:
         raise UserError("give sizes, --arch or --target-params, not several of them")

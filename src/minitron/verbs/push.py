@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.reports import hub
 from minitron.verbs.results import Result
 
 
@@ -25,4 +24,6 @@ def push(run: str | Path, repo: str, *, private: bool = False) -> Pushed:
     Raises:
         UserError: the folder holds no model, or the hub refuses it.
     """
+    from minitron.reports import hub
+
     return Pushed(str(hub.push(Path(run), repo, private)))

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minitron.reports.html import write_comparison, write_report
 from minitron.verbs.results import Result
 
 
@@ -26,6 +25,8 @@ def report(runs: str | Path | Sequence[str | Path], *, out: str | Path | None = 
     Raises:
         UserError: one of them is no run directory.
     """
+    from minitron.reports.html import write_comparison, write_report
+
     folders = [Path(run).absolute() for run in ([runs] if isinstance(runs, (str, Path)) else runs)]
     if len(folders) == 1 and out is None:
         path = folders[0] / "report.html"

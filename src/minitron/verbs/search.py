@@ -2,21 +2,17 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import load_file
-
-from minitron import nas
 from minitron.files import whole_folder, write_json
-from minitron.pruning import write_importance
-from minitron.recipe import recipe_from
-from minitron.reports.plot import write_plot
 from minitron.verbs.results import Shaped
-from minitron.verbs.workspace import open_session, resumable
+
+if TYPE_CHECKING:
+    from minitron.recipe import RecipeSource
 
 
 def search(
-    teacher: str | Path, out: str | Path, *, recipe: str | Path | None = None, overwrite: bool = False, **settings: Any
+    teacher: str | Path, out: str | Path, *, recipe: "RecipeSource" = None, overwrite: bool = False, **settings: Any
 ) -> Shaped:
     """Write `arch.json`, `candidates.jsonl`, `search.json` and a plot for a teacher and a budget into the folder `out`.
 
@@ -26,6 +22,14 @@ def search(
     Raises:
         UserError: the budget is not understood, or no shape meets it.
     """
+    from safetensors.torch import load_file
+
+    from minitron import nas
+    from minitron.pruning import write_importance
+    from minitron.recipe import recipe_from
+    from minitron.reports.plot import write_plot
+    from minitron.verbs.workspace import open_session, resumable
+
     out = Path(out).absolute()
     session = open_session(
         recipe_from(recipe, teacher=teacher, **settings), out, "candidates.jsonl", overwrite=overwrite,

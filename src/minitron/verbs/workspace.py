@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitron.errors import UserError
-from minitron.files import empty_folder, parents_of, read_json, require_new_folder, write_json
+from minitron.files import empty_folder, parents_of, publish_folder, read_json, require_new_folder, write_json
 from minitron.recipe import Recipe
 from minitron.run import RUN_RECORD
 from minitron.session import Session
@@ -60,6 +60,16 @@ def resumable(session: Session, out: Path, verb: str, sources: list[str]) -> Ite
         finally:
             if world.is_main and not any(path.exists() for path in can_continue):
                 shutil.rmtree(work, ignore_errors=True)
+
+
+def publish_student(session: Session, work: Path, out: Path) -> None:
+    """Move the finished student to its place, with the curves of its training beside the weights."""
+    if not session.runtime.world.is_main:
+        return
+    shutil.copyfile(work / "metrics.jsonl", work / "student" / "metrics.jsonl")
+    if (work / "tensorboard").exists():
+        shutil.copytree(work / "tensorboard", work / "student" / "tensorboard")
+    publish_folder(work / "student", out)
 
 
 def run_directory(recipe: Recipe) -> Path | None:
