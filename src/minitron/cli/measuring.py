@@ -118,7 +118,7 @@ def report(
 def push(
     run: Annotated[Path, typer.Argument(help="A run directory, for its student, or a model folder.")],
     repo: Annotated[str, typer.Argument(help="Where on the hub: owner/name.")],
-    private: Annotated[bool, typer.Option("--private", help="Nobody else sees it.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
 ) -> Any:
     """Upload a student with its card to the Hugging Face Hub (log in with `hf auth login` first)."""
     return imported("verbs.push").push(run, repo, private=private)

@@ -79,7 +79,7 @@ def evaluate_tasks(
     Answers to chats are kept in the folder `answers`, if one is given, and rated by a `judge`: its endpoint and model.
 
     Raises:
-        UserError: a name is no task, none can be run, or lm-eval is not installed.
+        UserError: a name is not a task, none of the tasks can be run, or lm-eval is not installed.
     """
     from minitron.files import read_json, write_json
     from minitron.harness import measure_tasks, warn_of_skipped

@@ -23,7 +23,7 @@ def report(runs: str | Path | Sequence[str | Path], *, out: str | Path | None = 
     """Write `report.html` into a run directory, also of a run under way; or a page at `out` that compares several.
 
     Raises:
-        UserError: one of them is no run directory.
+        UserError: one of the folders is not a run directory.
     """
     from minitron.reports.html import write_comparison, write_report
 
