@@ -259,7 +259,7 @@ def test_a_run_that_is_told_to_stop_loses_nothing(
         capture_output=True, text=True, env={**os.environ, "KILLED_BY": name, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert stopped.returncode == status
-    assert stopped.stderr.splitlines()[-1] == "stopped, with everything saved: run the same again to continue"
+    assert stopped.stderr.splitlines()[-1] == "stopped, with everything saved: run the same command again to continue"
     assert json.loads((tmp_path / ".out.distill" / "checkpoint" / "state.json").read_text())["step"] == 4
     for out in ("out", "through"):
         cli.app(["distill", *verb, str(tmp_path / out), *given], standalone_mode=False)

@@ -288,7 +288,7 @@ def test_overwrite_of_a_stage_replaces_its_own_kind_only(place: Place, refused: 
             verb[0], str(place.teacher), str(place.out), *verb[1:], *text
         )
     message = refused("prune", str(place.teacher), str(place.teacher), "--hidden-size", "40", *text)
-    assert "which is asked for as an input" in message
+    assert "which is one of the inputs" in message
 
 
 def test_overwrite_destroys_nothing_before_the_inputs_are_good(place: Place, refused: Run) -> None:
@@ -316,7 +316,7 @@ def test_out_cannot_be_written(place: Place, refused: Run, monkeypatch: pytest.M
         ("distill: {learning_rat: 1}", "unknown key 'distill.learning_rat', did you mean 'learning_rate'?"),
         ("calibration: {tokens: lots}", "calibration.tokens: 'lots' is not a count"),
         ("distill: {learning_rate: fast}", "distill.learning_rate: "),
-        ("- a list", "is no mapping"),
+        ("- a list", "must be a mapping"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -450,7 +450,7 @@ def test_losses_without_a_tail(place: Place, refused: Run) -> None:
     text = ("--data", str(place.text), "--context", "32", "--tokens", "256", "--recipe", str(place.folder / "r.yaml"))
     for recipe, message in (
         ("top_k: 258", "distill.top_k 258 leaves no tail of 258 tokens"),
-        ("{loss: mse, top_k: 4}", "top_k goes with a loss of probabilities, not with mse"),
+        ("{loss: mse, top_k: 4}", "top_k needs a loss of probabilities, not mse"),
         ("{loss: jsd, beta: 1.0}", "distill.beta: "),
     ):
         (place.folder / "r.yaml").write_text(f"distill: {recipe if '{' in recipe else '{' + recipe + '}'}")

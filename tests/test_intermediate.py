@@ -128,7 +128,7 @@ def test_every_family_has_its_places(teacher: Checkpoint) -> None:
 def test_what_is_not_there_is_named(pair: tuple[Checkpoint, Checkpoint]) -> None:
     with pytest.raises(UserError, match=r"layers 3:3: the teacher has layers 0 to 3, the student 0 to 2"):
         between(*pair, "block_output", layers=((3, 3),))
-    with pytest.raises(ValueError, match="intermediate needs the teacher to run along"):
+    with pytest.raises(ValueError, match="intermediate needs the teacher in memory"):
         DistillRecipe(teacher_states="x", intermediate=IntermediateRecipe(of=("embedding",)))
 
 

@@ -75,5 +75,5 @@ def test_a_length_of_a_context(text: str, length: int) -> None:
 
 @pytest.mark.parametrize("text", ["0", "-1", "4.5k", "128m", ""])
 def test_no_length_of_a_context(text: str) -> None:
-    with pytest.raises(ValueError, match="is no length"):
+    with pytest.raises(ValueError, match="is not a length"):
         parse_context(text)

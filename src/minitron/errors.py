@@ -1,23 +1,23 @@
-"""Exceptions with which a run ends in good order."""
+"""Exceptions that end a run with a message instead of a traceback."""
 
 
 class UserError(Exception):
-    """What was asked cannot be done, and what would be accepted.
+    """An input cannot be used; the message explains why and what would be accepted.
 
-    The command line prints it as one `error: …` line and exits with 2.
+    The command line prints it as one `error: …` line and exits with status 2.
     """
 
 
 class StoppedError(Exception):
-    """A signal asked the run to stop and it has saved itself; the command line exits as the signal would have."""
+    """A run has saved its state and stopped because of a signal; the command line exits with the signal's status."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__("stopped, with everything saved: run the same again to continue")
+        super().__init__("stopped, with everything saved: run the same command again to continue")
         self.signal_number = signal_number
 
 
 def nearest(word: str, accepted: list[str]) -> str:
-    """`did you mean …?` when an accepted word is close to `word`, else the list of accepted words."""
+    """Return `did you mean …?` if an accepted word is similar to `word`, else the list of accepted words."""
     import difflib
 
     close = difflib.get_close_matches(word, accepted, n=1, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+"""Writes files and folders completely or not at all: under a hidden name first, then renamed into place."""
 
 import json
 import os
@@ -16,13 +16,13 @@ PARTIAL = ".partial"
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is written before it is renamed: hidden, beside it, on the same file system."""
+    """Return the hidden path next to `path`, on the same file system, that is written first and renamed at the end."""
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; on success it becomes `path`, on any error it is removed."""
+    """Yield a temporary path to write to; rename it to `path` on success, remove it on any error."""
     staging = partial_path(path)
     with parents_of(path):
         try:
@@ -34,7 +34,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on success it becomes `path`, on any error it is removed."""
+    """Yield a temporary empty folder to fill; rename it to `path` on success, remove it on any error."""
     staging = partial_path(path)
     with parents_of(path):
         empty_folder(staging)
@@ -46,15 +46,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def empty_folder(path: Path) -> None:
-    """Make `path` an empty folder, whatever was there."""
+    """Create `path` as an empty folder, removing any folder of that name first."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
 
 
 def publish_folder(staging: Path, path: Path) -> None:
-    """Put a finished folder in its place, instead of the one that is there."""
+    """Rename the finished folder `staging` to `path`, replacing a folder that exists there."""
     if path.exists():
-        # Out of the way by renaming, so that a kill in between leaves one of the two whole.
+        # The old folder is renamed before it is removed, so that a kill at any moment leaves one of the two complete.
         replaced = _replaced_path(path)
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(path, replaced)
@@ -65,7 +65,7 @@ def publish_folder(staging: Path, path: Path) -> None:
 
 
 def recover_folder(path: Path) -> None:
-    """Bring back the folder that `publish_folder` was killed while replacing."""
+    """Restore the old folder at `path` if the process was killed while `publish_folder` replaced it."""
     if not path.exists() and _replaced_path(path).is_dir():
         os.replace(_replaced_path(path), path)
 
@@ -76,36 +76,40 @@ def _replaced_path(path: Path) -> Path:
 
 @contextmanager
 def parents_of(path: Path) -> Iterator[None]:
-    """Make the parents of `path`; if it does not come to be, remove those that were made."""
-    made = missing_parents(path)
+    """Create the parents of `path` for the block; if `path` does not exist afterwards, remove them again."""
+    created = missing_parents(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
         if not path.exists():
-            remove_empty(made)
+            remove_empty(created)
 
 
 def missing_parents(path: Path) -> list[Path]:
-    """The parents of `path` that do not exist, the nearest first."""
+    """Return the parents of `path` that do not exist, innermost first."""
     return [parent for parent in path.absolute().parents if not parent.exists()]
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove folders, the innermost first, as far as they are empty."""
+    """Remove those of the folders, given innermost first, that are empty."""
     for folder in folders:
         with suppress(OSError):
             folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, completely or not at all."""
     with whole_file(path) as staging:
         staging.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; a broken one is a `UserError` that names it."""
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is not valid JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -113,13 +117,13 @@ def read_json(path: Path) -> Any:
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write one JSON object a line, whole or not at all."""
+    """Write one JSON object per line, completely or not at all."""
     with whole_file(path) as staging:
         staging.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file that may end in a half-written line; [] when there is no file."""
+    """Return the rows of a JSON-lines file, without a half-written last line; [] if the file does not exist."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -127,7 +131,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Raise `UserError` unless the file system of `folder` (or its nearest parent) has `num_bytes` free."""
+    """Check that the file system of `folder`, or of its nearest existing parent, has `num_bytes` free.
+
+    Raises:
+        UserError: it has less.
+    """
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
@@ -135,10 +143,13 @@ def require_space(folder: Path, num_bytes: int) -> None:
 
 
 def require_new_folder(path: Path, overwrite: bool, mark: str, inputs: tuple[Path, ...] = ()) -> None:
-    """Raise `UserError` unless `path` may become a new folder.
+    """Check that `path` may become a new folder.
 
-    What is there is replaced only when `overwrite` is true, it holds the file `mark` that such a result has, and
-    it is not, and does not hold, one of the `inputs`.
+    A folder that is not empty may be replaced only if `overwrite` is true, if it holds the file `mark` that results
+    of this kind have, and if none of the `inputs` is this folder or inside it.
+
+    Raises:
+        UserError: it may not, or `path` cannot be written.
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} exists and is not a folder")
@@ -147,15 +158,19 @@ def require_new_folder(path: Path, overwrite: bool, mark: str, inputs: tuple[Pat
             raise UserError(f"{path} exists and is not empty: choose another folder or pass --overwrite")
         if not (path / mark).exists():
             raise UserError(
-                f"{path} holds no {mark}: --overwrite replaces results of its kind only; remove it yourself"
+                f"{path} holds no {mark}: --overwrite only replaces results of this kind; remove it yourself"
             )
-        if held := [folder for folder in inputs if folder.absolute().is_relative_to(path.absolute())]:
-            raise UserError(f"{path} holds {held[0]}, which is asked for as an input: choose another folder")
+        if inside := [folder for folder in inputs if folder.absolute().is_relative_to(path.absolute())]:
+            raise UserError(f"{path} contains {inside[0]}, which is one of the inputs: choose another folder")
     require_writable(path)
 
 
 def require_writable(path: Path) -> None:
-    """Raise `UserError` unless `path`, or the nearest parent that exists, can be written to."""
+    """Check that `path`, or its nearest existing parent, can be written to.
+
+    Raises:
+        UserError: it cannot.
+    """
     existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     if not existing.is_dir():
         raise UserError(f"cannot create {path}: {existing} is not a folder")

@@ -172,7 +172,7 @@ def _member(recipe: Recipe, target: str | float, run: Run, larger: Path | None) 
 
 
 def _stores_states(recipe: Recipe) -> bool:
-    """Return whether the series stores the teacher's outputs: not where the recipe does, or training needs the teacher."""
+    """Return whether the series stores the teacher's outputs: not where the recipe does, or the teacher is needed."""
     distill = recipe.distill
     runs_along = distill.intermediate.of or distill.correction.trains != "nothing"
     return recipe.lineage.stores_states and distill.teacher_states is None and not runs_along

@@ -1,7 +1,7 @@
-"""A live line for every stage that takes longer than two seconds; never more than five seconds silent.
+"""Shows the progress of every stage that takes longer than two seconds, at least every five seconds.
 
-On a terminal it is a bar with rate and time left; anywhere else a plain line every few seconds, so that
-a log shows the same. A heartbeat thread keeps it alive while one long library call runs.
+On a terminal, progress is a bar with rate and remaining time; in a log, it is a plain line every few seconds. A
+heartbeat thread prints these lines even while one long library call runs.
 """
 
 import os
@@ -39,7 +39,7 @@ def enable_progress() -> None:
 
 @contextmanager
 def beside(table: Callable[[], RenderableType]) -> Iterator[None]:
-    """Show a table above the line of every stage within: live on a terminal, behind each stage in a log."""
+    """Show a table together with every stage's progress while the block runs: live on a terminal, after it in a log."""
     _tables.append(table)
     try:
         yield
@@ -48,10 +48,10 @@ def beside(table: Callable[[], RenderableType]) -> Iterator[None]:
 
 
 class Progress:
-    """Progress of one stage, as a context manager.
+    """A context manager that shows the progress of one stage on standard error.
 
-    `total` counts `unit`s (None: unknown, only the elapsed time is shown). Call `advance(n)` as units are
-    done and `note(text)` to show a figure, such as the current loss, beside the bar.
+    `total` is the number of `unit`s to do; None means unknown, and only the elapsed time is shown. `done` units were
+    finished by an earlier run. Call `advance` as units are done, and `note` to show a figure such as the loss.
     """
 
     def __init__(self, stage: str, total: int | None = None, unit: str = "tokens", done: int = 0) -> None:
@@ -91,17 +91,17 @@ class Progress:
                 Console(stderr=True, width=LOG_WIDTH).print(table())
 
     def advance(self, units: int) -> None:
-        """Count `units` more as done."""
+        """Add `units` to those that are done."""
         self.done += units
         if self._bar:
             self._bar.update(self._task, completed=self.done)
 
     def note(self, text: str) -> None:
-        """Show `text` beside the bar until the next note."""
+        """Show `text` after the figures of the progress, until the next note."""
         self.text = text
 
     def status(self) -> str:
-        """`12,288 of 40,000 tokens · 310 tokens/s · 1:29 left · loss 0.81`, or the elapsed time alone."""
+        """Return a status such as `12,288 of 40,000 tokens · 310 tokens/s · 1:29 left · loss 0.81`, or the time."""
         elapsed = time.monotonic() - self.started
         parts = []
         if self.total is None:
@@ -109,9 +109,9 @@ class Progress:
         else:
             done = self._amount(self.done).removesuffix(f" {self.unit}")
             parts.append(f"{done} of {self._amount(self.total)}")
-            fresh = self.done - self.resumed
-            if fresh and elapsed > 0:
-                rate = fresh / elapsed
+            done_now = self.done - self.resumed
+            if done_now and elapsed > 0:
+                rate = done_now / elapsed
                 parts.append(f"{self._amount(rate)}/s")
                 if self.done < self.total:
                     parts.append(f"{_clock((self.total - self.done) / rate)} left")
@@ -131,13 +131,13 @@ class Progress:
 
 class _Bar(RichProgress):
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The tables beside the bar, and the bar."""
+        """Return the tables of `beside`, and the bar below them."""
         yield from (table() for table in _tables)
         yield from super().get_renderables()
 
 
 class _Status(ProgressColumn):
-    """The same words that a log gets, at the end of the bar."""
+    """The status line of a log, as a column at the end of the bar."""
 
     max_refresh = 0.25
 

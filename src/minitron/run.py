@@ -1,4 +1,4 @@
-"""The run directory: which recipe it belongs to, which stages are done, and where everything came from."""
+"""The run directory: records its recipe, the state of its stages, and the versions and inputs of its results."""
 
 import platform
 import shutil
@@ -17,14 +17,14 @@ from minitron.recipe import Recipe
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets")
 
 CHANGE_NOTHING = {"device", "distill.checkpoint_seconds", "distill.trackers"}
-"""Entries of a recipe that may differ when a run is continued."""
+"""Recipe keys that may differ when a run is continued, since they change no result."""
 RUN_RECORD = "run.json"
-"""The file that says what a run directory is of."""
+"""The file that records recipe, inputs and stages of a run directory."""
 STAGES = ("calibrate", "search", "prune", "distill", "evaluate")
 
 
 class Run:
-    """An open run directory. Nothing is created before the first stage begins to write."""
+    """An open run directory. Nothing is created on disk before `begin`."""
 
     def __init__(self, folder: Path, recipe: Recipe, replaces: bool = False) -> None:
         self.folder, self.recipe = folder, recipe
@@ -40,30 +40,33 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every stage was done before."""
+        """Whether every stage is done."""
         return all(self.is_done(stage) for stage in STAGES)
 
     @property
     def is_begun(self) -> bool:
-        """Whether something of it is on disk."""
+        """Whether the run is on disk and is not going to be replaced."""
         return self.record_path.exists() and not self._replaces
 
     @property
     def record_path(self) -> Path:
-        """`run.json`."""
+        """Path of `run.json`."""
         return self.folder / "run.json"
 
     def path(self, name: str) -> Path:
-        """A file or folder of the run."""
+        """Return the path of a file or folder of the run."""
         return self.folder / name
 
     def is_done(self, stage: str) -> bool:
-        """Whether a stage has finished."""
+        """Return whether a stage has finished."""
         return bool(self.record["stages"].get(stage, {}).get("state") == "done")
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Run a stage and record that it is done, with the seconds it took, those of a killed attempt left out."""
+        """Record that a stage is running while the block runs, and then that it is done, with the seconds it took.
+
+        Seconds of interrupted attempts are added up; those of a killed attempt are lost.
+        """
         started = time.monotonic()
         entry = self.record["stages"].setdefault(name, {"state": "running", "seconds": 0.0})
         self.save()
@@ -77,17 +80,16 @@ class Run:
                 self.save()
 
     def bind(self, source: str, fingerprint: str) -> None:
-        """Record what an input was, or refuse to go on when it has changed since the run began.
+        """Record the fingerprint of an input, or check it against the one recorded when the run was started.
 
         Raises:
-            UserError: the run was begun on another content.
+            UserError: the input has changed since.
         """
-        known = self.record["sources"].setdefault(source, fingerprint)
-        if known != fingerprint:
-            raise UserError(f"{self.folder} was begun with another {source} of the same name: pass --overwrite")
+        if self.record["sources"].setdefault(source, fingerprint) != fingerprint:
+            raise UserError(f"{self.folder} was started with a different {source} of this name: pass --overwrite")
 
     def begin(self) -> None:
-        """Create the folder, in place of the run that it replaces, once the inputs are known to be good."""
+        """Create the folder, replacing an earlier run if asked to; call it after the inputs are checked."""
         if self._replaces:
             shutil.rmtree(self.folder)
             self._replaces = False
@@ -99,7 +101,7 @@ class Run:
         write_json(self.record_path, self.record)
 
     def clean(self) -> None:
-        """Remove half-written (hidden) files; and the folder, when this run made it and finished nothing."""
+        """Remove half-written (hidden) files, and the folder too if this run created it and finished no stage."""
         if not self.folder.is_dir() or self._replaces:
             return
         for path in self.folder.glob(".*"):
@@ -114,10 +116,10 @@ class Run:
 
 
 def open_run(folder: Path, recipe: Recipe, overwrite: bool) -> Run:
-    """Begin a run in a new or empty folder, or continue the one of the same recipe.
+    """Start a run in a new or empty folder, or continue the run of an equal recipe.
 
     Raises:
-        UserError: the folder holds another recipe's run or something else, or cannot be written.
+        UserError: the folder holds the run of another recipe or other files, or cannot be written.
     """
     require_writable(folder)
     run = Run(folder, recipe)
@@ -125,21 +127,21 @@ def open_run(folder: Path, recipe: Recipe, overwrite: bool) -> Run:
         return run
     if overwrite:
         if not run.record_path.is_file():
-            raise UserError(f"{folder} holds no run.json: --overwrite replaces runs only; remove it yourself")
+            raise UserError(f"{folder} holds no run.json: --overwrite only replaces runs; remove the folder yourself")
         return Run(folder, recipe, replaces=True)
     if not run.record_path.is_file():
         raise UserError(f"{folder} exists and is not a run of minitron: choose another folder")
-    found = read_json(run.record_path)
-    if not isinstance(found, dict) or not {"recipe", "sources", "stages"} <= set(found):
+    record = read_json(run.record_path)
+    if not isinstance(record, dict) or not {"recipe", "sources", "stages"} <= set(record):
         raise UserError(f"{run.record_path} is not the record of a run: choose another folder")
-    if difference := _first_difference(found["recipe"], run.record["recipe"]):
+    if difference := _first_difference(record["recipe"], run.record["recipe"]):
         raise UserError(f"{folder} belongs to another recipe ({difference}): choose another folder or pass --overwrite")
-    run.record = {**found, "versions": versions()}
+    run.record = {**record, "versions": versions()}
     return run
 
 
 def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
+    """Return the versions of all software that can change a result."""
     return {
         "minitron": __version__,
         "python": platform.python_version(),
@@ -148,11 +150,12 @@ def versions() -> dict[str, str]:
 
 
 def _first_difference(there: Any, here: Any, where: str = "") -> str | None:
+    """Describe the first key in which the recipe of a run differs from the present one; None if they are equal."""
     if where in CHANGE_NOTHING:
         return None
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted({*there, *here}):
-            if found := _first_difference(there.get(key), here.get(key), f"{where}.{key}" if where else key):
-                return found
+            if difference := _first_difference(there.get(key), here.get(key), f"{where}.{key}" if where else key):
+                return difference
         return None
-    return None if there == here else f"{where} is {there} there and {here} here"
+    return None if there == here else f"{where} is {there} in the folder and {here} now"
