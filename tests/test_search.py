@@ -84,6 +84,14 @@ def test_a_recipe_that_does_not_come_along_is_refused() -> None:
         load_recipe(Path("minitron-9b"), {"teacher": "teacher"})
 
 
+def test_a_dotted_key_names_an_entry_of_a_part_of_a_part() -> None:
+    recipe = load_recipe(None, {"teacher": "teacher", "distill.correction.trains": "full", "distill.tokens": "1k"})
+    assert recipe.distill.correction.trains == "full"
+    assert recipe.distill.tokens == 1_000
+    with pytest.raises(UserError, match="options: data must be a mapping"):
+        load_recipe(None, {"data": "wiki", "data.wiki": 1})
+
+
 @pytest.mark.parametrize(
     ("target", "high"),
     [("0.7", 94_160_506), (0.7, 94_160_506), ("94M", 94_000_000), ("0.094b", 94_000_000), ("94000000", 94_000_000)],

@@ -380,7 +380,7 @@ RecipeSource = str | Path | Recipe | None
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
-    """Read a recipe from a YAML file and let command-line options override its values; `a.b` names key b of part a.
+    """Read a recipe from a YAML file and override its values; the key `a.b.c` names an entry of part b of part a.
 
     `path` may also be the name of a built-in recipe, such as `minitron-8b`.
 
@@ -393,10 +393,10 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
 def _overlaid(values: dict[str, Any], overrides: dict[str, Any], where: str) -> Recipe:
     for key, value in overrides.items():
         if value is not None:
-            part, _, name = key.rpartition(".")
+            *parts, name = key.split(".")
             target = values
-            for step in part.split(".") if part else []:
-                target = target.setdefault(step, {})
+            for part in parts:
+                target = target.setdefault(part, {})
                 if not isinstance(target, dict):
                     raise UserError(f"{where}: {part} must be a mapping of keys to values")
             target[name] = value
