@@ -1,4 +1,4 @@
-"""Talking to models: streaming answers, their limits, the terminal, and the page in a real browser."""
+"""Tests chats with models: streamed answers, their limits, the terminal, and the pages in a real browser."""
 
 import io
 import shutil
@@ -36,7 +36,7 @@ def turn(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def test_an_answer_grows_to_what_generate_gives(speaker: Speaker) -> None:
+def test_a_streamed_answer_ends_as_the_text_of_generate(speaker: Speaker) -> None:
     answers = list(speaker.answer(turn("one and one"), Sampling(max_new_tokens=12)))
     assert len(answers) > 3
     assert all(after.text.startswith(before.text) for before, after in pairwise(answers))
@@ -48,16 +48,16 @@ def test_an_answer_grows_to_what_generate_gives(speaker: Speaker) -> None:
 
 
 def test_sampling_follows_its_seed(speaker: Speaker) -> None:
-    def said(seed: int, temperature: float) -> str:
+    def answer(seed: int, temperature: float) -> str:
         sampling = Sampling(max_new_tokens=16, temperature=temperature, seed=seed)
         return list(speaker.answer(turn("one"), sampling))[-1].text
 
-    assert said(0, 1.5) == said(0, 1.5)
-    assert said(0, 1.5) != said(1, 1.5)
-    assert said(0, 0.0) == said(1, 0.0)
+    assert answer(0, 1.5) == answer(0, 1.5)
+    assert answer(0, 1.5) != answer(1, 1.5)
+    assert answer(0, 0.0) == answer(1, 0.0)
 
 
-def test_who_stops_listening_stops_the_model(speaker: Speaker) -> None:
+def test_closing_the_stream_stops_the_model(speaker: Speaker) -> None:
     before = threading.active_count()
     stream = speaker.answer(turn("one"), Sampling(max_new_tokens=200))
     next(stream)
@@ -82,8 +82,8 @@ def test_a_template_is_used_where_there_is_one(speaker: Speaker) -> None:
     try:
         assert speaker.is_chatty
         turns = [*turn("hello"), {"role": "assistant", "content": "yes?"}, *turn("nothing")]
-        said = speaker.tokenizer.decode(speaker.prompt(turns)[0])
-        assert said == "[user] hello\n[assistant] yes?\n[user] nothing\n[assistant] "
+        prompt = speaker.tokenizer.decode(speaker.prompt(turns)[0])
+        assert prompt == "[user] hello\n[assistant] yes?\n[user] nothing\n[assistant] "
     finally:
         speaker.tokenizer.chat_template = None
 
@@ -99,12 +99,12 @@ def test_on_the_terminal_every_model_answers(
     assert out.count("shorten it") == 2
 
 
-def test_nothing_steers_the_terminal() -> None:
-    assert chat._printable(HOSTILE) == HOSTILE.replace("\x07", "\ufffd").replace("\x1b", "\ufffd")
+def test_control_characters_do_not_reach_the_terminal() -> None:
+    assert chat.printable(HOSTILE) == HOSTILE.replace("\x07", "\ufffd").replace("\x1b", "\ufffd")
 
 
 def test_turns_are_shown_as_text() -> None:
-    [shown] = chat._shown(turn(HOSTILE))
+    [shown] = chat.escaped(turn(HOSTILE))
     assert "<" not in shown["content"]
 
 
@@ -115,7 +115,7 @@ def test_a_taken_port_is_refused(speaker: Speaker) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"cannot serve on 127.0.0.1:{port}"):
-            chat.serve({"model": speaker}, "test", chat.LOOPBACK, port, blocking=False)
+            chat.serve({"model": speaker}, "test", port=port, blocking=False)
 
 
 @pytest.fixture
@@ -125,28 +125,28 @@ def browser() -> Iterator[Any]:
     if chromium is None:
         pytest.skip("there is no Chromium")
     with playwright.sync_playwright() as started:
-        found = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield found
-        found.close()
+        launched = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield launched
+        launched.close()
 
 
 def watched(browser: Any) -> tuple[Any, list[str], list[str]]:
-    """A page, the addresses it asks for, and what its console complains of."""
+    """Return a page, the addresses that it requests, and the errors on its console."""
     page = browser.new_page()
-    asked: list[str] = []
-    complaints: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    return page, asked, complaints
+    requests: list[str] = []
+    errors: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    return page, requests, errors
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_on_the_page_both_answers_stream(speaker: Speaker, browser: Any) -> None:
     pytest.importorskip("gradio")
     handle = speaker.model.register_forward_hook(lambda *_: time.sleep(0.02))  # as slow as a real one
-    address = chat.serve({"teacher": speaker, "student": speaker}, "test", chat.LOOPBACK, None, blocking=False)
-    page, asked, _ = watched(browser)
+    address = chat.serve({"teacher": speaker, "student": speaker}, "test", blocking=False)
+    page, requests, _ = watched(browser)
     page.goto(address)
     page.fill("#prompt textarea", HOSTILE)
     page.click("#send")
@@ -165,7 +165,7 @@ def test_on_the_page_both_answers_stream(speaker: Speaker, browser: Any) -> None
     for name in seen:
         assert "<script>window.hacked = 1</script>" in page.inner_text(f"#pane-{name}")
         assert page.locator(f"#pane-{name} img[src=x]").count() == 0
-    assert all(url.startswith((address.rstrip("/"), "data:", "blob:")) for url in asked)
+    assert all(url.startswith((address.rstrip("/"), "data:", "blob:")) for url in requests)
     handle.remove()
     page.click("#clear")
     page.wait_for_function("!document.querySelector('#pane-student').innerText.includes('hacked')")
@@ -174,7 +174,7 @@ def test_on_the_page_both_answers_stream(speaker: Speaker, browser: Any) -> None
     for name in seen:
         page.wait_for_function(f"document.querySelector('#pane-{name}').innerText.includes('shorten it')")
         assert page.locator(f"#pane-{name} img[src=x]").count() == 0
-        assert 1000 < len(page.inner_text(f"#pane-{name}")) < 2 * chat.MOST_CHARACTERS
+        assert 1000 < len(page.inner_text(f"#pane-{name}")) < 2 * chat.MAX_PROMPT_CHARACTERS
     assert page.evaluate("window.hacked") is None
 
 
@@ -190,10 +190,10 @@ def test_a_report_opens_without_a_network(browser: Any, tmp_path: Path, text_fil
     pipeline.compress(recipe(teacher, text), tmp_path / "run")
     report = tmp_path / "run" / "report.html"
     assert report.stat().st_size < 6e6
-    page, asked, complaints = watched(browser)
+    page, requests, errors = watched(browser)
     page.goto(report.as_uri())
-    assert asked == [report.as_uri()]
-    assert not complaints
+    assert requests == [report.as_uri()]
+    assert not errors
     assert "<b>text & more" in page.inner_text("h1")
     assert page.locator("b").count() == 0
     assert page.locator("svg").count() >= 8

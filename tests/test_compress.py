@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import minitron
-from minitron import pipeline, session
+from minitron import pipeline
 from minitron.data.blocks import load_tokenizer, read_blocks
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import PLAIN, Recipe, load_recipe
 from minitron.reports.html import write_report
+from minitron.verbs.bench import bench
+from minitron.verbs.evaluate import evaluate, evaluate_tasks
 from tests.conftest import make_model
 
 LAYOUT = {
@@ -49,6 +50,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def text_settings(made: Path) -> dict[str, Any]:
+    return {"data": str(made / "text.txt"), "context": 32, "device": "cpu"}
+
+
 def test_the_run_directory_is_as_drawn(made: Path) -> None:
     assert {path.name for path in (made / "run").iterdir()} == LAYOUT
     record = json.loads((made / "run" / "run.json").read_text())
@@ -65,9 +70,8 @@ def test_the_figures_are_those_of_the_files(made: Path) -> None:
     assert results["teacher"]["num_parameters"] == teacher.num_parameters
     assert results["student"]["num_parameters"] == student.num_parameters
     assert 0.57 * teacher.num_parameters <= student.num_parameters <= 0.6 * teacher.num_parameters
-    # Equal seed, context and tokens give equal blocks.
-    place = made / "run" / "student"
-    again = minitron.evaluate(place, recipe=recipe(place, made / "text.txt"), max_tokens=512).figures
+    # The blocks are those of the run, by seed, context and tokens.
+    again = evaluate(made / "run" / "student", max_tokens=512, **text_settings(made)).figures
     assert again["perplexity"] == results["student"]["perplexity"]
     assert again["bits_per_byte"] == results["student"]["bits_per_byte"]
     assert again["perplexity"] != pytest.approx(results["pruned"]["perplexity"])
@@ -80,30 +84,28 @@ def test_what_is_measured_of_a_run_later_is_in_its_report(made: Path, tmp_path: 
     shutil.copytree(made / "run", run, symlinks=True)
     items = [{"goal": f"count to {i}", "sol1": "one, two", "sol2": "two, one", "label": i % 2} for i in range(5)]
     (tmp_path / "piqa.validation.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
-    given = recipe(run, made / "text.txt")
-    found = minitron.evaluate_tasks(run, ["piqa"], tasks_data_folder=str(tmp_path), recipe=given).figures
-    assert json.loads((run / "tasks.json").read_text()) == found
-    assert set(found["tasks"]) == set(found["teacher_tasks"]) == {"piqa"}
-    alone_ = minitron.evaluate_tasks(
-        run / "teacher", ["piqa"], tasks_data_folder=str(tmp_path), recipe=recipe(run / "teacher", made / "text.txt")
-    ).figures
-    assert alone_["tasks"] == found["teacher_tasks"]
-    speeds = minitron.bench(run, batch=[1], context=[16], repeats=1, device="cpu").figures
+    settings = text_settings(made)
+    both = evaluate_tasks(run, ["piqa"], tasks_data_folder=str(tmp_path), **settings).figures
+    assert json.loads((run / "tasks.json").read_text()) == both
+    assert set(both["tasks"]) == set(both["teacher_tasks"]) == {"piqa"}
+    teacher = evaluate_tasks(run / "teacher", ["piqa"], tasks_data_folder=str(tmp_path), **settings).figures
+    assert teacher["tasks"] == both["teacher_tasks"]
+    speeds = bench(run, context=[16], repeats=1, device="cpu").figures
     assert json.loads((run / "bench.json").read_text()) == speeds
     assert speeds["run"] == str(run)
-    against = minitron.evaluate(run, recipe=given, max_tokens=512).figures
+    against = evaluate(run, max_tokens=512, **settings).figures
     assert against["perplexity"] == json.loads((run / "eval.json").read_text())["student"]["perplexity"]
     assert against["kl"] > 0
     write_report(run)
     page = (run / "report.html").read_text()
-    share = found["tasks"]["piqa"]["metrics"]["acc"] / found["teacher_tasks"]["piqa"]["metrics"]["acc"]
+    share = both["tasks"]["piqa"]["metrics"]["acc"] / both["teacher_tasks"]["piqa"]["metrics"]["acc"]
     assert f"<td>{share:.1%}</td>" in page
     assert "prefill tokens/s" in page
     assert "Benchmarks" not in (made / "run" / "report.html").read_text()
 
 
 def test_distillation_brings_the_student_closer(made: Path, tmp_path: Path) -> None:
-    # Unmended: so small a random model is mended to within the noise of its blocks.
+    # Without repair, which brings so small a random model to within the noise of its blocks.
     plain = recipe(made / "model", made / "text.txt", prune=PLAIN.model_dump())
     pipeline.compress(plain, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -123,7 +125,7 @@ def test_the_card_says_what_a_reader_needs(made: Path) -> None:
 
 def test_a_finished_run_repeats_nothing(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*") if path.is_file()}
-    monkeypatch.setattr(session, "open_teacher", lambda _: pytest.fail("the teacher was opened again"))
+    monkeypatch.setattr("minitron.session.open_teacher", lambda _: pytest.fail("the teacher was opened again"))
     results = pipeline.compress(recipe(made / "model", made / "text.txt"), made / "run")
     assert results["student"]["perplexity"] > 1
     assert before == {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""The model card as the Hub reads it, and `push` against a stand-in of the Hub's HTTP calls."""
+"""Tests the model card as the Hub reads it, and `push` against a stand-in of the Hub's HTTP calls."""
 
 import base64
 import json
@@ -34,7 +34,7 @@ def test_the_card_is_read_back_with_its_figures(run: Path) -> None:
     assert data.license == "apache-2.0"
     assert data.language == "en"
     assert data.library_name == "transformers"
-    assert data.base_model is None  # a folder is no model of the hub's
+    assert data.base_model is None  # the teacher is a folder, not a model of the hub
     assert "distilled" in data.tags
     figures = {result.metric_type: result.metric_value for result in data.eval_results}
     assert figures == {name: round(student[name], 4) for name in ("perplexity", "bits_per_byte")}
@@ -43,7 +43,7 @@ def test_the_card_is_read_back_with_its_figures(run: Path) -> None:
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """What of the Hub's interface an upload calls."""
+    """The part of the Hub's interface that an upload calls."""
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -105,11 +105,11 @@ def test_push_uploads_the_student_and_its_card(run: Path, hub: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_the_hub_refuses_is_one_line(run: Path, hub: Any, tmp_path: Path) -> None:
+def test_a_refusal_of_the_hub_is_one_line(run: Path, hub: Any, tmp_path: Path) -> None:
     hub.status = 403
-    with pytest.raises(UserError, match="the hub did not take someone/student"):
+    with pytest.raises(UserError, match="the hub refused someone/student"):
         push(run, "someone/student", endpoint=hub.address)
     with pytest.raises(UserError, match="holds no model yet"):
         push(tmp_path, "someone/student", endpoint=hub.address)
-    with pytest.raises(UserError, match="the hub did not take a/b/c"):
+    with pytest.raises(UserError, match="the hub refused a/b/c"):
         push(run, "a/b/c", endpoint=hub.address)

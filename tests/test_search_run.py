@@ -28,7 +28,6 @@ from minitron.nas.speed import Speeds, _fitted
 from minitron.nas.trial import better_half, rungs
 from minitron.pipeline import compress_series
 from minitron.recipe import Recipe, load_recipe
-from minitron.reports.plot import plot
 from minitron.session import Session
 from tests.conftest import make_model
 
@@ -336,12 +335,15 @@ def test_candidates_of_hybrids_are_timed_with_layers_of_each_kind(tmp_path: Path
 
 
 def test_the_plot_shows_each_candidate_and_marks_the_chosen(place: Path) -> None:
-    rows = rows_of(place / "found")
-    svg = plot(rows, json.loads((place / "found" / "search.json").read_text()))
+    rows, search = rows_of(place / "found"), json.loads((place / "found" / "search.json").read_text())
+    svg = side_by_side(draw_candidates(rows, search)).svg()
+    assert svg == (place / "found" / "candidates.svg").read_text()
     assert svg.count("<circle") == 10 + 4 + 4 + 3 * 2  # untrained; by size; by speed; in the legends
     assert svg.count('r="6"') == 3 + 3
-    rows[0]["arch"]["num_<script>"] = 1
-    assert "<script>" not in plot(rows, json.loads((place / "found" / "search.json").read_text()))
+    rows[0]["arch"]["hidden_size"] = "<script>"
+    svg = side_by_side(draw_candidates(rows, search)).svg()
+    assert "&lt;script&gt;" in svg
+    assert "<script>" not in svg
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,1 @@
-"""What people read: the model card and the report."""
+"""Writes reports for people: tables, pictures, pages, model cards, the terminal and chats."""

@@ -1,18 +1,18 @@
-"""The student's model card: what it was made of, how, how good it is, how to use it."""
+"""Writes the model card of a student: its origin, figures, shape, use and recipe."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from minitron.files import whole_file
+from minitron.files import read_json, whole_file
 from minitron.model.arch import Arch
 from minitron.recipe import data_in_words
-from minitron.reports.figures import Results, figures_table
+from minitron.reports.figures import Results, Rows, figures_table
 
 
 def write_card(run: Path, record: dict[str, Any], teacher: Arch, student: Arch, results: Results) -> None:
-    """Write `README.md` into the student's folder of a run, from the run's record and its figures."""
+    """Write `README.md` into the student's folder of a run, from what its `run.json` and `eval.json` hold."""
     recipe, folder = record["recipe"], run / "student"
     text = f"""---
 {_metadata(record, results, run / "teacher")}
@@ -22,12 +22,12 @@ def write_card(run: Path, record: dict[str, Any], teacher: Arch, student: Arch, 
 
 A {student.model_type} model of {student.num_parameters:,} parameters, \
 {student.num_parameters / teacher.num_parameters:.1%} of its teacher `{recipe["teacher"]}`. The teacher was pruned by \
-activation importance and the rest retrained by distillation (forward KL to the teacher's next-token distribution) \
-on {recipe["distill"]["tokens"]:,} tokens.
+the importance of its activations, and the smaller model was trained by distillation from the teacher on \
+{recipe["distill"]["tokens"]:,} tokens.
 
 ## Figures
 
-{_figures(results)}
+{_markdown(figures_table(results))}
 
 {_conditions(record, results)}
 
@@ -46,7 +46,7 @@ inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-It is a stock checkpoint: any engine that runs {_model_class(folder)} runs it.
+This is a stock Hugging Face checkpoint: every engine that runs {_model_class(folder)} runs it.
 
 ```sh
 vllm serve PATH                                                   # vLLM
@@ -57,8 +57,8 @@ trtllm-serve PATH                                                 # TensorRT-LLM
 
 ## Limits
 
-It inherits what its teacher gets wrong, and was compared with it on the text above alone. Retraining was short: \
-expect more loss in knowledge and in rare languages than perplexity shows.
+The model inherits the errors of its teacher, and was compared with it on the text above alone. Its training was \
+short: expect larger losses in knowledge and in rare languages than perplexity shows.
 
 ## Recipe
 
@@ -75,24 +75,22 @@ def _name(recipe: dict[str, Any]) -> str:
 
 
 def _metadata(record: dict[str, Any], results: Results, teacher: Path) -> str:
-    """What the Hub reads, as YAML: the licence is the teacher's, the figures are those of `eval.json`."""
+    """Return the YAML that the Hub reads: licence and language of the teacher, figures of `eval.json`."""
     from huggingface_hub import EvalResult, ModelCardData
     from huggingface_hub.repocard import metadata_load
 
-    recipe, student = record["recipe"], results["student"]
-    readme = teacher / "README.md"
-    of_teacher: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
-    inherited = {
-        key: of_teacher[key] for key in ("license", "license_name", "license_link", "language") if key in of_teacher
-    }
+    recipe, student, readme = record["recipe"], results["student"], teacher / "README.md"
+    teacher_metadata: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
+    inherited = {"license", "license_name", "license_link", "language"} & teacher_metadata.keys()
     sources = [recipe["data"]] if isinstance(recipe["data"], str) else list(recipe["data"])
-    evaluated = {
-        "task_type": "text-generation", "dataset_name": data_in_words(recipe["data"]),
-        "dataset_type": sources[0].partition(":")[0], "dataset_split": "held out",
+    dataset = {
+        "dataset_name": data_in_words(recipe["data"]),
+        "dataset_type": sources[0].partition(":")[0],
+        "dataset_split": "held out",
         "dataset_args": {"context": student["context"], "num_tokens": student["num_tokens"], "seed": recipe["seed"]},
-    }  # fmt: skip
+    }
     card = ModelCardData(
-        **inherited,
+        **{key: teacher_metadata[key] for key in sorted(inherited)},
         base_model=recipe["teacher"] if _is_hub_id(recipe["teacher"]) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -100,7 +98,7 @@ def _metadata(record: dict[str, Any], results: Results, teacher: Path) -> str:
         datasets=[source for source in sources if _is_hub_id(source)] or None,
         model_name=_name(recipe),
         eval_results=[
-            EvalResult(**evaluated, metric_type=metric, metric_value=round(student[metric], 4))
+            EvalResult("text-generation", metric_type=metric, metric_value=round(student[metric], 4), **dataset)
             for metric in ("perplexity", "bits_per_byte")
         ],
     )
@@ -111,16 +109,12 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
-def _figures(results: dict[str, dict[str, Any]]) -> str:
-    return _markdown(figures_table(results))
-
-
-def _conditions(record: dict[str, Any], results: dict[str, dict[str, Any]]) -> str:
+def _conditions(record: dict[str, Any], results: Results) -> str:
     recipe, versions, student = record["recipe"], record["versions"], results["student"]
     return (
         f"Measured on {student['num_tokens']:,} tokens of `{data_in_words(recipe['data'])}` that no other stage has "
         f"seen, in blocks of {student['context']} tokens, seed {recipe['seed']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}. Speeds are of this measurement, on the machine that made the model."
+        f"transformers {versions['transformers']}. Speeds were measured there too, on the machine that made it."
     )
 
 
@@ -130,11 +124,11 @@ def _shapes(teacher: Arch, student: Arch) -> str:
     return _markdown(rows)
 
 
-def _markdown(rows: list[list[str]]) -> str:
+def _markdown(rows: Rows) -> str:
     head, *body = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
 
 
 def _model_class(folder: Path) -> str:
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"][0])
+    return str(read_json(folder / "config.json")["architectures"][0])

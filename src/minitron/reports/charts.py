@@ -1,136 +1,148 @@
-"""Pictures as SVG: what of a model is kept, what was important in it, and how its training went."""
+"""Draws what pruning kept of a model, how important its parts were, and how the distillation went."""
 
-import html
-from itertools import pairwise
+from itertools import cycle, pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minitron.model.anatomy import AXES
+from minitron.model.anatomy import AXES, PRUNABLE, SIZE_NAMES
 from minitron.model.arch import Arch
-from minitron.reports.page import BLUE, GREY, ORANGE
+from minitron.reports.svg import BLUE, GREY, ORANGE, SERIES, Key, Picture, Plot, Point, add_legend, range_of
 
-MOST_COLUMNS = 64
-BLOCKS = {"query": "attention heads", "mhead": "Mamba heads", "expert": "experts", "ffn": "MLP neurons"}
-"""What a layer is drawn by: the axes that give its blocks their width."""
-
-
-def shape_bars(teacher: dict[str, int], student: dict[str, int]) -> str:
-    """A bar for each size, the student's part of it filled."""
-    bars = []
-    for i, (name, size) in enumerate(teacher.items()):
-        y = 34 * i
-        kept = 330 * student[name] / size
-        bars.append(
-            f'<text x="0" y="{y + 17}" font-size="14">{html.escape(name)}</text>'
-            f'<rect x="240" y="{y + 4}" width="330" height="18" fill="none" stroke="{GREY}"/>'
-            f'<rect x="240" y="{y + 4}" width="{kept:.1f}" height="18" fill="{BLUE}"/>'
-            f'<text x="580" y="{y + 17}" font-size="14">{student[name]:,} of {size:,}</text>'
-        )
-    return f'<svg viewBox="0 0 720 {34 * len(teacher)}" role="img" aria-label="sizes kept">{"".join(bars)}</svg>'
+MAX_HEATMAP_COLUMNS = 64
+MIN_FILL, MAX_FILL = (247, 251, 255), (8, 48, 107)
+"""Colours of a heatmap from unimportant (white) to important (dark blue)."""
+STACK_WIDTH, BARS_WIDTH, TOP = 200, 300, 44
 
 
-def layer_stack(teacher: Arch, student: Arch, kept: list[int]) -> str:
-    """The teacher's layers from the first to the last: the blocks of each, and what of them the student has."""
-    columns = {axis: 60 + 210 * i for i, axis in enumerate(axis for axis in BLOCKS if axis in teacher.axes)}
-    row_height, top = 15, 24
-    parts = [f'<text x="{x}" y="14" font-size="13">{BLOCKS[axis]}</text>' for axis, x in columns.items()]
-    for layer in range(teacher.axis_size("layer")):
-        y, is_kept = top + row_height * layer, layer in kept
-        parts.append(
-            f'<text x="48" y="{y + 10}" font-size="11" text-anchor="end" fill="{"#1a1a1a" if is_kept else GREY}">'
-            f"{layer}</text>"
-        )
-        for axis in _blocks_of(teacher, layer, columns):
-            share = student.axis_size(axis) / teacher.axis_size(axis) if is_kept else 0.0
-            dashes = "" if is_kept else ' stroke-dasharray="3 3"'
-            parts.append(
-                f'<rect x="{columns[axis]}" y="{y}" width="190" height="11" fill="none" stroke="{GREY}"{dashes}/>'
-                f'<rect x="{columns[axis]}" y="{y}" width="{190 * share:.1f}" height="11" fill="{BLUE}"/>'
-            )
-    width, height = max(columns.values(), default=0) + 200, top + row_height * teacher.axis_size("layer")
-    label = "layers of teacher and student"
-    svg = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    return f'<div class="narrow">{svg}</div>'
+def draw_shape(teacher: Arch, student: Arch, kept: list[int] | None) -> Picture:
+    """Draw the layers of the teacher beside those of the student, and a bar for every size that can be pruned.
+
+    `kept` holds the numbers of the teacher's layers that the student has; None, while they are unknown, leaves out
+    the layers.
+    """
+    names = [name for name in SIZE_NAMES if name in teacher.sizes]
+    depth = teacher.axis_size("layer") if kept is not None else 0
+    row_height = 13 if depth <= 40 else 10
+    bars_left = 40 + 2 * (STACK_WIDTH + 20) if depth else 0
+    height = TOP + max(40 * len(names), row_height * depth)
+    picture = Picture(bars_left + BARS_WIDTH + 10, height, "the shape of teacher and student")
+    for i, name in enumerate(names):
+        _draw_size_bar(picture, (bars_left, TOP + 40 * i), name, teacher.sizes[name], student.sizes[name])
+    if kept is None:
+        return picture
+    colours = dict(zip(_block_axes(teacher), cycle(SERIES), strict=False))
+    for arch, x, title in ((teacher, 40, "teacher"), (student, 60 + STACK_WIDTH, "student")):
+        layers = len(kept) if arch is student else depth
+        picture.text(x, 18, title, font_size=14, font_weight=600)
+        picture.text(x, 35, f"{arch.num_parameters / 1e6:,.1f} M parameters, {layers} layers", fill=GREY)
+    for layer in range(depth):
+        y, axes = TOP + row_height * layer, [axis for axis in colours if _layer_has(teacher, layer, axis)]
+        picture.text(34, y + row_height - 4, str(layer), font_size=10, text_anchor="end", fill=GREY)
+        width = (STACK_WIDTH - 4 * (len(axes) - 1)) / max(1, len(axes))
+        for i, axis in enumerate(axes):
+            x, size = 40 + i * (width + 4), (width, row_height - 4)
+            picture.rectangle(x, y, size, fill=colours[axis])
+            x += 20 + STACK_WIDTH
+            dashes = "none" if layer in kept else "3 3"
+            if layer in kept:
+                share = student.axis_size(axis) / teacher.axis_size(axis)
+                picture.rectangle(x, y, (width * share, size[1]), fill=colours[axis])
+            picture.rectangle(x, y, size, fill="none", stroke=GREY, stroke_width=0.5, stroke_dasharray=dashes)
+    add_legend(picture, 40, [Key(PRUNABLE[axis], "square", colour) for axis, colour in colours.items()])
+    return picture
 
 
-def _blocks_of(arch: Arch, layer: int, axes: dict[str, int]) -> list[str]:
+def _draw_size_bar(picture: Picture, corner: Point, name: str, size: int, kept: int) -> None:
+    x, y = corner
+    picture.text(x, y + 10, name, font_size=11)
+    picture.text(x + BARS_WIDTH, y + 10, f"{kept:,} of {size:,}", text_anchor="end", font_size=11)
+    picture.rectangle(x, y + 16, (BARS_WIDTH * kept / size, 10), fill=BLUE)
+    picture.rectangle(x, y + 16, (BARS_WIDTH, 10), fill="none", stroke=GREY, stroke_width=0.5)
+
+
+def _block_axes(arch: Arch) -> list[str]:
+    """Return the axes that a layer's blocks are drawn by.
+
+    These are the prunable axes of which every layer has entries of its own, except for groups of another axis and for
+    axes within the entries of another one, such as the channels of a Mamba head.
+    """
+    inner = {axis for tap in arch.family.taps for axis in tap.axes[1:]}
+    own = arch.family.per_layer_axes - inner - set(arch.grouped.values())
+    prunable = [axis for axis in PRUNABLE if axis in own]
+    return list(dict.fromkeys(axis for row in arch.rows for axis in prunable if axis in row.axes))
+
+
+def _layer_has(arch: Arch, layer: int, axis: str) -> bool:
     kind = arch.layers[layer] if arch.layers else None
-    rows = [row for row in arch.rows if row.is_per_layer and row.kind in {None, kind}]
-    return [axis for axis in axes if any(axis in row.axes for row in rows)]
+    return any(row.is_per_layer and row.kind in {None, kind} and axis in row.axes for row in arch.rows)
 
 
-def layer_scores(scores: NDArray[Any], kept: list[int]) -> str:
-    """A bar for the importance of each layer; those that went are hollow."""
-    height, width, left = 120, 640, 60
-    step = width / len(scores)
-    high = float(scores.max()) or 1.0
-    bars = []
+def draw_layer_importance(scores: NDArray[Any], kept: list[int]) -> Picture:
+    """Draw a bar for the importance of each layer; bars of removed layers are hollow."""
+    left, top, width, height = 60, 34, 640, 120
+    picture = Picture(720, top + height + 24, "importance of layers")
+    step, high = width / len(scores), float(scores.max()) or 1.0
+    picture.text(left, 16, "layers", font_size=14, font_weight=600)
+    picture.text(left - 6, top + 8, f"{high:.3g}", text_anchor="end")
     for i, score in enumerate(scores.tolist()):
-        h = height * max(0.0, score) / high
-        fill = BLUE if i in kept else "none"
-        bars.append(
-            f'<rect x="{left + i * step + 1:.1f}" y="{20 + height - h:.1f}" width="{max(1.0, step - 2):.1f}" '
-            f'height="{h:.1f}" fill="{fill}" stroke="{BLUE if i in kept else ORANGE}">'
-            f"<title>layer {i}: {score:.4g}, {'kept' if i in kept else 'removed'}</title></rect>"
+        bar = height * max(0.0, score) / high
+        is_kept = i in kept
+        picture.rectangle(
+            left + i * step + 1,
+            top + height - bar,
+            (max(1.0, step - 2), bar),
+            f"layer {i}: {score:.4g}, {'kept' if is_kept else 'removed'}",
+            fill=BLUE if is_kept else "none",
+            stroke=BLUE if is_kept else ORANGE,
         )
-    labels = "".join(
-        f'<text x="{left + (i + 0.5) * step:.1f}" y="{height + 36}" font-size="11" text-anchor="middle">{i}</text>'
-        for i in range(0, len(scores), max(1, len(scores) // 16))
-    )
-    return (
-        f'<svg viewBox="0 0 720 {height + 44}" role="img" aria-label="importance of layers">'
-        f'<text x="{left - 6}" y="26" font-size="12" text-anchor="end">{high:.3g}</text>{"".join(bars)}{labels}</svg>'
-    )
+        if i % max(1, len(scores) // 16) == 0:
+            middle = left + (i + 0.5) * step
+            picture.text(middle, top + height + 16, str(i), font_size=11, text_anchor="middle")
+    return picture
 
 
-def heatmap(scores: NDArray[Any], kept_share: float, label: str) -> str:
-    """Importance (rows, entries) as colours, each row's entries sorted and set against its largest.
+def draw_heatmap(scores: NDArray[Any], kept_share: float, label: str) -> Picture:
+    """Draw importance (rows, entries) as colours: each row sorted, and divided by its largest entry.
 
-    The line marks what is kept: where colour runs far beyond it, much was cut.
+    A line marks the share that is kept. Where dark colours continue beyond it, important entries were removed.
     """
     ordered = -np.sort(-np.abs(scores.astype(np.float64)), axis=1)
-    columns = min(MOST_COLUMNS, ordered.shape[1])
+    columns = min(MAX_HEATMAP_COLUMNS, ordered.shape[1])
     edges = np.linspace(0, ordered.shape[1], columns + 1).round().astype(int)
-    cells = np.stack([ordered[:, a:b].mean(axis=1) for a, b in pairwise(edges)], axis=1)
+    cells = np.stack([ordered[:, a:b].mean(axis=1) for a, b in pairwise(edges)], axis=1)  # (rows, columns)
     cells = cells / np.maximum(ordered[:, :1], 1e-30)
-    left, width, height = 60, 640, 6 if len(cells) > 24 else 12
-    step = width / columns
-    parts = []
+    left, top, width, row_height = 60, 24, 640, 6 if len(cells) > 24 else 12
+    bottom, step = top + row_height * len(cells), width / columns
+    picture = Picture(720, bottom + 8, f"importance of {label}")
+    picture.text(left, 14, label, font_size=14, font_weight=600)
     for i, row in enumerate(cells.tolist()):
         for j, value in enumerate(row):
-            parts.append(
-                f'<rect x="{left + j * step:.1f}" y="{i * height}" width="{step + 0.3:.1f}" height="{height}" '
-                f'fill="{_shade(value)}"/>'
-            )
+            size = (step + 0.3, row_height + 0.3)  # they overlap, so that no seams show
+            picture.rectangle(left + j * step, top + i * row_height, size, fill=_shade(value))
     mark = left + width * kept_share
-    total = height * len(cells)
-    parts.append(f'<line x1="{mark:.1f}" x2="{mark:.1f}" y1="0" y2="{total}" stroke="{ORANGE}" stroke-width="2.5"/>')
+    picture.line([(mark, top), (mark, bottom)], stroke=ORANGE, stroke_width=2.5)
     if len(cells) > 1:
-        for y, text in ((10, "layer 0"), (total, str(len(cells) - 1))):
-            parts.append(f'<text x="{left - 6}" y="{y}" font-size="11" text-anchor="end">{text}</text>')
-    return (
-        f'<h3>{html.escape(label)}</h3><svg viewBox="0 0 720 {total + 2}" role="img" '
-        f'aria-label="importance of {html.escape(label)}">{"".join(parts)}</svg>'
-    )
+        picture.text(left - 6, top + 10, "layer 0", font_size=11, text_anchor="end")
+        picture.text(left - 6, bottom, str(len(cells) - 1), font_size=11, text_anchor="end")
+    return picture
 
 
 def _shade(value: float) -> str:
-    """From white to a dark blue, in even steps of lightness."""
-    low, high = (247, 251, 255), (8, 48, 107)
+    """Return a colour between `MIN_FILL` for 0 and `MAX_FILL` for 1."""
     share = min(1.0, max(0.0, value))
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(MIN_FILL, MAX_FILL, strict=True))
 
 
-def per_layer(importance: dict[str, NDArray[Any]], arch: Arch) -> dict[str, NDArray[Any]]:
-    """By axis, scores as (layers or 1, entries): experts by their mean, Mamba heads over all their channels.
+def importance_rows(importance: dict[str, NDArray[Any]], arch: Arch) -> dict[str, NDArray[Any]]:
+    """Return scores (layers that have the axis, or 1 where all share them; entries) by axis.
 
-    Layers that do not have the axis are left out.
+    Scores of several experts are averaged, and those of a Mamba head are the L2 norm over its channels.
     """
-    found = {}
-    for axis in AXES:
-        if axis == "layer" or axis not in importance or axis not in arch.prunable_axes:
+    rows = {}
+    for axis in arch.prunable_axes:
+        if axis == "layer" or axis not in importance:
             continue
         scores = importance[axis]
         if axis in arch.family.per_expert_axes:
@@ -138,66 +150,69 @@ def per_layer(importance: dict[str, NDArray[Any]], arch: Arch) -> dict[str, NDAr
         elif scores.ndim == 3:
             scores = np.linalg.norm(scores, axis=2)
         scores = scores[None] if scores.ndim == 1 else scores
-        found[axis] = scores[np.abs(scores).sum(axis=1) > 0]
-    return found
+        rows[axis] = scores[np.abs(scores).sum(axis=1) > 0]
+    return rows
 
 
-Curve = list[tuple[float, float]]
-
-
-def plot(
-    lines: dict[str, Curve], colours: list[str], label: str, dots: bool = False, marks: list[float] | None = None
-) -> str:
-    """Curves over tokens; `marks` are the tokens at which a run was taken up again."""
-    every = [point for points in lines.values() for point in points]
-    if not every:
-        return ""
-    left, top, width, height = 60, 28, 600, 180
-    last_x, high = max(x for x, _ in every) or 1, max(y for _, y in every) * 1.05
-    parts = [
-        f'<line x1="{left + width * x / last_x:.1f}" x2="{left + width * x / last_x:.1f}" y1="{top}" '
-        f'y2="{top + height}" stroke="{ORANGE}" stroke-dasharray="2 3"><title>taken up again</title></line>'
-        for x in marks or []
+def heatmaps(importance: dict[str, NDArray[Any]], teacher: Arch, student: Arch) -> list[Picture]:
+    """Draw the importance along every axis of a teacher that can be pruned, except for its layers."""
+    return [
+        draw_heatmap(scores, student.axis_size(axis) / teacher.axis_size(axis), AXES[axis])
+        for axis, scores in importance_rows(importance, teacher).items()
     ]
-    for (name, points), colour in zip(lines.items(), colours, strict=False):
-        place = [(left + width * x / last_x, top + height * (1 - y / high)) for x, y in points]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for (x, y), (_, value) in zip(place, points, strict=True) if dots else ():
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"><title>{value:.4g}</title></circle>')
-            if len(lines) == 1:  # of several, numbers would stand on each other
-                anchor = "start" if x == left else "middle"
-                parts.append(
-                    f'<text x="{x:.1f}" y="{y - 8:.1f}" font-size="12" text-anchor="{anchor}">{value:.1f}</text>'
-                )
-        if len(lines) > 1 and place:
-            x, y = place[-1]
-            parts.append(
-                f'<text x="{x + 6:.1f}" y="{y + 4:.1f}" font-size="12" fill="{colour}">{html.escape(name)}</text>'
-            )
-    ticks = "".join(
-        f'<text x="{left - 6}" y="{top + height * (1 - share) + 4:.0f}" font-size="12" text-anchor="end">'
-        f'{high * share:.3g}</text><line x1="{left}" x2="{left + width}" y1="{top + height * (1 - share):.0f}" '
-        f'y2="{top + height * (1 - share):.0f}" stroke="#ddd"/>'
-        for share in (0, 0.5, 1)
-    )
-    return (
-        f'<svg viewBox="0 0 760 {top + height + 34}" role="img" aria-label="{html.escape(label)}">'
-        f'<text x="{left}" y="14" font-size="14">{html.escape(label)}</text>{ticks}{"".join(parts)}'
-        f'<text x="{left + width}" y="{top + height + 18}" font-size="12" text-anchor="end">{last_x:,} tokens</text>'
-        "</svg>"
-    )
 
 
-def curves(runs: dict[str, list[dict[str, Any]]], colours: list[str], marks: list[float] | None = None) -> str:
-    """Loss and held-out perplexity of one run or several, from the rows of their `metrics.jsonl`."""
-    losses: dict[str, Curve] = {}
-    heldout: dict[str, Curve] = {}
-    for name, rows in runs.items():
-        losses[name] = [(row["tokens"], row["loss"]) for row in rows if "loss" in row]
-        points = [(row["tokens"], row["heldout_perplexity"]) for row in rows if "heldout_perplexity" in row]
-        # What stands there before training is far above all the rest, and in the table.
-        heldout[name] = points[1:] if len(points) > 2 else points
-    return plot(losses, colours, "loss, nats a token", marks=marks) + plot(
-        heldout, colours, "perplexity on held-out text, since training began", dots=True, marks=marks
-    )
+Metrics = list[dict[str, Any]]
+"""The rows of a `metrics.jsonl`."""
+
+
+def draw_curves(runs: dict[str, Metrics], resumed_at: list[float] | None = None, width: float = 640) -> list[Picture]:
+    """Draw the loss and the held-out perplexity of runs over the tokens that they were distilled on.
+
+    `resumed_at` holds the tokens at which an interrupted run continued. Quantities without data have no picture.
+    """
+    pictures = []
+    for key, title, y_label in (
+        ("loss", "Distillation loss", "nats a token"),
+        ("heldout_perplexity", "Perplexity on held-out text", "logarithmic scale"),
+    ):
+        lines = {name: [(row["tokens"], row[key]) for row in rows if key in row] for name, rows in runs.items()}
+        if key == "heldout_perplexity":
+            lines = {name: _without_far_start(line) for name, line in lines.items()}
+        if any(lines.values()):
+            pictures.append(_draw_lines(lines, (title, y_label), key == "heldout_perplexity", resumed_at or [], width))
+    return pictures
+
+
+def _without_far_start(line: list[Point]) -> list[Point]:
+    """Leave out the perplexity before training where it would flatten the rest: above ten times the last one."""
+    return line[1:] if len(line) > 2 and line[0][1] > 10 * line[-1][1] else line
+
+
+def _draw_lines(
+    lines: dict[str, list[Point]], titles: tuple[str, str], is_log: bool, resumed_at: list[float], width: float
+) -> Picture:
+    points = [point for line in lines.values() for point in line]
+    last = max(x for x, _ in points) or 1.0
+    plot = Plot((0.0, last), range_of([y for _, y in points], is_log), width, has_log_y=is_log)
+    picture = plot.picture(titles[0], f"tokens, up to {last:,.0f}", titles[1])
+    bottom, top = plot.y_range
+    for tokens in resumed_at:
+        places = [plot.place(tokens, bottom), plot.place(tokens, top)]
+        picture.line(places, "continued after an interruption", stroke=ORANGE, stroke_dasharray="2 3")
+    colours = dict(zip(lines, cycle(SERIES), strict=False))
+    for name, line in lines.items():
+        places = [plot.place(*point) for point in line]
+        picture.line(places, stroke=colours[name], stroke_width=2)
+        if not is_log:
+            continue
+        for (x, y), (_, value) in zip(places, line, strict=True):
+            picture.circle(x, y, 4, f"{value:.4g}", fill=colours[name])
+            if len(lines) == 1:  # values of several lines would overlap
+                picture.text(x + 4, y - 7, f"{value:.1f}")
+    keys = [Key(name, "line", colour) for name, colour in colours.items()] if len(lines) > 1 else []
+    if resumed_at:
+        keys.append(Key("continued after an interruption", "dashed line", ORANGE))
+    if keys:
+        add_legend(picture, plot.left, keys)
+    return picture

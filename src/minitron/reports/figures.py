@@ -1,22 +1,23 @@
-"""Figures as rows of text, for cards, pages and the terminal."""
+"""Turns figures into tables of text, their head first, for cards, pages, notebooks and the terminal."""
 
 from typing import Any
 
 Results = dict[str, dict[str, Any]]
-"""What `eval.json` holds."""
+"""What `eval.json` holds: figures by model."""
+Rows = list[list[str]]
 LABELS = {
     "num_parameters": "parameters",
-    "num_non_embedding_parameters": "of these not in embeddings",
+    "num_non_embedding_parameters": "parameters without embeddings",
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
     "tokens_per_second": "tokens/s, forward pass",
 }
 RETAINED = {"perplexity": "perplexity retained", "bits_per_byte": "bits per byte retained"}
-"""Where less is better: the teacher's figure as a share of the student's."""
+"""Figures of which less is better: the student retains the teacher's figure divided by its own."""
 
 
-def figures_table(results: Results) -> list[list[str]]:
-    """Rows of `measure, teacher, pruned, student`, the head first."""
+def figures_table(results: Results) -> Rows:
+    """Return a row per figure and a column per model, with what a student retains of its teacher."""
     names = list(results)
     rows = [["", *names]]
     for key, label in LABELS.items():
@@ -30,60 +31,63 @@ def figures_table(results: Results) -> list[list[str]]:
     return rows
 
 
-def tasks_table(record: dict[str, Any]) -> list[list[str]]:
-    """Benchmarks as `measured.evaluate_tasks` found them, a row a metric, the head first."""
-    of_teacher = record.get("teacher_tasks")
-    rows = [["task", "metric", "shots", "items", *(["teacher", "student", "retained"] if of_teacher else ["value"])]]
-    for name, found in record["tasks"].items():
-        for metric, value in found["metrics"].items():
+def tasks_table(record: dict[str, Any]) -> Rows:
+    """Return a row per metric of every benchmark in a `tasks.json`."""
+    teacher_tasks = record.get("teacher_tasks")
+    rows = [["task", "metric", "shots", "items", *(["teacher", "student", "retained"] if teacher_tasks else ["value"])]]
+    for name, result in record["tasks"].items():
+        for metric, value in result["metrics"].items():
             figures = [f"{value:.4g}"]
-            if of_teacher:
-                whole = of_teacher.get(name, {}).get("metrics", {}).get(metric)
-                figures = ["" if whole is None else f"{whole:.4g}", *figures, f"{value / whole:.1%}" if whole else ""]
-            rows.append([name, metric, str(found["shots"]), f"{found['items']:,}", *figures])
+            if teacher_tasks:
+                teacher = teacher_tasks.get(name, {}).get("metrics", {}).get(metric)
+                retained = f"{value / teacher:.1%}" if teacher else ""
+                figures = ["" if teacher is None else f"{teacher:.4g}", *figures, retained]
+            rows.append([name, metric, str(result["shots"]), f"{result['items']:,}", *figures])
     return rows
 
 
 def tasks_conditions(record: dict[str, Any]) -> str:
-    """On what these were measured, what was skipped, and what there is to say of the others."""
+    """Return which items the benchmarks in a `tasks.json` used, notes on them, and why others were skipped."""
     limit = "all items" if record["limit"] is None else f"the first {record['limit']} items of each"
-    data = ", ".join(sorted({found["data"] for found in record["tasks"].values()}))
-    notes = [f"{name}: {found['note']}" for name, found in record["tasks"].items() if found.get("note")]
+    data = ", ".join(sorted({result["data"] for result in record["tasks"].values()}))
+    items = f"{limit} of {data}, seed {record['seed']}, lm-eval {record['versions']['lm_eval']}"
+    notes = [f"{name}: {result['note']}" for name, result in record["tasks"].items() if result.get("note")]
     skipped = [f"{name} skipped: {reason}" for name, reason in record["skipped"].items()]
-    return "; ".join([f"{limit} of {data}, seed {record['seed']}, lm-eval {record['versions']['lm_eval']}", *notes,
-                      *skipped])  # fmt: skip
+    return "; ".join([items, *notes, *skipped])
 
 
-def bench_table(record: dict[str, Any]) -> list[list[str]]:
-    """Speeds and memory by batch and context, as `measured.bench` found them, the head first."""
+def bench_table(record: dict[str, Any]) -> Rows:
+    """Return speeds and memory of a `bench.json`, a row per model, batch size and context."""
     rows = [["batch", "context", "", "prefill tokens/s", "decode tokens/s", "first token", "peak memory"]]
+    names = (
+        {"model": "student", "against": "teacher"} if record.get("run") else {"model": "model", "against": "against"}
+    )
     for row in record["rows"]:
-        for name in ("model", "against"):
-            if found := row.get(name):
-                rows.append([
-                    str(row["batch"]), f"{row['context']:,}", _called(record, name),
-                    f"{found['prefill_tokens_per_second']:,.0f}", f"{found['decode_tokens_per_second']:,.1f}",
-                    f"{found['time_to_first_token'] * 1e3:,.0f} ms", f"{found['peak_memory'] / 2**20:,.0f} MiB",
-                ])  # fmt: skip
+        for key, name in names.items():
+            if key not in row:
+                continue
+            speeds = [
+                f"{row[key]['prefill_tokens_per_second']:,.0f}",
+                f"{row[key]['decode_tokens_per_second']:,.1f}",
+                f"{row[key]['time_to_first_token'] * 1e3:,.0f} ms",
+            ]
+            memory = f"{row[key]['peak_memory'] / 2**20:,.0f} MiB"
+            rows.append([str(row["batch"]), f"{row['context']:,}", name, *speeds, memory])
         if ratios := row.get("speed_up"):
-            shown = [f"{part['median']:.2f}× ({part['low']:.2f}–{part['high']:.2f})" for part in ratios.values()]
-            memory = row["model"]["peak_memory"] / row["against"]["peak_memory"]
-            rows.append(["", "", "ratio", *shown, "", f"{memory:.2f}×"])
+            cells = [f"{ratio['median']:.2f}× ({ratio['low']:.2f}–{ratio['high']:.2f})" for ratio in ratios.values()]
+            memory_ratio = row["model"]["peak_memory"] / row["against"]["peak_memory"]
+            rows.append(["", "", "ratio", *cells, "", f"{memory_ratio:.2f}×"])
     return rows
 
 
 def bench_conditions(record: dict[str, Any]) -> str:
-    """How these were measured."""
-    turns = f"medians of {record['repeats']} turns after {record['warm_up']} to warm up; speed-ups with their range"
-    return f"{turns}; {record['device']}, {record['dtype']}, {record['threads']} threads"
-
-
-def _called(record: dict[str, Any], name: str) -> str:
-    return {"model": "student", "against": "teacher"}[name] if record.get("run") else name
+    """Return how often and on what the speeds of a `bench.json` were measured."""
+    rounds = f"medians of {record['repeats']} rounds after {record['warm_up']} warm-up; ratios with their range"
+    return f"{rounds}; {record['device']}, {record['dtype']}, {record['threads']} threads"
 
 
 def format_figure(value: Any) -> str:
-    """A figure with as many digits as mean something."""
+    """Return a figure with its significant digits: integers whole, others with four digits or no decimals."""
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

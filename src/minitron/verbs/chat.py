@@ -43,4 +43,4 @@ def chat(
     if terminal:
         talk(speakers, Sampling(max_new_tokens, temperature, seed=recipe.seed))
     else:
-        serve(speakers, f"minitron: {session.teacher.folder.parent.name}", host, port)
+        serve(speakers, f"minitron: {session.teacher.folder.parent.name}", host=host, port=port)

@@ -12,7 +12,8 @@ from minitron.model.arch import Arch
 from minitron.model.config import config_values, has_weights
 from minitron.model.memory import DTYPE_BYTES, Memory, attention_windows, memory
 from minitron.recipe import parse_context
-from minitron.verbs.results import Result, Rows
+from minitron.reports.figures import Rows
+from minitron.verbs.results import Result
 
 
 @dataclass(frozen=True)

@@ -26,4 +26,4 @@ def push(run: str | Path, repo: str, *, private: bool = False) -> Pushed:
     """
     from minitron.reports import hub
 
-    return Pushed(str(hub.push(Path(run), repo, private)))
+    return Pushed(str(hub.push(Path(run), repo, private=private)))

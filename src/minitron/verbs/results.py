@@ -1,14 +1,12 @@
 """What verbs return: small dataclasses that print as tables, also in a notebook, and turn into JSON."""
 
-import html
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from minitron.model.arch import Arch
-
-Rows = list[list[str]]
-"""A table: the names of the columns, then one list of cells per row."""
+from minitron.reports.figures import Rows, figures_table
+from minitron.reports.page import note, table
 
 
 class Result:
@@ -36,10 +34,8 @@ class Result:
         return "\n".join(line for line in lines if line)
 
     def _repr_html_(self) -> str:
-        head, *body = self.rows()
-        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        lines = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in body)
-        return f"<table><tr>{cells}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+        parts = ((table(rows), *(note(line) for line in lines if line)) for rows, *lines in self.tables())
+        return "".join(part for group in parts for part in group)
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,6 @@ class Compressed(Result):
 
     def rows(self) -> Rows:
         """Return the figures, one column per model."""
-        from minitron.reports.figures import figures_table
-
         return figures_table(self.figures)
 
     def tables(self) -> list[tuple[Rows, str, str]]:
@@ -79,8 +73,6 @@ class CompressedSeries(Result):
 
     def rows(self) -> Rows:
         """Return the students' figures, one column per student."""
-        from minitron.reports.figures import figures_table
-
         return figures_table({name: member.figures["student"] for name, member in self.members.items()})
 
     def tables(self) -> list[tuple[Rows, str, str]]:

@@ -27,7 +27,7 @@ def search(
     from minitron import nas
     from minitron.pruning import write_importance
     from minitron.recipe import recipe_from
-    from minitron.reports.plot import write_plot
+    from minitron.reports.candidates import write_candidates_picture
     from minitron.verbs.workspace import open_session, resumable
 
     out = Path(out).absolute()
@@ -47,5 +47,5 @@ def search(
                 for name in ("candidates.jsonl", "search.json"):
                     shutil.copyfile(work / name, staging / name)
                 write_json(staging / "arch.json", arch.to_dict())
-                write_plot(staging)
+                write_candidates_picture(staging)
     return Shaped(out, arch)
