@@ -28,6 +28,8 @@ from minitron.nas.speed import Speeds, _fitted
 from minitron.nas.trial import better_half, rungs
 from minitron.pipeline import compress_series
 from minitron.recipe import Recipe, load_recipe
+from minitron.reports.candidates import draw_candidates
+from minitron.reports.svg import side_by_side
 from minitron.session import Session
 from tests.conftest import make_model
 

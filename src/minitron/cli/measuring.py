@@ -111,7 +111,9 @@ def report(
     ] = None,
 ) -> Any:
     """Write a page on a run, in its directory, or one that compares several runs."""
-    return imported("verbs.report").report(runs, out=out)
+    from minitron.verbs.report import report as write_report
+
+    return write_report(runs, out=out)
 
 
 @verb(has_recipe=False)

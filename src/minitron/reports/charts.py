@@ -13,7 +13,8 @@ from minitron.reports.svg import BLUE, GREY, ORANGE, SERIES, Key, Picture, Plot,
 MAX_HEATMAP_COLUMNS = 64
 MIN_FILL, MAX_FILL = (247, 251, 255), (8, 48, 107)
 """Colours of a heatmap from unimportant (white) to important (dark blue)."""
-STACK_WIDTH, BARS_WIDTH, TOP = 200, 300, 44
+TOP, STACKS_LEFT, STACK_WIDTH, BARS_LEFT, BARS_WIDTH = 44, 40, 200, 480, 300
+"""Pixels of the picture of a shape: two stacks of layers, and bars to the right of them."""
 
 
 def draw_shape(teacher: Arch, student: Arch, kept: list[int] | None) -> Picture:
@@ -23,35 +24,37 @@ def draw_shape(teacher: Arch, student: Arch, kept: list[int] | None) -> Picture:
     the layers.
     """
     names = [name for name in SIZE_NAMES if name in teacher.sizes]
-    depth = teacher.axis_size("layer") if kept is not None else 0
-    row_height = 13 if depth <= 40 else 10
-    bars_left = 40 + 2 * (STACK_WIDTH + 20) if depth else 0
-    height = TOP + max(40 * len(names), row_height * depth)
-    picture = Picture(bars_left + BARS_WIDTH + 10, height, "the shape of teacher and student")
+    left = 0 if kept is None else BARS_LEFT
+    picture = Picture(left + BARS_WIDTH + 10, TOP + 40 * len(names), "the shape of teacher and student")
     for i, name in enumerate(names):
-        _draw_size_bar(picture, (bars_left, TOP + 40 * i), name, teacher.sizes[name], student.sizes[name])
-    if kept is None:
-        return picture
-    colours = dict(zip(_block_axes(teacher), cycle(SERIES), strict=False))
-    for arch, x, title in ((teacher, 40, "teacher"), (student, 60 + STACK_WIDTH, "student")):
-        layers = len(kept) if arch is student else depth
-        picture.text(x, 18, title, font_size=14, font_weight=600)
+        _draw_size_bar(picture, (left, TOP + 40 * i), name, teacher.sizes[name], student.sizes[name])
+    if kept is not None:
+        _draw_layers(picture, teacher, student, kept)
+    return picture
+
+
+def _draw_layers(picture: Picture, teacher: Arch, student: Arch, kept: list[int]) -> None:
+    """Draw the teacher's layers from the first to the last, and beside each what the student has of its blocks."""
+    depth, colours = teacher.axis_size("layer"), dict(zip(_block_axes(teacher), cycle(SERIES), strict=False))
+    distance = STACK_WIDTH + 20
+    row_height = 13 if depth <= 40 else 10
+    picture.height = max(picture.height, TOP + row_height * depth)
+    for i, (name, arch, layers) in enumerate((("teacher", teacher, depth), ("student", student, len(kept)))):
+        x = STACKS_LEFT + i * distance
+        picture.text(x, 18, name, font_size=14, font_weight=600)
         picture.text(x, 35, f"{arch.num_parameters / 1e6:,.1f} M parameters, {layers} layers", fill=GREY)
     for layer in range(depth):
         y, axes = TOP + row_height * layer, [axis for axis in colours if _layer_has(teacher, layer, axis)]
-        picture.text(34, y + row_height - 4, str(layer), font_size=10, text_anchor="end", fill=GREY)
-        width = (STACK_WIDTH - 4 * (len(axes) - 1)) / max(1, len(axes))
+        picture.text(STACKS_LEFT - 6, y + row_height - 4, str(layer), font_size=10, text_anchor="end", fill=GREY)
+        width, height = (STACK_WIDTH + 4) / max(1, len(axes)) - 4, row_height - 4
         for i, axis in enumerate(axes):
-            x, size = 40 + i * (width + 4), (width, row_height - 4)
-            picture.rectangle(x, y, size, fill=colours[axis])
-            x += 20 + STACK_WIDTH
-            dashes = "none" if layer in kept else "3 3"
+            left, share = STACKS_LEFT + i * (width + 4), student.axis_size(axis) / teacher.axis_size(axis)
+            picture.rectangle(left, y, (width, height), fill=colours[axis])
             if layer in kept:
-                share = student.axis_size(axis) / teacher.axis_size(axis)
-                picture.rectangle(x, y, (width * share, size[1]), fill=colours[axis])
-            picture.rectangle(x, y, size, fill="none", stroke=GREY, stroke_width=0.5, stroke_dasharray=dashes)
-    add_legend(picture, 40, [Key(PRUNABLE[axis], "square", colour) for axis, colour in colours.items()])
-    return picture
+                picture.rectangle(left + distance, y, (width * share, height), fill=colours[axis])
+            outline = {"stroke": GREY, "stroke_dasharray": "none" if layer in kept else "3 3"}
+            picture.rectangle(left + distance, y, (width, height), fill="none", stroke_width=0.5, **outline)
+    add_legend(picture, STACKS_LEFT, [Key(PRUNABLE[axis], "square", colour) for axis, colour in colours.items()])
 
 
 def _draw_size_bar(picture: Picture, corner: Point, name: str, size: int, kept: int) -> None:

@@ -32,9 +32,17 @@ class Picture:
     def svg(self) -> str:
         """Return the picture as an SVG document, which may also stand inside an HTML page."""
         ground = _element("rect", width=self.width, height=self.height, fill="#ffffff")
-        size = {"width": self.width, "height": self.height, "viewBox": f"0 0 {self.width:g} {self.height:g}"}
-        font = {"font-family": "system-ui, sans-serif", "font-size": 12, "fill": INK}
-        attributes = {"xmlns": "http://www.w3.org/2000/svg", "role": "img", "aria-label": self.label, **size, **font}
+        attributes: dict[str, Attribute] = {
+            "xmlns": "http://www.w3.org/2000/svg",
+            "width": self.width,
+            "height": self.height,
+            "viewBox": f"0 0 {self.width:g} {self.height:g}",
+            "role": "img",
+            "aria_label": self.label,
+            "font_family": "system-ui, sans-serif",
+            "font_size": 12,
+            "fill": INK,
+        }
         return _element("svg", ground + "".join(self.parts), **attributes)
 
     def text(self, x: float, y: float, words: str, **attributes: Attribute) -> None:
@@ -77,8 +85,8 @@ def add_legend(picture: Picture, x: float, keys: Sequence[Key]) -> None:
         elif key.mark in {"dot", "small dot"}:
             picture.circle(x + 6, y, 6 if key.mark == "dot" else 3, fill=key.colour)
         else:
-            dashes: dict[str, Attribute] = {"stroke_dasharray": "4 3"} if key.mark == "dashed line" else {}
-            picture.line([(x, y), (x + 14, y)], stroke=key.colour, stroke_width=2, **dashes)
+            dashes = "4 3" if key.mark == "dashed line" else "none"
+            picture.line([(x, y), (x + 14, y)], stroke=key.colour, stroke_width=2, stroke_dasharray=dashes)
         picture.text(x + 19, y + 4, key.words)
         x += length
 
@@ -107,7 +115,7 @@ class Plot:
     def picture(self, title: str, x_label: str, y_label: str) -> Picture:
         """Return a picture with a title, the labelled axes, their ticks, and no data yet."""
         right, bottom = self.left + self.width, self.top + self.height
-        picture = Picture(right + 30, bottom + 42, title)
+        picture = Picture(right + 44, bottom + 42, title)
         picture.text(self.left, self.top - 26, title, font_size=14, font_weight=600)
         picture.text(self.left, self.top - 9, y_label, fill=GREY)
         for value in _log_ticks(*self.y_range) if self.has_log_y else _ticks(*self.y_range, at_most=7):
