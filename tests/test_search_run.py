@@ -418,6 +418,6 @@ def test_compress_searches_too(place: Path, tmp_path: Path) -> None:
     pipeline.compress(recipe(place / "model", place / "text.txt"), tmp_path / "run")
     assert without_speeds(rows_of(tmp_path / "run")) == without_speeds(rows_of(place / "found"))
     assert (
-        "KL to the teacher in nats a token: untrained on 64 held-out tokens"
+        "KL to the teacher in nats per token: untrained on 64 held-out tokens"
         in (tmp_path / "run" / "report.html").read_text()
     )

@@ -54,7 +54,7 @@ def draw_candidates(rows: list[Row], search: dict[str, Any]) -> list[Picture]:
 
 
 def last_kl(row: Row) -> float:
-    """Return the KL of a candidate to the teacher where it was last measured, in nats a token."""
+    """Return the KL of a candidate to the teacher where it was last measured, in nats per token."""
     distilled = row["distilled_kl"]
     return float(distilled[max(distilled, key=int)]) if distilled else _untrained_kl(row)
 
@@ -66,7 +66,7 @@ def _untrained_kl(row: Row) -> float:
 def _draw_panel(title: str, rows: list[Row], x_axis: _Axis, kl: Callable[[Row], float]) -> Picture:
     points = [(float(x_axis.value(row)), kl(row)) for row in rows]
     plot = Plot(range_of([x for x, _ in points]), range_of([y for _, y in points]))
-    picture = plot.picture(title, x_axis.label, "KL to the teacher, nats a token")
+    picture = plot.picture(title, x_axis.label, "KL to the teacher, nats per token")
     front = [plot.place(*point) for point in _front(points, x_axis.more_is_better)]
     picture.line(front, stroke=ORANGE, stroke_width=1.5, stroke_dasharray="4 3")
     for point, row in sorted(zip(points, rows, strict=True), key=lambda pair: bool(pair[1]["chosen"])):

@@ -176,7 +176,7 @@ def draw_curves(runs: dict[str, Metrics], resumed_at: list[float] | None = None,
     """
     pictures = []
     for key, title, y_label in (
-        ("loss", "Distillation loss", "nats a token"),
+        ("loss", "Distillation loss", "nats per token"),
         ("heldout_perplexity", "Perplexity on held-out text", "logarithmic scale"),
     ):
         lines = {name: [(row["tokens"], row[key]) for row in rows if key in row] for name, rows in runs.items()}

@@ -146,7 +146,7 @@ def _search_conditions(search: dict[str, Any]) -> str:
     seconds = ", ".join(f"{part.replace('_', '-')} {value:,.0f}" for part, value in search["seconds"].items())
     probes = ", ".join(f"{AXES[axis]} {kl:.3f}" for axis, kl in search["probes"].items())
     return (
-        f"KL to the teacher in nats a token: untrained on {compared['tokens_each']:,} held-out tokens, then on "
+        f"KL to the teacher in nats per token: untrained on {compared['tokens_each']:,} held-out tokens, then on "
         f"{search['heldout_tokens']:,}, context {search['context']}, seed {search['seed']}. Of {search['feasible']:,} "
         f"shapes within the budget, {compared['shapes']:,} were compared untrained and {distilled['shapes']:,} "
         f"distilled, on {distilled['tokens']:,} tokens in all. KL after cutting one axis about halfway: {probes}. "

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 INK, GREY, PALE, BLUE, ORANGE = "#1a1a1a", "#767676", "#dddddd", "#0072b2", "#d55e00"
 SERIES = [BLUE, "#e69f00", "#009e73", "#cc79a7", "#56b4e9", ORANGE]
-"""Colours of several lines or kinds of blocks (Okabe and Ito): told apart by colour-blind readers and in print."""
+"""Colours of several lines or kinds of blocks (Okabe and Ito): distinct for colour-blind readers and in print."""
 CHARACTER_WIDTH = 7
 """Pixels of an average character of 12 pixels, from which a legend estimates the length of its words."""
 
