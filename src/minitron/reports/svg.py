@@ -92,8 +92,9 @@ def add_legend(picture: Picture, x: float, keys: Sequence[Key]) -> None:
 
 
 def side_by_side(pictures: Sequence[Picture]) -> Picture:
-    """Return one picture that shows several from left to right, under the label of the first."""
-    joined = Picture(0, max(picture.height for picture in pictures), pictures[0].label)
+    """Return one picture that shows several from left to right."""
+    label = ", ".join(dict.fromkeys(picture.label for picture in pictures))
+    joined = Picture(0, max(picture.height for picture in pictures), label)
     for picture in pictures:
         joined.parts.append(_element("g", "".join(picture.parts), transform=f"translate({joined.width:g} 0)"))
         joined.width += picture.width
