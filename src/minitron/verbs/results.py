@@ -34,8 +34,10 @@ class Result:
         return "\n".join(line for line in lines if line)
 
     def _repr_html_(self) -> str:
-        parts = ((table(rows), *(note(line) for line in lines if line)) for rows, *lines in self.tables())
-        return "".join(part for group in parts for part in group)
+        page = ""
+        for rows, caption, footer in self.tables():
+            page += table(rows) + "".join(note(text) for text in (caption, footer) if text)
+        return page
 
 
 @dataclass(frozen=True)
