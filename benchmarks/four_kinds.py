@@ -18,8 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from minitron.data.blocks import read_splits
-from minitron.data.corpus import documents
+from minitron.data.blocks import Packing, SplitTokens, read_splits
+from minitron.data.corpus import read_documents
 from minitron.distillation.trainer import distill
 from minitron.model.checkpoint import open_checkpoint
 from minitron.pipeline import compress
@@ -67,7 +67,7 @@ def make_tokenizer(folder: Path) -> None:
         vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
-    tokenizer.train_from_iterator(documents("wiki", SEED), trainer)
+    tokenizer.train_from_iterator(read_documents("wiki", SEED), trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
@@ -78,9 +78,8 @@ def train_teacher(kind: str, folder: Path, tokenizer_folder: Path, num_tokens: i
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | KINDS[kind])).save_pretrained(random)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     tokenizer.save_pretrained(random)
-    splits = read_splits(
-        "wiki", tokenizer, VOCABULARY, CONTEXT, SEED, EVALUATION_TOKENS, HELDOUT_TOKENS, train_tokens=num_tokens
-    )
+    packing = Packing(tokenizer, VOCABULARY, CONTEXT, SEED)
+    splits = read_splits("wiki", packing, SplitTokens(EVALUATION_TOKENS, HELDOUT_TOKENS, train=num_tokens))
     recipe = DistillRecipe(
         tokens=num_tokens, batch_size=8, micro_batch_size=8, learning_rate=3e-3, weight_decay=0.1, warmup_ratio=0.1
     )

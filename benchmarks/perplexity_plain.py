@@ -1,14 +1,15 @@
-"""Whether perplexity is what a plain loop over transformers' own loss gives, and bits per byte stay under renumbering.
+"""Compares perplexity with a plain loop over transformers' own loss, and bits per byte under two numberings of tokens.
 
     python benchmarks/perplexity_plain.py [MODEL...] [--data wiki] [--tokens 4k] [--context 512]
 
-A line a model: both perplexities and their ratio; bits per byte with the model's tokenizer, and with one that numbers
-the same tokens otherwise, embeddings moved along.
+Prints one line per model: both perplexities and their relative difference; bits per byte with the model's tokenizer,
+and with one that numbers its tokens in another order, with the embeddings reordered likewise.
 """
 
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from minitron.data.blocks import load_tokenizer, read_blocks
+from minitron.data.blocks import Packing, load_tokenizer, read_blocks
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.language_model import load_model
 from minitron.model.source import open_teacher
@@ -25,7 +26,7 @@ from minitron.recipe import parse_count
 
 
 def main() -> None:
-    """A line a model."""
+    """Print one line per model."""
     parser = argparse.ArgumentParser()
     parser.add_argument("models", nargs="*", default=["smollm2"])
     parser.add_argument("--data", default="wiki")
@@ -35,8 +36,9 @@ def main() -> None:
     for name in options.models:
         checkpoint = open_teacher(name)
         model = load_model(checkpoint, torch.device("cpu"), torch.float32)
-        tokenizer, vocab_size = load_tokenizer(checkpoint.folder), checkpoint.arch.sizes["vocab_size"]
-        blocks = read_blocks(options.data, tokenizer, vocab_size, options.context, 0, options.tokens)
+        vocab_size = checkpoint.arch.sizes["vocab_size"]
+        packing = Packing(load_tokenizer(checkpoint.folder), vocab_size, options.context)
+        blocks = read_blocks(options.data, packing, options.tokens)
         ours = measure_perplexity(model, blocks)
         with torch.no_grad():
             losses = [float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in blocks.ids]
@@ -44,17 +46,22 @@ def main() -> None:
 
         places = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))
         with TemporaryDirectory() as folder:
-            other = _renumbered(tokenizer, places.tolist(), Path(folder))
+            renumbered = replace(packing, tokenizer=_renumbered(packing.tokenizer, places.tolist(), Path(folder)))
         for matrix in {id(part.weight): part.weight for part in _matrices(model)}.values():
             matrix.data.copy_(matrix.data[places.argsort()])
-        moved = measure_perplexity(
-            model, read_blocks(options.data, other, vocab_size, options.context, 0, options.tokens)
-        )
-        print(json.dumps({
-            "model": name, "data": options.data, "tokens": ours.num_tokens, "context": options.context,
-            "perplexity": ours.perplexity, "plain loop": plain, "off by": abs(ours.perplexity / plain - 1),
-            "bits per byte": ours.bits_per_byte, "renumbered": moved.bits_per_byte,
-        }), flush=True)  # fmt: skip
+        moved = measure_perplexity(model, read_blocks(options.data, renumbered, options.tokens))
+        row = {
+            "model": name,
+            "data": options.data,
+            "tokens": ours.num_tokens,
+            "context": options.context,
+            "perplexity": ours.perplexity,
+            "plain loop": plain,
+            "off by": abs(ours.perplexity / plain - 1),
+            "bits per byte": ours.bits_per_byte,
+            "renumbered": moved.bits_per_byte,
+        }
+        print(json.dumps(row), flush=True)
 
 
 def _matrices(model: Any) -> list[Any]:
@@ -62,17 +69,17 @@ def _matrices(model: Any) -> list[Any]:
 
 
 def _renumbered(tokenizer: Any, places: list[int], folder: Path) -> PreTrainedTokenizerFast:
-    """The same tokenizer, token i under number `places[i]`."""
-    told = json.loads(tokenizer.backend_tokenizer.to_str())
-    told["model"]["vocab"] = {word: places[i] for word, i in told["model"]["vocab"].items()}
-    for added in told["added_tokens"]:
+    """Return a copy of a tokenizer that gives token i the number `places[i]`."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"] = {word: places[i] for word, i in content["model"]["vocab"].items()}
+    for added in content["added_tokens"]:
         added["id"] = places[added["id"]]
-    for mark in ((told["post_processor"] or {}).get("special_tokens") or {}).values():
+    for mark in ((content["post_processor"] or {}).get("special_tokens") or {}).values():
         mark["ids"] = [places[i] for i in mark["ids"]]
     tokenizer.save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(Tokenizer.from_str(json.dumps(told)).to_str(), encoding="utf-8")
-    made: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
-    return made
+    (folder / "tokenizer.json").write_text(Tokenizer.from_str(json.dumps(content)).to_str(), encoding="utf-8")
+    renumbered: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    return renumbered
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from minitron.data.blocks import Blocks, load_tokenizer, read_blocks
+from minitron.data.blocks import Blocks, read_blocks
 from minitron.distillation.teacher import Teacher, stored
 from minitron.distillation.trainer import distill
 from minitron.evaluation.perplexity import measure_perplexity
@@ -129,8 +130,7 @@ def read_wikitext(path: Path, inputs: Session) -> Blocks:
     with TemporaryDirectory() as folder:
         plain = Path(folder) / "wikitext.txt"
         plain.write_text("\n".join(detokenised(path)), encoding="utf-8")
-        vocab_size = inputs.teacher.arch.sizes["vocab_size"]
-        return read_blocks(str(plain), load_tokenizer(inputs.teacher.folder), vocab_size, 512, 0, 8192)
+        return read_blocks(str(plain), replace(inputs.packing(), context=512, seed=0), 8192)
 
 
 def detokenised(path: Path) -> Iterator[str]:

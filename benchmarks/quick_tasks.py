@@ -1,9 +1,9 @@
-"""Whether the tasks of `quick` come out as lm-eval gives them, run by itself on the same files.
+"""Compares the metrics of the tasks of `quick` with those of lm-eval's own command on the same files.
 
     python benchmarks/quick_tasks.py DATA MODEL... [--limit 50]
 
 `DATA` is a folder with hellaswag, winogrande, arc_easy and piqa `.validation.jsonl.gz`. lm-eval's own command runs on
-definitions written by hand; a line a model and task, and at the end whether all were the same.
+definitions written by hand. Prints one line per model and task, and at the end whether all metrics were equal.
 """
 
 import argparse
@@ -32,7 +32,7 @@ fewshot_split: validation
 
 
 def main() -> None:
-    """Both ways for each model."""
+    """Measure each model both ways and print the comparison."""
     parser = argparse.ArgumentParser()
     parser.add_argument("data", type=Path)
     parser.add_argument("models", nargs="+")
@@ -46,8 +46,8 @@ def main() -> None:
             metrics = ours[task]["metrics"]
             direct = {name: theirs[f"{task}_by_hand"][f"{name},none"] for name in metrics}
             differing += metrics != direct
-            print(json.dumps({"model": model, "task": task, "items": ours[task]["items"], "ours": metrics,
-                              "lm-eval": direct, "same": metrics == direct}), flush=True)  # fmt: skip
+            row = {"model": model, "task": task, "items": ours[task]["items"], "ours": metrics, "lm-eval": direct}
+            print(json.dumps({**row, "same": metrics == direct}), flush=True)
         print(json.dumps({"model": model, "seconds": our_seconds, "lm-eval seconds": their_seconds}), flush=True)
     print("all the same" if not differing else f"{differing} differ")
     sys.exit(bool(differing))
@@ -55,11 +55,10 @@ def main() -> None:
 
 def _ours(model: str, data: Path, limit: int) -> tuple[dict[str, Any], float]:
     started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "minitron", "evaluate", model, "--tasks", "quick", "--tasks-data", str(data), "--json",
-         "--limit", str(limit), "--dtype", "float32"], capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    tasks: dict[str, Any] = json.loads(done.stdout)["tasks"]
+    options = f"--tasks quick --limit {limit} --dtype float32 --json".split()
+    command = [sys.executable, "-m", "minitron", "evaluate", model, "--tasks-data", str(data), *options]
+    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    tasks: dict[str, Any] = json.loads(process.stdout)["tasks"]
     return tasks, round(time.monotonic() - started, 1)
 
 
@@ -69,20 +68,19 @@ def _theirs(model: str, data: Path, limit: int) -> tuple[dict[str, Any], float]:
     from minitron.model.source import resolve_teacher
 
     index, folder = TaskManager().task_index, resolve_teacher(model)
-    with tempfile.TemporaryDirectory() as made:
+    with tempfile.TemporaryDirectory() as temporary:
         for task in TASKS:
             definition = DEFINITION.format(
                 builtin=index[task].yaml_path, task=task, file=next(data.rglob(f"{task}.validation.jsonl.gz"))
             )
-            Path(made, f"{task}.yaml").write_text(definition, encoding="utf-8")
+            Path(temporary, f"{task}.yaml").write_text(definition, encoding="utf-8")
         started = time.monotonic()
-        subprocess.run(
-            [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args",
-             f"pretrained={folder},dtype=float32", "--tasks", ",".join(f"{made}/{task}.yaml" for task in TASKS),
-             "--limit", str(limit), "--batch_size", "8", "--device", "cpu", "--output_path", f"{made}/out"],
-            capture_output=True, check=True,
-        )  # fmt: skip
-        [result] = Path(made, "out").rglob("results_*.json")
+        tasks = ",".join(f"{temporary}/{task}.yaml" for task in TASKS)
+        command = [sys.executable, *f"-m lm_eval run --model hf --limit {limit} --batch_size 8 --device cpu".split()]
+        command += ["--model_args", f"pretrained={folder},dtype=float32"]
+        command += ["--tasks", tasks, "--output_path", f"{temporary}/out"]
+        subprocess.run(command, capture_output=True, check=True)
+        [result] = Path(temporary, "out").rglob("results_*.json")
         results: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))["results"]
     return results, round(time.monotonic() - started, 1)
 

@@ -15,7 +15,7 @@ import torch
 
 from minitron.data.blocks import load_tokenizer
 from minitron.errors import UserError
-from minitron.evaluation.generation import Sampling, Speaker
+from minitron.evaluation.generation import Sampling, TextGenerator
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.reports import chat
@@ -27,17 +27,17 @@ TEMPLATE = "{% for turn in messages %}[{{ turn.role }}] {{ turn.content }}\n{% e
 
 
 @pytest.fixture(scope="module")
-def speaker(tmp_path_factory: pytest.TempPathFactory) -> Speaker:
+def speaker(tmp_path_factory: pytest.TempPathFactory) -> TextGenerator:
     checkpoint = open_checkpoint(make_model(tmp_path_factory.mktemp("chat") / "model", "llama-tied"))
-    return Speaker(load_model(checkpoint, CPU, torch.float32), load_tokenizer(checkpoint.folder))
+    return TextGenerator(load_model(checkpoint, CPU, torch.float32), load_tokenizer(checkpoint.folder))
 
 
 def turn(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def test_a_streamed_answer_ends_as_the_text_of_generate(speaker: Speaker) -> None:
-    answers = list(speaker.answer(turn("one and one"), Sampling(max_new_tokens=12)))
+def test_a_streamed_answer_ends_as_the_text_of_generate(speaker: TextGenerator) -> None:
+    answers = list(speaker.stream(turn("one and one"), Sampling(max_new_tokens=12)))
     assert len(answers) > 3
     assert all(after.text.startswith(before.text) for before, after in pairwise(answers))
     ids = speaker.prompt(turn("one and one"))
@@ -47,19 +47,19 @@ def test_a_streamed_answer_ends_as_the_text_of_generate(speaker: Speaker) -> Non
     assert answers[-1].tokens_per_second > 0
 
 
-def test_sampling_follows_its_seed(speaker: Speaker) -> None:
+def test_sampling_follows_its_seed(speaker: TextGenerator) -> None:
     def answer(seed: int, temperature: float) -> str:
         sampling = Sampling(max_new_tokens=16, temperature=temperature, seed=seed)
-        return list(speaker.answer(turn("one"), sampling))[-1].text
+        return list(speaker.stream(turn("one"), sampling))[-1].text
 
     assert answer(0, 1.5) == answer(0, 1.5)
     assert answer(0, 1.5) != answer(1, 1.5)
     assert answer(0, 0.0) == answer(1, 0.0)
 
 
-def test_closing_the_stream_stops_the_model(speaker: Speaker) -> None:
+def test_closing_the_stream_stops_the_model(speaker: TextGenerator) -> None:
     before = threading.active_count()
-    stream = speaker.answer(turn("one"), Sampling(max_new_tokens=200))
+    stream = speaker.stream(turn("one"), Sampling(max_new_tokens=200))
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     for thread in threading.enumerate():
@@ -68,19 +68,19 @@ def test_closing_the_stream_stops_the_model(speaker: Speaker) -> None:
     assert threading.active_count() <= before + 1
 
 
-def test_prompts_have_a_limit(speaker: Speaker) -> None:
+def test_prompts_have_a_limit(speaker: TextGenerator) -> None:
     with pytest.raises(UserError, match=r"the prompt has 300 tokens, .* above the model's 256: shorten it"):
-        next(speaker.answer(turn("x" * 300), Sampling(max_new_tokens=8)))
+        next(speaker.stream(turn("x" * 300), Sampling(max_new_tokens=8)))
     with pytest.raises(UserError, match="the prompt is empty"):
-        next(speaker.answer(turn(""), Sampling()))
+        next(speaker.stream(turn(""), Sampling()))
 
 
-def test_a_template_is_used_where_there_is_one(speaker: Speaker) -> None:
-    assert not speaker.is_chatty
+def test_a_template_is_used_where_there_is_one(speaker: TextGenerator) -> None:
+    assert not speaker.has_chat_template
     assert speaker.tokenizer.decode(speaker.prompt(turn("hello"))[0]) == "hello"
     speaker.tokenizer.chat_template = TEMPLATE
     try:
-        assert speaker.is_chatty
+        assert speaker.has_chat_template
         turns = [*turn("hello"), {"role": "assistant", "content": "yes?"}, *turn("nothing")]
         prompt = speaker.tokenizer.decode(speaker.prompt(turns)[0])
         assert prompt == "[user] hello\n[assistant] yes?\n[user] nothing\n[assistant] "
@@ -89,7 +89,7 @@ def test_a_template_is_used_where_there_is_one(speaker: Speaker) -> None:
 
 
 def test_on_the_terminal_every_model_answers(
-    speaker: Speaker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    speaker: TextGenerator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n" + "y" * 300 + "\n"))
     chat.talk({"teacher": speaker, "student": speaker}, Sampling(max_new_tokens=4))
@@ -108,7 +108,7 @@ def test_turns_are_shown_as_text() -> None:
     assert "<" not in shown["content"]
 
 
-def test_a_taken_port_is_refused(speaker: Speaker) -> None:
+def test_a_taken_port_is_refused(speaker: TextGenerator) -> None:
     pytest.importorskip("gradio")
     with socket.socket() as taken:
         taken.bind((chat.LOOPBACK, 0))
@@ -142,7 +142,7 @@ def watched(browser: Any) -> tuple[Any, list[str], list[str]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_on_the_page_both_answers_stream(speaker: Speaker, browser: Any) -> None:
+def test_on_the_page_both_answers_stream(speaker: TextGenerator, browser: Any) -> None:
     pytest.importorskip("gradio")
     handle = speaker.model.register_forward_hook(lambda *_: time.sleep(0.02))  # as slow as a real one
     address = chat.serve({"teacher": speaker, "student": speaker}, "test", blocking=False)

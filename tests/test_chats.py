@@ -9,8 +9,8 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from minitron.data.blocks import Blocks, pack
-from minitron.data.corpus import Chat, documents
+from minitron.data.blocks import Blocks, Packing, pack
+from minitron.data.corpus import Chat, read_documents
 from minitron.data.tokens import tokenise
 from minitron.distillation.teacher import Live
 from minitron.distillation.trainer import accumulate
@@ -53,13 +53,13 @@ def test_texts_and_chats_lie_side_by_side() -> None:
     for piece, expected in zip(pieces, alone, strict=True):
         assert (piece.ids == expected.ids).all()
         assert (piece.is_learnt == expected.is_learnt).all()
-    blocks = pack(["plain", chat, "words"], tokenizer, 8, None)
+    blocks = pack(["plain", chat, "words"], Packing(tokenizer, 258, 8))
     assert blocks.is_learnt is not None
     assert (
         blocks.is_learnt.flatten().tolist()
         == [bool(x) for piece in alone for x in piece.is_learnt][: blocks.num_tokens]
     )
-    assert pack(["plain", "words"], tokenizer, 4, None).is_learnt is None
+    assert pack(["plain", "words"], Packing(tokenizer, 258, 4)).is_learnt is None
 
 
 def test_every_format_gives_the_same_chats(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_every_format_gives_the_same_chats(tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     pyarrow.parquet.write_table(pyarrow.table({"messages": [row["messages"] for row in rows]}), tmp_path / "c.parquet")
     for name in ("chats.jsonl", "c.parquet"):
-        found = sorted(documents(str(tmp_path / name), 0), key=len)
+        found = sorted(read_documents(str(tmp_path / name), 0), key=len)
         assert found == [Chat(tuple(MESSAGES[:2])), Chat(tuple(MESSAGES))]
 
 
@@ -85,8 +85,8 @@ def test_chats_without_a_usable_template_are_refused(template: str | None, messa
 
 def test_rows_without_text_or_chat_are_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": [{"role": "user"}]}))
-    with pytest.raises(UserError, match="has no 'text' field, nor 'messages' with role and content; it has messages"):
-        list(documents(str(tmp_path / "bad.jsonl"), 0))
+    with pytest.raises(UserError, match=r"bad\.jsonl:1 has no 'text' field, nor 'messages' .*; it has messages"):
+        list(read_documents(str(tmp_path / "bad.jsonl"), 0))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron import pipeline
-from minitron.data.blocks import load_tokenizer, read_blocks
+from minitron.data.blocks import Packing, load_tokenizer, read_blocks
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import PLAIN, Recipe, load_recipe
 from minitron.reports.html import write_report
@@ -198,7 +198,7 @@ def test_a_family_goes_through(variant: str, tmp_path: Path, text_file: Path) ->
     assert 0.66 * results["teacher"]["num_parameters"] <= student.arch.num_parameters
     # What transformers makes of the folder has the loss that was measured, its final soft-cap or divisor included.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student", local_files_only=True)
-    blocks = read_blocks(str(text_file), load_tokenizer(teacher), 258, 32, 0, 512)
+    blocks = read_blocks(str(text_file), Packing(load_tokenizer(teacher), 258, 32), 512)
     with torch.no_grad():
         nll = torch.stack([model(input_ids=ids[None], labels=ids[None]).loss for ids in blocks.ids]).mean()
     assert float(nll.exp()) == pytest.approx(results["student"]["perplexity"], rel=1e-3)

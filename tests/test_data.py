@@ -8,8 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minitron.data.blocks import pack, read_blocks, read_splits
-from minitron.data.corpus import documents
+from minitron.data.blocks import Packing, SplitTokens, pack, read_blocks, read_splits
+from minitron.data.corpus import read_documents
 from minitron.errors import UserError
 from minitron.recipe import Data, data_in_words, load_recipe
 from tests.conftest import byte_tokenizer
@@ -19,12 +19,12 @@ TEXTS = ["plain words here", "naïve café — 日本語 🙂 text", "  leading 
 
 def texts_of(data: Data, seed: int) -> list[str]:
     """Documents that are all texts."""
-    return [document for document in documents(data, seed) if isinstance(document, str)]
+    return [document for document in read_documents(data, seed) if isinstance(document, str)]
 
 
 def test_packing_keeps_every_token_and_every_byte() -> None:
     tokenizer = byte_tokenizer()
-    blocks = pack(TEXTS, tokenizer, context=1, max_blocks=None)
+    blocks = pack(TEXTS, Packing(tokenizer, 258, 1))
     ids = blocks.ids.flatten().tolist()
     assert ids.count(tokenizer.eos_token_id) == len(TEXTS)
     assert tokenizer.decode(ids, skip_special_tokens=True) == "".join(TEXTS)
@@ -33,27 +33,29 @@ def test_packing_keeps_every_token_and_every_byte() -> None:
 
 def test_blocks_are_cut_in_order_and_the_rest_is_dropped() -> None:
     tokenizer = byte_tokenizer()
-    flat = pack(TEXTS, tokenizer, 1, None).ids.flatten()
-    blocks = pack(TEXTS, tokenizer, 7, None)
+    flat = pack(TEXTS, Packing(tokenizer, 258, 1)).ids.flatten()
+    blocks = pack(TEXTS, Packing(tokenizer, 258, 7))
     assert blocks.ids.flatten().tolist() == flat[: len(flat) // 7 * 7].tolist()
-    assert pack(TEXTS, tokenizer, 7, 3).ids.tolist() == blocks.ids[:3].tolist()
+    assert pack(TEXTS, Packing(tokenizer, 258, 7), max_blocks=3).ids.tolist() == blocks.ids[:3].tolist()
 
 
 def test_splits_share_no_block_and_evaluation_is_the_beginning(text_file: Path) -> None:
-    tokenizer = byte_tokenizer()
-    splits = read_splits(str(text_file), tokenizer, 258, 32, 0, 320, 160, 3200)
+    packing = Packing(byte_tokenizer(), 258, 32)
+    splits = read_splits(str(text_file), packing, SplitTokens(320, 160, 3200))
     assert [len(part) for part in (splits.evaluation, splits.heldout, splits.train)] == [10, 5, 100]
     rows = [tuple(row) for part in (splits.evaluation, splits.heldout, splits.train) for row in part.ids.tolist()]
     assert len(set(rows)) == 115
-    alone = read_blocks(str(text_file), tokenizer, 258, 32, 0, 320)
+    alone = read_blocks(str(text_file), packing, 320)
     assert alone.ids.tolist() == splits.evaluation.ids.tolist()
-    other = read_blocks(str(text_file), tokenizer, 258, 32, 0, 640)
+    other = read_blocks(str(text_file), packing, 640)
     assert other.ids[:10].tolist() == alone.ids.tolist()
 
 
-def test_a_short_corpus_is_dealt_out_by_fifths(tmp_path: Path) -> None:
+def test_a_short_corpus_is_split_by_fifths(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("abcdefghij" * 32)
-    splits = read_splits(str(tmp_path / "short.txt"), byte_tokenizer(), 258, 32, 0, 10_000, 10_000, 10_000)
+    splits = read_splits(
+        str(tmp_path / "short.txt"), Packing(byte_tokenizer(), 258, 32), SplitTokens(10_000, 10_000, 10_000)
+    )
     assert [len(part) for part in (splits.evaluation, splits.heldout, splits.train)] == [2, 2, 6]
 
 
@@ -99,8 +101,8 @@ def _binary(path: Path) -> Path:
 
 
 def test_a_token_that_the_model_lacks_is_named(text_file: Path) -> None:
-    with pytest.raises(UserError, match="the tokenizer gives token 220, the model knows 200"):
-        read_blocks(str(text_file), byte_tokenizer(), 200, 32, 0)
+    with pytest.raises(UserError, match="the tokenizer returns token 257, the model has only 200"):
+        read_blocks(str(text_file), Packing(byte_tokenizer(), 200, 32))
 
 
 def test_a_long_text_is_shuffled_through_a_bounded_buffer(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,13 +126,18 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "blank": (lambda folder: _written(folder / "blank.txt", "\n\n  \n"), "is empty"),
     "binary": (lambda folder: _binary(folder / "b.txt"), "is not text|is not UTF-8"),
     "zero bytes": (lambda folder: _written(folder / "z.txt", "a\0b"), "zero bytes"),
-    "not json": (lambda folder: _written(folder / "a.jsonl", "{"), "is not JSON lines"),
+    "not json": (lambda folder: _written(folder / "a.jsonl", "{"), "a.jsonl:1 is not valid JSON"),
     "no text field": (
         lambda folder: _written(folder / "a.jsonl", '{"body": "x"}'),
         "no 'text' field, nor 'messages' with role and content; it has body",
     ),
     "not parquet": (lambda folder: _written(folder / "a.parquet", "x"), "is not a parquet file"),
     "unknown kind": (lambda folder: _written(folder / "a.pdf", "x"), "cannot read '.pdf' files; accepted: .txt"),
+    "one of several unknown": (
+        lambda folder: _written(folder / "a.txt", "x").with_name("*") if _written(folder / "b.pdf", "x") else folder,
+        "b.pdf: cannot read '.pdf' files",
+    ),
+    "folder": (lambda folder: folder, "is a folder: name its files, such as"),
     "short": (lambda folder: _written(folder / "s.txt", "too short"), "shorter than one block of 64 tokens"),
 }
 
@@ -144,4 +151,4 @@ def _written(path: Path, text: str) -> Path:
 def test_bad_data_is_named(tmp_path: Path, case: str) -> None:
     make, message = BAD[case]
     with pytest.raises(UserError, match=message):
-        read_blocks(str(make(tmp_path)), byte_tokenizer(), 258, 64, 0)
+        read_blocks(str(make(tmp_path)), Packing(byte_tokenizer(), 258, 64))

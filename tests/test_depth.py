@@ -173,7 +173,7 @@ def test_accuracy_is_the_share_of_likelier_continuations(teachers: Callable[[str
 def test_what_is_no_item_is_named_by_its_line(line: str, tmp_path: Path) -> None:
     file = tmp_path / "items.jsonl"
     file.write_text(json.dumps(ITEMS[0]) + "\n" + line, encoding="utf-8")
-    with pytest.raises(UserError, match=r"items\.jsonl:2 is no item"):
+    with pytest.raises(UserError, match=r"items\.jsonl:2 is not an item"):
         read_items(file)
     assert len(read_items(file, limit=1)) == 1
     with pytest.raises(UserError, match="does not exist"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from minitron import cli
-from minitron.data.blocks import Blocks, pack, read_splits
+from minitron.data.blocks import Blocks, Packing, SplitTokens, pack, read_splits
 from minitron.distillation.fused import States
 from minitron.distillation.teacher import stored
 from minitron.errors import UserError
@@ -55,12 +55,12 @@ def test_each_document_is_seen_alone(teacher: Checkpoint) -> None:
 
 def test_only_training_keeps_them_apart(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "text number {i}"}}\n' for i in range(400)))
-    tokenizer = byte_tokenizer()
-    splits = read_splits(str(tmp_path / "texts.jsonl"), tokenizer, 258, 32, 0, 64, 64, 640, keeps_apart=True)
+    packing = Packing(byte_tokenizer(), 258, 32, keeps_apart=True)
+    splits = read_splits(str(tmp_path / "texts.jsonl"), packing, SplitTokens(64, 64, 640))
     assert splits.evaluation.starts is None
     assert splits.heldout.starts is None
     assert splits.train.starts is not None
-    one = pack(["text number 1"], tokenizer, 2, None)
+    one = pack(["text number 1"], Packing(byte_tokenizer(), 258, 2))
     assert torch.equal(splits.train.ids[splits.train.starts], one.ids[0, 0].expand(int(splits.train.starts.sum())))
     assert len(splits.train) < int(splits.train.starts.sum())
 

@@ -429,7 +429,7 @@ def test_distilling_in_float16(place: Place, refused: Run) -> None:
 def test_measuring_a_model_that_gives_nan(place: Place, refused: Run) -> None:
     place.tensors(lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
     message = refused("evaluate", str(place.teacher), "--data", str(place.text), "--context", "32")
-    assert "the model gives NaN" in message
+    assert "the model's logits are NaN" in message
 
 
 def test_stages_that_run_in_one_process(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:

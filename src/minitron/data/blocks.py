@@ -1,4 +1,4 @@
-"""Documents to tokens to packed blocks of equal length, and which stage sees which blocks."""
+"""Packs tokens into fixed-length blocks and splits them into train, held-out and evaluation."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,25 +11,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron.data.corpus import Document, documents
-from minitron.data.tokens import Array, Piece, tokenise
+from minitron.data.corpus import Document, read_documents
+from minitron.data.tokens import Array, TokenisedDocument, tokenise
 from minitron.errors import UserError
 from minitron.progress import Progress
 from minitron.recipe import Data, data_in_words
 
-DOCUMENTS_AT_ONCE = 64
+BATCH_DOCUMENTS = 64
+"""The number of documents that are tokenised in one call of the tokenizer."""
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Packed text: token ids (N, context) and how many bytes of the text each token stands for."""
+    """Packed text: the token ids of N blocks, and the number of bytes of text that each token stands for."""
 
     ids: Tensor  # (N, context), int64
     num_bytes: Tensor  # (N, context), int32
     is_learnt: Tensor | None = None
-    """(N, context), bool: tokens that a model is to predict, in chats those of the assistant; None: all."""
+    """(N, context), bool: the tokens that a model learns to predict, in chats those of the assistant; None: all."""
     starts: Tensor | None = None
-    """(N, context), bool: first tokens of documents, where these are kept apart; None: attention runs on."""
+    """(N, context), bool: the first tokens of documents that are kept apart; None: attention crosses documents."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -39,17 +40,18 @@ class Blocks:
         return Blocks(self.ids[part], self.num_bytes[part], is_learnt, starts)
 
     def split(self, size: int) -> "list[Blocks]":
-        """Parts of so many blocks, the last one of fewer."""
+        """Cut into parts of `size` blocks; the last part may be smaller."""
         return [self[start : start + size] for start in range(0, len(self), size)]
 
     def sliding(self, stride: int) -> "Blocks":
-        """Windows of a block's length over the same text, each `stride` tokens on, whose last `stride` are counted.
+        """Return overlapping windows of one block's length, `stride` tokens apart, that count only their last tokens.
 
-        Of the first window all are: so every token is counted once, but for a rest shorter than a stride, with at least
-        context − stride tokens in front of it.
+        The first window counts all of its tokens and each later one its last `stride`. Every token of the text is
+        therefore counted once, after at least context − stride tokens in its window; a rest shorter than a stride is
+        dropped.
         """
         starts = torch.arange(0, self.num_tokens - self.context + 1, stride)
-        places = starts[:, None] + torch.arange(self.context)
+        places = starts[:, None] + torch.arange(self.context)  # (windows, context)
         is_counted = (torch.arange(self.context) >= self.context - stride).expand_as(places).clone()
         is_counted[0] = True
         if self.is_learnt is not None:
@@ -58,15 +60,15 @@ class Blocks:
 
     @property
     def targets(self) -> Tensor:
-        """(N, context): each position's next token, −100 at the end of a block and where that is not to be learnt."""
+        """(N, context): the next token of each position; −100 at the end of a block and where it is not learnt."""
         following = self.ids[:, 1:] if self.is_learnt is None else self.ids[:, 1:].where(self.is_learnt[:, 1:], -100)
         return torch.nn.functional.pad(following, (0, 1), value=-100)
 
     @property
     def teaches(self) -> Tensor:
-        """(N, context), bool: positions whose distribution over the next token is to be learnt.
+        """(N, context), bool: the positions whose distribution over the next token is learnt.
 
-        The next token of a block's last position is not known; it counts if the last token does.
+        The last position of a block has no next token in the block; it counts if the last token is learnt.
         """
         if self.is_learnt is None:
             return torch.ones_like(self.ids, dtype=torch.bool)
@@ -74,7 +76,10 @@ class Blocks:
 
     @property
     def positions(self) -> Tensor | None:
-        """(N, context): each token's place in its document, or in what of it the block holds; None: in the block."""
+        """(N, context): each token's position in its document; None where documents are joined.
+
+        A document that began in an earlier block is counted from the start of this block.
+        """
         if self.starts is None:
             return None
         places = torch.arange(self.context).expand_as(self.ids)
@@ -82,16 +87,16 @@ class Blocks:
 
     @property
     def context(self) -> int:
-        """Tokens in a block."""
+        """The number of tokens in a block."""
         return self.ids.shape[1]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens in all blocks."""
+        """The number of tokens in all blocks."""
         return self.ids.numel()
 
     def fingerprint(self) -> str:
-        """SHA-256 of the tokens, of which are to be learnt, and of where documents begin if they are kept apart."""
+        """Return the SHA-256 of the tokens, of the marks of learnt tokens, and of the marks of documents' starts."""
         digest = sha256(self.ids.numpy().tobytes())
         for name, marks in (("", self.is_learnt), ("starts", self.starts)):
             if marks is not None:
@@ -100,118 +105,124 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How documents become blocks."""
+
+    tokenizer: Any
+    vocab_size: int
+    """The number of tokens that the model has embeddings for."""
+    context: int
+    """The number of tokens in a block."""
+    seed: int = 0
+    """Decides the order of the documents."""
+    keeps_apart: bool = False
+    """Mark where documents begin, so that attention does not cross them."""
+
+
+@dataclass(frozen=True)
+class SplitTokens:
+    """The number of tokens to read for each split."""
+
+    evaluation: int
+    heldout: int
+    train: int
+
+
+@dataclass(frozen=True)
 class Splits:
-    """Blocks by purpose; no block is in two. `evaluation` comes first in the corpus order."""
+    """Blocks by purpose, in the order of the corpus; no block is in two splits."""
 
     evaluation: Blocks
-    """Seen by no stage but the final evaluation."""
+    """Used by the final evaluation alone."""
     heldout: Blocks
-    """Ranks candidates and follows the distillation."""
+    """Ranks candidates and measures progress during distillation."""
     train: Blocks
-    """Calibration (its beginning) and distillation."""
+    """Used by calibration, which takes the first blocks, and by distillation."""
 
     def fingerprint(self) -> str:
-        """SHA-256 of all the tokens and of how they are dealt out."""
+        """Return the SHA-256 of the blocks of all splits, in their order."""
         parts = (self.evaluation, self.heldout, self.train)
         return sha256(" ".join(part.fingerprint() for part in parts).encode()).hexdigest()
 
 
-def read_blocks(
-    source: Data,
-    tokenizer: Any,
-    vocab_size: int,
-    context: int,
-    seed: int,
-    max_tokens: int | None = None,
-    keeps_apart: bool = False,
-) -> Blocks:
-    """Tokenise and pack `source`, at most `max_tokens` of it, in the order that `seed` gives.
+def read_blocks(data: Data, packing: Packing, max_tokens: int | None = None) -> Blocks:
+    """Read, tokenise and pack the documents of `data`, up to `max_tokens` tokens of them.
 
     Raises:
-        UserError: see `documents`; also when the text is shorter than one block, or gives a token that a model
-            of `vocab_size` does not have.
+        UserError: see `read_documents` and `pack`; also when the text is shorter than one block.
     """
-    wanted = None if max_tokens is None else max(1, max_tokens // context)
-    with Progress("tokenise", total=None if wanted is None else wanted * context) as progress:
-        blocks = pack(documents(source, seed), tokenizer, context, wanted, progress, keeps_apart)
+    max_blocks = None if max_tokens is None else max(1, max_tokens // packing.context)
+    total = None if max_blocks is None else max_blocks * packing.context
+    with Progress("tokenise", total) as progress:
+        blocks = pack(read_documents(data, packing.seed), packing, max_blocks, progress)
     if not len(blocks):
         raise UserError(
-            f"data '{data_in_words(source)}' is shorter than one block of {context} tokens: lower --context"
+            f"data '{data_in_words(data)}' is shorter than one block of {packing.context} tokens: lower --context"
         )
-    if (highest := int(blocks.ids.max())) >= vocab_size:
-        raise UserError(f"the tokenizer gives token {highest}, the model knows {vocab_size}: they do not fit together")
     return blocks
 
 
 def pack(
-    texts: Iterable[Document],
-    tokenizer: Any,
-    context: int,
-    max_blocks: int | None,
-    progress: Progress | None = None,
-    keeps_apart: bool = False,
+    documents: Iterable[Document], packing: Packing, max_blocks: int | None = None, progress: Progress | None = None
 ) -> Blocks:
-    """Join the tokens of the texts and cut them into blocks; a rest shorter than a block is dropped.
+    """Join the tokens of documents and cut them into at most `max_blocks` blocks; an incomplete last block is dropped.
 
-    With `keeps_apart` the blocks know where documents begin.
-
-    Each text carries the marks that the tokenizer itself adds, or is closed by EOS when it adds none; a chat is put
-    into words by the tokenizer's template, and only what the assistant says is to be learnt.
+    A text gets the special tokens that the tokenizer adds, or an EOS token at its end if the tokenizer adds none. A
+    chat is written by the tokenizer's chat template, and only the assistant's turns are learnt.
 
     Raises:
-        UserError: there are chats, and the tokenizer has no template for them or one that rewrites earlier turns.
+        UserError: the tokenizer returns a token that the model does not have; or there are chats, and the tokenizer
+            has no chat template or one that rewrites earlier turns.
     """
-    pieces: list[Piece] = []
+    context = packing.context
+    parts: list[TokenisedDocument] = []
     num_tokens, limit = 0, None if max_blocks is None else max_blocks * context
-    iterator = iter(texts)
-    while (limit is None or num_tokens < limit) and (batch := list(islice(iterator, DOCUMENTS_AT_ONCE))):
+    iterator = iter(documents)
+    while (limit is None or num_tokens < limit) and (batch := list(islice(iterator, BATCH_DOCUMENTS))):
         before = num_tokens
-        for piece in tokenise(batch, tokenizer):
-            pieces.append(piece)
-            num_tokens += len(piece.ids)
+        for part in tokenise(batch, packing.tokenizer):
+            if (highest := int(part.ids.max(initial=0))) >= packing.vocab_size:
+                raise UserError(
+                    f"tokenizer and model do not fit together: the tokenizer returns token {highest}, the model has "
+                    f"only {packing.vocab_size} tokens"
+                )
+            parts.append(part)
+            num_tokens += len(part.ids)
         if progress:
             progress.advance(min(num_tokens, limit or num_tokens) - before)
     num_blocks = num_tokens // context if max_blocks is None else min(max_blocks, num_tokens // context)
     if not num_blocks:
         return Blocks(torch.zeros(0, context, dtype=torch.int64), torch.zeros(0, context, dtype=torch.int32))
 
-    def joined(parts: list[Array]) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)[: num_blocks * context]).view(num_blocks, context)
+    def joined(arrays: list[Array]) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays)[: num_blocks * context]).view(num_blocks, context)
 
-    is_learnt = joined([piece.is_learnt for piece in pieces])
+    is_learnt = joined([part.is_learnt for part in parts])
     return Blocks(
-        joined([piece.ids for piece in pieces]),
-        joined([piece.num_bytes for piece in pieces]),
+        joined([part.ids for part in parts]),
+        joined([part.num_bytes for part in parts]),
         None if is_learnt.all() else is_learnt,
-        joined([np.arange(len(piece.ids)) == 0 for piece in pieces]) if keeps_apart else None,
+        joined([np.arange(len(part.ids)) == 0 for part in parts]) if packing.keeps_apart else None,
     )
 
 
-def read_splits(
-    source: Data,
-    tokenizer: Any,
-    vocab_size: int,
-    context: int,
-    seed: int,
-    evaluation_tokens: int,
-    heldout_tokens: int,
-    train_tokens: int,
-    keeps_apart: bool = False,
-) -> Splits:
-    """Read as much of `source` as all purposes need and deal the blocks out: evaluation, held-out, training.
+def read_splits(data: Data, packing: Packing, tokens: SplitTokens) -> Splits:
+    """Read as much of `data` as all splits need; evaluation gets the first blocks, then held-out, then train.
 
-    Of a corpus that is too short for that, evaluation and held-out get at most a fifth each. With `keeps_apart` the
-    training blocks know where documents begin; in the others one runs on into the next.
+    If the corpus is too short for all of them, evaluation and held-out get at most a fifth of it each. With
+    `packing.keeps_apart`, only the training blocks mark where documents begin; attention crosses documents in the
+    others.
 
     Raises:
-        UserError: see `read_blocks`; also when there are fewer than three blocks, one for each purpose.
+        UserError: see `read_blocks`; also when there are fewer than three blocks, one for each split.
     """
-    wanted = [max(1, tokens // context) for tokens in (evaluation_tokens, heldout_tokens, train_tokens)]
-    blocks = read_blocks(source, tokenizer, vocab_size, context, seed, sum(wanted) * context, keeps_apart)
+    context = packing.context
+    wanted = [max(1, count // context) for count in (tokens.evaluation, tokens.heldout, tokens.train)]
+    blocks = read_blocks(data, packing, sum(wanted) * context)
     if len(blocks) < 3:
         raise UserError(
-            f"data '{data_in_words(source)}' gives {len(blocks)} block(s) of {context} tokens; at least 3 are needed, "
-            "to train, to compare and to evaluate on: add text or lower --context"
+            f"data '{data_in_words(data)}' has {len(blocks)} block(s) of {context} tokens; training, held-out and "
+            "evaluation need at least one each: add text or lower --context"
         )
     most = len(blocks) if len(blocks) == sum(wanted) else max(1, len(blocks) // 5)
     num_evaluation, num_heldout = min(wanted[0], most), min(wanted[1], most)
@@ -221,10 +232,11 @@ def read_splits(
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
+    """Load the tokenizer of a model folder.
 
     Raises:
-        UserError: there is none, or it cannot say where its tokens lie in the text.
+        UserError: the folder has no tokenizer, or one without tokenizer.json, which cannot return the offsets of its
+            tokens in the text.
     """
     from transformers import AutoTokenizer
 
@@ -236,5 +248,5 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: the tokenizer has no tokenizer.json; save it with a recent transformers first")
-    tokenizer.model_max_length = int(1e30)  # documents are longer than a context; blocks are cut afterwards
+    tokenizer.model_max_length = int(1e30)  # documents may be longer than a context; blocks are cut afterwards
     return tokenizer

@@ -1,4 +1,4 @@
-"""Texts and chats to tokens, each with the bytes of text that it stands for and whether it is to be learnt."""
+"""Tokenises texts and chats; counts the bytes of text per token and marks the tokens that are learnt."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,78 +13,83 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A document's tokens; all three of one length."""
+class TokenisedDocument:
+    """The tokens of one document; the three arrays have one length."""
 
-    ids: Array  # int64
-    num_bytes: Array  # int32
-    is_learnt: Array  # bool
+    ids: Array  # (T,), int64
+    num_bytes: Array  # (T,), int32: bytes of text that the token stands for
+    is_learnt: Array  # (T,), bool: in a chat, the tokens of the assistant
 
 
-def tokenise(batch: list[Document], tokenizer: Any) -> Iterator[Piece]:
-    """The tokens of some documents, in their order.
+def tokenise(batch: list[Document], tokenizer: Any) -> Iterator[TokenisedDocument]:
+    """Tokenise documents, in their order.
 
     Raises:
-        UserError: see `blocks.pack`.
+        UserError: there are chats, and the tokenizer has no chat template or one that rewrites earlier turns.
     """
-    texts = [document if isinstance(document, str) else _in_words(document, tokenizer) for document in batch]
-    plain = [text for text in texts if isinstance(text, str)]
-    encoded = iter(_encoded(plain, tokenizer, marks=True)) if plain else iter(())
-    for text in texts:
-        if isinstance(text, str):
+    items = [document if isinstance(document, str) else _transcript(document, tokenizer) for document in batch]
+    texts = [item for item in items if isinstance(item, str)]
+    encoded = iter(_encoded(texts, tokenizer, adds_special_tokens=True)) if texts else iter(())
+    for item in items:
+        if isinstance(item, str):
             ids, ends = next(encoded)
-            num_bytes = _bytes_per_token(text, ends)
+            num_bytes = _bytes_per_token(item, ends)
             if tokenizer.num_special_tokens_to_add() == 0 and tokenizer.eos_token_id is not None:
                 ids, num_bytes = np.append(ids, tokenizer.eos_token_id), np.append(num_bytes, np.int32(0))
-            yield Piece(ids, num_bytes, np.ones(len(ids), dtype=bool))
+            yield TokenisedDocument(ids, num_bytes, np.ones(len(ids), dtype=bool))
         else:
-            [(ids, ends)] = _encoded([text.text], tokenizer, marks=False)
-            yield Piece(ids, _bytes_per_token(text.text, ends), text.is_learnt(ends))
+            [(ids, ends)] = _encoded([item.text], tokenizer, adds_special_tokens=False)
+            yield TokenisedDocument(ids, _bytes_per_token(item.text, ends), item.is_learnt(ends))
 
 
 @dataclass(frozen=True)
 class _Transcript:
-    """A chat in words, and where in them the assistant speaks, as pairs of characters."""
+    """A chat as text, with the spans of the assistant's turns as character offsets (start, end)."""
 
     text: str
     spans: list[tuple[int, int]]
 
     def is_learnt(self, ends: Array) -> Array:
-        """Of tokens that end at these characters, those of the assistant."""
-        found = np.zeros(len(ends), dtype=bool)
+        """Return whether each token, given by the offset at which it ends, belongs to the assistant."""
+        inside = np.zeros(len(ends), dtype=bool)
         for start, end in self.spans:
-            found |= (ends > start) & (ends <= end)
-        return found
+            inside |= (ends > start) & (ends <= end)
+        return inside
 
 
-def _in_words(chat: Chat, tokenizer: Any) -> _Transcript:
+def _transcript(chat: Chat, tokenizer: Any) -> _Transcript:
     if not tokenizer.chat_template:
-        raise UserError("the data holds chats, but the tokenizer has no chat template: give texts, or another model")
+        raise UserError("the data holds chats, but the tokenizer has no chat template: use texts, or another model")
     messages = list(chat.messages)
 
-    def written(count: int, prompts: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompts))
+    def written(count: int, adds_prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=adds_prompt))
 
     text, spans = written(len(messages), False), []
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             before, through = written(i, True), written(i + 1, False)
             if not (text.startswith(before) and text.startswith(through)):
-                raise UserError("the chat template rewrites earlier turns, so what the assistant says cannot be told")
+                raise UserError(
+                    "the tokenizer's chat template rewrites earlier turns, so that the assistant's turns cannot be "
+                    "found in a chat: use texts, or another model"
+                )
             spans.append((len(before), len(through)))
     return _Transcript(text, spans)
 
 
-def _encoded(texts: list[str], tokenizer: Any, marks: bool) -> Iterator[tuple[Array, Array]]:
-    """Ids, and the character at which each token ends."""
-    encodings = tokenizer(texts, return_offsets_mapping=True, return_attention_mask=False, add_special_tokens=marks)
+def _encoded(texts: list[str], tokenizer: Any, adds_special_tokens: bool) -> Iterator[tuple[Array, Array]]:
+    """Yield, for each text, the token ids and the character offsets at which the tokens end."""
+    encodings = tokenizer(
+        texts, return_offsets_mapping=True, return_attention_mask=False, add_special_tokens=adds_special_tokens
+    )
     for ids, offsets in zip(encodings["input_ids"], encodings["offset_mapping"], strict=True):
         yield np.array(ids, dtype=np.int64), np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
 
 
 def _bytes_per_token(text: str, ends: Array) -> Array:
-    # Tokens may share a character or skip white space; the bytes up to the furthest end so far, less those
-    # before, deal every byte of the text to exactly one token.
+    # Tokens may share a character or skip white space. Each token gets the bytes between the furthest end of all
+    # tokens before it and its own end, so that every byte of the text is counted exactly once.
     furthest = np.maximum.accumulate(ends) if len(ends) else ends
     if text.isascii():
         bytes_up_to = furthest

@@ -26,7 +26,7 @@ from minitron.distillation.parallel import lighten, shard, whole
 from minitron.distillation.parameters import choose_parameters
 from minitron.distillation.teacher import Learning, Live, Teacher
 from minitron.errors import UserError
-from minitron.evaluation.continuation import PROMPT_TOKENS, continuation
+from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation
 from minitron.evaluation.perplexity import measure_perplexity, next_token_nll
 from minitron.files import whole_folder
 from minitron.model.checkpoint import Checkpoint, write_model
@@ -299,7 +299,7 @@ def _evaluate(
         found: dict[str, Any] = {"heldout_perplexity": measure_perplexity(student, heldout).perplexity}
         if world.size == 1 and (pruned.folder / "tokenizer.json").exists():
             prompt = heldout.ids[:1, :PROMPT_TOKENS]
-            found["sample"] = continuation(student.model, load_tokenizer(pruned.folder), prompt)
+            found["sample"] = greedy_continuation(student.model, load_tokenizer(pruned.folder), prompt)
     return found
 
 

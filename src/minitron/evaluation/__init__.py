@@ -1,9 +1,9 @@
-"""Our own measures of a model: perplexity, agreement with a teacher, speed, generated text, multiple choice."""
+"""Measures a model: perplexity, agreement with a teacher, speed, peak memory, generated text and multiple choice."""
 
 from typing import Any
 
 from minitron.data.blocks import Blocks, load_tokenizer
-from minitron.evaluation.continuation import PROMPT_TOKENS, continuation
+from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.checkpoint import Checkpoint
 from minitron.progress import Progress
@@ -12,16 +12,17 @@ __all__ = ["measure"]
 
 
 def measure(model: Any, checkpoint: Checkpoint, blocks: Blocks, *, stage: str, num_samples: int = 0) -> dict[str, Any]:
-    """Return a model's parameter counts, perplexity and speed on some blocks, as `eval.json` holds them.
+    """Return the parameter counts of a model and its perplexity and speed on `blocks`, as `eval.json` holds them.
 
-    With `num_samples`, also the texts that the model generates after the beginnings of as many blocks.
+    With `num_samples`, the figures also hold the text that the model generates after the first tokens of each of the
+    first `num_samples` blocks. `stage` is the name under which progress is shown.
     """
     with Progress(stage, blocks.num_tokens) as progress:
         figures = measure_perplexity(model, blocks, progress.advance).to_dict()
     if num_samples:
         tokenizer = load_tokenizer(checkpoint.folder)
         prompts = blocks.ids[:num_samples, :PROMPT_TOKENS].split(1)
-        figures["samples"] = [continuation(model, tokenizer, prompt) for prompt in prompts]
+        figures["samples"] = [greedy_continuation(model, tokenizer, prompt) for prompt in prompts]
     return {
         "num_parameters": checkpoint.arch.num_parameters,
         "num_non_embedding_parameters": checkpoint.arch.num_non_embedding_parameters,

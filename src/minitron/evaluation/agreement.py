@@ -1,4 +1,4 @@
-"""How far one model's next-token distributions are from another's, without holding tokens × vocabulary."""
+"""Compares the next-token distributions of a model and its teacher, without holding tokens × vocabulary."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,19 +11,20 @@ from minitron.data.blocks import Blocks
 from minitron.model.language_model import Headless
 
 CHUNK_TOKENS = 256
+"""The number of tokens whose logits are formed at once."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of a model with its teacher, over all tokens whose next one is predicted."""
+    """Figures of a model and its teacher, over all tokens that are predicted."""
 
     kl: float
-    """KL of the model's distribution from the teacher's, nats a token."""
+    """KL divergence Σ p (log p − log q) in nats per token, with p the teacher's distribution and q the model's."""
     top1: float
-    """Share of tokens where both hold the same next token for the likeliest."""
+    """Share of tokens for which both models find the same next token likeliest."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures for JSON."""
         return asdict(self)
 
 
@@ -31,22 +32,22 @@ class Agreement:
 def measure_agreement(
     model: nn.Module, teacher: nn.Module, blocks: Blocks, advance: Callable[[int], None] = lambda _: None
 ) -> Agreement:
-    """Run the blocks through both models, one at a time; `advance` is told of tokens done.
+    """Run the blocks through both models, one block at a time; `advance` receives the number of tokens done.
 
-    Where one vocabulary is padded to be longer, the tokens that both have are compared.
+    If one vocabulary is padded to a greater length, only the tokens that both models have are compared.
     """
-    pair, device = [Headless(teacher), Headless(model)], next(model.parameters()).device
+    models, device = [Headless(teacher), Headless(model)], next(model.parameters()).device
     kl, agreed, counted = 0.0, 0, 0
     for block in blocks.split(1):
         is_counted = (block.targets >= 0).to(device)
-        states = [
-            part(block.ids.to(device), lambda hidden, head, mask=is_counted: (hidden[mask], head)) for part in pair
+        outputs = [
+            each(block.ids.to(device), lambda hidden, head, mask=is_counted: (hidden[mask], head)) for each in models
         ]
         for start in range(0, int(is_counted.sum()), CHUNK_TOKENS):
-            part = slice(start, start + CHUNK_TOKENS)
-            logits = [head.logits(hidden[part]) for hidden, head in states]
+            chunk = slice(start, start + CHUNK_TOKENS)
+            logits = [head.logits(hidden[chunk]) for hidden, head in outputs]
             vocab = min(each.shape[-1] for each in logits)
-            log_p, log_q = (each[:, :vocab].log_softmax(dim=-1) for each in logits)
+            log_p, log_q = (each[:, :vocab].log_softmax(dim=-1) for each in logits)  # (chunk, vocab)
             kl += float((log_p.exp() * (log_p - log_q)).sum())
             agreed += int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum())
             counted += len(log_p)

@@ -1,4 +1,4 @@
-"""A model's answer as it is made, piece by piece, to be stopped at any moment."""
+"""Generates text with a model: a greedy continuation for reports, and completions streamed as they are made."""
 
 import time
 from collections.abc import Iterator
@@ -7,27 +7,47 @@ from threading import Event, Thread
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
 from minitron.errors import UserError
 
+PROMPT_TOKENS = 16
+"""The number of tokens of a block that `measure` uses as a prompt."""
+CONTINUATION_TOKENS = 32
+"""The number of tokens that `greedy_continuation` generates."""
 LONGEST_WAIT = 600.0
-"""Seconds for one token, after which whoever waits for it gives up."""
+"""Seconds to wait for one token of a streamed completion before giving up."""
+
+
+@torch.no_grad()
+def greedy_continuation(model: Any, tokenizer: Any, ids: Tensor) -> str:
+    """Generate 32 tokens greedily after the prompt `ids` (1, T); return prompt and continuation as one text."""
+    options = {"max_new_tokens": CONTINUATION_TOKENS, "do_sample": False}
+    output = model.generate(**_inputs(model, tokenizer, ids), **options)
+    return str(tokenizer.decode(output[0].tolist()))
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; a temperature of 0 takes the likeliest."""
+    """How the next token is drawn; a temperature of 0 is greedy."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
 
+    def to_options(self) -> dict[str, Any]:
+        """Return the arguments of transformers' `generate`."""
+        options: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            options |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return options
+
 
 @dataclass(frozen=True)
-class Answer:
-    """What there is of an answer so far."""
+class Completion:
+    """The text generated so far, without the prompt."""
 
     text: str
     num_tokens: int
@@ -35,43 +55,43 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """The prompt's reading included."""
+        """Generated tokens per second, with the time for the prompt included."""
         return self.num_tokens / max(self.seconds, 1e-9)
 
 
-class Speaker:
-    """A model with its tokenizer; chats are put into words by the tokenizer's template, if it has one."""
+class TextGenerator:
+    """A model and its tokenizer; messages are written by the tokenizer's chat template if there is one."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     @property
-    def is_chatty(self) -> bool:
-        """Whether it takes turns, rather than going on from a text."""
+    def has_chat_template(self) -> bool:
+        """Whether the model takes conversations; otherwise it continues a text."""
         return bool(self.tokenizer.chat_template)
 
     @property
     def context(self) -> int | None:
-        """The most tokens that prompt and answer may have together; None: nothing is said."""
+        """The most tokens that prompt and completion may have together; None: the config names no limit."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
-    def prompt(self, turns: list[dict[str, str]]) -> torch.Tensor:
-        """Token ids (1, T): of the whole chat with a template, of the last turn alone without one."""
-        if self.is_chatty:
-            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-            ids = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+    def prompt(self, messages: list[dict[str, str]]) -> Tensor:
+        """Return token ids (1, T) of the whole chat, or of the last message alone without a chat template."""
+        if self.has_chat_template:
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            encoding = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)
         else:
-            ids = self.tokenizer(turns[-1]["content"], return_tensors="pt").input_ids
-        found: torch.Tensor = ids
-        return found
+            encoding = self.tokenizer(messages[-1]["content"], return_tensors="pt")
+        ids: Tensor = encoding.input_ids
+        return ids
 
-    def answer(self, turns: list[dict[str, str]], sampling: Sampling) -> Iterator[Answer]:
-        """The answer as it grows; whoever stops asking stops the model.
+    def stream(self, messages: list[dict[str, str]], sampling: Sampling) -> Iterator[Completion]:
+        """Yield the completion as it grows; closing the iterator stops the model.
 
         Raises:
-            UserError: the prompt is empty, or leaves no room for an answer.
+            UserError: the prompt is empty, or leaves no room for a completion.
         """
-        ids = self.prompt(turns)
+        ids = self.prompt(messages)
         if not ids.numel():
             raise UserError("the prompt is empty")
         if self.context is not None and ids.shape[1] + sampling.max_new_tokens > self.context:
@@ -81,26 +101,19 @@ class Speaker:
             )
         yield from self._stream(ids, sampling)
 
-    def _stream(self, ids: torch.Tensor, sampling: Sampling) -> Iterator[Answer]:
-        told_to_stop, device = Event(), next(self.model.parameters()).device
+    def _stream(self, ids: Tensor, sampling: Sampling) -> Iterator[Completion]:
+        stop = Event()
         streamer = TextIteratorStreamer(
             self.tokenizer, skip_prompt=True, timeout=LONGEST_WAIT, skip_special_tokens=True
         )
-        counter = _Counter(told_to_stop)
-        options: dict[str, Any] = {"do_sample": sampling.temperature > 0}
-        if sampling.temperature > 0:
-            options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        counter = _Counter(stop)
+        options = {**sampling.to_options(), "streamer": streamer, "stopping_criteria": StoppingCriteriaList([counter])}
         failures: list[BaseException] = []
 
         def generate() -> None:
             try:
                 with torch.no_grad():
-                    prompt = ids.to(device)
-                    self.model.generate(
-                        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=sampling.max_new_tokens,
-                        streamer=streamer, stopping_criteria=StoppingCriteriaList([counter]),
-                        pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0, **options,
-                    )  # fmt: skip
+                    self.model.generate(**_inputs(self.model, self.tokenizer, ids), **options)
             except BaseException as error:
                 failures.append(error)
                 streamer.end()
@@ -112,21 +125,28 @@ class Speaker:
         try:
             for piece in streamer:
                 text += piece
-                yield Answer(text, counter.count, time.monotonic() - started)
+                yield Completion(text, counter.count, time.monotonic() - started)
             thread.join()
             if failures:
                 raise failures[0]
-            yield Answer(text, counter.count, time.monotonic() - started)
+            yield Completion(text, counter.count, time.monotonic() - started)
         finally:
-            told_to_stop.set()
+            stop.set()
+
+
+def _inputs(model: Any, tokenizer: Any, ids: Tensor) -> dict[str, Any]:
+    """Return what `generate` needs besides the sampling: the prompt (1, T) on the model's device, and a pad token."""
+    ids = ids.to(next(model.parameters()).device)
+    pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id or 0
+    return {"inputs": ids, "attention_mask": torch.ones_like(ids), "pad_token_id": pad_token_id}
 
 
 class _Counter(StoppingCriteria):  # type: ignore[misc]
-    """Counts new tokens, and ends the answer when nobody listens any more."""
+    """Counts the generated tokens, and ends the generation once `stop` is set."""
 
-    def __init__(self, told_to_stop: Event) -> None:
-        self.told_to_stop, self.count = told_to_stop, 0
+    def __init__(self, stop: Event) -> None:
+        self.stop, self.count = stop, 0
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         self.count += 1
-        return torch.full((input_ids.shape[0],), self.told_to_stop.is_set(), device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self.stop.is_set(), device=input_ids.device)

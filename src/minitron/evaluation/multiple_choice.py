@@ -1,4 +1,4 @@
-"""How often a model prefers the right continuation: multiple choice and last words, from local jsonl files."""
+"""Measures how often a model prefers the right continuation: multiple choice and last words, from jsonl files."""
 
 import gzip
 import json
@@ -16,22 +16,25 @@ from minitron.model.language_model import Head, Headless
 
 @dataclass(frozen=True)
 class Item:
-    """Contexts with their continuations, of which number `gold` is right; a single one must be predicted greedily."""
+    """Pairs of a context and a continuation, of which number `gold` is right.
+
+    An item with one pair is right if the model predicts the continuation greedily.
+    """
 
     pairs: tuple[tuple[str, str], ...]
     gold: int
 
 
 def read_items(path: Path, limit: int | None = None) -> list[Item]:
-    """The first items of a jsonl file (which may be gzipped), of any of three forms:
+    """Read the first `limit` items of a jsonl file, which may be gzipped. Each line has one of three forms:
 
-    - `{"context": …, "choices": [ … ], "gold": 0}`, as many choices as there are;
-    - WinoGrande's `{"sentence": "… _ …", "option1": …, "option2": …, "answer": "1"}`: what is scored is what
-      follows the gap;
-    - LAMBADA's `{"text": …}`: the last word, to be predicted token by token.
+    - `{"context": …, "choices": [ … ], "gold": 0}`, with any number of choices;
+    - WinoGrande's `{"sentence": "… _ …", "option1": …, "option2": …, "answer": "1"}`, of which the text after the gap
+      is scored;
+    - LAMBADA's `{"text": …}`, whose last word is predicted token by token.
 
     Raises:
-        UserError: the file is missing, holds nothing, or a line is of none of these forms.
+        UserError: the file is missing or empty, or a line has none of these forms.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")
@@ -62,7 +65,8 @@ def _item(line: str, where: str) -> Item:
         return Item(pairs, int(row["gold"]))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
-            f"{where} is no item; accepted: context, choices and gold; sentence, option1, option2 and answer; or text"
+            f"{where} is not an item: it must hold context, choices and gold; or sentence, option1, option2 and "
+            "answer; or text"
         ) from error
 
 
@@ -70,35 +74,36 @@ def _item(line: str, where: str) -> Item:
 def accuracy(
     model: nn.Module, tokenizer: Any, items: list[Item], advance: Callable[[int], None] = lambda _: None
 ) -> float:
-    """The share of items whose right continuation has the highest log-likelihood, summed over its tokens."""
+    """Return the share of items whose right continuation has the highest log-likelihood, summed over its tokens.
+
+    `advance` is called with 1 after each item.
+    """
     headless = model if isinstance(model, Headless) else Headless(model)
-    device, right = next(model.parameters()).device, 0
+    device, num_right = next(model.parameters()).device, 0
     for item in items:
-        scores, greedy = [], False
-        for ids, num_known in _encoded(tokenizer, item):
-            likelihood, greedy = headless(
-                ids.to(device), lambda hidden, head, n=num_known, ids=ids: _tail(hidden, head, ids, n)
+        scores, is_greedy = [], False
+        for ids, num_context in _encoded(tokenizer, item):
+            score, is_greedy = headless(
+                ids.to(device), lambda hidden, head, n=num_context, ids=ids: _score_continuation(hidden, head, ids, n)
             )
-            scores.append(likelihood)
-        right += greedy if len(scores) == 1 else max(range(len(scores)), key=scores.__getitem__) == item.gold
+            scores.append(score)
+        num_right += is_greedy if len(scores) == 1 else max(range(len(scores)), key=scores.__getitem__) == item.gold
         advance(1)
-    return right / len(items)
+    return num_right / len(items)
 
 
 def _encoded(tokenizer: Any, item: Item) -> Iterator[tuple[Tensor, int]]:
-    """For each pair the token ids (1, T) of the whole and how many of them are context."""
+    """Yield, for each pair, the token ids (1, T) of context and continuation, and how many belong to the context."""
     for context, continuation in item.pairs:
-        known = tokenizer(context).input_ids
-        whole = tokenizer(context + continuation).input_ids
-        num_known = min(len(known), len(whole) - 1)  # a tokenizer may join the two
-        yield torch.tensor([whole]), max(1, num_known)
+        context_ids = tokenizer(context).input_ids
+        ids = tokenizer(context + continuation).input_ids
+        num_context = min(len(context_ids), len(ids) - 1)  # a tokenizer may join the end of one and the other's start
+        yield torch.tensor([ids]), max(1, num_context)
 
 
-def _tail(hidden: Tensor, head: Head, ids: Tensor, num_known: int) -> tuple[float, bool]:
-    """Log-likelihood of the tokens from `num_known` on, and whether each is the likeliest; logits for these alone."""
-    logits = hidden[0, num_known - 1 : -1].float() @ head.weight.float().T
-    if head.softcap:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    targets = ids[0, num_known:].to(logits.device)
+def _score_continuation(hidden: Tensor, head: Head, ids: Tensor, num_context: int) -> tuple[float, bool]:
+    """Return the log-likelihood of the tokens after the context, and whether each of them is the likeliest token."""
+    logits = head.logits(hidden[0, num_context - 1 : -1])  # (continuation, vocab)
+    targets = ids[0, num_context:].to(logits.device)
     likelihood = logits.log_softmax(dim=-1).gather(1, targets[:, None]).sum()
     return float(likelihood), bool((logits.argmax(dim=-1) == targets).all())

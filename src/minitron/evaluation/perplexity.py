@@ -1,4 +1,4 @@
-"""Perplexity and bits per byte over blocks, without holding tokens × vocabulary."""
+"""Measures perplexity and bits per byte over blocks, without holding tokens × vocabulary."""
 
 import math
 import time
@@ -16,6 +16,7 @@ from minitron.errors import UserError
 from minitron.model.language_model import Head, Headless
 
 CHUNK_TOKENS = 256
+"""The number of tokens whose logits are formed at once."""
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,20 @@ class Perplexity:
     perplexity: float
     bits_per_byte: float
     num_tokens: int
-    """Tokens predicted: all but the first of each block, in chats those of the assistant."""
+    """The number of predicted tokens: all but the first of each block, and in chats those of the assistant."""
     context: int
+    """The number of tokens in a block."""
     tokens_per_second: float
-    """Of the forward passes of this measurement, batch 1."""
+    """Speed of the forward passes of this measurement, at batch size 1."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures for JSON."""
         return asdict(self)
 
 
 @torch.no_grad()
 def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int], None] = lambda _: None) -> Perplexity:
-    """Run the blocks through a causal language model, one at a time; `advance` is told of tokens done.
+    """Run the blocks through a causal language model, one at a time; `advance` receives the number of tokens done.
 
     Raises:
         UserError: a logit is NaN.
@@ -50,7 +52,7 @@ def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int]
         nll += headless(block.ids.to(device), partial(next_token_nll, targets=block.targets.to(device)))
         advance(block.num_tokens)
     if torch.isnan(nll):
-        raise UserError("the model gives NaN: its weights are broken, or the dtype is too small for it")
+        raise UserError("the model's logits are NaN: its weights are broken, or the dtype is too small for it")
     is_counted = blocks.targets >= 0
     mean = float(nll) / max(1, num_tokens := int(is_counted.sum()))
     seconds = time.perf_counter() - started
@@ -64,29 +66,22 @@ def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int]
 
 
 def next_token_nll(hidden: Tensor, head: Head, targets: Tensor) -> Tensor:
-    """Negative log-likelihood in nats, summed over the predicted tokens, as a float64 scalar.
+    """Return the negative log-likelihood of the targets in nats, summed, as a float64 scalar.
 
-    hidden (B, T, hidden), targets (B, T), each position's next token, negative where none is counted; logits are formed
-    in float32 (or float64 when the states are) for at most `CHUNK_TOKENS` tokens at once, and again for the gradient
-    where there is one.
+    `hidden` is (B, T, hidden). `targets` (B, T) holds the next token of each position, negative where none is counted.
+    Logits are formed for at most `CHUNK_TOKENS` tokens at once, in float32, or in float64 if the states are float64,
+    and formed again in the backward pass.
     """
     is_counted = targets >= 0
     states, labels = hidden[is_counted], targets[is_counted]
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
-        for part, of_part in zip(states.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):
-            total = (
-                total
-                + checkpoint(
-                    _chunk_nll, part.to(dtype), head, of_part, use_reentrant=False, preserve_rng_state=False
-                ).double()
-            )
+        for chunk, chunk_labels in zip(states.split(CHUNK_TOKENS), labels.split(CHUNK_TOKENS), strict=True):
+            args = (_chunk_nll, chunk.to(dtype), head, chunk_labels)
+            total = total + checkpoint(*args, use_reentrant=False, preserve_rng_state=False).double()
     return total
 
 
 def _chunk_nll(states: Tensor, head: Head, labels: Tensor) -> Tensor:
-    logits = states @ head.weight.to(states.dtype).T  # (chunk, vocab)
-    if head.softcap:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return nn.functional.cross_entropy(logits, labels, reduction="sum")
+    return nn.functional.cross_entropy(head.logits(states), labels, reduction="sum")

@@ -1,4 +1,4 @@
-"""How fast a model reads a prompt and goes on from it, on the device it is on."""
+"""Times how fast a model reads a prompt and generates tokens, on the device that holds it."""
 
 import statistics
 import time
@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 REPEATS = 3
+"""The number of times that `measure_speed` runs."""
 DECODED_TOKENS = 8
+"""The number of tokens that are decoded after each prefill."""
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a prefill of batch × context tokens, and of a token of decoding behind these."""
+    """Seconds of a prefill of batch × context tokens, and seconds per decoded token after it."""
 
     prefill_seconds: float
     decode_seconds: float
@@ -24,54 +26,59 @@ class Speed:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Over all sequences of the batch."""
+        """Prompt tokens per second, over all sequences of the batch."""
         return self.batch * self.context / self.prefill_seconds
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Over all sequences of the batch."""
+        """Generated tokens per second, over all sequences of the batch."""
         return self.batch / self.decode_seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the figures for JSON."""
         return asdict(self)
 
 
 def measure_speed(model: Any, batch: int, context: int) -> Speed:
-    """Time a transformers model as it stands: the fastest of several prefills, and of as many tokens of decoding.
+    """Time a transformers model and return its fastest prefill and its fastest decoded token over several runs.
 
-    The fastest, since what else the machine does can only slow it down. Only the last position's logits are made.
+    The fastest run is the right one, since other work on the machine can only slow a run down. Logits are formed for
+    the last position only.
     """
     ids = _prompt(model, batch, context)
-    found = [_time_once(model, ids, min) for _ in range(REPEATS)]
-    return Speed(min(s.prefill_seconds for s in found), min(s.decode_seconds for s in found), batch, context)
+    runs = [_time_once(model, ids, min) for _ in range(REPEATS)]
+    return Speed(min(run.prefill_seconds for run in runs), min(run.decode_seconds for run in runs), batch, context)
 
 
 def alternate(
     models: Mapping[str, Any], batch: int, context: int, repeats: int, advance: Callable[[int], None] = lambda _: None
 ) -> dict[str, list[Speed]]:
-    """Time models in turn, each once to warm up and then so often; decoding by the median of its tokens.
+    """Time models in turn, once each to warm up and then `repeats` times; decoding is the median over its tokens.
 
-    In turn, so that whatever else the machine does comes to all of them alike.
+    The models take turns so that other work on the machine slows all of them down alike. `advance` is called with 1
+    after each run.
     """
-    found: dict[str, list[Speed]] = {name: [] for name in models}
+    speeds: dict[str, list[Speed]] = {name: [] for name in models}
     for repeat in range(repeats + 1):
         for name, model in models.items():
             speed = _time_once(model, _prompt(model, batch, context), statistics.median)
             if repeat:
-                found[name].append(speed)
+                speeds[name].append(speed)
             advance(1)
-    return found
+    return speeds
 
 
 def figures_of(speeds: Mapping[str, list[Speed]], peaks: Mapping[str, int]) -> dict[str, Any]:
-    """Medians of what `alternate` found, and for two models the ratios of the first to the second with their spread."""
+    """Return the medians of the speeds that `alternate` measured; for two models, also the first's speed-up.
+
+    The speed-up divides the runs of one turn and is given as median, lowest and highest ratio.
+    """
     figures: dict[str, Any] = {}
-    for name, found in speeds.items():
+    for name, runs in speeds.items():
         figures[name] = {
-            "prefill_tokens_per_second": statistics.median(s.prefill_tokens_per_second for s in found),
-            "decode_tokens_per_second": statistics.median(s.decode_tokens_per_second for s in found),
-            "time_to_first_token": statistics.median(s.prefill_seconds for s in found),
+            "prefill_tokens_per_second": statistics.median(run.prefill_tokens_per_second for run in runs),
+            "decode_tokens_per_second": statistics.median(run.decode_tokens_per_second for run in runs),
+            "time_to_first_token": statistics.median(run.prefill_seconds for run in runs),
             "peak_memory": peaks[name],
         }
     if len(speeds) == 2:
@@ -87,31 +94,33 @@ def figures_of(speeds: Mapping[str, list[Speed]], peaks: Mapping[str, int]) -> d
 
 
 def _prompt(model: Any, batch: int, context: int) -> Tensor:
+    """Return random token ids (batch, context) on the model's device, equal in every call."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(device)
 
 
 @torch.no_grad()
-def _time_once(model: Any, ids: Tensor, middle: Callable[[list[float]], float]) -> Speed:
+def _time_once(model: Any, ids: Tensor, summarise: Callable[[list[float]], float]) -> Speed:
     prefill, cache = _timed(model, ids, {})
     decode = []
     for _ in range(DECODED_TOKENS):
         seconds, cache = _timed(model, ids[:, -1:], cache)
         decode.append(seconds)
-    return Speed(prefill, middle(decode), *ids.shape)
+    return Speed(prefill, summarise(decode), *ids.shape)
 
 
 def _timed(model: Any, ids: Tensor, cache: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    _wait(ids.device)
+    """Run the model on ids (batch, T) after a cache; return the seconds and the cache as arguments of the next call."""
+    _synchronize(ids.device)
     started = time.perf_counter()
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1, **cache)
-    _wait(ids.device)
+    _synchronize(ids.device)
     seconds = time.perf_counter() - started
     name = "cache_params" if "cache_params" in output else "past_key_values"
     return seconds, {name: output[name]}
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,16 +1,18 @@
-"""Other people's benchmarks: lm-eval, and those that lm-eval lacks (MT-Bench, ChatRAG-Bench, BFCL, programs)."""
+"""Runs other people's benchmarks: lm-eval, and benchmarks that lm-eval lacks."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from minitron.harness.answers import Answerer
-from minitron.harness.benches import run_benches
-from minitron.harness.judge import Judge
+from minitron.harness.answers import Answerer, answers_folder
+from minitron.harness.benchmarks import run_benchmarks
+from minitron.harness.interface import Inputs
 from minitron.harness.lm_eval_model import load_lm
-from minitron.harness.tasks import Plan, fitting, run_tasks
+from minitron.harness.lm_eval_tasks import run_tasks
+from minitron.harness.plan import Plan, fitting
 from minitron.run import versions
 from minitron.session import Session
 
@@ -19,33 +21,40 @@ __all__ = ["measure_tasks", "warn_of_skipped"]
 logger = logging.getLogger(__name__)
 
 
-def measure_tasks(
-    session: Session, plan: Plan, data: Path | None, answers: Path | None, judge: Judge | None
-) -> dict[str, Any]:
-    """Return the benchmarks of the session's model that a plan names, with the versions that made them.
+def measure_tasks(session: Session, plan: Plan, inputs: Inputs, *, answers: Path | None = None) -> dict[str, Any]:
+    """Run every task of a plan on the session's model; return results by task, skipped tasks, limit, seed, versions.
 
-    Answers to chats are kept in the folder `answers`, if one is given, and rated by the judge.
+    The results are metrics, the number of items, shots and the source of the data. The folder `answers`, if given,
+    caches answers and judgements.
 
     Raises:
-        UserError: lm-eval is not installed, or the answers kept are another model's.
+        UserError: lm-eval is not installed, or the folder `answers` holds answers of another model or setting.
     """
-    recipe, packages = session.recipe, versions() | {"lm_eval": version("lm_eval")}
-    dtype = session.runtime.dtype_name
+    recipe, dtype, packages = session.recipe, session.runtime.dtype_name, versions() | {"lm_eval": version("lm_eval")}
     model = load_lm(session.teacher.folder, str(session.runtime.device), dtype)
-    before, plan = plan, fitting(plan, model.max_length)
-    warn_of_skipped({name: reason for name, reason in plan.skipped.items() if name not in before.skipped})
-    results = run_tasks(model, plan, data, recipe.seed) if plan.tasks else {}
-    if plan.benches:
-        identity = {"model": session.teacher.fingerprint(), "seed": recipe.seed, "dtype": dtype, "versions": packages}
-        answerer = Answerer(model, "-".join(Path(recipe.teacher).parts[-2:]), recipe.seed)
-        results |= run_benches(plan.benches, answerer, data, answers, identity, plan.limit, judge)
+    planned, plan = plan, fitting(plan, model.max_length)
+    warn_of_skipped({name: reason for name, reason in plan.skipped.items() if name not in planned.skipped})
+    answerer = Answerer(model, "-".join(Path(recipe.teacher).parts[-2:]), recipe.seed)
+    fingerprint = session.teacher.fingerprint() if plan.benchmarks else None
+    identity = {"model": fingerprint, "seed": recipe.seed, "dtype": dtype, "versions": packages}
     return {
-        "tasks": results,
+        "tasks": _run(plan, answerer, inputs, answers, identity),
         "skipped": dict(plan.skipped),
         "limit": plan.limit,
         "seed": recipe.seed,
         "versions": packages,
     }
+
+
+def _run(
+    plan: Plan, answerer: Answerer, inputs: Inputs, answers: Path | None, identity: Mapping[str, Any]
+) -> dict[str, Any]:
+    inputs, cache = replace(inputs, limit=plan.limit), answers if plan.benchmarks else None
+    with answers_folder(cache, {**identity, "data": str(inputs.data)}) as folder:
+        return {
+            **run_tasks(answerer.model, plan.tasks, inputs, answerer.seed),
+            **run_benchmarks(plan.benchmarks, answerer, inputs, folder),
+        }
 
 
 def warn_of_skipped(skipped: Mapping[str, str]) -> None:

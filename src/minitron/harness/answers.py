@@ -1,25 +1,27 @@
-"""What a model answers to conversations, by lm-eval's batches, in files that a later run goes on with."""
+"""Generates answers to conversations in lm-eval's batches, and caches them in files so that a later run continues."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from minitron.errors import UserError
-from minitron.files import read_jsonl, write_jsonl
+from minitron.files import read_json, read_jsonl, write_json, write_jsonl
 
 Messages = list[dict[str, str]]
-"""A conversation as chat templates take it: `role` (system, user or assistant) and `content`."""
+"""A conversation as chat templates take it: messages with `role` (system, user or assistant) and `content`."""
 
-KEPT_AT_ONCE = 32
-"""Answers that an interruption loses at most."""
+SAVED_AT_ONCE = 32
+"""The number of answers between two writes of a cache: an interruption loses at most so many."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation that ends with the user, and how it is to be answered; a temperature of 0 takes the likeliest."""
+    """A conversation that ends with a message of the user, and how to answer it; a temperature of 0 is greedy."""
 
     messages: Messages
     max_new_tokens: int
@@ -27,79 +29,105 @@ class Request:
 
 
 class Answerer:
-    """A model that lm-eval has loaded (an `HFLM`), asked in batches of its own size."""
+    """A model that lm-eval has loaded (an `HFLM`); it generates in batches of that model's batch size."""
 
     def __init__(self, model: Any, name: str, seed: int) -> None:
         self.model, self.name, self.seed = model, name, seed
 
     @property
     def context(self) -> int:
-        """The most tokens that conversation and answer may have together; what is above is cut off in front."""
+        """The most tokens that conversation and answer may have together; the beginning of a longer one is cut off."""
         return int(self.model.max_length)
 
     def answers(self, requests: Sequence[Request], stage: str = "answers") -> list[str]:
-        """The answers, in the order of the requests; `stage` is what progress is shown under.
+        """Generate answers, in the order of the requests; `stage` is the name under which progress is shown.
 
         Raises:
             UserError: an answer may be longer than the model's context.
         """
-        asked = []
+        prompts = []
         for request in requests:
             sampling: dict[str, Any] = {"do_sample": request.temperature > 0}
             if request.temperature > 0:
                 sampling["temperature"] = request.temperature
-            prompt, ends = self._prompt(request.messages)
-            asked.append((prompt, {"until": ends, "max_gen_toks": request.max_new_tokens, **sampling}))
-        return [answer.strip() for answer in self._generated(asked, stage)]
+            prompt, stops = self._prompt(request.messages)
+            prompts.append((prompt, {"until": stops, "max_gen_toks": request.max_new_tokens, **sampling}))
+        return [answer.strip() for answer in self._generate(prompts, stage)]
 
     def continuations(
-        self, prompts: Sequence[str], ends: Sequence[str], max_new_tokens: int, stage: str = "answers"
+        self, prompts: Sequence[str], stops: Sequence[str], max_new_tokens: int, stage: str = "answers"
     ) -> list[str]:
-        """How texts go on, by the likeliest tokens, up to any of the `ends`."""
-        options = {"until": list(ends), "max_gen_toks": max_new_tokens, "do_sample": False}
-        return self._generated([(prompt, options) for prompt in prompts], stage)
+        """Continue texts greedily, each up to any of the texts `stops`."""
+        options = {"until": list(stops), "max_gen_toks": max_new_tokens, "do_sample": False}
+        return self._generate([(prompt, options) for prompt in prompts], stage)
 
-    def _generated(self, asked: list[tuple[str, dict[str, Any]]], stage: str) -> list[str]:
+    def _generate(self, prompts: list[tuple[str, dict[str, Any]]], stage: str) -> list[str]:
         from lm_eval.api.instance import Instance
 
-        longest = max((options["max_gen_toks"] for _, options in asked), default=0)
+        longest = max((options["max_gen_toks"] for _, options in prompts), default=0)
         if longest >= self.context:
             raise UserError(f"answers of {longest} tokens do not fit in a context of {self.context}")
         torch.manual_seed(self.seed)
         self.model.stage = stage
-        instances = [Instance("generate_until", {}, each, i) for i, each in enumerate(asked)]
+        instances = [Instance("generate_until", {}, prompt, i) for i, prompt in enumerate(prompts)]
         return [str(answer) for answer in self.model.generate_until(instances)]
 
     def num_tokens(self, text: str) -> int:
-        """Of a text by itself."""
+        """Count the tokens of a text."""
         return len(self.model.tok_encode(text))
 
     def beginning(self, text: str, num_tokens: int) -> str:
-        """So many tokens of a text, as text."""
+        """Return the first `num_tokens` tokens of a text, as text."""
         ids = self.model.tok_encode(text)
         return text if len(ids) <= num_tokens else str(self.model.tokenizer.decode(ids[:num_tokens]))
 
     def _prompt(self, messages: Messages) -> tuple[str, list[str]]:
-        """The conversation as text, and what ends an answer beside the model's own token; a base model continues it."""
+        """Return a conversation as text, and the texts that end an answer in addition to the model's EOS token.
+
+        Without a chat template the conversation is a dialogue of `User:` and `Assistant:` that a base model continues.
+        """
         if self.model.tokenizer.chat_template:
             return self.model.apply_chat_template(messages), []
         turns = "".join(f"{message['role'].capitalize()}: {message['content']}\n\n" for message in messages)
         return f"{turns}Assistant:", ["\n\nUser:"]
 
 
-def kept(
+@contextmanager
+def answers_folder(folder: Path | None, identity: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield the folder that caches answers, marked with their identity; without one, a temporary folder.
+
+    Raises:
+        UserError: the folder holds answers with another identity.
+    """
+    if folder is None:
+        with TemporaryDirectory() as temporary:
+            yield Path(temporary)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "answers.json"
+    if record.exists() and (stored := read_json(record)) != identity:
+        differing = ", ".join(key for key in identity if stored.get(key) != identity[key])
+        raise UserError(
+            f"the answers in {folder} are from another run ({differing} differs): choose another folder for --answers"
+        )
+    write_json(record, dict(identity))
+    yield folder
+
+
+def cached_rows(
     stage: str, path: Path, keys: Sequence[Any], key_name: str, make: Callable[[list[Any], str], list[dict[str, Any]]]
 ) -> dict[Any, dict[str, Any]]:
-    """The rows of a jsonl file by key; those that are missing are made, some at a time, and added to it.
+    """Return the rows of a jsonl file by key; make the missing ones in batches and add each batch to the file.
 
-    `make` is given keys, and words for what it does, and returns their rows, each with its key under `key_name`.
+    `make` receives keys and the name under which progress is shown, and returns one row per key, with the key under
+    `key_name`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = {row[key_name]: row for row in read_jsonl(path)}
-    left = [key for key in keys if key not in rows]
-    for start in range(0, len(left), KEPT_AT_ONCE):
-        part = left[start : start + KEPT_AT_ONCE]
-        done = len(keys) - len(left) + start
+    missing = [key for key in keys if key not in rows]
+    for start in range(0, len(missing), SAVED_AT_ONCE):
+        part = missing[start : start + SAVED_AT_ONCE]
+        done = len(keys) - len(missing) + start
         rows |= {row[key_name]: row for row in make(part, f"{stage} {done + 1} to {done + len(part)} of {len(keys)}")}
         write_jsonl(path, list(rows.values()))
     return {key: rows[key] for key in keys}

@@ -1,7 +1,7 @@
-"""The Berkeley Function-Calling Leaderboard: answers in its prompt format, judged by its own checker.
+"""Runs the Berkeley Function-Calling Leaderboard: answers in its prompt format, checked by its own checker.
 
-The questions and the words around them come from the package bfcl-eval (`pip install --no-deps bfcl-eval`); the checker
-is its command `bfcl`, which needs the package with all that it depends on, in any environment on the PATH.
+The questions and prompts come from the package bfcl-eval (`pip install --no-deps bfcl-eval`). The checker is the
+package's command `bfcl`, which needs bfcl-eval with all of its dependencies, in any environment on the PATH.
 """
 
 import importlib.util
@@ -15,11 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from minitron.harness.answers import Answerer, Messages, Request, kept
-from minitron.harness.judge import Judge
+from minitron.harness.answers import Answerer, Messages, Request, cached_rows
+from minitron.harness.interface import Benchmark, Inputs
 
 MAX_NEW_TOKENS = 512
 LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
+"""The single-turn categories with questions of real users."""
 NON_LIVE = (
     "simple_python",
     "simple_java",
@@ -29,52 +30,59 @@ NON_LIVE = (
     "parallel_multiple",
     "irrelevance",
 )
-"""The categories of one turn: what the leaderboard's second version, that of the papers, consists of."""
+"""The other single-turn categories; with `LIVE`, they form the leaderboard's version 2, which the papers report."""
 REGISTERED = "google/gemma-3-1b-it"
-"""The checker knows models by name; this one's answers are read as they are in the prompt format, as ours are."""
+"""A model that the checker knows by name and whose answers it reads in the prompt format, as it must read ours."""
 
 
-def missing(data: Path | None) -> str | None:
-    """Why it cannot be run."""
-    found = importlib.util.find_spec("bfcl_eval")
-    return None if found else "its questions are in the package bfcl-eval: pip install --no-deps bfcl-eval"
+def obstacle(inputs: Inputs) -> str | None:
+    """Return the reason why the benchmark cannot be run, or None."""
+    if importlib.util.find_spec("bfcl_eval") is None:
+        return "its questions are in the package bfcl-eval: pip install --no-deps bfcl-eval"
+    return None
 
 
-def run(answerer: Answerer, data: Path | None, folder: Path, limit: int | None, judge: Judge | None) -> dict[str, Any]:
-    """Accuracies by category, and over all questions of real users (live) and all others.
+def run(answerer: Answerer, inputs: Inputs, folder: Path) -> dict[str, Any]:
+    """Return accuracies in per cent by category, over all live questions and over all others.
 
-    The answers are kept in `folder` as the leaderboard's results; `limit` is that of each category.
+    The answers are cached in `folder` in the leaderboard's format; the limit applies to each category.
     """
     items = 0
     for category, entries in _questions().items():
-        questions = {entry["id"]: entry for entry in entries[:limit]}
+        questions = {entry["id"]: entry for entry in entries[: inputs.limit]}
         group = "live" if category in LIVE else "non_live"
         path = folder / "result" / REGISTERED.replace("/", "_") / group / f"BFCL_v4_{category}_result.json"
 
-        def answered(ids: list[str], stage: str, questions: Any = questions) -> list[dict[str, Any]]:
-            told = answerer.answers([_request(questions[each]) for each in ids], stage)
-            return [{"id": key, "result": answer} for key, answer in zip(ids, told, strict=True)]
+        def make(ids: list[str], stage: str, questions: Any = questions) -> list[dict[str, Any]]:
+            answers = answerer.answers([_request(questions[each]) for each in ids], stage)
+            return [{"id": key, "result": answer} for key, answer in zip(ids, answers, strict=True)]
 
-        kept(f"BFCL {category}", path, list(questions), "id", answered)
+        cached_rows(f"BFCL {category}", path, list(questions), "id", make)
         items += len(questions)
-    metrics, problem = _checked(folder)
+    metrics, problem = _check(folder)
     return {"metrics": metrics, "items": items, **({"note": problem} if problem else {})}
+
+
+BENCHMARK = Benchmark(obstacle, run, package="bfcl-eval", longest_answer=MAX_NEW_TOKENS)
 
 
 @cache
 def _questions() -> dict[str, list[dict[str, Any]]]:
-    """By category; the package makes folders for its locks when it is imported, for as long as it is given here."""
+    """Return the questions by category.
+
+    The package makes folders for its locks when it is imported; BFCL_PROJECT_ROOT sends them to a temporary folder.
+    """
     with TemporaryDirectory() as folder:
         os.environ["BFCL_PROJECT_ROOT"] = folder
         from bfcl_eval.utils import load_dataset_entry
 
-        found = {category: load_dataset_entry(category) for category in (*LIVE, *NON_LIVE)}
+        questions = {category: load_dataset_entry(category) for category in (*LIVE, *NON_LIVE)}
         del os.environ["BFCL_PROJECT_ROOT"]
-    return found
+    return questions
 
 
 def _request(entry: dict[str, Any]) -> Request:
-    """The first turn of a question, under the leaderboard's default system prompt."""
+    """Return the first turn of a question, after the leaderboard's default system prompt."""
     messages: Messages = [dict(message) for message in entry["question"][0]]
     prompt = _system_prompt(entry["function"])
     if messages[0]["role"] == "system":
@@ -85,43 +93,47 @@ def _request(entry: dict[str, Any]) -> Request:
 
 
 def _system_prompt(functions: list[dict[str, Any]]) -> str:
-    from bfcl_eval.constants import default_prompts as words
+    from bfcl_eval.constants import default_prompts as prompts
 
-    style = words.PROMPT_STYLE_TEMPLATES["classic"]
-    form = {"output_format": words.OUTPUT_FORMAT_MAPPING["python"], "param_types": words.PARAM_TYPE_MAPPING["python"]}
-    prompt: str = words.PROMPT_TEMPLATE_MAPPING["plaintext"].format(
-        persona=style["persona"], task=style["task"], multiturn_behavior=style["multiturn_behavior"],
-        tool_call_format=style["tool_call_no_tag"].format(**form),
-        available_tools=style["available_tools"].format(format="json", functions=json.dumps(functions, indent=4)),
-    )  # fmt: skip
-    return prompt
+    style = prompts.PROMPT_STYLE_TEMPLATES["classic"]
+    parts = {
+        **{name: style[name] for name in ("persona", "task", "multiturn_behavior")},
+        "tool_call_format": style["tool_call_no_tag"].format(
+            output_format=prompts.OUTPUT_FORMAT_MAPPING["python"], param_types=prompts.PARAM_TYPE_MAPPING["python"]
+        ),
+        "available_tools": style["available_tools"].format(format="json", functions=json.dumps(functions, indent=4)),
+    }
+    return str(prompts.PROMPT_TEMPLATE_MAPPING["plaintext"].format(**parts))
 
 
-def _checked(folder: Path) -> tuple[dict[str, float], str | None]:
-    """What `bfcl evaluate` says of the answers, in per cent, or why it says nothing."""
+def _check(folder: Path) -> tuple[dict[str, float], str | None]:
+    """Run `bfcl evaluate` on the answers; return accuracies in per cent, and the reason if there are none."""
     command = shutil.which("bfcl")
     if command is None:
         return {}, f"not judged: `bfcl`, the command of bfcl-eval, is not on the PATH; the answers are in {folder}"
     categories = ",".join((*LIVE, *NON_LIVE))
-    done = subprocess.run(
+    process = subprocess.run(
         [command, "evaluate", "--model", REGISTERED, "--test-category", categories, "--partial-eval"],
-        env={**os.environ, "BFCL_PROJECT_ROOT": str(folder)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    heads = dict(_heads(folder / "score"))
-    if done.returncode or not heads:
-        last = next(iter(reversed((done.stderr or done.stdout).strip().splitlines())), "no word")
-        return {}, f"not judged: bfcl evaluate failed ({last}); the answers are in {folder}"
+        env={**os.environ, "BFCL_PROJECT_ROOT": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    scores = dict(_scores(folder / "score"))
+    if process.returncode or not scores:
+        lines = (process.stderr or process.stdout).strip().splitlines() or ["no output"]
+        return {}, f"not judged: bfcl evaluate failed ({lines[-1]}); the answers are in {folder}"
     metrics = {}
-    for name, part in (("live", LIVE), ("non_live", NON_LIVE)):
-        counts = [heads[category] for category in part if category in heads]
-        right, asked = (sum(count[key] for count in counts) for key in ("correct_count", "total_count"))
-        if asked:
-            metrics[name] = 100 * right / asked
-    return metrics | {category: 100 * head["accuracy"] for category, head in heads.items()}, None
+    for name, group in (("live", LIVE), ("non_live", NON_LIVE)):
+        counts = [scores[category] for category in group if category in scores]
+        num_correct, num_total = (sum(count[key] for count in counts) for key in ("correct_count", "total_count"))
+        if num_total:
+            metrics[name] = 100 * num_correct / num_total
+    return metrics | {category: 100 * score["accuracy"] for category, score in scores.items()}, None
 
 
-def _heads(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The first line of each score file, by category."""
+def _scores(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the category and the first line of each score file, which holds the accuracy and the counts."""
     for path in sorted(folder.rglob("BFCL_v4_*_score.json")):
         with path.open(encoding="utf-8") as file:
             yield path.name.removeprefix("BFCL_v4_").removesuffix("_score.json"), json.loads(file.readline())

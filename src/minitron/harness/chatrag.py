@@ -1,8 +1,8 @@
-"""ChatRAG-Bench: questions on documents and tables, asked in conversations (arXiv 2401.10225).
+"""Runs ChatRAG-Bench: questions about documents and tables, asked in conversations (arXiv 2401.10225).
 
-Read from a copy of the data set nvidia/ChatRAG-Bench: `data/coqa/dev.json` and so on, each a list of `messages`,
-`ctxs` (passages, best first) and `answers`. What is measured is the F1 of words, for ConvFinQA whether the number or
-formula is in the answer, as the benchmark's own scripts do.
+The data is read from a copy of the data set nvidia/ChatRAG-Bench: `data/coqa/dev.json` and similar files, each a list
+of objects with `messages`, `ctxs` (passages, best first) and `answers`. The score is the F1 of words; for ConvFinQA it
+is whether the answer holds the right number or formula. The benchmark's own scripts score likewise.
 """
 
 import re
@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from minitron.files import read_json
-from minitron.harness.answers import Answerer, Messages, Request, kept
-from minitron.harness.judge import Judge
-from minitron.harness.task_files import located
+from minitron.harness.answers import Answerer, Messages, Request, cached_rows
+from minitron.harness.interface import Benchmark, Inputs
+from minitron.harness.local_files import find_path
 
 MAX_NEW_TOKENS = 64
 NUM_PASSAGES = 5
+"""The number of passages in a prompt."""
 NUM_TURNS = 7
-"""Of a conversation the last ones."""
+"""The number of last messages of a conversation in a prompt."""
 
 SYSTEM = (
     "This is a chat between a user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -35,91 +36,95 @@ REFUSALS = re.compile(
     r"|(does not|doesn't) (provide|mention|specify|include|contain|indicate|disclose)|(do not|don't) have|don't know"
     r"|no information|there is no|not (mentioned|provided)|not explicitly (mentioned|explain)"
 )
-"""What counts as saying that the answer is not there, in QuAC and DoQA."""
+"""In QuAC and DoQA, an answer that matches counts as `NO_ANSWER`."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of the ten data sets: where it lies, and what the user is made to say before a question."""
+class DataSet:
+    """One of the benchmark's data sets: its file, and the instruction that precedes a question."""
 
     file: str
-    asks: str = FULL
+    instruction: str = FULL
     is_first_turn: bool = False
-    """The words go before the first of the user's turns, not the last."""
+    """Whether the instruction precedes the user's first message rather than the last."""
     may_refuse: bool = False
+    """Whether a refusal to answer counts as `NO_ANSWER`."""
     adds_refusal: bool = False
-    """Its files add `NO_ANSWER` to all right answers."""
+    """Whether its file adds `NO_ANSWER` to all right answers."""
     is_number: bool = False
-    counts_with: str | None = None
-    """Of several that count as one in the mean, their common name."""
+    """Whether answers are numbers."""
+    group: str | None = None
+    """The name under which several data sets count as one in the mean."""
 
 
-PARTS = {
-    "doc2dial": Part("doc2dial/test.json", is_first_turn=True),
-    "quac": Part("quac/test.json", is_first_turn=True, may_refuse=True),
-    "qrecc": Part("qrecc/test.json", is_first_turn=True),
-    "topiocqa": Part(
+DATA_SETS = {
+    "doc2dial": DataSet("doc2dial/test.json", is_first_turn=True),
+    "quac": DataSet("quac/test.json", is_first_turn=True, may_refuse=True),
+    "qrecc": DataSet("qrecc/test.json", is_first_turn=True),
+    "topiocqa": DataSet(
         "topiocqa/dev.json", "Answer the following question with a short span, or a full and complete answer. "
     ),
-    "inscit": Part("inscit/dev.json", is_first_turn=True, adds_refusal=True),
-    "coqa": Part(
+    "inscit": DataSet("inscit/dev.json", is_first_turn=True, adds_refusal=True),
+    "coqa": DataSet(
         "coqa/dev.json",
         "Answer the following question with a short span. The answer needs to be just in a few words. ",
     ),
-    "hybridial": Part("hybridial/test.json", is_first_turn=True),
-    "sqa": Part("sqa/test.json", "Answer the following question with one or a list of items. "),
-    "doqa_cooking": Part("doqa/test_cooking.json", is_first_turn=True, may_refuse=True, counts_with="doqa"),
-    "doqa_travel": Part("doqa/test_travel.json", is_first_turn=True, may_refuse=True, counts_with="doqa"),
-    "doqa_movies": Part("doqa/test_movies.json", is_first_turn=True, may_refuse=True, counts_with="doqa"),
-    "convfinqa": Part("convfinqa/dev.json", is_first_turn=True, is_number=True),
+    "hybridial": DataSet("hybridial/test.json", is_first_turn=True),
+    "sqa": DataSet("sqa/test.json", "Answer the following question with one or a list of items. "),
+    "doqa_cooking": DataSet("doqa/test_cooking.json", is_first_turn=True, may_refuse=True, group="doqa"),
+    "doqa_travel": DataSet("doqa/test_travel.json", is_first_turn=True, may_refuse=True, group="doqa"),
+    "doqa_movies": DataSet("doqa/test_movies.json", is_first_turn=True, may_refuse=True, group="doqa"),
+    "convfinqa": DataSet("convfinqa/dev.json", is_first_turn=True, is_number=True),
 }
 
 
-def missing(data: Path | None) -> str | None:
-    """Why it cannot be run with these files."""
-    if data is None:
+def obstacle(inputs: Inputs) -> str | None:
+    """Return the reason why the benchmark cannot be run, or None."""
+    if inputs.data is None:
         return "its questions are read from files: --tasks-data with a copy of the data set nvidia/ChatRAG-Bench"
-    return None if _found(data) else f"{data} holds none of its files, such as coqa/dev.json"
+    return None if _paths(inputs.data) else f"{inputs.data} holds none of its files, such as coqa/dev.json"
 
 
-def run(answerer: Answerer, data: Path, folder: Path, limit: int | None, judge: Judge | None) -> dict[str, Any]:
-    """The score of each data set whose file is there, and their mean; DoQA's three count as one.
+def run(answerer: Answerer, inputs: Inputs, folder: Path) -> dict[str, Any]:
+    """Return the score of each data set whose file exists, and their mean, in which DoQA's three count as one.
 
-    `limit` is that of each data set.
+    The answers are cached in `folder`; the limit applies to each data set.
     """
-    scores, items, found = {}, 0, _found(data)
-    for name, path in found.items():
-        rows = read_json(path)[:limit]
+    assert inputs.data is not None
+    scores, items, paths = {}, 0, _paths(inputs.data)
+    for name, path in paths.items():
+        data_set, rows = DATA_SETS[name], read_json(path)[: inputs.limit]
 
-        def answered(ids: list[int], stage: str, part: Part = PARTS[name], rows: Any = rows) -> list[dict[str, Any]]:
-            told = answerer.answers([_request(answerer, part, rows[i]) for i in ids], stage)
-            return [{"item": i, "answer": answer} for i, answer in zip(ids, told, strict=True)]
+        def make(numbers: list[int], stage: str, part: DataSet = data_set, rows: Any = rows) -> list[dict[str, Any]]:
+            answers = answerer.answers([_request(answerer, part, rows[i]) for i in numbers], stage)
+            return [{"item": i, "answer": answer} for i, answer in zip(numbers, answers, strict=True)]
 
-        answers = kept(f"ChatRAG {name}", folder / f"{name}.jsonl", list(range(len(rows))), "item", answered)
-        scores[name] = (
-            100 * sum(_score(PARTS[name], row, answers[i]["answer"]) for i, row in enumerate(rows)) / len(rows)
-        )
+        answers = cached_rows(f"ChatRAG {name}", folder / f"{name}.jsonl", list(range(len(rows))), "item", make)
+        scores[name] = 100 * sum(_score(data_set, row, answers[i]["answer"]) for i, row in enumerate(rows)) / len(rows)
         items += len(rows)
     groups: dict[str, list[float]] = {}
     for name, score in scores.items():
-        groups.setdefault(PARTS[name].counts_with or name, []).append(score)
+        groups.setdefault(DATA_SETS[name].group or name, []).append(score)
     means = [sum(group) / len(group) for group in groups.values()]
-    lacking = sorted(PARTS.keys() - found.keys())
-    note = {"note": f"without {', '.join(lacking)}: no files"} if lacking else {}
+    missing = sorted(DATA_SETS.keys() - paths.keys())
+    note = {"note": f"without {', '.join(missing)}: no files"} if missing else {}
     return {"metrics": {"average": sum(means) / len(means), **scores}, "items": items, **note}
 
 
-def _found(data: Path) -> dict[str, Path]:
-    paths = {name: located(data, part.file) for name, part in PARTS.items()}
+BENCHMARK = Benchmark(obstacle, run, longest_answer=MAX_NEW_TOKENS)
+
+
+def _paths(data: Path) -> dict[str, Path]:
+    paths = {name: find_path(data, data_set.file) for name, data_set in DATA_SETS.items()}
     return {name: path for name, path in paths.items() if path}
 
 
-def _request(answerer: Answerer, part: Part, row: Mapping[str, Any]) -> Request:
-    """The passages, as many words of them as there is room for, under the system's text; then the conversation."""
+def _request(answerer: Answerer, data_set: DataSet, row: Mapping[str, Any]) -> Request:
+    """Return system prompt, passages and conversation as a request; passages that exceed the context are cut off."""
     turns = [dict(turn) for turn in row["messages"][-NUM_TURNS:]]
-    of_user = [turn for turn in turns if turn["role"] == "user"]
-    asked = of_user[0 if part.is_first_turn else -1]
-    asked["content"] = part.asks + asked["content"]
+    user_turns = [turn for turn in turns if turn["role"] == "user"]
+    question = user_turns[0 if data_set.is_first_turn else -1]
+    question["content"] = data_set.instruction + question["content"]
     passages = "\n\n".join(f"title: {ctx['title']}, source: {ctx['text']}" for ctx in row["ctxs"][:NUM_PASSAGES])
     room = answerer.context - MAX_NEW_TOKENS - answerer.num_tokens(SYSTEM + "".join(turn["content"] for turn in turns))
     passages = answerer.beginning(passages, max(0, room - 16 * len(turns) - 16))
@@ -127,27 +132,27 @@ def _request(answerer: Answerer, part: Part, row: Mapping[str, Any]) -> Request:
     return Request(messages, MAX_NEW_TOKENS)
 
 
-def _score(part: Part, row: Mapping[str, Any], answer: str) -> float:
-    if part.is_number:
+def _score(data_set: DataSet, row: Mapping[str, Any], answer: str) -> float:
+    if data_set.is_number:
         return _has_number(row, answer)
-    if part.may_refuse and REFUSALS.search(answer.lower()):
+    if data_set.may_refuse and REFUSALS.search(answer.lower()):
         answer = NO_ANSWER
-    right = _answers(row)
-    if part.adds_refusal:
-        right = [each for each in right if each != NO_ANSWER] or right
-    return max(word_f1(answer, each) for each in right)
+    right_answers = _right_answers(row)
+    if data_set.adds_refusal:
+        right_answers = [right for right in right_answers if right != NO_ANSWER] or right_answers
+    return max(word_f1(answer, right) for right in right_answers)
 
 
-def _answers(row: Mapping[str, Any]) -> list[str]:
-    found = row.get("answers", row.get("answer"))
-    return [str(each) for each in found] if isinstance(found, list) else [str(found)]
+def _right_answers(row: Mapping[str, Any]) -> list[str]:
+    answers = row.get("answers", row.get("answer"))
+    return [str(answer) for answer in answers] if isinstance(answers, list) else [str(answers)]
 
 
 def word_f1(answer: str, right: str) -> float:
-    """Harmonic mean of precision and recall of words, without case, punctuation and articles."""
-    ours, theirs = _words(answer), _words(right)
-    common = sum((ours & theirs).values())
-    return 2 * common / (ours.total() + theirs.total()) if common else 0.0
+    """Return the harmonic mean of precision and recall of words, without case, punctuation and articles."""
+    words, right_words = _words(answer), _words(right)
+    num_common = sum((words & right_words).values())
+    return 2 * num_common / (words.total() + right_words.total()) if num_common else 0.0
 
 
 def _words(text: str) -> Counter[str]:
@@ -156,20 +161,20 @@ def _words(text: str) -> Counter[str]:
 
 
 def _has_number(row: Mapping[str, Any], answer: str) -> bool:
-    """Whether the answer holds the number that is right, in one of the ways to write it, or its formula."""
-    said = re.sub(r"\((\b\w+\b)\)", "", re.sub(r"[$,]|million|billion", "", answer))
-    said = " ".join(said.split())
+    """Return whether the answer holds the right number, in one of the ways to write it, or its formula."""
+    answer = re.sub(r"\((\b\w+\b)\)", "", re.sub(r"[$,]|million|billion", "", answer))
+    answer = " ".join(answer.split())
     gold = row.get("exe_answer")
-    ways = [str(gold), *_answers(row)[:1]]
+    ways = [str(gold), *_right_answers(row)[:1]]
     try:
         number = float(str(gold))
     except ValueError:
-        return any(way in said for way in ways)
+        return any(way in answer for way in ways)
     ways += [str(round(number, 3)), str(round(number, 2))]
     if "percent" in row["messages"][-1]["content"]:
         ways += [str(number * 100), str(round(number * 100, 1)), str(round(number * 100, 2))]
     if number == int(number):
         ways.append(str(int(number)))
-    if isinstance(gold, (int, float)) and gold < 0 and "decrease" in said:
+    if isinstance(gold, (int, float)) and gold < 0 and "decrease" in answer:
         ways.append(str(-gold))
-    return any(way in said for way in ways)
+    return any(way in answer for way in ways)

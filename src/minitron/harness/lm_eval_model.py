@@ -1,4 +1,4 @@
-"""lm-eval: a model as it has one, and the definitions that it knows."""
+"""Loads a model as lm-eval's `HFLM`, and lm-eval's definitions of tasks."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from minitron.progress import Progress
 
 
 def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
-    """A model folder as lm-eval has it, an `HFLM`, whose progress is shown as everywhere else.
+    """Load a model folder as lm-eval's `HFLM`, with this project's progress lines instead of lm-eval's.
 
     Raises:
         UserError: lm-eval is not installed.
@@ -20,37 +20,37 @@ def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
     lm_eval()
     from lm_eval.models.huggingface import HFLM
 
-    class Shown(HFLM):  # type: ignore[misc]
+    class HFLMWithProgress(HFLM):  # type: ignore[misc]
         stage = ""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             with Progress(self.stage, len(requests), "answers") as self.progress:
-                found = super().loglikelihood(requests, disable_tqdm=True)
-                # Those that continue one text by one token are answered by one call.
+                results = super().loglikelihood(requests, disable_tqdm=True)
+                # Requests that continue one text by a single token are answered by one call of the model.
                 self.progress.advance(len(requests) - self.progress.done)
-                return found
+                return results
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
             with Progress(self.stage, len(requests), "answers") as self.progress:
                 return super().generate_until(requests, disable_tqdm=True)
 
         def _model_call(self, inps: Any, *args: Any, **options: Any) -> Any:
-            found = super()._model_call(inps, *args, **options)
+            logits = super()._model_call(inps, *args, **options)
             self.progress.advance(len(inps))
-            return found
+            return logits
 
         def _model_generate(self, context: Any, *args: Any, **options: Any) -> Any:
-            found = super()._model_generate(context, *args, **options)
+            tokens = super()._model_generate(context, *args, **options)
             self.progress.advance(len(context))
-            return found
+            return tokens
 
     with warnings.catch_warnings(action="ignore"):
-        return Shown(pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size)
+        return HFLMWithProgress(pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size)
 
 
-@cache  # it reads some thousand files
-def manager(include: Path | None = None) -> Any:
-    """Knows lm-eval's definitions of tasks, and those of a folder."""
+@cache  # reads about a thousand files
+def task_manager(include: Path | None = None) -> Any:
+    """Return lm-eval's task manager, which reads lm-eval's definitions of tasks and those in the folder `include`."""
     lm_eval()
     from lm_eval.tasks import TaskManager
 
@@ -58,13 +58,13 @@ def manager(include: Path | None = None) -> Any:
 
 
 def lm_eval() -> Any:
-    """The package.
+    """Import and return the package lm-eval, with its log reduced to errors.
 
     Raises:
-        UserError: it is not installed.
+        UserError: lm-eval is not installed.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it speaks of every prompt that it cuts
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about every prompt that it truncates
     try:
         import lm_eval as package
     except ImportError as error:

@@ -1,26 +1,27 @@
-"""HumanEval (arXiv 2107.03374) and MBPP (2108.07732): programs that a model writes, run against their tests.
+"""Generates programs with a model and runs them against their tests, under limits; humaneval.py and mbpp.py use it.
 
-Greedy decoding, one program an item. Each is run by a process of its own with little memory, time and disk and no
-environment; that keeps mistakes small, but does not keep a program from reading files or the network. Whoever does not
-trust the model runs the command in a container.
+Decoding is greedy, with one program per item. Each program runs in a process of its own with little memory, time and
+disk space and no environment variables. That contains mistakes, but it does not stop a program from reading files or
+using the network: run the command in a container if you do not trust the model.
 """
 
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minitron.errors import UserError
-from minitron.harness.answers import Answerer, kept
-from minitron.harness.judge import Judge
-from minitron.harness.task_files import located, read_items
+from minitron.harness.answers import Answerer, cached_rows
+from minitron.harness.local_files import find_path, read_rows
 from minitron.progress import Progress
 
 SECONDS = 10
+"""The most time that a program may run."""
 PASSED = 77
-"""The exit status of a program that was run to its end: one that exits by itself has not passed its tests."""
+"""The exit status of a program that ran to its end; a program that exits by itself has not passed its tests."""
 LAUNCHER = f"""\
 import resource as r, runpy, sys
 for what, most in ((r.RLIMIT_AS, 2**30), (r.RLIMIT_CPU, {SECONDS}), (r.RLIMIT_FSIZE, 2**20), (r.RLIMIT_NPROC, 0),
@@ -29,108 +30,85 @@ for what, most in ((r.RLIMIT_AS, 2**30), (r.RLIMIT_CPU, {SECONDS}), (r.RLIMIT_FS
 runpy.run_path("program.py", run_name="__main__")
 sys.exit({PASSED})
 """
-"""Runs a program under limits that it cannot take back (that on further processes does not bind root)."""
-
-HUMANEVAL_ENDS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-HUMANEVAL_TOKENS, MBPP_TOKENS = 1024, 256
-"""Of a program, as lm-eval has them."""
-MBPP_EXAMPLES = (2, 3, 4)
-MBPP_TEST = range(11, 511)
+"""Runs a program under hard limits, which it cannot raise. The limit on further processes does not bind root."""
 
 
-def missing_humaneval(data: Path | None) -> str | None:
-    """Why it cannot be run with these files."""
-    return _missing(data, "HumanEval.jsonl")
+@dataclass(frozen=True)
+class Source:
+    """Where the items of a benchmark are: a file below the folder of local data, or a data set on the hub."""
+
+    file: str
+    repository: str
+    config: str | None
+    splits: Sequence[str]
+
+    def obstacle(self, data: Path | None) -> str | None:
+        """Return the reason why the items cannot be read from a folder, or None."""
+        return None if data is None or find_path(data, self.file) else f"{data} holds no {self.file}"
+
+    def rows(self, data: Path | None) -> list[dict[str, Any]]:
+        """Read the items from a folder, or from the hub without one.
+
+        Raises:
+            UserError: see `read_rows`; or the hub cannot be reached.
+        """
+        if data is not None:
+            path = find_path(data, self.file)
+            return read_rows(path) if path else []
+        from datasets import load_dataset
+
+        try:
+            return [
+                dict(row) for split in self.splits for row in load_dataset(self.repository, self.config, split=split)
+            ]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.repository} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def missing_mbpp(data: Path | None) -> str | None:
-    """Why it cannot be run with these files."""
-    return _missing(data, "mbpp.jsonl")
+@dataclass(frozen=True)
+class Generation:
+    """How the model writes the programs of a benchmark."""
 
+    name: str
+    stops: tuple[str, ...]
+    """Texts that end a program."""
+    max_new_tokens: int
 
-def run_humaneval(
-    answerer: Answerer, data: Path | None, folder: Path, limit: int | None, judge: Judge | None
-) -> dict[str, Any]:
-    """The share of functions that pass their tests, each continued from its signature and what it is for."""
-    items = _rows(data, "HumanEval.jsonl", ("openai/openai_humaneval", None, ("test",)))[:limit]
-    prompts = [item["prompt"] for item in items]
-    bodies = _written("HumanEval", answerer, folder, prompts, HUMANEVAL_ENDS, HUMANEVAL_TOKENS)
-    return _passed("HumanEval", [
-        f"{item['prompt']}{body}\n{item['test']}\ncheck({item['entry_point']})"
-        for item, body in zip(items, bodies, strict=True)
-    ])  # fmt: skip
+    def generate(self, answerer: Answerer, prompts: list[str], folder: Path) -> list[str]:
+        """Generate one program per prompt, greedily; programs are cached in `folder`."""
 
+        def make(numbers: list[int], stage: str) -> list[dict[str, Any]]:
+            programs = answerer.continuations([prompts[i] for i in numbers], self.stops, self.max_new_tokens, stage)
+            return [{"item": i, "program": program} for i, program in zip(numbers, programs, strict=True)]
 
-def run_mbpp(
-    answerer: Answerer, data: Path | None, folder: Path, limit: int | None, judge: Judge | None
-) -> dict[str, Any]:
-    """The share of programs that pass their tests, after three examples."""
-    rows = _rows(data, "mbpp.jsonl", ("google-research-datasets/mbpp", "full", ("prompt", "test")))
-    by_number = {row["task_id"]: row for row in rows}
-    examples = "".join(f"{_task(by_number[i])}{by_number[i]['code']}\n[DONE]\n\n" for i in MBPP_EXAMPLES)
-    items = [by_number[i] for i in MBPP_TEST if i in by_number][:limit]
-    prompts = [examples + _task(item) for item in items]
-    codes = _written("MBPP", answerer, folder, prompts, ("[DONE]",), MBPP_TOKENS)
-    return _passed("MBPP", [
-        "\n".join([item.get("test_setup_code", ""), code, *item["test_list"]])
-        for item, code in zip(items, codes, strict=True)
-    ])  # fmt: skip
+        rows = cached_rows(self.name, folder / "programs.jsonl", list(range(len(prompts))), "item", make)
+        return [rows[i]["program"] for i in range(len(prompts))]
+
+    def score(self, programs: list[str]) -> dict[str, Any]:
+        """Run programs with their tests; return the share that passes as `pass@1`, and the number of programs."""
+        num_passed = 0
+        with Progress(f"{self.name} tests", len(programs), "programs") as progress:
+            for program in programs:
+                num_passed += passes(program)
+                progress.advance(1)
+        return {"metrics": {"pass@1": num_passed / len(programs)}, "items": len(programs)}
 
 
 def passes(program: str) -> bool:
-    """Whether it comes to its end without an error, in time and within its limits."""
+    """Return whether a program runs to its end without an error, in time and within its limits."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "program.py").write_text(program, encoding="utf-8", errors="replace")
         try:
-            done = subprocess.run(
-                [sys.executable, "-I", "-c", LAUNCHER], cwd=folder, env={}, stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS, check=False,
-            )  # fmt: skip
+            process = subprocess.run(
+                [sys.executable, "-I", "-c", LAUNCHER],
+                cwd=folder,
+                env={},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=SECONDS,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             return False
-    return done.returncode == PASSED
-
-
-def _missing(data: Path | None, name: str) -> str | None:
-    return None if data is None or located(data, name) else f"{data} holds no {name}"
-
-
-def _rows(data: Path | None, name: str, hub: tuple[str, str | None, Sequence[str]]) -> list[dict[str, Any]]:
-    if data is not None:
-        path = located(data, name)
-        return read_items(path) if path else []
-    from datasets import load_dataset
-
-    repository, part, splits = hub
-    try:
-        return [dict(row) for split in splits for row in load_dataset(repository, part, split=split)]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{repository} cannot be read: {error}") from error
-
-
-def _task(row: dict[str, Any]) -> str:
-    tests = "\n".join(row["test_list"][:3])
-    return (
-        f"You are an expert Python programmer, and here is your task: {row['text']} "
-        f"Your code should pass these tests:\n\n{tests}\n[BEGIN]\n"
-    )
-
-
-def _written(
-    name: str, answerer: Answerer, folder: Path, prompts: list[str], ends: tuple[str, ...], most: int
-) -> list[str]:
-    def written(numbers: list[int], stage: str) -> list[dict[str, Any]]:
-        told = answerer.continuations([prompts[i] for i in numbers], ends, most, stage)
-        return [{"item": i, "program": text} for i, text in zip(numbers, told, strict=True)]
-
-    rows = kept(name, folder / "programs.jsonl", list(range(len(prompts))), "item", written)
-    return [rows[i]["program"] for i in range(len(prompts))]
-
-
-def _passed(name: str, programs: list[str]) -> dict[str, Any]:
-    passed = 0
-    with Progress(f"{name} tests", len(programs), "programs") as progress:
-        for program in programs:
-            passed += passes(program)
-            progress.advance(1)
-    return {"metrics": {"pass@1": passed / len(programs)}, "items": len(programs)}
+    return process.returncode == PASSED

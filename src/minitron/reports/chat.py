@@ -8,7 +8,7 @@ from threading import Event
 from typing import Any
 
 from minitron.errors import UserError
-from minitron.evaluation.generation import Answer, Sampling, Speaker
+from minitron.evaluation.generation import Completion, Sampling, TextGenerator
 
 LOOPBACK = "127.0.0.1"
 MAX_PROMPT_CHARACTERS = 20_000
@@ -26,14 +26,14 @@ Update = tuple[Turns, Turns, str]
 """New contents of a model's history, pane and speed line."""
 
 
-def page(speakers: dict[str, Speaker], title: str) -> Any:
+def page(speakers: dict[str, TextGenerator], title: str) -> Any:
     """Return the chat page as Gradio blocks that are not served yet.
 
     Raises:
         UserError: Gradio is not installed.
     """
     gr = _gradio()
-    is_chat = all(speaker.is_chatty for speaker in speakers.values())
+    is_chat = all(speaker.has_chat_template for speaker in speakers.values())
     with gr.Blocks(title=title, analytics_enabled=False) as blocks:
         gr.Markdown("## Side by side" if len(speakers) > 1 else "## Try it")
         panes, speeds, histories = {}, {}, {name: gr.State([]) for name in speakers}
@@ -82,7 +82,7 @@ def page(speakers: dict[str, Speaker], title: str) -> Any:
     return blocks
 
 
-def _pane(gr: Any, name: str, speaker: Speaker) -> tuple[Any, Any]:
+def _pane(gr: Any, name: str, speaker: TextGenerator) -> tuple[Any, Any]:
     """Return the pane that shows a model's chat, and the line for its speed below."""
     size = sum(parameter.numel() for parameter in speaker.model.parameters()) / 1e6
     pane = gr.Chatbot(
@@ -104,7 +104,7 @@ def _pane(gr: Any, name: str, speaker: Speaker) -> tuple[Any, Any]:
     return pane, speed
 
 
-def _answering(speaker: Speaker) -> Callable[..., Iterator[Update]]:
+def _answering(speaker: TextGenerator) -> Callable[..., Iterator[Update]]:
     """Return the function that Gradio calls with the inputs of the page to stream a model's answer."""
 
     def answer(text: str, history: Turns, *settings: float) -> Iterator[Update]:
@@ -121,7 +121,7 @@ def _answering(speaker: Speaker) -> Callable[..., Iterator[Update]]:
 
         yield with_answer("…")
         try:
-            for partial in speaker.answer(turns, sampling):
+            for partial in speaker.stream(turns, sampling):
                 yield with_answer(partial.text or "…", speed_text(partial))
         except UserError as error:
             _, shown, _ = with_answer(f"({error})")
@@ -135,13 +135,18 @@ def escaped(turns: Turns) -> Turns:
     return [{"role": turn["role"], "content": html.escape(turn["content"])} for turn in turns]
 
 
-def speed_text(answer: Answer) -> str:
+def speed_text(answer: Completion) -> str:
     """Return the length and the speed of an answer, such as `48 tokens · 31.2 tokens/s`."""
     return f"{answer.num_tokens} tokens · {answer.tokens_per_second:.1f} tokens/s"
 
 
 def serve(
-    speakers: dict[str, Speaker], title: str, *, host: str = LOOPBACK, port: int | None = None, blocking: bool = True
+    speakers: dict[str, TextGenerator],
+    title: str,
+    *,
+    host: str = LOOPBACK,
+    port: int | None = None,
+    blocking: bool = True,
 ) -> str:
     """Serve the chat page until interrupted, or in the background; return its address, which is also printed.
 
@@ -190,7 +195,7 @@ def _wait() -> None:
         print(file=sys.stderr)
 
 
-def talk(speakers: dict[str, Speaker], sampling: Sampling) -> None:
+def talk(speakers: dict[str, TextGenerator], sampling: Sampling) -> None:
     """Read prompts from the terminal until its input ends; every model answers each of them."""
     histories: dict[str, Turns] = {name: [] for name in speakers}
     print("An empty line starts a new chat; Ctrl-D ends.", file=sys.stderr)
@@ -202,15 +207,15 @@ def talk(speakers: dict[str, Speaker], sampling: Sampling) -> None:
             turns = [*histories[name], {"role": "user", "content": text}]
             print(f"\n[{name}] ", end="", flush=True)
             answer = _print_answer(speaker, turns, sampling)
-            histories[name] = [*turns, {"role": "assistant", "content": answer}] if speaker.is_chatty else []
+            histories[name] = [*turns, {"role": "assistant", "content": answer}] if speaker.has_chat_template else []
         print()
 
 
-def _print_answer(speaker: Speaker, turns: Turns, sampling: Sampling) -> str:
+def _print_answer(speaker: TextGenerator, turns: Turns, sampling: Sampling) -> str:
     """Print an answer while it is generated, then its speed; return its text."""
     text, partial = "", None
     try:
-        for partial in speaker.answer(turns, sampling):
+        for partial in speaker.stream(turns, sampling):
             print(printable(partial.text[len(text) :]), end="", flush=True)
             text = partial.text
     except UserError as error:

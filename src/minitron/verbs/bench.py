@@ -60,7 +60,7 @@ def bench(
             speeds = alternate(models, size, length, repeats, progress.advance)
             peaks = {}
             for name, checkpoint in checkpoints.items():
-                peaks[name] = peak_memory(checkpoint.folder, size, length, runtime.device, runtime.dtype)
+                peaks[name] = peak_memory(checkpoint.folder, size, length, runtime)
                 progress.advance(1)
             rows.append({"batch": size, "context": length, **figures_of(speeds, peaks)})
     record = {

@@ -21,7 +21,7 @@ def chat(
         UserError: a model cannot be read, the page cannot be served, or Gradio is missing.
     """
     from minitron.data.blocks import load_tokenizer
-    from minitron.evaluation.generation import Sampling, Speaker
+    from minitron.evaluation.generation import Sampling, TextGenerator
     from minitron.model.language_model import load_model
     from minitron.model.source import open_teacher
     from minitron.recipe import recipe_from
@@ -35,7 +35,7 @@ def chat(
     checkpoints = {"teacher": open_teacher(other)} if other else {}
     checkpoints["student" if other else "model"] = session.teacher
     speakers = {
-        name: Speaker(
+        name: TextGenerator(
             load_model(checkpoint, session.runtime.device, session.runtime.dtype), load_tokenizer(checkpoint.folder)
         )
         for name, checkpoint in checkpoints.items()

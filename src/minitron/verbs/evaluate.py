@@ -29,7 +29,7 @@ def evaluate(
     Raises:
         UserError: the stride is above the context, or the models do not share a tokenizer.
     """
-    from minitron.data.blocks import load_tokenizer, read_blocks
+    from minitron.data.blocks import read_blocks
     from minitron.evaluation import measure
     from minitron.evaluation.agreement import measure_agreement
     from minitron.model.language_model import load_model
@@ -43,8 +43,7 @@ def evaluate(
     session = Session(given)
     session.validate()
     checkpoint, runtime, limit = session.teacher, session.runtime, option_count("--max-tokens", max_tokens)
-    tokenizer, vocab_size = load_tokenizer(checkpoint.folder), checkpoint.arch.sizes["vocab_size"]
-    blocks = read_blocks(given.data, tokenizer, vocab_size, session.context, given.seed, limit)
+    blocks = read_blocks(given.data, session.packing(), limit)
     if stride is not None:
         if not 0 < stride < session.context:
             raise UserError(f"--stride {stride}: accepted: 1 to {session.context - 1}, below the context")
@@ -83,24 +82,26 @@ def evaluate_tasks(
     """
     from minitron.files import read_json, write_json
     from minitron.harness import measure_tasks, warn_of_skipped
+    from minitron.harness.interface import Inputs
     from minitron.harness.judge import Judge
-    from minitron.harness.task_files import tasks_data
-    from minitron.harness.tasks import plan_tasks
+    from minitron.harness.local_files import tasks_data
+    from minitron.harness.plan import plan_tasks
     from minitron.recipe import recipe_from
     from minitron.session import Session, require_one_process
     from minitron.verbs.workspace import run_directory, student_of
 
     require_one_process()
-    given, data = recipe_from(recipe, teacher=model, **settings), tasks_data(tasks_data_folder)
-    plan = plan_tasks(list(tasks), limit, data, runs_code)
+    given = recipe_from(recipe, teacher=model, **settings)
+    inputs = Inputs(tasks_data(tasks_data_folder), limit, Judge(*judge) if judge else None)
+    plan = plan_tasks(list(tasks), inputs, runs_code=runs_code)
     warn_of_skipped(plan.skipped)
-    run, kept, rater = run_directory(given), Path(answers) if answers else None, Judge(*judge) if judge else None
+    run, cache = run_directory(given), Path(answers) if answers else None
     if run is None:
-        return _as_result(measure_tasks(Session(given), plan, data, kept, rater))
+        return _as_result(measure_tasks(Session(given), plan, inputs, answers=cache))
     student, teacher = student_of(given, None)
-    record = measure_tasks(Session(student), plan, data, kept / "student" if kept else None, rater)
-    teacher_session = Session(given.model_copy(update={"teacher": teacher}))
-    measured = measure_tasks(teacher_session, plan, data, kept / "teacher" if kept else None, rater)
+    record = measure_tasks(Session(student), plan, inputs, answers=cache / "student" if cache else None)
+    whole = Session(given.model_copy(update={"teacher": teacher}))
+    measured = measure_tasks(whole, plan, inputs, answers=cache / "teacher" if cache else None)
     record["teacher_tasks"] = measured["tasks"]
     before = read_json(run / "tasks.json") if (run / "tasks.json").exists() else {}
     if all(before.get(key) == record[key] for key in ("limit", "seed", "versions")):  # further tasks of one measurement
