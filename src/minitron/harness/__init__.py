@@ -38,7 +38,7 @@ def measure_tasks(session: Session, plan: Plan, inputs: Inputs, *, answers: Path
     fingerprint = session.teacher.fingerprint() if plan.benchmarks else None
     identity = {"model": fingerprint, "seed": recipe.seed, "dtype": dtype, "versions": packages}
     return {
-        "tasks": _run(plan, answerer, inputs, answers, identity),
+        "tasks": run_plan(plan, answerer, inputs, answers=answers, identity=identity),
         "skipped": dict(plan.skipped),
         "limit": plan.limit,
         "seed": recipe.seed,
@@ -46,9 +46,16 @@ def measure_tasks(session: Session, plan: Plan, inputs: Inputs, *, answers: Path
     }
 
 
-def _run(
-    plan: Plan, answerer: Answerer, inputs: Inputs, answers: Path | None, identity: Mapping[str, Any]
+def run_plan(
+    plan: Plan, answerer: Answerer, inputs: Inputs, *, answers: Path | None = None, identity: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Run every task of a plan on one model; return metrics, number of items, shots and source of data by task.
+
+    `identity` says what answers depend on, so that answers of another model or setting are not taken for this model's.
+
+    Raises:
+        UserError: the folder `answers` holds answers with another identity.
+    """
     inputs, cache = replace(inputs, limit=plan.limit), answers if plan.benchmarks else None
     with answers_folder(cache, {**identity, "data": str(inputs.data)}) as folder:
         return {
