@@ -27,6 +27,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     with parents_of(path):
         try:
             yield staging
+            apply_umask(staging)
             os.replace(staging, path)
         finally:
             staging.unlink(missing_ok=True)
@@ -53,6 +54,7 @@ def empty_folder(path: Path) -> None:
 
 def publish_folder(staging: Path, path: Path) -> None:
     """Rename the finished folder `staging` to `path`, replacing a folder that exists there."""
+    apply_umask(staging)
     if path.exists():
         # The old folder is renamed before it is removed, so that a kill at any moment leaves one of the two complete.
         replaced = _replaced_path(path)
@@ -62,6 +64,18 @@ def publish_folder(staging: Path, path: Path) -> None:
         shutil.rmtree(replaced)
     else:
         os.replace(staging, path)
+
+
+def apply_umask(path: Path) -> None:
+    """Give a file, or a folder with all that it holds, the permissions of the user's umask.
+
+    Some libraries (safetensors among them) write files that nobody but their owner can read, under any umask.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if not each.is_symlink():
+            each.chmod((0o777 if each.is_dir() else 0o666) & ~umask)
 
 
 def recover_folder(path: Path) -> None:
