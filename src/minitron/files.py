@@ -69,7 +69,7 @@ def publish_folder(staging: Path, path: Path) -> None:
 def apply_umask(path: Path) -> None:
     """Give a file, or a folder with all that it holds, the permissions of the user's umask.
 
-    Some libraries (safetensors among them) write files that nobody but their owner can read, under any umask.
+    Some libraries (safetensors among them) write files that only their owner can read, under any umask.
     """
     umask = os.umask(0)
     os.umask(umask)
