@@ -1,11 +1,11 @@
-"""The source's prose keeps to docs/glossary.md: docstrings, comments, help texts and messages."""
+"""The prose of the source and the documents keeps to docs/glossary.md: docstrings, comments, help texts, messages."""
 
 import ast
 import io
 import re
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,8 @@ PACKAGES_DONE = (
     "verbs",
 )
 """Packages and modules of src/minitron whose prose is checked; it will be all of them."""
+DOCUMENTS_DONE = ("README.md", "CHANGELOG.md", "docs/studies")
+"""Documents and folders of documents that are checked as well."""
 TEXT_CALLS = {"print", "warn", "warning", "info", "error", "Setting", "Progress", "note"}
 
 
@@ -103,16 +105,23 @@ def _comments(source: str) -> Iterator[tuple[int, str]]:
         yield first, "\n".join(lines)
 
 
-def broken(source: str, rules: list[Rule]) -> list[tuple[int, str, str]]:
+def paragraphs(document: str) -> Iterator[tuple[int, str]]:
+    """Yield the line and the text of every paragraph of a Markdown document; blocks of code are skipped."""
+    document = re.sub(r"```.*?```", lambda code: "\n" * code[0].count("\n"), document, flags=re.DOTALL)
+    for paragraph in re.finditer(r"(?:^(?! {4}).+\n?)+", document, flags=re.MULTILINE):
+        yield 1 + document[: paragraph.start()].count("\n"), paragraph[0]
+
+
+def broken(passages: Iterable[tuple[int, str]], rules: list[Rule]) -> list[tuple[int, str, str]]:
     """Return line, wording and remedy of every place that breaks a rule; code in backticks is skipped."""
-    found = set()
-    for line, text in texts(source):
+    places = set()
+    for line, text in passages:
         prose = re.sub(r"\n +", "\n", re.sub(r"`[^`]*`", lambda code: re.sub(r"[^\n]", "0", code[0]), text))
         for rule in rules:
             for match in rule.matches(prose):
                 wording = " ".join(match[0].split())
-                found.add((line + prose[: match.start()].count("\n"), wording, rule.write))
-    return sorted(found)
+                places.add((line + prose[: match.start()].count("\n"), wording, rule.write))
+    return sorted(places)
 
 
 def modules(part: str = "") -> list[Path]:
@@ -128,7 +137,19 @@ def test_prose_keeps_to_the_glossary(part: str) -> None:
     places = [
         f"{path.relative_to(ROOT)}:{line}: '{wording}': write {write}"
         for path in modules(part)
-        for line, wording, write in broken(path.read_text(encoding="utf-8"), RULES)
+        for line, wording, write in broken(texts(path.read_text(encoding="utf-8")), RULES)
+    ]
+    assert not places, "\n".join(["docs/glossary.md:", *places])
+
+
+@pytest.mark.parametrize("name", DOCUMENTS_DONE)
+def test_documents_keep_to_the_glossary(name: str) -> None:
+    documents = [ROOT / name] if name.endswith(".md") else sorted((ROOT / name).glob("*.md"))
+    assert documents
+    places = [
+        f"{path.relative_to(ROOT)}:{line}: '{wording}': write {write}"
+        for path in documents
+        for line, wording, write in broken(paragraphs(path.read_text(encoding="utf-8")), RULES)
     ]
     assert not places, "\n".join(["docs/glossary.md:", *places])
 
@@ -157,10 +178,25 @@ def test_every_rule_finds_its_example_and_no_remedy(rule: Rule) -> None:
     ],
 )  # fmt: skip
 def test_the_check_can_fail(source: str, line: int | None) -> None:
-    assert [place[0] for place in broken(source, RULES)] == ([] if line is None else [line])
+    assert [place[0] for place in broken(texts(source), RULES)] == ([] if line is None else [line])
+
+
+@pytest.mark.parametrize(
+    ("document", "line"),
+    [
+        ("# Title\n\nA model\nis mended.", 4),
+        ("- one\n- candidates are shared\n  out", 2),
+        ("| a | is mended |", 1),
+        ("Text.\n\n    minitron mended\n", None),
+        ("```sh\nminitron mended\n```\n", None),
+        ("```sh\nminitron\n```\n\nIs mended.", 5),
+    ],
+)
+def test_the_check_of_documents_can_fail(document: str, line: int | None) -> None:
+    assert [place[0] for place in broken(paragraphs(document), RULES)] == ([] if line is None else [line])
 
 
 if __name__ == "__main__":
     for path in modules():
-        for line, wording, write in broken(path.read_text(encoding="utf-8"), RULES):
+        for line, wording, write in broken(texts(path.read_text(encoding="utf-8")), RULES):
             sys.stdout.write(f"{path.relative_to(ROOT)}:{line}: '{wording}': write {write}\n")
