@@ -284,7 +284,7 @@ def test_overwrite_of_a_stage_replaces_its_own_kind_only(place: Place, refused: 
     (place.out / "thesis.txt").write_text("years of work")
     text = ("--data", str(place.text), "--context", "32", "--overwrite")
     for verb in (["calibrate"], ["search", "--target-params", "0.6"], ["prune", "--hidden-size", "40"]):
-        assert "replaces results of its kind only" in refused(
+        assert "only replaces results of this kind" in refused(
             verb[0], str(place.teacher), str(place.out), *verb[1:], *text
         )
     message = refused("prune", str(place.teacher), str(place.teacher), "--hidden-size", "40", *text)

@@ -16,7 +16,7 @@ Messages = list[dict[str, str]]
 """A conversation as chat templates take it: messages with `role` (system, user or assistant) and `content`."""
 
 SAVED_AT_ONCE = 32
-"""The number of answers between two writes of a cache: an interruption loses at most so many."""
+"""The number of answers between two writes of a cache: an interruption loses at most this number."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Asks a judge, a model behind an endpoint of OpenAI's chat completions, to rate answers."""
+"""Asks a judge, a model at an endpoint with OpenAI's chat completions, to rate answers."""
 
 import os
 import time
