@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from minitron.stages import stored_word
 
 from minitron.model.arch import Arch
 from minitron.nas.probes import predicted, probes
@@ -31,7 +32,6 @@ from minitron.pruning.importance import Importance
 from minitron.recipe import PLAIN, PruneRecipe, Recipe, parse_count
 from minitron.runtime import World
 from minitron.session import Session
-from minitron.stages import stored_word
 
 EARLY = (16, 4, 2)
 """Shapes are also measured after these fractions of the tokens."""
