@@ -97,10 +97,10 @@ def chat(
     **settings: Any,
 ) -> None:
     """Talk to a model, a run's student beside its teacher: a local page, or the terminal."""
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     imported("verbs.chat").chat(
-        model, against=against, terminal=terminal, max_new_tokens=max_new_tokens, temperature=temperature,
-        host=host, port=port, **settings,
-    )  # fmt: skip
+        model, against=against, terminal=sampling if terminal else None, host=host, port=port, **settings
+    )
 
 
 @verb(has_recipe=False)

@@ -1,5 +1,6 @@
 """Talk to models, side by side."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,14 @@ def chat(
     model: str | Path,
     *,
     against: str | Path | None = None,
-    terminal: bool = False,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
+    terminal: Mapping[str, Any] | None = None,
     host: str = "127.0.0.1",
     port: int | None = None,
     **settings: Any,
 ) -> None:
     """Serve a page on which a model answers, a run's student beside its teacher; or take turns on the terminal.
+
+    With `terminal`, which may hold `max_new_tokens`, `temperature` and `top_p`, the conversation is on the terminal.
 
     Raises:
         UserError: a model cannot be read, the page cannot be served, or Gradio is missing.
@@ -40,7 +41,7 @@ def chat(
         )
         for name, checkpoint in checkpoints.items()
     }
-    if terminal:
-        talk(speakers, Sampling(max_new_tokens, temperature, seed=recipe.seed))
+    if terminal is not None:
+        talk(speakers, Sampling(**terminal, seed=recipe.seed))
     else:
         serve(speakers, f"minitron: {session.teacher.folder.parent.name}", host=host, port=port)
