@@ -83,7 +83,7 @@ def bench(
     )
 
 
-@verb(FAMILY, *MACHINE, has_recipe=False)
+@verb(FAMILY, *MACHINE, has_recipe=False, has_result=False)
 def chat(
     model: Annotated[str, typer.Argument(help="A run directory, for its student and its teacher, or a model.")],
     against: Annotated[str | None, typer.Option(help="Another model to answer beside it.")] = None,

@@ -109,8 +109,10 @@ JSON = inspect.Parameter(
 )  # fmt: skip
 
 
-def verb(*settings: Setting, has_recipe: bool = True) -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """Add a function as a verb of the command line; the verb's result is printed, as JSON with `--json`.
+def verb(
+    *settings: Setting, has_recipe: bool = True, has_result: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., None]]:
+    """Add a function as a verb of the command line; a verb that `has_result` prints it, as JSON with `--json`.
 
     The function's own parameters come first. Of the `settings`, and of `--recipe` and `--set` where the verb
     `has_recipe`, the function receives those that are given, by recipe key.
@@ -123,11 +125,11 @@ def verb(*settings: Setting, has_recipe: bool = True) -> Callable[[Callable[...,
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         others = [setting.parameter for setting in settings]
-        parameters = [*own, *others, *(RECIPE_OPTIONS if has_recipe else ()), JSON]
+        parameters = [*own, *others, *(RECIPE_OPTIONS if has_recipe else ()), *([JSON] if has_result else [])]
 
         @wraps(function)
         def called(**given: Any) -> None:
-            as_json = given.pop("as_json")
+            as_json = given.pop("as_json", False)
             arguments = {parameter.name: given.pop(parameter.name) for parameter in own}
             assigned = dict(_assignment(text) for text in given.pop("assignments", []))
             values = {setting.key: given.pop(setting.name) for setting in settings}
