@@ -1,10 +1,10 @@
-"""Train a small Llama, GPT-NeoX, Qwen3-MoE and Nemotron-H from scratch, then run `minitron compress` on each.
+"""Trains a small Llama, GPT-NeoX, Qwen3-MoE and Nemotron-H from scratch, then compresses each.
 
     python benchmarks/four_kinds.py FOLDER [--tokens 2M] [--distill-tokens 200k] [KIND …]
 
-FOLDER receives `tokenizer/`, and for each kind `teacher/` and the run directory `run/`. The teachers are trained by
-the project's own loop, without a teacher of their own, on the built-in `wiki` corpus with a tokenizer of 2,048 tokens
-made from it; what `compress` evaluates on is kept out of their training. Prints a line a kind.
+FOLDER receives `tokenizer/`, and for each kind `teacher/` and the run directory `run/`. The teachers are trained by the
+project's own loop on the built-in `wiki` corpus, with a tokenizer of 2,048 tokens made from that corpus; the blocks
+that `compress` evaluates on are kept out of the training. Prints one line of JSON per kind.
 """
 
 import argparse
@@ -18,16 +18,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from minitron.data.blocks import Packing, SplitTokens, read_splits
 from minitron.data.corpus import read_documents
-from minitron.distillation.trainer import distill
-from minitron.model.checkpoint import open_checkpoint
+from minitron.distillation import correct
 from minitron.pipeline import compress
-from minitron.recipe import DistillRecipe, Recipe, parse_count
-from minitron.runtime import World
+from minitron.recipe import Recipe, parse_count
+from minitron.session import Session
 
 VOCABULARY, CONTEXT, SEED = 2048, 256, 0
-EVALUATION_TOKENS, HELDOUT_TOKENS = 16_384, 4_096
+TEXT = {"context": CONTEXT, "seed": SEED, "search": {"tokens": 4_096}, "evaluation": {"tokens": 16_384}}
+"""The part of the recipe that decides how the text is split, for training from scratch and for `compress`."""
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
@@ -55,11 +54,11 @@ KINDS: dict[str, dict[str, Any]] = {
         "ssm_state_size": 32, "chunk_size": 64,
     },
 }  # fmt: skip
-"""Differences from `SIZES`; between 1.5 and 4 million parameters."""
+"""The kinds by their differences from `SIZES`, of 1.5 to 4 million parameters each."""
 
 
 def make_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer of the corpus."""
+    """Write a byte-level BPE tokenizer trained on the corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -72,29 +71,25 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def train_teacher(kind: str, folder: Path, tokenizer_folder: Path, num_tokens: int) -> None:
-    """A random model of a kind, trained on the corpus without the blocks that `compress` evaluates on."""
+    """Train a random model of a kind on the corpus, without the blocks that `compress` evaluates on."""
     torch.manual_seed(SEED)
     random = folder / "random"
     AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | KINDS[kind])).save_pretrained(random)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    tokenizer.save_pretrained(random)
-    packing = Packing(tokenizer, VOCABULARY, CONTEXT, SEED)
-    splits = read_splits("wiki", packing, SplitTokens(EVALUATION_TOKENS, HELDOUT_TOKENS, train=num_tokens))
-    recipe = DistillRecipe(
-        tokens=num_tokens, batch_size=8, micro_batch_size=8, learning_rate=3e-3, weight_decay=0.1, warmup_ratio=0.1
-    )
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(random)
+    training = {
+        "tokens": num_tokens, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 3e-3, "weight_decay": 0.1,
+        "warmup_ratio": 0.1,
+    }  # fmt: skip
     work = folder / "work"
     work.mkdir(exist_ok=True)
-    distill(
-        None, open_checkpoint(random), splits.train, splits.heldout, recipe, folder / "teacher", work, SEED,
-        torch.device("cpu"), torch.float32, World(),
-    )  # fmt: skip
+    recipe = Recipe.model_validate({"teacher": str(random), "device": "cpu", "distill": training, **TEXT})
+    correct(Session(recipe), folder / "teacher", work)
     shutil.rmtree(random)
     shutil.rmtree(work)
 
 
 def main() -> None:
-    """Everything that is not there yet, and a line a kind."""
+    """Make everything that is not there yet and print one line per kind."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("kinds", nargs="*", default=list(KINDS))
@@ -112,8 +107,7 @@ def main() -> None:
         trained = time.monotonic()
         results = compress(
             Recipe.model_validate({
-                "teacher": str(folder / "teacher"), "target_params": options.target_params, "context": CONTEXT,
-                "seed": SEED, "search": {"tokens": HELDOUT_TOKENS}, "evaluation": {"tokens": EVALUATION_TOKENS},
+                "teacher": str(folder / "teacher"), "target_params": options.target_params, **TEXT,
                 "distill": {"tokens": options.distill_tokens, "learning_rate": 1e-3, "micro_batch_size": 8},
             }),
             folder / "run",

@@ -1,12 +1,12 @@
-"""Whether the search finds better shapes: shapes of one budget, all distilled equally, over several seeds.
+"""Measures whether the search finds better shapes: distils shapes of one budget equally, over several seeds.
 
     python benchmarks/search_quality.py OUT --shapes shapes.json [TEACHER] [--tokens 100k] [--seeds 0 1 2]
 
-`shapes.json` holds a mapping from a name to sizes, such as `{"depth only": {"num_hidden_layers": 17}}`. Each shape is
-cut out of the teacher (by default the built-in smollm2), with the repairs that are the default, and distilled on the
-same blocks in the same order, those of the seed. A line of JSON each goes to `OUT/results.jsonl`, with the perplexity
-on text that nothing else has seen and the KL to the teacher there. What is in that file is not done again; the teacher
-runs once over the text of each seed.
+`shapes.json` maps a name to sizes, such as `{"depth only": {"num_hidden_layers": 17}}`. Each shape is cut out of the
+teacher (by default the built-in smollm2), with the default repairs, and distilled on equal blocks in equal order, those
+of the seed. `OUT/results.jsonl` receives one line of JSON per shape and seed, with perplexity and KL to the teacher on
+the evaluation blocks, which no other stage has seen. Lines that are there are not computed again; the teacher runs once
+over the text of each seed.
 """
 
 import argparse
@@ -16,23 +16,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minitron.alone import prune
-from minitron.data.blocks import Blocks
-from minitron.distillation.fused import States, logit_loss
-from minitron.distillation.losses import forward_kl
-from minitron.distillation.teacher import stored
-from minitron.distillation.trainer import distill
+from minitron.distillation import distill
+from minitron.distillation.teacher import Live
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import read_jsonl
 from minitron.model.checkpoint import open_checkpoint
-from minitron.model.language_model import Headless, load_model, read_head
+from minitron.model.language_model import load_model
+from minitron.nas.zero_shot import divergence
+from minitron.pruning import Importance, prune, read_importance, write_importance
 from minitron.recipe import Recipe, parse_count
-from minitron.runtime import World
 from minitron.session import Session
 
 
 def main() -> None:
-    """A line a seed and shape."""
+    """Add a line per seed and shape."""
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("teacher", nargs="?", default="smollm2")
@@ -42,61 +39,50 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     done = {(row["seed"], row["shape"]) for row in read_jsonl(options.out / "results.jsonl")}
+    shapes = json.loads(options.shapes.read_text(encoding="utf-8"))
     for seed in options.seeds:
-        shapes = json.loads(options.shapes.read_text(encoding="utf-8"))
         if missing := {name: sizes for name, sizes in shapes.items() if (seed, name) not in done}:
-            _study(options.teacher, seed, options.tokens, missing, options.out)
+            _study(Session(_recipe(options.teacher, seed, options.tokens, options.out)), missing, options.out)
 
 
-def _study(teacher: str, seed: int, tokens: int, shapes: dict[str, dict[str, int]], out: Path) -> None:
-    recipe = Recipe.model_validate({
+def _recipe(teacher: str, seed: int, tokens: int, out: Path) -> Recipe:
+    return Recipe.model_validate({
         "teacher": teacher, "seed": seed, "context": 512, "search": {"tokens": 4096}, "evaluation": {"tokens": 16_384},
-        "calibration": {"tokens": 16_384}, "distill": {"tokens": tokens, "batch_size": 2, "learning_rate": 5e-4},
+        "calibration": {"tokens": 16_384},
+        "distill": {
+            "tokens": tokens, "batch_size": 2, "learning_rate": 5e-4, "teacher_states": str(out / f"states-{seed}"),
+        },
     })  # fmt: skip
-    inputs = Session(recipe)
-    head = read_head(inputs.teacher, inputs.device, inputs.dtype)
-    states = out / f"states-{seed}"
-    word = stored(states, {}, lambda: inputs.model, head, inputs.splits.train, recipe.distill, World())
+
+
+def _study(session: Session, shapes: dict[str, dict[str, int]], out: Path) -> None:
+    runtime, seed, importance = session.runtime, session.recipe.seed, _importance(session, out)
     for name, sizes in shapes.items():
         folder, started = out / f"seed-{seed}" / name, time.monotonic()
-        prune(recipe, sizes, None, _importance(inputs, out), folder / "pruned", overwrite=True)
+        prune(session, session.teacher.arch.resized(**sizes), importance, folder / "pruned")
         pruned = open_checkpoint(folder / "pruned")
-        distill(word, pruned, inputs.splits.train, inputs.splits.heldout, recipe.distill, folder / "student", folder,
-                seed, inputs.device, inputs.dtype, World())  # fmt: skip
-        model = load_model(open_checkpoint(folder / "student"), inputs.device, inputs.dtype)
-        _add(out, seed=seed, shape=name, sizes=sizes, num_parameters=pruned.arch.num_parameters, tokens=tokens,
-             perplexity=round(measure_perplexity(model, inputs.splits.evaluation).perplexity, 3),
-             kl=round(_kl(model, inputs.model, inputs.splits.evaluation), 5),
-             seconds=round(time.monotonic() - started))  # fmt: skip
+        distill(session, pruned, folder / "student", work=folder)
+        student = load_model(open_checkpoint(folder / "student"), runtime.device, runtime.dtype)
+        with session.teacher_model() as teacher:
+            kl = divergence(student, session.splits.evaluation, Live(teacher))
+        row = {"seed": seed, "shape": name, "sizes": sizes, "num_parameters": pruned.arch.num_parameters}
+        row |= {"tokens": session.recipe.distill.tokens}
+        row |= {"perplexity": round(measure_perplexity(student, session.splits.evaluation).perplexity, 3)}
+        row |= {"kl": round(kl, 5), "seconds": round(time.monotonic() - started)}
+        _add(out, row)
         shutil.rmtree(folder / "pruned")
         shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
-def _importance(inputs: Session, out: Path) -> Path:
-    from minitron.stages import write_statistics
-
-    folder = out / f"importance-{inputs.recipe.seed}"
-    if not (folder / "importance.safetensors").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_statistics(folder, inputs)
-    return folder
+def _importance(session: Session, out: Path) -> Importance:
+    folder = out / f"importance-{session.recipe.seed}"
+    if (folder / "importance.safetensors").exists():
+        return read_importance(folder, session.teacher)
+    folder.mkdir(parents=True, exist_ok=True)
+    return write_importance(folder, session)
 
 
-def _kl(student: Any, teacher: Any, blocks: Blocks) -> float:
-    """Forward KL to the teacher, nats a token."""
-    import torch
-
-    total = 0.0
-    with torch.no_grad():
-        for block in blocks.split(1):
-            said = Headless(teacher)(block.ids, lambda hidden, head: States(hidden, head))
-            total += float(Headless(student)(
-                block.ids, lambda hidden, head, said=said: logit_loss(hidden, head, said, forward_kl, 1)
-            ))  # fmt: skip
-    return total / blocks.num_tokens
-
-
-def _add(out: Path, **row: Any) -> None:
+def _add(out: Path, row: dict[str, Any]) -> None:
     with (out / "results.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)

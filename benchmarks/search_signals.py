@@ -1,20 +1,21 @@
-"""Which cheap figure of a shape ranks shapes as training ranks them.
+"""Measures which cheap figure of a shape ranks shapes as training ranks them.
 
     python benchmarks/search_signals.py TEACHER [--target 0.7] [--shapes 40] [--tokens 20k] [--context 128] [--seed 0]
 
-Draws shapes at random from all within the budget, distils each on the same blocks in the same order, and prints the
-rank correlation (Spearman's) of the held-out KL that they come to with
+Draws shapes at random from all within the budget, distils each on equal blocks in equal order, and prints the rank
+correlation (Spearman's) between the final held-out KL of the shapes and
 
-- the KL of the untrained shape, cut plainly and with one repair or both;
-- the KL predicted from probes, the teacher cut along one axis alone, untrained and after so many tokens of training;
+- the KL of the untrained shape, cut plainly, with one repair, or with both;
+- the KL predicted from probes, the teacher cut along one axis alone, untrained and after a number of training tokens;
 - the KL after a sixteenth, a quarter and a half of the tokens;
 - the number of parameters.
 
-A line of JSON each, then the shapes from best to worst.
+Prints one line of JSON per figure, then the shapes from best to worst.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,14 +24,14 @@ import numpy as np
 from minitron.stages import stored_word
 
 from minitron.model.arch import Arch
+from minitron.nas import removed_layers, shapes_within
 from minitron.nas.probes import predicted, probes
-from minitron.nas.rank import removed_layers, shapes_within
 from minitron.nas.shapes import Shapes
-from minitron.nas.trial import Trial, trial_recipe
+from minitron.nas.trial import Trial
+from minitron.nas.workspace import Workspace
 from minitron.nas.zero_shot import ZeroShot
-from minitron.pruning.importance import Importance
+from minitron.pruning import measure_importance
 from minitron.recipe import PLAIN, PruneRecipe, Recipe, parse_count
-from minitron.runtime import World
 from minitron.session import Session
 
 EARLY = (16, 4, 2)
@@ -44,7 +45,7 @@ METHODS = {
 
 
 def main() -> None:
-    """Print correlations."""
+    """Print the correlations."""
     parser = argparse.ArgumentParser()
     parser.add_argument("teacher")
     parser.add_argument("--target", default="0.7")
@@ -57,65 +58,62 @@ def main() -> None:
     options = parser.parse_args()
     recipe = Recipe.model_validate({
         "teacher": options.teacher, "target_params": options.target, "data": options.data, "context": options.context,
-        "seed": options.seed, "search": {"distill_tokens": options.tokens, "halving": False},
-        "distill": {"tokens": options.tokens},
+        "seed": options.seed, "search": {"distill_tokens": options.tokens}, "distill": {"tokens": options.tokens},
     })  # fmt: skip
-    inputs = Session(recipe)
-    shapes, _ = shapes_within(inputs)
+    session = Session(recipe)
+    shapes, _ = shapes_within(session)
     rng = np.random.default_rng(options.seed)
     shapes = shapes.at(np.sort(rng.permutation(len(shapes))[: options.shapes]))
-    importance = inputs.importance(removed_layers(shapes))
+    _, importance = measure_importance(session, removed_layers(shapes))
     with TemporaryDirectory() as folder:
-        _study(inputs, shapes, importance, Path(folder), options.tokens, options.probe_tokens)
+        _study(Workspace(session, importance, Path(folder)), shapes, options.tokens, options.probe_tokens)
 
 
-def _study(
-    inputs: Session, shapes: Shapes, importance: Importance, work: Path, tokens: int, probe_tokens: list[int]
-) -> None:
-    train, heldout = inputs.splits.train[: max(1, tokens // inputs.context)], inputs.splits.heldout
-    of_train, of_heldout = (
-        stored_word(inputs, work / name, blocks, trial_recipe(inputs.recipe), World())
-        for name, blocks in (("train", train), ("heldout", heldout))
-    )
-    trial = Trial(inputs, importance, train, of_train, of_heldout, work)
+def _study(workspace: Workspace, shapes: Shapes, tokens: int, probe_tokens: list[int]) -> None:
+    trial, session = Trial(workspace), workspace.session
     archs = [shapes[i] for i in range(len(shapes))]
     final, early = [], {share: list[float]() for share in EARLY}
     for i, arch in enumerate(archs):
-        for share, found in early.items():
-            found.append(trial(f"shape-{i}", arch, tokens // share, f"shape {i + 1} of {len(archs)}"))
-        final.append(trial(f"shape-{i}", arch, tokens, f"shape {i + 1} of {len(archs)}"))
-        trial.forget(f"shape-{i}")
+        name, label = f"shape-{i}", f"shape {i + 1} of {len(archs)}"
+        for share, losses in early.items():
+            losses.append(trial(name, arch, tokens // share, label))
+        final.append(trial(name, arch, tokens, label))
+        trial.remove(name)
     about = {"shapes": len(archs), "tokens": tokens}
     _show(**about, signal="parameters", correlation=_spearman(-shapes.figures["num_parameters"], final))
-    for share, found in early.items():
-        _show(**about, signal=f"distilled on {tokens // share:,} tokens", correlation=_spearman(found, final))
+    for share, losses in early.items():
+        _show(**about, signal=f"distilled on {tokens // share:,} tokens", correlation=_spearman(losses, final))
     for name, method in METHODS.items():
-        other = Session(inputs.recipe.model_copy(update={"prune": method}))
-        measure = ZeroShot(other, importance, heldout[: max(1, 1024 // inputs.context)], of_heldout)
-        by_key = sorted(range(len(archs)), key=lambda i: measure.key(archs[i]))
-        of_shape = dict(zip(by_key, (measure(archs[i]) for i in by_key), strict=True))
-        untrained = [of_shape[i] for i in range(len(archs))]
+        other = Session(session.recipe.model_copy(update={"prune": method}))
+        zero_shot = ZeroShot(replace(workspace, session=other))
+        by_key = sorted(range(len(archs)), key=lambda i: zero_shot.key(archs[i]))
+        by_number = dict(zip(by_key, (zero_shot(archs[i]) for i in by_key), strict=True))
+        untrained = [by_number[i] for i in range(len(archs))]
         _show(**about, signal=f"untrained, {name}", correlation=_spearman(untrained, final))
         if name in {"plain", "rotated and rescaled"}:
-            probed = {axis: (probe, measure(probe)) for axis, probe in probes(shapes).items()}
-            _show_probes(about, f"probes untrained, {name}", shapes, importance, probed, final)
+            probed = {axis: (probe, zero_shot(probe)) for axis, probe in probes(shapes).items()}
+            _show_probes(about | {"signal": f"probes untrained, {name}"}, workspace, shapes, probed, final)
     for count in sorted(probe_tokens):
         probed = {
             axis: (probe, trial(f"probe-{axis}", probe, min(count, tokens), f"probe of {axis}"))
             for axis, probe in probes(shapes).items()
         }
-        _show_probes(about, f"probes after {count:,} tokens", shapes, importance, probed, final)
+        _show_probes(about | {"signal": f"probes after {count:,} tokens"}, workspace, shapes, probed, final)
     for i in np.argsort(final):
         sizes = {name: int(values[i]) for name, values in shapes.sizes.items()}
         _show(kl=round(final[i], 4), num_parameters=archs[i].num_parameters, **sizes)
 
 
 def _show_probes(
-    about: dict[str, Any], name: str, shapes: Shapes, importance: Importance, probed: dict[str, tuple[Arch, float]],
+    about: dict[str, Any],
+    workspace: Workspace,
+    shapes: Shapes,
+    probed: dict[str, tuple[Arch, float]],
     final: list[float],
-) -> None:  # fmt: skip
+) -> None:
     costs = {axis: round(kl, 4) for axis, (_, kl) in probed.items()}
-    _show(**about, signal=name, correlation=_spearman(predicted(shapes, importance, probed), final), probes=costs)
+    expected = predicted(shapes, workspace.importance, probed)
+    _show(**about, correlation=_spearman(expected, final), probes=costs)
 
 
 def _spearman(one: Any, other: Any) -> float:

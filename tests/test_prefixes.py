@@ -1,4 +1,4 @@
-"""Candidates as beginnings of a sorted teacher: the same models that `prune` makes, without their copies."""
+"""Tests that beginnings of a sorted teacher are the models that `prune` makes, without their copies."""
 
 from typing import Any
 
@@ -11,15 +11,18 @@ from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.model.language_model import build_model
-from minitron.nas.sorted_teacher import Sorted, decided_by, sort_teacher
+from minitron.nas.sorted_teacher import SortedTeacher, deciding_sizes, sort_teacher
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import cut_to
 from minitron.pruning.importance import Importance, score, select
 from minitron.pruning.repair import mended
 from minitron.pruning.rotate import obstacle
 from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
+from minitron.runtime import Runtime
 from tests.test_trim import CPU, CUTS, build, logits, random_importance
 from tests.test_trim import cut_to as shape_cut
+
+RUNTIME = Runtime(CPU, torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +36,11 @@ def cut_everywhere_but_in_hidden(arch: Arch) -> Arch:
     return arch.resized(**{name: size for name, size in CUTS["all but hidden"].items() if name in prunable})
 
 
-def sorted_for(teacher: Checkpoint, arch: Arch, importance: Importance, recipe: PruneRecipe, blocks: Blocks) -> Sorted:
-    sizes = {name: arch.sizes[name] for name in decided_by(teacher.arch, recipe)}
-    return sort_teacher(teacher, importance, sizes, recipe, blocks, CPU, torch.float32)
+def sorted_for(
+    teacher: Checkpoint, arch: Arch, importance: Importance, recipe: PruneRecipe, blocks: Blocks
+) -> SortedTeacher:
+    sizes = {name: arch.sizes[name] for name in deciding_sizes(teacher.arch, recipe)}
+    return sort_teacher(teacher, importance, sizes, recipe=recipe, blocks=blocks, runtime=RUNTIME)
 
 
 def test_a_beginning_of_the_sorted_teacher_is_the_pruned_model(
@@ -47,47 +52,47 @@ def test_a_beginning_of_the_sorted_teacher_is_the_pruned_model(
         pytest.skip(str(error))
     importance = random_importance(teacher.arch)
     expected = logits(build(teacher, arch, select(importance, teacher.arch, arch)), input_ids)
-    found = logits(sorted_for(teacher, arch, importance, PLAIN, blocks).model(arch, CPU, torch.float32), input_ids)
+    found = logits(sorted_for(teacher, arch, importance, PLAIN, blocks).model(arch, RUNTIME), input_ids)
     torch.testing.assert_close(found, expected, atol=5e-4, rtol=1e-4)
     other = random_importance(teacher.arch, seed=1)
-    wrong = logits(sorted_for(teacher, arch, other, PLAIN, blocks).model(arch, CPU, torch.float32), input_ids)
+    wrong = logits(sorted_for(teacher, arch, other, PLAIN, blocks).model(arch, RUNTIME), input_ids)
     assert (wrong - expected).abs().max() > 1e-3
 
 
-def mended_model(teacher: Checkpoint, arch: Arch, importance: Importance, recipe: PruneRecipe, blocks: Blocks) -> Any:
+def repaired_model(teacher: Checkpoint, arch: Arch, importance: Importance, recipe: PruneRecipe, blocks: Blocks) -> Any:
     cut = cut_to(arch, teacher, importance, recipe)
     tensors = dict(mended(teacher, cut, blocks, recipe, CPU, torch.float32))
     return build_model(student_config(teacher, arch, cut.layers), tensors.items(), CPU)
 
 
 def narrower(arch: Arch) -> Arch:
-    """With fewer hidden channels, as the family and its config class allow it."""
+    """Return a shape with fewer hidden channels, as the family and its config class allow it."""
     if (product := arch.family.product) is not None:
         return arch.resized(hidden_size=24) if product.ratio else arch.resized(hidden_size=32, num_attention_heads=4)
     return arch.resized(hidden_size=36 if arch.family.demand and not arch._can_be_restated else 40)
 
 
 @pytest.mark.parametrize("rotate", [True, False])
-def test_hidden_is_turned_and_its_norms_rescaled_as_in_the_pruned_model(
+def test_hidden_is_rotated_and_its_norms_rescaled_as_in_the_pruned_model(
     teacher: Checkpoint, blocks: Blocks, input_ids: Tensor, rotate: bool
 ) -> None:
     if rotate and obstacle(teacher.arch):
-        pytest.skip("its stream cannot be turned")
+        pytest.skip("the family cannot be rotated")
     arch = narrower(teacher.arch)
     recipe = PruneRecipe(rotate=rotate, refit=False)
     statistics = calibrate(teacher, blocks, CalibrationRecipe(), CPU, torch.float32, rotate)
     importance = score(statistics, teacher.arch, CalibrationRecipe())
-    expected = logits(mended_model(teacher, arch, importance, recipe, blocks), input_ids)
-    found = logits(sorted_for(teacher, arch, importance, recipe, blocks).model(arch, CPU, torch.float32), input_ids)
+    expected = logits(repaired_model(teacher, arch, importance, recipe, blocks), input_ids)
+    found = logits(sorted_for(teacher, arch, importance, recipe, blocks).model(arch, RUNTIME), input_ids)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)
     plain = recipe.model_copy(update={"rescale_norms": False})
-    without = logits(mended_model(teacher, arch, importance, plain, blocks), input_ids)
+    without = logits(repaired_model(teacher, arch, importance, plain, blocks), input_ids)
     assert (found - without).abs().max() > 5e-3
 
 
 @pytest.mark.parametrize("axis", ["ffn", "kv", "expert", "expert_ffn", "layer"])
 def test_candidates_are_views(teacher: Checkpoint, blocks: Blocks, axis: str) -> None:
-    """All that is not several things in one dimension shares the storage of the sorted teacher."""
+    """Tensors that do not join several things in one dimension share the storage of the sorted teacher."""
     arch = shape_cut(teacher.arch, axis)
     whole = sorted_for(teacher, arch, random_importance(teacher.arch), PLAIN, blocks)
     owned = {tensor.untyped_storage().data_ptr() for tensor in whole.tensors.values()}

@@ -1,4 +1,4 @@
-"""Budgets, the grid, probes and the short list, on sizes alone; the search itself runs in test_search_run."""
+"""Tests budgets, the grid, probes and the short list on sizes alone; test_search_run runs the search itself."""
 
 from math import log, prod
 from pathlib import Path
@@ -14,8 +14,8 @@ from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import build_model
 from minitron.nas.budget import Budget, Limit, Serving, counted, parse_budget, parse_bytes, speed_limits
 from minitron.nas.probes import predicted, probes
-from minitron.nas.rank import first_of_each_kind
-from minitron.nas.shapes import SMALLEST_DIFFERENCE, Shapes, every_shape, feasible, grid, shortlist
+from minitron.nas.shapes import Shapes, every_shape, feasible, grid
+from minitron.nas.shortlist import SMALLEST_DIFFERENCE, differing, first_of_each_kind
 from minitron.pruning.importance import kept_share
 from minitron.recipe import BudgetRecipe, Recipe, SearchRecipe, load_recipe
 from tests.conftest import make_model
@@ -31,12 +31,12 @@ NEMOTRON_15B = Arch.from_config(
 )  # fmt: skip
 
 
-def budget_of(teacher: Arch, target: Any = None, tolerance: float = 0.05, **given: Any) -> Budget:
-    return parse_budget(target, BudgetRecipe.model_validate(given), tolerance, teacher, [])
+def budget_of(teacher: Arch, target: Any = None, tolerance: float = 0.05, **limits: Any) -> Budget:
+    return parse_budget(target, BudgetRecipe.model_validate(limits), tolerance, teacher, [])
 
 
-def found(teacher: Arch, target: Any = None, search: Any = None, **given: Any) -> Shapes:
-    budget = budget_of(teacher, target, **given)
+def shapes_within(teacher: Arch, target: Any = None, search: Any = None, **limits: Any) -> Shapes:
+    budget = budget_of(teacher, target, **limits)
     return feasible(every_shape(teacher, budget, SearchRecipe.model_validate(search or {}), []), budget)
 
 
@@ -44,8 +44,8 @@ def archs(shapes: Shapes) -> list[Arch]:
     return [shapes[i] for i in range(len(shapes))]
 
 
-def of_recipe(teacher: Arch, name: str) -> Shapes:
-    """The shapes of a recipe that comes along."""
+def shapes_of_recipe(teacher: Arch, name: str) -> Shapes:
+    """Return the shapes of a built-in recipe."""
     recipe: Recipe = load_recipe(Path(name), {"teacher": "teacher"})
     assert not isinstance(recipe.target_params, tuple)
     budget = parse_budget(recipe.target_params, recipe.budget, recipe.search.tolerance, teacher, [])
@@ -61,25 +61,25 @@ TABLE_19 = {
 
 def test_the_space_of_minitron_8b_holds_the_15_shapes_of_its_paper() -> None:
     names = ("num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_size")
-    shapes = of_recipe(NEMOTRON_15B, "minitron-8b")
+    shapes = shapes_of_recipe(NEMOTRON_15B, "minitron-8b")
     assert {tuple(arch.sizes[name] for name in names) for arch in archs(shapes)} == TABLE_19
     assert len(shapes) == 15
 
 
 def test_the_space_of_minitron_4b_holds_18_shapes() -> None:
-    shapes = of_recipe(NEMOTRON_15B, "minitron-4b")
+    shapes = shapes_of_recipe(NEMOTRON_15B, "minitron-4b")
     assert len(shapes) == 18
     assert all(abs(count / 4e9 - 1) <= 0.05 for count in shapes.figures["num_parameters"])
 
 
 def test_the_space_of_nano_2_holds_the_shape_that_was_released() -> None:
-    shapes = of_recipe(NANO_12B, "nemotron-nano-2-9b")
+    shapes = shapes_of_recipe(NANO_12B, "nemotron-nano-2-9b")
     wanted = {"num_hidden_layers": 56, "hidden_size": 4480, "intermediate_size": 15680, "mamba_num_heads": 128}
     assert any(all(arch.sizes[name] == size for name, size in wanted.items()) for arch in archs(shapes))
     assert (shapes.figures["memory_bytes"] <= 19.66 * 2**30).all()
 
 
-def test_a_recipe_that_does_not_come_along_is_refused() -> None:
+def test_a_recipe_that_is_not_built_in_is_refused() -> None:
     with pytest.raises(UserError, match="neither a file nor one of minitron-4b, minitron-8b"):
         load_recipe(Path("minitron-9b"), {"teacher": "teacher"})
 
@@ -102,7 +102,7 @@ def test_targets(target: str | float, high: int) -> None:
 
 def test_ranges_are_kept_to_on_both_sides() -> None:
     assert budget_of(SMOLLM2, "80M..90M").limits == {"num_parameters": Limit(80_000_000, 90_000_000, is_range=True)}
-    counts = found(SMOLLM2, "80M..90M").figures["num_parameters"]
+    counts = shapes_within(SMOLLM2, "80M..90M").figures["num_parameters"]
     assert counts.min() >= 80_000_000
     assert counts.max() <= 90_000_000
     assert counts.min() < 84_000_000
@@ -134,22 +134,22 @@ def test_sizes_in_bytes(text: str, size: int) -> None:
 
 def test_speeds_are_relative_to_the_teacher_or_not() -> None:
     own = {"prefill_seconds": 2.0, "decode_seconds": 0.05}
-    asked = BudgetRecipe.model_validate({"batch": 2, "context": "1k", "throughput": "2x", "latency": "40ms"})
-    assert speed_limits(asked, 0.05, own) == {
+    budget = BudgetRecipe.model_validate({"batch": 2, "context": "1k", "throughput": "2x", "latency": "40ms"})
+    assert speed_limits(budget, 0.05, own) == {
         "prefill_seconds": Limit(0.95, 1.0), "decode_seconds": Limit(pytest.approx(0.038), 0.04)  # type: ignore[arg-type]
     }  # fmt: skip
-    asked = asked.model_copy(update={"throughput": "2048 tok/s", "latency": "0.5x"})
-    assert speed_limits(asked, 0.05, own)["prefill_seconds"].high == pytest.approx(1.0)
-    assert speed_limits(asked, 0.05, own)["decode_seconds"].high == pytest.approx(0.025)
+    budget = budget.model_copy(update={"throughput": "2048 tok/s", "latency": "0.5x"})
+    assert speed_limits(budget, 0.05, own)["prefill_seconds"].high == pytest.approx(1.0)
+    assert speed_limits(budget, 0.05, own)["decode_seconds"].high == pytest.approx(0.025)
     for wrong in ({"throughput": "0.9x"}, {"latency": "60ms"}):
         with pytest.raises(UserError, match="is met by the teacher already"):
-            speed_limits(asked.model_copy(update=wrong), 0.05, own)
+            speed_limits(budget.model_copy(update=wrong), 0.05, own)
     with pytest.raises(UserError, match=r"budget.latency 'soon' is not understood; accepted: such as 40ms or 0.7x"):
-        speed_limits(asked.model_copy(update={"latency": "soon"}), 0.05, own)
+        speed_limits(budget.model_copy(update={"latency": "soon"}), 0.05, own)
 
 
 def test_several_limits_are_all_met_and_one_of_them_binds() -> None:
-    shapes = found(SMOLLM2, 0.7, memory="0.75", context=8192)
+    shapes = shapes_within(SMOLLM2, 0.7, memory="0.75", context=8192)
     limits = budget_of(SMOLLM2, 0.7, memory="0.75", context=8192).limits
     for name, limit in limits.items():
         assert (shapes.figures[name] <= limit.high).all()
@@ -161,7 +161,7 @@ def test_several_limits_are_all_met_and_one_of_them_binds() -> None:
 
 def test_what_is_counted_of_many_shapes_is_what_each_has() -> None:
     for teacher in (NANO_12B, QWEN3_30B):
-        shapes = found(teacher, 0.8)
+        shapes = shapes_within(teacher, 0.8)
         serving = Serving()
         for i in range(0, len(shapes), max(1, len(shapes) // 20)):
             arch = shapes[i]
@@ -184,7 +184,7 @@ def test_active_parameters_are_those_of_the_experts_that_are_chosen() -> None:
 
 def test_every_feasible_shape_is_within_the_budget_and_all_of_the_grid_are_found() -> None:
     limit = budget_of(SMOLLM2, 0.7).limits["num_parameters"]
-    shapes = archs(found(SMOLLM2, 0.7))
+    shapes = archs(shapes_within(SMOLLM2, 0.7))
     assert all(limit.low <= arch.num_parameters <= limit.high for arch in shapes)
     sizes: dict[str, Any] = grid(SMOLLM2, SearchRecipe())
     by_hand = {
@@ -209,44 +209,45 @@ def test_every_feasible_shape_is_within_the_budget_and_all_of_the_grid_are_found
 
 
 def test_widths_are_multiples_of_64_or_of_what_is_asked_for() -> None:
-    for arch in archs(found(SMOLLM2, 0.6)):
+    for arch in archs(shapes_within(SMOLLM2, 0.6)):
         assert arch.sizes["hidden_size"] % 64 == 0
         assert arch.sizes["intermediate_size"] % 64 == 0
-    shapes = archs(found(SMOLLM2, 0.6, search={"multiple_of": {"intermediate_size": 96, "num_attention_heads": 3}}))
+    multiple_of = {"intermediate_size": 96, "num_attention_heads": 3}
+    shapes = archs(shapes_within(SMOLLM2, 0.6, search={"multiple_of": multiple_of}))
     assert {arch.sizes["intermediate_size"] % 96 for arch in shapes} == {0}
     assert any(arch.sizes["intermediate_size"] % 64 for arch in shapes)
 
 
 def test_a_space_that_is_given_takes_the_place_of_the_derived_one() -> None:
     space = {"num_attention_heads": [9, 6], "num_key_value_heads": [3], "num_hidden_layers": {"first": 20, "last": 30}}
-    shapes = archs(found(SMOLLM2, 0.7, search={"space": space}))
+    shapes = archs(shapes_within(SMOLLM2, 0.7, search={"space": space}))
     assert {arch.sizes["num_attention_heads"] for arch in shapes} == {6, 9}
     assert {arch.sizes["num_key_value_heads"] for arch in shapes} == {3}
     assert min(arch.sizes["num_hidden_layers"] for arch in shapes) >= 20
     assert len({arch.sizes["hidden_size"] for arch in shapes}) > 2
     with pytest.raises(UserError, match="no axis 'num_heads' to prune: did you mean"):
-        found(SMOLLM2, 0.7, search={"space": {"num_heads": [3]}})
+        shapes_within(SMOLLM2, 0.7, search={"space": {"num_heads": [3]}})
     with pytest.raises(UserError, match="has no size up to the teacher's 576"):
-        found(SMOLLM2, 0.7, search={"space": {"hidden_size": [1024]}})
+        shapes_within(SMOLLM2, 0.7, search={"space": {"hidden_size": [1024]}})
 
 
 def test_group_sizes_always_divide_the_heads() -> None:
-    shapes = archs(found(SMOLLM2, 0.6))
+    shapes = archs(shapes_within(SMOLLM2, 0.6))
     assert {arch.sizes["num_key_value_heads"] for arch in shapes} == {1, 2, 3}
     assert all(arch.sizes["num_attention_heads"] % arch.sizes["num_key_value_heads"] == 0 for arch in shapes)
 
 
 def test_what_cannot_be_reached_says_what_comes_nearest() -> None:
     with pytest.raises(UserError, match=r"between 950 and 1,000 parameters; .* nearest to that: [\d,]+ parameters \("):
-        found(SMOLLM2, "1000")
+        shapes_within(SMOLLM2, "1000")
     with pytest.raises(UserError, match=r"nearest to that: 94,0[\d,]+ parameters .*hidden_size.*; 9[34],"):
-        found(SMOLLM2, "94000001..94000002")
+        shapes_within(SMOLLM2, "94000001..94000002")
 
 
 def test_the_short_list_takes_the_best_that_differ_and_then_the_best() -> None:
-    candidates = found(SMOLLM2, 0.7)
+    candidates = shapes_within(SMOLLM2, 0.7)
     order = list(range(len(candidates)))
-    chosen = shortlist(candidates, order, 6)
+    chosen = differing(candidates, order, 6)
     assert chosen[0] == 0
     assert len(chosen) == 6
 
@@ -258,12 +259,12 @@ def test_the_short_list_takes_the_best_that_differ_and_then_the_best() -> None:
     passed_over = set(range(max(chosen))) - set(chosen)
     assert all(any(difference(i, j) < SMALLEST_DIFFERENCE for j in chosen) for i in passed_over)
     alike = candidates.at(np.array([0, *sorted(passed_over)[:3]]))
-    assert shortlist(alike, [0, 1, 2, 3], 3)[0] == 0
-    assert len(shortlist(alike, [0, 1, 2, 3], 3)) == 3
+    assert differing(alike, [0, 1, 2, 3], 3)[0] == 0
+    assert len(differing(alike, [0, 1, 2, 3], 3)) == 3
 
 
 def test_every_kind_of_cut_is_there_with_its_best() -> None:
-    candidates = found(SMOLLM2, 0.7)
+    candidates = shapes_within(SMOLLM2, 0.7)
     every = [candidates[i] for i in range(len(candidates))]
     order = list(reversed(range(len(every))))
 
@@ -287,7 +288,7 @@ def test_kept_share_of_grouped_heads_is_taken_within_the_groups() -> None:
 
 
 def test_a_prediction_is_the_sum_of_what_its_cuts_cost_by_the_importance_they_lose() -> None:
-    shapes = found(SMOLLM2, 0.7)
+    shapes = shapes_within(SMOLLM2, 0.7)
     importance = {
         "hidden": torch.ones(576), "layer": torch.ones(30), "ffn": torch.ones(30, 1536), "kv": torch.ones(30, 3),
         "query": torch.ones(30, 9),
@@ -308,11 +309,11 @@ def test_a_prediction_is_the_sum_of_what_its_cuts_cost_by_the_importance_they_lo
 
 def test_a_llama_with_biases_keeps_to_shapes_that_its_config_class_takes() -> None:
     biased = Arch.from_config({"attention_bias": True, **SMOLLM2.to_dict()} | {"attention_bias": True})
-    shapes = found(biased, 0.6, search={"multiple_of": {"hidden_size": 32}})
+    shapes = shapes_within(biased, 0.6, search={"multiple_of": {"hidden_size": 32}})
     assert len(shapes)
     assert all(arch.sizes["hidden_size"] % arch.sizes["num_attention_heads"] == 0 for arch in archs(shapes))
     assert {"ffn", "query", "layer"} <= set(probes(shapes))
-    free = archs(found(SMOLLM2, 0.6))
+    free = archs(shapes_within(SMOLLM2, 0.6))
     assert any(arch.sizes["hidden_size"] % arch.sizes["num_attention_heads"] for arch in free)
 
 
@@ -334,7 +335,7 @@ def test_the_grid_of_a_large_hybrid_stays_small_and_cuts_every_axis(teacher: Arc
     axes: dict[str, Any] = grid(teacher, SearchRecipe())
     assert prod(map(len, axes.values())) <= 2**20
     assert all(len(options) >= 3 for options in axes.values()), axes
-    shapes = found(teacher, 0.8)
+    shapes = shapes_within(teacher, 0.8)
     for name in axes:
         assert len(np.unique(shapes.sizes[name])) > 1, name
     for i in range(0, len(shapes), max(1, len(shapes) // 100)):
@@ -344,7 +345,7 @@ def test_the_grid_of_a_large_hybrid_stays_small_and_cuts_every_axis(teacher: Arc
 
 
 def test_depth_of_a_hybrid_keeps_every_kind() -> None:
-    shapes = found(NANO_12B, 0.5)
+    shapes = shapes_within(NANO_12B, 0.5)
     for i in range(0, len(shapes), max(1, len(shapes) // 1000)):
         arch = shapes[i]
         assert arch.sizes["num_hidden_layers"] == sum(arch.layer_counts.values())

@@ -204,8 +204,6 @@ class SearchRecipe(_Strict):
     better half continues, and every shape that ties with it. 0 skips the trials: untrained shapes decide."""
     batch_size: int = Field(2, ge=1)
     """Blocks per optimizer step of probes and trials."""
-    halving: bool = True
-    """Stop the poorer half of the short list after a quarter, and again after half, of `distill_tokens`."""
     tokens: Count = 16_384
     """Held-out tokens that rank candidates and follow every distillation. Fewer tokens do not distinguish good shapes:
     between two of them, the difference on one block of 512 tokens varies by 0.07 nats."""

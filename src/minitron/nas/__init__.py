@@ -1,5 +1,40 @@
-"""Architecture search: from a budget to a shape."""
+"""Architecture search: from a teacher and a budget to the best shape of a student."""
 
-from minitron.nas.rank import budget_of, removed_layers, search, shapes_within
+from pathlib import Path
+
+from minitron.model.arch import Arch
+from minitron.nas.budget import Budget, budget_of
+from minitron.nas.estimate import limit_speeds
+from minitron.nas.probes import predict
+from minitron.nas.shapes import Shapes, removed_layers, shapes_within
+from minitron.nas.shortlist import make_short_list
+from minitron.nas.trial import choose, compete
+from minitron.nas.workspace import Workspace, chosen_before
+from minitron.nas.zero_shot import compare_untrained
+from minitron.pruning.importance import Importance
+from minitron.session import Session
 
 __all__ = ["budget_of", "removed_layers", "search", "shapes_within"]
+
+
+def search(session: Session, importance: Importance, shapes: Shapes, budget: Budget, folder: Path) -> Arch:
+    """Return the best of the shapes and write into `folder` why: `candidates.jsonl` and `search.json`.
+
+    Shapes are narrowed down by ever more expensive measures: speed estimated from a few shapes, loss predicted from one
+    probe per axis, loss of the untrained candidate, and loss after a while of distillation. `shapes` and `budget` are
+    those of `shapes_within`. An interrupted search continues from `folder`, with nothing measured again.
+
+    Raises:
+        UserError: no shape meets the limits on speed.
+    """
+    if arch := chosen_before(folder, session.source.arch):
+        return arch
+    workspace = Workspace(session, importance, folder)
+    shapes, budget = limit_speeds(workspace, shapes, budget)
+    candidates = predict(workspace, shapes)
+    compare_untrained(workspace, candidates)
+    short_list = make_short_list(workspace, candidates, budget)
+    finalists = compete(workspace, candidates, short_list)
+    chosen = choose(finalists)
+    workspace.finish(candidates, chosen, budget, len(shapes))
+    return chosen.arch

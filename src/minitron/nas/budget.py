@@ -1,4 +1,4 @@
-"""What the student may cost: limits on exact counts, on bytes to serve it, and on measured speed."""
+"""Budgets of a student: limits on exact counts, on the bytes that serving takes, and on measured speed."""
 
 import math
 import re
@@ -10,8 +10,9 @@ import numpy as np
 
 from minitron.errors import UserError
 from minitron.model.arch import Arch
-from minitron.model.memory import memory
+from minitron.model.memory import attention_windows, memory
 from minitron.recipe import BudgetRecipe, Target, parse_count
+from minitron.session import Session
 
 COUNTS = {
     "num_parameters": "parameters",
@@ -19,9 +20,9 @@ COUNTS = {
     "num_active_parameters": "active parameters",
     "memory_bytes": "bytes of memory",
 }
-"""What is computed from a shape, and what to call it."""
+"""Figures that are computed from a shape, with their names in messages."""
 SPEEDS = {"prefill_seconds": "seconds of prefill", "decode_seconds": "seconds a token"}
-"""What is measured of a shape."""
+"""Figures that are measured, with their names in messages."""
 BYTES: dict[str, int] = {
     "": 1,
     **{f"{k}b": 1000**n for n, k in enumerate("kmgt", 1)},
@@ -29,13 +30,16 @@ BYTES: dict[str, int] = {
 }
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
-Figures = dict[str, Any]
-"""Of a shape, or as arrays of many: figures by the names above."""
+Figures = Mapping[str, Any]
+"""Values by the names of `COUNTS` and `SPEEDS`: numbers for one shape, arrays (n,) for many."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A figure may be at most `high`; `low` is near enough to that, or, of a range, the least it may be."""
+    """The largest value of a figure, and the value from which on the budget counts as used up.
+
+    Of a range, `low` is the smallest value that is allowed.
+    """
 
     low: float
     high: float
@@ -44,7 +48,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Serving:
-    """The sequences that memory and speed are for."""
+    """The sequences that memory and speed are computed and measured for."""
 
     batch: int = 1
     context: int = 4096
@@ -55,47 +59,56 @@ class Serving:
 class Budget:
     """Limits by the name of the figure.
 
-    A shape fits when it is within every limit and near enough to one of them: the one that binds.
+    A shape fits when it is within every limit and reaches the `low` of at least one of them, the one that binds.
     """
 
     limits: Mapping[str, Limit]
     serving: Serving = field(default_factory=Serving)
 
-    @property
-    def of_counts(self) -> "Budget":
-        """Without the limits on speed."""
-        limits = {name: limit for name, limit in self.limits.items() if name in COUNTS}
-        # Near enough to a speed is not known yet.
-        if len(limits) < len(self.limits):
-            limits = {name: Limit(limit.low if limit.is_range else 0, limit.high, limit.is_range)
-                      for name, limit in limits.items()}  # fmt: skip
-        return Budget(limits, self.serving)
-
     def fits(self, figures: Figures) -> Any:
-        """Whether a shape, or which of many, may be chosen."""
-        inside: Any = True
+        """Return whether a shape fits the budget, or a boolean for each of many shapes."""
+        is_inside: Any = True
         is_near: Any = not self.limits or any(limit.is_range for limit in self.limits.values())
         for name, limit in self.limits.items():
-            inside = inside & (figures[name] <= limit.high)
+            is_inside = is_inside & (figures[name] <= limit.high)
             if limit.is_range:
-                inside = inside & (figures[name] >= limit.low)
+                is_inside = is_inside & (figures[name] >= limit.low)
             is_near = is_near | (figures[name] >= limit.low)
-        return inside & is_near
+        return is_inside & is_near
 
     def excess(self, figures: Figures) -> Any:
-        """How far from fitting, 0 for what fits: the logarithm of the worst ratio to a limit."""
+        """Return how far shapes are from fitting: the logarithm of the worst ratio to a limit, 0 for what fits."""
         above: Any = 0.0
         below: Any = math.inf if self.limits else 0.0
         for name, limit in self.limits.items():
             logarithm = np.log(np.maximum(np.asarray(figures[name], dtype=float), 1e-30))
             above = np.maximum(above, logarithm - math.log(limit.high))
             short = np.maximum(0.0, math.log(max(limit.low, 1e-30)) - logarithm)
-            above, below = (np.maximum(above, short), below) if limit.is_range else (above, np.minimum(below, short))
+            if limit.is_range:
+                above = np.maximum(above, short)
+            else:
+                below = np.minimum(below, short)
         return np.maximum(above, np.where(np.isinf(below), 0.0, below))
 
 
+def budget_of(session: Session, target: Target | None) -> Budget:
+    """Return the budget of a session's recipe with `target` for all parameters; limits on speed are left out.
+
+    Raises:
+        UserError: see `parse_budget`.
+    """
+    recipe, teacher = session.recipe, session.teacher
+    windows = attention_windows(teacher.config.to_dict())
+    return parse_budget(target, recipe.budget, recipe.search.tolerance, teacher.arch, windows)
+
+
+def limits_speed(session: Session) -> bool:
+    """Return whether the session's recipe asks for a throughput or a latency."""
+    return session.recipe.budget.throughput is not None or session.recipe.budget.latency is not None
+
+
 def counted(teacher: Arch, sizes: Mapping[str, Any], serving: Serving, windows: list[int]) -> Figures:
-    """The figures of `COUNTS` of shapes with these sizes, integers or integer arrays that broadcast."""
+    """Compute the figures of `COUNTS` for shapes with these sizes, integers or integer arrays that broadcast."""
     return {
         "num_parameters": teacher.count_grid(sizes),
         "num_non_embedding_parameters": teacher.count_grid(sizes, without="vocab"),
@@ -107,22 +120,22 @@ def counted(teacher: Arch, sizes: Mapping[str, Any], serving: Serving, windows: 
 def parse_budget(
     target: Target | None, budget: BudgetRecipe, tolerance: float, teacher: Arch, windows: list[int]
 ) -> Budget:
-    """The limits that a recipe sets; without those on speed, see `speed_limits`.
+    """Read the limits on counts and bytes from a recipe; `speed_limits` reads those on speed.
 
     Raises:
-        UserError: there is none, one is not understood, or one is not below the teacher's own figure.
+        UserError: the recipe has no limit, one is not understood, or one is not below the teacher's own figure.
     """
     serving = Serving(budget.batch, budget.context, budget.dtype)
-    own = counted(teacher, {}, serving, windows)
-    given = {
+    of_teacher = counted(teacher, {}, serving, windows)
+    options: dict[str, tuple[str, Target | None, Callable[[str], int]]] = {
         "num_parameters": ("target_params", target, parse_count),
         "num_non_embedding_parameters": ("budget.non_embedding_params", budget.non_embedding_params, parse_count),
         "num_active_parameters": ("budget.active_params", budget.active_params, parse_count),
         "memory_bytes": ("budget.memory", budget.memory, parse_bytes),
     }
     limits = {
-        name: _limit(option, value, parse, int(own[name]), tolerance)
-        for name, (option, value, parse) in given.items()
+        name: _limit(option, value, parse, int(of_teacher[name]), tolerance)
+        for name, (option, value, parse) in options.items()
         if value is not None
     }
     if not limits and budget.throughput is None and budget.latency is None:
@@ -133,20 +146,20 @@ def parse_budget(
     return Budget(limits, serving)
 
 
-def _limit(option: str, value: Target, parse: Callable[[str], int], own: int, tolerance: float) -> Limit:
+def _limit(option: str, value: Target, parse: Callable[[str], int], of_teacher: int, tolerance: float) -> Limit:
     low, dots, high = str(value).partition("..")
-    ends = [_amount(option, end, parse, own) for end in ([low, high] if dots else [low])]
-    if ends[-1] >= own:
-        raise UserError(f"{option} {value} is not below the teacher's {own:,}")
+    ends = [_amount(option, end, parse, of_teacher) for end in ([low, high] if dots else [low])]
+    if ends[-1] >= of_teacher:
+        raise UserError(f"{option} {value} is not below the teacher's {of_teacher:,}")
     if dots and ends[0] > ends[1]:
         raise UserError(f"{option} {value} is a range that ends before it begins")
     return Limit(ends[0], ends[1], is_range=True) if dots else Limit(round(ends[0] * (1 - tolerance)), ends[0])
 
 
-def _amount(option: str, text: str, parse: Callable[[str], int], own: int) -> int:
+def _amount(option: str, text: str, parse: Callable[[str], int], of_teacher: int) -> int:
     try:
         if 0 < float(text) <= 1:
-            return round(float(text) * own)
+            return round(float(text) * of_teacher)
     except ValueError:
         pass
     try:
@@ -160,52 +173,49 @@ def _amount(option: str, text: str, parse: Callable[[str], int], own: int) -> in
 
 
 def parse_bytes(text: str) -> int:
-    """`19.66GiB`, `300 MB` or a plain number of bytes.
+    """Return the bytes of `19.66GiB`, `300 MB` or a plain number.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the text is not a size, or it is zero.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[kmgt]i?b)?)", text.strip().lower())
-    if not found or not float(found[1]):
-        raise ValueError(f"'{text}' is no size")
-    return round(float(found[1]) * BYTES[found[2]])
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[kmgt]i?b)?)", text.strip().lower())
+    if not match or not float(match[1]):
+        raise ValueError(f"'{text}' must be a size such as 20GiB")
+    return round(float(match[1]) * BYTES[match[2]])
 
 
 def speed_limits(budget: BudgetRecipe, tolerance: float, teacher: Mapping[str, float]) -> dict[str, Limit]:
-    """Limits on the seconds of prefill and of decoding a token, given the teacher's own.
+    """Return the limits on the seconds of a prefill and of decoding a token, given the teacher's seconds.
 
-    Throughput is tokens a second of prefill, over all sequences of the batch; latency is the time of one token of
-    decoding. Both may be a multiple of the teacher's: `1.5x`, `0.7x`.
+    Throughput counts the tokens per second of a prefill, over all sequences of the batch; latency is the time of
+    decoding one token. Both may be a multiple of the teacher's, such as `1.5x` or `0.7x`.
 
     Raises:
-        UserError: one is not understood, or the teacher meets it already.
+        UserError: a limit is not understood, or the teacher meets it already.
     """
     limits = {}
+    prefill, decode = teacher["prefill_seconds"], teacher["decode_seconds"]
     if budget.throughput is not None:
-        tokens = budget.batch * budget.context
-        own = tokens / teacher["prefill_seconds"]
-        wanted = _multiple(
-            "budget.throughput", budget.throughput, own, r"(tok(ens)?/s)?", {"": 1.0}, "1.5x or 900 tok/s"
-        )
-        limits["prefill_seconds"] = _bound("budget.throughput", budget.throughput, tokens / wanted, tolerance,
-                                           teacher["prefill_seconds"], f"{own:,.0f} tokens/s")  # fmt: skip
+        option, tokens = f"budget.throughput {budget.throughput}", budget.batch * budget.context
+        rate = _multiple(option, tokens / prefill, r"(tok(ens)?/s)?", {"": 1.0}, "1.5x or 900 tok/s")
+        _require_below(option, tokens / rate, prefill, f"{tokens / prefill:,.0f} tokens/s")
+        limits["prefill_seconds"] = Limit(tokens / rate * (1 - tolerance), tokens / rate)
     if budget.latency is not None:
-        own = teacher["decode_seconds"]
-        wanted = _multiple("budget.latency", budget.latency, own, "us|ms|s", SECONDS, "40ms or 0.7x")
-        limits["decode_seconds"] = _bound(
-            "budget.latency", budget.latency, wanted, tolerance, own, f"{own * 1e3:.3g} ms"
-        )
+        option = f"budget.latency {budget.latency}"
+        seconds = _multiple(option, decode, "us|ms|s", SECONDS, "40ms or 0.7x")
+        _require_below(option, seconds, decode, f"{decode * 1e3:.3g} ms")
+        limits["decode_seconds"] = Limit(seconds * (1 - tolerance), seconds)
     return limits
 
 
-def _multiple(option: str, value: Any, own: float, unit: str, scale: Mapping[str, float], example: str) -> float:
-    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*(x|{unit})", str(value).strip().lower())
-    if not found or not float(found[1]):
-        raise UserError(f"{option} '{value}' is not understood; accepted: such as {example}")
-    return float(found[1]) * (own if found[2] == "x" else scale.get(found[2], 1.0))
+def _multiple(option: str, of_teacher: float, unit: str, scale: Mapping[str, float], example: str) -> float:
+    name, _, value = option.partition(" ")
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*(x|{unit})", value.strip().lower())
+    if not match or not float(match[1]):
+        raise UserError(f"{name} '{value}' is not understood; accepted: such as {example}")
+    return float(match[1]) * (of_teacher if match[2] == "x" else scale.get(match[2], 1.0))
 
 
-def _bound(option: str, value: Any, seconds: float, tolerance: float, own: float, own_in_words: str) -> Limit:
-    if seconds >= own:
-        raise UserError(f"{option} {value} is met by the teacher already, which has {own_in_words} here")
-    return Limit(seconds * (1 - tolerance), seconds)
+def _require_below(option: str, seconds: float, of_teacher: float, in_words: str) -> None:
+    if seconds >= of_teacher:
+        raise UserError(f"{option} is met by the teacher already, which has {in_words} here")

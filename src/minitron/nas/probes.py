@@ -1,8 +1,7 @@
-"""What a cut of each axis costs after a little training, measured once an axis; from that, what any shape will cost.
+"""Predicts what every shape costs from one probe per axis: the teacher with that axis alone cut about half way down.
 
-Losses of untrained shapes do not rank shapes as training does: what is mended before training, or hurts most at first,
-is not what is missed in the end (docs/studies/search.md). So one shape an axis, the teacher with that axis alone cut
-about half way down, is distilled for a while.
+Losses of untrained shapes do not rank shapes as training does: what is repaired before training, or hurts most at
+first, is not what is missed in the end (docs/studies/search.md). So each probe is distilled for a short while.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +11,39 @@ from numpy.typing import NDArray
 
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
+from minitron.nas.budget import SPEEDS
+from minitron.nas.candidates import Candidate
 from minitron.nas.shapes import Shapes
+from minitron.nas.shortlist import differing
+from minitron.nas.trial import Trial
+from minitron.nas.workspace import Workspace
+from minitron.nas.zero_shot import ZeroShot
 from minitron.pruning.importance import Importance, kept_share
 
 
-def predicted(shapes: Shapes, importance: Importance, probed: Mapping[str, tuple[Arch, float]]) -> NDArray[np.float64]:
-    """For each shape the KL that is expected of it after as much training as the probes had, (n,).
+def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
+    """Return the shapes of the lowest predicted loss as candidates, the best first.
 
-    Scores of different axes do not compare, but shares within an axis do: a shape's KL is the sum over its axes of that
-    of the axis's probe, in proportion to the share of squared importance that is lost there.
+    An interrupted search returns the candidates that it has written, with everything known about them.
+    """
+    if not workspace.has_candidates:
+        archs = probes(shapes)
+        losses = _measure_probes(workspace, archs)
+        expected = predicted(shapes, workspace.importance, {axis: (archs[axis], losses[axis]) for axis in archs})
+        order = expected.argsort(kind="stable").tolist()
+        candidates = []
+        for number, i in enumerate(differing(shapes, order, workspace.session.recipe.search.zero_shot)):
+            counts = {name: value for name, value in shapes.figures_of(i).items() if name not in SPEEDS}
+            candidates.append(Candidate(number, shapes[i], counts, predicted_kl=float(expected[i])))
+        workspace.save(candidates)
+    return workspace.read_candidates()
+
+
+def predicted(shapes: Shapes, importance: Importance, probed: Mapping[str, tuple[Arch, float]]) -> NDArray[np.float64]:
+    """Predict the KL of each shape after as much training as the probes had, (n,), from `probed`: (probe, KL) by axis.
+
+    Scores of different axes do not compare, but shares within an axis do: the KL of a shape is the sum over its axes of
+    the KL of the axis's probe, in proportion to the share of squared importance that the shape loses there.
     """
     teacher, total = shapes.teacher, np.zeros(len(shapes))
     for axis, (probe, kl) in probed.items():
@@ -31,33 +54,51 @@ def predicted(shapes: Shapes, importance: Importance, probed: Mapping[str, tuple
     return total
 
 
-def probes(shapes: Shapes) -> dict[str, Arch]:
-    """For each axis that the shapes differ from the teacher in, the teacher with that axis alone about half way down.
+def _measure_probes(workspace: Workspace, archs: Mapping[str, Arch]) -> dict[str, float]:
+    """Return the KL of the probe of each axis, after a short training unless the recipe says not to train."""
+    losses, recipe = workspace.probe_losses, workspace.session.recipe.search
+    if missing := [axis for axis in archs if axis not in losses]:
+        is_trained = recipe.probe_tokens and recipe.distill_tokens
+        measure = Trial(workspace) if is_trained else ZeroShot(workspace)
 
-    Where a config class or the family lets no shape differ in that axis alone, what has to go with it goes too.
+        def loss(axis: str) -> float:
+            if isinstance(measure, Trial):
+                return measure(f"probe-{axis}", archs[axis], recipe.probe_tokens, f"probe of {axis}")
+            return measure(archs[axis])
+
+        with workspace.timed("probes"):
+            for results in workspace.world.map_in_rounds(loss, missing):
+                losses.update(results)
+                workspace.save_probe_losses(losses)
+        workspace.world.barrier()
+    return losses
+
+
+def probes(shapes: Shapes) -> dict[str, Arch]:
+    """Return the probe of each axis in which the shapes differ from the teacher: that axis alone about half way down.
+
+    Where the family or its config class does not allow a cut of one axis alone, the axes bound to it are cut as well.
     """
-    teacher, found = shapes.teacher, {}
+    teacher = shapes.teacher
+    archs: dict[str, Arch] = {}
     for axis in teacher.prunable_axes:
-        name = AXES[axis]
-        if name not in shapes.sizes:
+        if AXES[axis] not in shapes.sizes:
             continue
-        group = teacher.grouped.get(axis)
-        options = np.unique(shapes.sizes[name] // shapes.sizes[AXES[group]] if group and AXES[group] in shapes.sizes
-                            else shapes.sizes[name] // (teacher.axis_size(group) if group else 1))  # fmt: skip
-        options = options[options < teacher.entries(axis)]
-        for option in _from_the_middle(options.tolist()):
-            sizes = _with_what_belongs(teacher, axis, int(option))
+        options = np.unique(_entries(shapes, axis))
+        for option in _from_the_middle(options[options < teacher.entries(axis)].tolist()):
+            sizes = _with_bound_axes(teacher, axis, int(option))
             if teacher.expressible(sizes):
-                found[axis] = teacher.resized(**sizes)
+                archs[axis] = teacher.resized(**sizes)
                 break
-    return found
+    return archs
 
 
 def _from_the_middle(options: Sequence[int]) -> list[int]:
     return sorted(options, key=lambda size: abs(size - options[(len(options) - 1) // 2]))
 
 
-def _with_what_belongs(teacher: Arch, axis: str, option: int) -> dict[str, int]:
+def _with_bound_axes(teacher: Arch, axis: str, option: int) -> dict[str, int]:
+    """Return the sizes of a probe with `option` entries along an axis, in each group of a grouped one."""
     group, product = teacher.grouped.get(axis), teacher.family.product
     sizes = {AXES[axis]: option * (teacher.axis_size(group) if group else 1)}
     if product and not product.ratio and axis == product.of:
@@ -69,7 +110,7 @@ def _with_what_belongs(teacher: Arch, axis: str, option: int) -> dict[str, int]:
 
 
 def _entries(shapes: Shapes, axis: str) -> NDArray[np.int64]:
-    """How many entries the shapes have along an axis, (n,); of a grouped one, within each group."""
+    """Return how many entries the shapes have along an axis, (n,), in each group of a grouped one."""
     sizes, group = shapes.sizes[AXES[axis]], shapes.teacher.grouped.get(axis)
     if group is None:
         return sizes

@@ -1,4 +1,4 @@
-"""Every uniform shape within a budget, and a short list of different ones."""
+"""Lists every uniform shape within a budget: one size per axis, equal in all layers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,36 +11,43 @@ from numpy.typing import NDArray
 from minitron.errors import UserError, nearest
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
-from minitron.nas.budget import COUNTS, Budget, Figures, counted
+from minitron.model.memory import attention_windows
+from minitron.nas.budget import COUNTS, Budget, Figures, budget_of, counted
 from minitron.recipe import Factors, SearchRecipe, Span
+from minitron.session import Session
 
 SMALLEST_SHARE = 0.25
-"""No axis is cut below this share of the teacher's size."""
+"""The smallest size of an axis, as a share of the teacher's."""
 STEPS_PER_AXIS = 16
-"""An axis is cut in steps of a power of two, at least this many to the whole axis if the grid stays small enough."""
+"""The fewest steps per axis, each a power of two, as long as the grid stays below `LARGEST_GRID`."""
 STEPS_PER_COUNT = 64
-"""The same of layers, heads and experts, which are few."""
+"""The fewest steps for layers, heads and experts, which are few; see `STEPS_PER_AXIS`."""
 WIDTH_MULTIPLE = 64
-"""Widths are cut in steps of at least this, which matrix units ask for, where the teacher's is a multiple of it."""
+"""The smallest step of widths where the teacher's width is a multiple of it, as matrix units require."""
 WIDTHS = {"hidden", "ffn", "expert_ffn", "shared_ffn", "latent"}
 LARGEST_GRID = 2**20
-"""The step of the axis with the most options is doubled until the grid has no more shapes than this."""
+"""The most shapes of a grid; the step of the axis with the most options is doubled until the grid is this small."""
 MAMBA_HEADS_MULTIPLE = 8
-"""Where the teacher's Mamba heads are a multiple of this, so are the student's: CUDA's convolution asks for it."""
-SMALLEST_DIFFERENCE = 0.1
-"""Two short-listed shapes differ by at least this share in the size of some axis."""
+"""The factor of the number of Mamba heads, where the teacher's number has it: CUDA's convolution requires it."""
 NUM_NEAREST = 3
+"""The number of shapes that a message names when no shape fits the budget."""
 
 Array = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Many shapes of one teacher, as arrays of their sizes, with what each costs."""
+    """Many shapes of one teacher: arrays (n,) of their sizes and of their figures."""
 
     teacher: Arch
-    sizes: Mapping[str, Array]  # (n,) each
+    sizes: Mapping[str, Array]
     figures: Figures
+
+    @classmethod
+    def of(cls, teacher: Arch, archs: Sequence[Arch], figures: Figures) -> "Shapes":
+        """Return a list of shapes as arrays."""
+        sizes = {name: np.array([arch.sizes[name] for arch in archs]) for name in teacher.sizes}
+        return cls(teacher, sizes, figures)
 
     def __len__(self) -> int:
         return len(next(iter(self.sizes.values())))
@@ -49,7 +56,7 @@ class Shapes:
         return self.teacher.resized(**{name: int(sizes[i]) for name, sizes in self.sizes.items()})
 
     def at(self, which: Any) -> "Shapes":
-        """Those at some positions, or where a mask is true."""
+        """Return the shapes at some positions, or where a boolean mask is true."""
         return Shapes(
             self.teacher,
             {name: sizes[which] for name, sizes in self.sizes.items()},
@@ -57,15 +64,36 @@ class Shapes:
         )
 
     def figures_of(self, i: int) -> dict[str, Any]:
-        """What one costs, for JSON."""
+        """Return the figures of shape `i` as plain numbers."""
         return {name: values[i].item() for name, values in self.figures.items()}
 
 
-def grid(teacher: Arch, recipe: SearchRecipe) -> dict[str, Sequence[int] | Factors]:
-    """The sizes that each axis may take, by config name; of grouped axes whole sizes where given, else entries a group.
+def shapes_within(session: Session) -> tuple[Shapes, Budget]:
+    """Return all shapes that fit the recipe's budget, and that budget, both without limits on speed.
 
     Raises:
-        UserError: the recipe names an axis that cannot be pruned, or sizes that are not within the teacher's.
+        UserError: the recipe has no budget or several targets, the budget is not understood, or no shape fits it.
+    """
+    target = session.recipe.target_params
+    if isinstance(target, tuple):
+        raise UserError("several target_params make a series of students, which is what compress does; give one")
+    budget, windows = budget_of(session, target), attention_windows(session.source.config.to_dict())
+    return feasible(every_shape(session.source.arch, budget, session.recipe.search, windows), budget), budget
+
+
+def removed_layers(shapes: Shapes) -> set[int]:
+    """Return the numbers of removed layers that occur among the shapes."""
+    depth = shapes.teacher.axis_size("layer")
+    return {depth - int(layers) for layers in set(shapes.sizes["num_hidden_layers"].tolist())}
+
+
+def grid(teacher: Arch, recipe: SearchRecipe) -> dict[str, Sequence[int] | Factors]:
+    """Return the sizes that each axis may take, by config name.
+
+    For grouped axes, sizes that the recipe gives are those of the whole axis; derived sizes count entries per group.
+
+    Raises:
+        UserError: the recipe names an axis that cannot be pruned, or no size up to the teacher's.
     """
     names = {AXES[axis]: axis for axis in teacher.prunable_axes}
     for name in (*recipe.space, *recipe.multiple_of):
@@ -75,7 +103,7 @@ def grid(teacher: Arch, recipe: SearchRecipe) -> dict[str, Sequence[int] | Facto
     options: dict[str, Sequence[int] | Factors] = {}
     for name, axis in names.items():
         if name in recipe.space:
-            options[name] = _given(teacher, name, recipe.space[name])
+            options[name] = _from_recipe(teacher, name, recipe.space[name])
         else:
             steps[name] = recipe.multiple_of.get(name) or _finest_step(teacher, axis)
             options[name] = _derived(teacher, axis, steps[name], name in recipe.multiple_of)
@@ -92,30 +120,30 @@ def _num_options(options: Sequence[int] | Factors) -> int:
     return len(options.times if isinstance(options, Factors) else options)
 
 
-def _given(teacher: Arch, name: str, space: tuple[int, ...] | Span | Factors) -> Sequence[int] | Factors:
+def _from_recipe(teacher: Arch, name: str, space: tuple[int, ...] | Span | Factors) -> Sequence[int] | Factors:
     if isinstance(space, Factors):
         if space.of not in teacher.sizes:
             raise UserError(f"search.space.{name}.of: {nearest(space.of, list(teacher.sizes))}")
         return space
     sizes = range(space.first, space.last + 1, space.step) if isinstance(space, Span) else sorted(set(space))
-    if not (found := [size for size in sizes if size <= teacher.sizes[name]]):
+    if not (options := [size for size in sizes if size <= teacher.sizes[name]]):
         raise UserError(f"search.space.{name} has no size up to the teacher's {teacher.sizes[name]}")
-    return found
+    return options
 
 
 def _finest_step(teacher: Arch, axis: str) -> int:
     size = teacher.entries(axis)
     if axis == "mhead" and teacher.axis_size(axis) % MAMBA_HEADS_MULTIPLE == 0:
         return MAMBA_HEADS_MULTIPLE // math.gcd(MAMBA_HEADS_MULTIPLE, teacher.axis_size(teacher.grouped[axis]))
-    counted_ones = {"layer", "expert", *teacher.grouped, *teacher.grouped.values()}
-    step = 1 << max(0, math.floor(math.log2(size / (STEPS_PER_COUNT if axis in counted_ones else STEPS_PER_AXIS))))
+    few = {"layer", "expert", *teacher.grouped, *teacher.grouped.values()}
+    step = 1 << max(0, math.floor(math.log2(size / (STEPS_PER_COUNT if axis in few else STEPS_PER_AXIS))))
     is_wide = axis in WIDTHS and size % WIDTH_MULTIPLE == 0 and size >= 4 * WIDTH_MULTIPLE
     return max(step, WIDTH_MULTIPLE) if is_wide else step
 
 
-def _derived(teacher: Arch, axis: str, step: int, is_asked: bool) -> list[int]:
+def _derived(teacher: Arch, axis: str, step: int, is_from_recipe: bool) -> list[int]:
     size, per_group = teacher.entries(axis), teacher.grouped.get(axis)
-    if per_group and is_asked:  # a step of the whole axis; in each group a part of that
+    if per_group and is_from_recipe:  # the recipe gives the step of the whole axis, `step` is that of one group
         step = max(1, step // math.gcd(step, teacher.axis_size(per_group)))
     smallest = math.ceil(max(_floor(teacher, axis), size * SMALLEST_SHARE) / step)
     return sorted({size, *(step * i for i in range(smallest, size // step + 1))})
@@ -129,17 +157,17 @@ def _floor(arch: Arch, axis: str) -> int:
 
 
 def every_shape(teacher: Arch, budget: Budget, recipe: SearchRecipe, windows: list[int]) -> Shapes:
-    """All shapes of the grid that are smaller than the teacher, with what can be computed of them."""
+    """Return all shapes of the grid that are smaller than the teacher, with the figures of `COUNTS`."""
     axes = grid(teacher, recipe)
     indices = np.meshgrid(*(np.arange(_num_options(options)) for options in axes.values()), indexing="ij", sparse=True)
-    places = dict(zip(axes, indices, strict=True))
+    positions = dict(zip(axes, indices, strict=True))
     mesh: dict[str, Any] = {
-        name: np.array(options)[places[name]] for name, options in axes.items() if not isinstance(options, Factors)
+        name: np.array(options)[positions[name]] for name, options in axes.items() if not isinstance(options, Factors)
     }
     is_whole: Any = True
     for name, options in axes.items():
         if isinstance(options, Factors):
-            product = np.array(options.times)[places[name]] * mesh.get(options.of, teacher.sizes[options.of])
+            product = np.array(options.times)[positions[name]] * mesh.get(options.of, teacher.sizes[options.of])
             mesh[name] = np.round(product).astype(np.int64)
             is_whole = is_whole & (np.abs(product - mesh[name]) < 1e-6)
     for axis, group in teacher.grouped.items():
@@ -156,8 +184,8 @@ def every_shape(teacher: Arch, budget: Budget, recipe: SearchRecipe, windows: li
         if AXES[axis] in mesh:
             is_whole = is_whole & (mesh[AXES[axis]] >= teacher.axis_size(floor))
     counts = teacher.count_grid(mesh)
-    chosen = np.nonzero(np.broadcast_to(teacher.expressible(mesh) & is_whole, counts.shape)
-                        & (counts < teacher.num_parameters))  # fmt: skip
+    is_possible = np.broadcast_to(teacher.expressible(mesh) & is_whole, counts.shape)
+    chosen = np.nonzero(is_possible & (counts < teacher.num_parameters))
     sizes = {name: np.broadcast_to(values, counts.shape)[chosen] for name, values in mesh.items()}
     num = len(chosen[0])
     figures = counted(teacher, sizes, budget.serving, windows)
@@ -165,10 +193,10 @@ def every_shape(teacher: Arch, budget: Budget, recipe: SearchRecipe, windows: li
 
 
 def feasible(shapes: Shapes, budget: Budget) -> Shapes:
-    """The shapes that fit the budget.
+    """Return the shapes that fit the budget.
 
     Raises:
-        UserError: none does; the message says which come nearest.
+        UserError: no shape fits; the message names the nearest shapes.
     """
     if not len(shapes):
         raise UserError("search: no shape of the grid is smaller than the teacher")
@@ -196,29 +224,19 @@ def _limit_in_words(name: str, low: float, high: float) -> str:
 def _in_words(shapes: Shapes, i: int, budget: Budget) -> str:
     teacher = shapes.teacher
     changed = [f"{name} {sizes[i]}" for name, sizes in shapes.sizes.items() if sizes[i] != teacher.sizes[name]]
-    figures = [f"{shapes.figures[name][i]:,.6g} {name.replace('_', ' ')}" if name not in COUNTS else
-               f"{shapes.figures[name][i]:,} {COUNTS[name]}" for name in budget.limits]  # fmt: skip
+    figures = [
+        f"{shapes.figures[name][i]:,} {COUNTS[name]}"
+        if name in COUNTS
+        else f"{shapes.figures[name][i]:,.6g} {name.replace('_', ' ')}"
+        for name in budget.limits
+    ]
     return f"{', '.join(figures)} ({' '.join(changed)})"
 
 
 def _depth_by_kind(teacher: Arch, depth: Any) -> dict[str, Any]:
-    """For an array of depths, arrays of the number of layers of each kind, by size name."""
+    """Return arrays of the number of layers of each kind, by config name, for an array of depths."""
     if not teacher.layer_counts:
         return {}
     depths, positions = np.unique(depth, return_inverse=True)
     splits = [teacher.split_depth(int(one)) for one in depths]
     return {name: np.array([split[name] for split in splits])[positions].reshape(depth.shape) for name in splits[0]}
-
-
-def shortlist(shapes: Shapes, best_first: Sequence[int], count: int) -> list[int]:
-    """The first `count` of the order, leaving out shapes that are nearly one taken already; then of these the first."""
-    logs = np.log(np.stack([np.asarray(sizes, dtype=float) for sizes in shapes.sizes.values()]))  # (axes, n)
-    chosen: list[int] = []
-    passed_over: list[int] = []
-    for i in best_first:
-        if len(chosen) == count:
-            break
-        is_near = chosen and (np.abs(logs[:, chosen] - logs[:, [i]]).max(axis=0) < SMALLEST_DIFFERENCE).any()
-        (passed_over if is_near else chosen).append(int(i))
-    taken = {*chosen, *passed_over[: count - len(chosen)]}
-    return [int(i) for i in best_first if int(i) in taken]

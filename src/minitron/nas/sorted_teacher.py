@@ -1,8 +1,8 @@
-"""The teacher sorted by importance, so that every candidate is the beginning of it along every axis.
+"""Sorts a teacher by importance, so that every candidate is the beginning of it along every axis.
 
-Hundreds of shapes are tried this way without a copy of each: a candidate's tensors are views into those of the sorted
-teacher. Where the choice of entries depends on how many there are of something else, there is a sorted teacher for each
-such number: the basis that hidden is turned into depends on its size, Mamba heads are ranked by the channels that stay.
+Hundreds of shapes are tried this way without a copy of each: the tensors of a candidate are views into the tensors of
+the sorted teacher. Where the choice of kept entries depends on the size of another axis, there is one sorted teacher
+per size: the basis that hidden is rotated into depends on its size, and Mamba heads are ranked by the kept channels.
 """
 
 from collections.abc import Iterator
@@ -24,47 +24,46 @@ from minitron.pruning.maps import kept_positions
 from minitron.pruning.repair import mended
 from minitron.pruning.rotate import turns
 from minitron.recipe import PruneRecipe
+from minitron.runtime import Runtime
 
 
 @dataclass(frozen=True)
-class Sorted:
-    """A teacher cut to the sizes of `whole`, all else sorted by falling importance; `tensors` by name."""
+class SortedTeacher:
+    """A teacher cut to the sizes of `whole` and sorted by falling importance along every other axis."""
 
     teacher: Checkpoint
     importance: Importance
     whole: Arch
     tensors: dict[str, Tensor]
 
-    def model(self, arch: Arch, device: torch.device, dtype: torch.dtype) -> Any:
-        """The transformers model of a candidate, cut as `pruning.cut` cuts it, in the sorted order."""
+    def model(self, arch: Arch, runtime: Runtime) -> Any:
+        """Return the transformers model of a candidate: the function of the pruned model, entries in sorted order."""
         config = student_config(self.teacher, arch, self._layers(arch))
-        return build_model(config, self.views(arch), device, dtype)
+        return build_model(config, self.views(arch), runtime.device, runtime.dtype)
 
     def _layers(self, arch: Arch) -> list[int]:
         numbers: list[int] = kept_layers(self.importance, self.teacher.arch, arch).tolist()
         return numbers
 
     def views(self, arch: Arch) -> Iterator[tuple[str, Tensor]]:
-        """The tensors of a candidate by name; what is several things in one dimension, such as gates, is copied."""
+        """Yield the tensors of a candidate by name; tensors that join several things in one dimension are copies."""
         layers = self._layers(arch)
-        of_kind = {kind: [i for i in layers if kind is None or self.teacher.arch.layers[i] == kind]
-                   for kind in {row.kind for row in arch.rows}}  # fmt: skip
-        new_number = {number: new for new, number in enumerate(layers)}
+        new_numbers = {number: new for new, number in enumerate(layers)}
         for row in arch.rows:
             parts = self._parts(row, arch)
-            for number in of_kind[row.kind] if row.is_per_layer else [None]:
-                new = None if number is None else new_number[number]
+            numbers = [i for i in layers if row.kind is None or self.teacher.arch.layers[i] == row.kind]
+            for number in numbers if row.is_per_layer else [None]:
+                new = None if number is None else new_numbers[number]
                 for expert in range(arch.axis_size("expert")) if row.is_per_expert else [None]:
                     tensor = self.tensors[row.tensor_name(number, expert)]
                     for dim, part in parts:
-                        # Heads that are fewer in each of several groups are the one thing that a view cannot hold.
-                        tensor = (
-                            tensor.narrow(dim, 0, part) if isinstance(part, int) else tensor.index_select(dim, part)
-                        )
+                        # A view cannot leave out heads in each of several groups: index_select copies.
+                        is_prefix = isinstance(part, int)
+                        tensor = tensor.narrow(dim, 0, part) if is_prefix else tensor.index_select(dim, part)
                     yield row.tensor_name(new, expert), tensor
 
     def _parts(self, row: Row, arch: Arch) -> list[tuple[int, int | Tensor]]:
-        """By dimension that gets shorter: how much of its beginning is kept, or which positions are."""
+        """Return each dimension that gets shorter with the length of its beginning, or with the kept positions."""
         maps = {
             axis: self._prefix(axis, arch) for axis in row.axes if arch.axis_size(axis) != self.whole.axis_size(axis)
         }
@@ -77,6 +76,7 @@ class Sorted:
         return parts
 
     def _prefix(self, axis: str, arch: Arch) -> Tensor:
+        """Return the positions along an axis that a candidate keeps, in each group of a grouped axis."""
         size, group = arch.axis_size(axis), arch.grouped.get(axis)
         if group is None:
             return torch.arange(size)
@@ -88,8 +88,8 @@ class Sorted:
         return next(iter(self.tensors.values())).device
 
 
-def decided_by(teacher: Arch, recipe: PruneRecipe) -> tuple[str, ...]:
-    """The sizes, by config name, for each combination of which there has to be a sorted teacher."""
+def deciding_sizes(teacher: Arch, recipe: PruneRecipe) -> tuple[str, ...]:
+    """Return the config names of the sizes that need a sorted teacher for each combination of their values."""
     axes = {tap.axes[1] for tap in teacher.family.taps if len(tap.axes) > 1}
     if recipe.rescale_norms or turns(teacher, recipe):
         axes.add("hidden")
@@ -100,23 +100,23 @@ def sort_teacher(
     teacher: Checkpoint,
     importance: Importance,
     sizes: dict[str, int],
+    *,
     recipe: PruneRecipe,
     blocks: Blocks,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Sorted:
-    """The teacher cut to some sizes, those of `decided_by`, mended there and sorted along every other axis.
+    runtime: Runtime,
+) -> SortedTeacher:
+    """Cut a teacher to `sizes`, those of `deciding_sizes`, rescale its norms, and sort it along every other axis.
 
-    The repair is the rescaling of norms, on `blocks`. What depends on all sizes of a shape is left out: the refit, and
-    heads that are merged.
+    Norms are rescaled on `blocks`. Repairs that depend on all sizes of a shape are left out: the refit and the merge of
+    heads.
     """
-    # Not every such shape could be written as a config, but it is never written.
+    # The shape may be one that no config can express: it is never written.
     whole = replace(teacher.arch, sizes={**teacher.arch.sizes, **sizes})
     cut = cut_to(whole, teacher, importance, recipe.model_copy(update={"merge_heads": False}))
     cut = replace(cut, kept=select(importance, teacher.arch, whole, ranked=True))
     recipe = recipe.model_copy(update={"refit": False})
     tensors = {}
-    for name, value in mended(teacher, cut, blocks, recipe, device, dtype):
-        # What has one dimension is small, and some of it stays in the file's dtype when a model is run in another.
-        tensors[name] = value.to(device, dtype if value.ndim > 1 else None)
-    return Sorted(teacher, importance, whole, tensors)
+    for name, value in mended(teacher, cut, blocks, recipe, runtime.device, runtime.dtype):
+        # Tensors of one dimension are small, and some stay in the file's dtype when a model runs in another dtype.
+        tensors[name] = value.to(runtime.device, runtime.dtype if value.ndim > 1 else None)
+    return SortedTeacher(teacher, importance, whole, tensors)

@@ -1,34 +1,29 @@
-"""How the candidates of a short list stand, as a table for the terminal."""
+"""Shows how the candidates of a short list stand, as a table for the terminal."""
 
 from rich.table import Table
 
-from minitron.model.arch import Arch
+from minitron.nas.candidates import Candidate
 
 
-def standings(rows: list[dict[str, object]], archs: list[Arch], numbers: list[int]) -> Table:
-    """A row a candidate: the sizes in which they differ, and its KL to the teacher untrained and after each rung."""
-    names = [name for name in archs[0].sizes if len({archs[i].sizes[name] for i in numbers}) > 1]
-    heights = sorted({int(tokens) for i in numbers for tokens in _distilled(rows[i])})
+def standings(short_list: list[Candidate]) -> Table:
+    """Return a table with a row per candidate: the sizes that differ, and the KL untrained and after each rung."""
+    archs = [candidate.arch for candidate in short_list]
+    names = [name for name in archs[0].sizes if len({arch.sizes[name] for arch in archs}) > 1]
+    heights = sorted({tokens for candidate in short_list for tokens in candidate.distilled_kl})
     table = Table(title="held-out KL to the teacher, nats a token", title_justify="left")
     for name in ("", "parameters", *names, "untrained", *(f"{tokens:,} tokens" for tokens in heights)):
         table.add_column(name, justify="right", overflow="fold")
-    least = {tokens: min(_distilled(rows[i]).get(str(tokens), float("inf")) for i in numbers) for tokens in heights}
-    for place, i in enumerate(numbers):
-        found = _distilled(rows[i])
-        losses = [
-            ""
-            if (kl := found.get(str(tokens))) is None
-            else f"[bold]{kl:.4f}[/bold]"
-            if kl == least[tokens]
-            else f"{kl:.4f}"
-            for tokens in heights
-        ]
-        sizes = [f"{archs[i].sizes[name]:,}" for name in names]
-        table.add_row(str(place + 1), f"{archs[i].num_parameters:,}", *sizes, f"{rows[i]['zero_shot_kl']:.3f}", *losses)
+    least = {tokens: min(c.distilled_kl.get(tokens, float("inf")) for c in short_list) for tokens in heights}
+    for place, candidate in enumerate(short_list, 1):
+        losses = [_in_words(candidate.distilled_kl.get(tokens), least[tokens]) for tokens in heights]
+        sizes = [f"{candidate.arch.sizes[name]:,}" for name in names]
+        table.add_row(
+            str(place), f"{candidate.arch.num_parameters:,}", *sizes, f"{candidate.zero_shot_kl:.3f}", *losses
+        )
     return table
 
 
-def _distilled(row: dict[str, object]) -> dict[str, float]:
-    found = row["distilled_kl"]
-    assert isinstance(found, dict)
-    return found
+def _in_words(kl: float | None, least: float) -> str:
+    if kl is None:
+        return ""
+    return f"[bold]{kl:.4f}[/bold]" if kl == least else f"{kl:.4f}"

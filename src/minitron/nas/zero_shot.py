@@ -1,6 +1,4 @@
-"""How far cut, untrained candidates are from the teacher."""
-
-from dataclasses import dataclass, field
+"""Measures how far cut, untrained candidates are from the teacher."""
 
 import torch
 from torch import nn
@@ -11,57 +9,81 @@ from minitron.distillation.losses import forward_kl
 from minitron.distillation.teacher import Teacher
 from minitron.model.arch import Arch
 from minitron.model.language_model import Headless
-from minitron.nas.sorted_teacher import Sorted, decided_by, sort_teacher
-from minitron.pruning.importance import Importance
-from minitron.session import Session
+from minitron.nas.candidates import Candidate
+from minitron.nas.sorted_teacher import SortedTeacher, deciding_sizes, sort_teacher
+from minitron.nas.workspace import Workspace
+from minitron.progress import Progress
 
 REPAIR_TOKENS = 2_048
 """Calibration tokens on which the norms of a sorted teacher are rescaled."""
 
 
-@torch.no_grad()
-def divergence(model: nn.Module, blocks: Blocks, word: Teacher) -> float:
-    """KL of a model's next-token distributions from the teacher's, nats a token, mean over all tokens of the blocks.
+def compare_untrained(workspace: Workspace, candidates: list[Candidate]) -> None:
+    """Fill in the `zero_shot_kl` of candidates that have none, one sorted teacher after the other."""
+    missing = [candidate.number for candidate in candidates if candidate.zero_shot_kl is None]
+    if not missing:
+        return
+    zero_shot = ZeroShot(workspace)
+    missing.sort(key=lambda number: zero_shot.key(candidates[number].arch))
+    with (
+        Progress("zero-shot", len(candidates), "candidates", done=len(candidates) - len(missing)) as progress,
+        workspace.timed("zero_shot"),
+    ):
+        for results in workspace.world.map_in_rounds(lambda number: zero_shot(candidates[number].arch), missing):
+            for number, kl in results:
+                candidates[number].zero_shot_kl = kl
+            workspace.save(candidates)
+            progress.advance(len(results))
+            least = min(candidate.zero_shot_kl for candidate in candidates if candidate.zero_shot_kl is not None)
+            progress.note(f"least KL {least:.3f}")
 
-    `word` is what the teacher says of the blocks, by their numbers.
+
+@torch.no_grad()
+def divergence(model: nn.Module, blocks: Blocks, teacher_outputs: Teacher) -> float:
+    """Return the KL of a model's next-token distributions from the teacher's, nats per token, mean over all tokens.
+
+    `teacher_outputs` returns the teacher's outputs on a block by the block's number.
     """
     headless = model if isinstance(model, Headless) else Headless(model)
     device, total = next(headless.parameters()).device, 0.0
     for number, block in enumerate(blocks.split(1)):
         ids = block.ids.to(device)
-        said = word(ids, torch.tensor([number]), None)
-        total += float(headless(ids, lambda hidden, head, said=said: logit_loss(hidden, head, said, forward_kl, 1)))
+        outputs = teacher_outputs(ids, torch.tensor([number]), None)
+        total += float(headless(ids, lambda hidden, head, of=outputs: logit_loss(hidden, head, of, forward_kl, 1)))
     return total / blocks.num_tokens
 
 
-@dataclass
 class ZeroShot:
-    """Measures candidates on a few blocks, as views into one sorted teacher at a time."""
+    """Measures candidates on a few held-out blocks, as views into one sorted teacher at a time."""
 
-    session: Session
-    importance: Importance
-    blocks: Blocks
-    word: Teacher
-    current: tuple[tuple[int, ...], Sorted] | None = field(default=None, init=False)
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace, self.session = workspace, workspace.session
+        self.blocks, self.teacher_outputs = workspace.zero_shot_blocks, workspace.heldout_outputs
+        self._key: tuple[int, ...] | None = None
+        self._sorted: SortedTeacher | None = None
 
     def __call__(self, arch: Arch) -> float:
-        """The KL of a shape, cut and with its norms rescaled, from the teacher."""
-        session = self.session
-        key = self.key(arch)
-        if self.current is None or self.current[0] != key:
-            self.current = None  # before the next one is made
-            blocks = session.calibration_blocks[: max(1, REPAIR_TOKENS // session.context)]
-            sizes = dict(zip(self.decisive, key, strict=True))
-            self.current = key, sort_teacher(session.source, self.importance, sizes, session.recipe.prune, blocks,
-                                             session.runtime.device, session.runtime.dtype)  # fmt: skip
-        model = self.current[1].model(arch, session.runtime.device, session.runtime.dtype)
-        return divergence(model, self.blocks, self.word)
-
-    @property
-    def decisive(self) -> tuple[str, ...]:
-        """The sizes that decide which sorted teacher a shape is cut out of."""
-        return decided_by(self.session.source.arch, self.session.recipe.prune)
+        """Return the KL of a shape from the teacher, cut and with its norms rescaled."""
+        model = self._sorted_teacher(arch).model(arch, self.session.runtime)
+        return divergence(model, self.blocks, self.teacher_outputs)
 
     def key(self, arch: Arch) -> tuple[int, ...]:
-        """Those of a shape; shapes are best measured in the order of these."""
-        return tuple(arch.sizes[name] for name in self.decisive)
+        """Return the sizes that decide which sorted teacher a shape is cut out of; measure shapes in their order."""
+        return tuple(arch.sizes[name] for name in self._deciding_sizes)
+
+    @property
+    def _deciding_sizes(self) -> tuple[str, ...]:
+        return deciding_sizes(self.session.source.arch, self.session.recipe.prune)
+
+    def _sorted_teacher(self, arch: Arch) -> SortedTeacher:
+        if self._sorted is None or self._key != self.key(arch):
+            self._key, self._sorted = self.key(arch), None  # release one sorted teacher before the next is made
+            self._sorted = sort_teacher(
+                self.session.source,
+                self.workspace.importance,
+                dict(zip(self._deciding_sizes, self._key, strict=True)),
+                recipe=self.session.recipe.prune,
+                blocks=self.session.calibration_blocks[: max(1, REPAIR_TOKENS // self.session.context)],
+                runtime=self.session.runtime,
+            )
+        return self._sorted

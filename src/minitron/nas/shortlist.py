@@ -1,0 +1,103 @@
+"""Picks the short list: candidates of little loss that differ, meet the budget as measured, and cut different axes."""
+
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from minitron.errors import UserError
+from minitron.model.arch import Arch
+from minitron.nas.budget import Budget
+from minitron.nas.candidates import Candidate
+from minitron.nas.shapes import Shapes
+from minitron.nas.workspace import Workspace
+
+SMALLEST_DIFFERENCE = 0.1
+"""The share by which two short-listed shapes differ at least in the size of some axis."""
+
+
+def make_short_list(workspace: Workspace, candidates: list[Candidate], budget: Budget) -> list[Candidate]:
+    """Return the candidates that get a trial, the best first, and measure their speed.
+
+    Three quarters of the places are for kinds of cuts: neither loss knows well what a cut of some axes costs compared
+    with others (docs/studies/search.md), so the best candidate of every kind comes first.
+
+    Raises:
+        UserError: no candidate meets the budget as measured.
+    """
+    teacher, size = workspace.session.source.arch, workspace.session.recipe.search.shortlist
+    archs = [candidate.arch for candidate in candidates]
+    shapes, order = Shapes.of(teacher, archs, {}), _order(teacher, candidates, size * 3 // 4)
+    remaining, chosen = list(order), list[int]()
+    with workspace.speeds:
+        while remaining and len(chosen) < size:
+            wanted = differing(shapes, [*chosen, *remaining], size)
+            if not (new := [i for i in wanted if i not in chosen]):
+                break
+            for i in new:
+                remaining.remove(i)
+                _measure_speed(workspace, candidates[i])
+                if budget.fits(candidates[i].figures):
+                    chosen.append(i)
+    workspace.save(candidates)
+    workspace.world.barrier()
+    if not chosen:
+        raise UserError(_nearest_in_words(candidates, budget))
+    return [candidates[i] for i in sorted(chosen, key=order.index)]
+
+
+def _order(teacher: Arch, candidates: list[Candidate], num_kinds: int) -> list[int]:
+    """Return the numbers of the candidates: the best of some kinds of cuts, then the best by either loss in turn.
+
+    Predicted and untrained loss each know what the other does not (docs/studies/search.md).
+    """
+    by_prediction = sorted(range(len(candidates)), key=lambda i: candidates[i].predicted_kl)
+    untrained = [kl for candidate in candidates if (kl := candidate.zero_shot_kl) is not None]
+    by_untrained = sorted(range(len(untrained)), key=lambda i: untrained[i])
+    kinds = first_of_each_kind(teacher, [candidate.arch for candidate in candidates], by_prediction)[:num_kinds]
+    in_turn = (i for pair in zip(by_prediction, by_untrained, strict=True) for i in pair)
+    return list(dict.fromkeys([*kinds, *in_turn]))
+
+
+def first_of_each_kind(teacher: Arch, archs: list[Arch], order: list[int]) -> list[int]:
+    """Return the first shape, in an order of numbers, of every kind of cut: of every set of sizes that are cut."""
+    firsts: dict[frozenset[str], int] = {}
+    for i in order:
+        firsts.setdefault(frozenset(name for name, size in archs[i].sizes.items() if size < teacher.sizes[name]), i)
+    return list(firsts.values())
+
+
+def differing(shapes: Shapes, best_first: Sequence[int], count: int) -> list[int]:
+    """Return the first `count` numbers of an order, skipping shapes that are nearly equal to one taken already.
+
+    Where too few shapes differ, the first that were skipped are taken as well.
+    """
+    logs = np.log(np.stack([np.asarray(sizes, dtype=float) for sizes in shapes.sizes.values()]))  # (axes, n)
+    chosen: list[int] = []
+    skipped: list[int] = []
+    for i in best_first:
+        if len(chosen) == count:
+            break
+        is_near = chosen and (np.abs(logs[:, chosen] - logs[:, [i]]).max(axis=0) < SMALLEST_DIFFERENCE).any()
+        (skipped if is_near else chosen).append(int(i))
+    taken = {*chosen, *skipped[: count - len(chosen)]}
+    return [int(i) for i in best_first if int(i) in taken]
+
+
+def _measure_speed(workspace: Workspace, candidate: Candidate) -> None:
+    """Let the main process measure a candidate's speed; all ranks take its result."""
+    speeds: dict[str, float] = {}
+    if workspace.world.is_main:
+        with workspace.timed("speed"):
+            speeds = workspace.speeds.measure(candidate.arch)
+    speeds = workspace.world.gather(speeds)[0]
+    candidate.prefill_seconds, candidate.decode_seconds = speeds["prefill_seconds"], speeds["decode_seconds"]
+
+
+def _nearest_in_words(candidates: list[Candidate], budget: Budget) -> str:
+    measured = [candidate for candidate in candidates if candidate.prefill_seconds]
+    nearest = min(measured, key=lambda candidate: float(budget.excess(candidate.figures)))
+    figures = ", ".join(f"{name} {nearest.figures[name]:,.4g}" for name in budget.limits)
+    return (
+        f"no candidate meets the budget as measured; the nearest has {figures} ({json.dumps(nearest.arch.to_dict())})"
+    )
