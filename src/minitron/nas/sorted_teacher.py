@@ -55,12 +55,7 @@ class SortedTeacher:
             for number in numbers if row.is_per_layer else [None]:
                 new = None if number is None else new_numbers[number]
                 for expert in range(arch.axis_size("expert")) if row.is_per_expert else [None]:
-                    tensor = self.tensors[row.tensor_name(number, expert)]
-                    for dim, part in parts:
-                        # A view cannot leave out heads in each of several groups: index_select copies.
-                        is_prefix = isinstance(part, int)
-                        tensor = tensor.narrow(dim, 0, part) if is_prefix else tensor.index_select(dim, part)
-                    yield row.tensor_name(new, expert), tensor
+                    yield row.tensor_name(new, expert), _cut(self.tensors[row.tensor_name(number, expert)], parts)
 
     def _parts(self, row: Row, arch: Arch) -> list[tuple[int, int | Tensor]]:
         """Return each dimension that gets shorter with the length of its beginning, or with the kept positions."""
@@ -86,6 +81,13 @@ class SortedTeacher:
     @cached_property
     def _device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
+
+
+def _cut(tensor: Tensor, parts: list[tuple[int, int | Tensor]]) -> Tensor:
+    for dim, part in parts:
+        # A view cannot leave out heads in each of several groups: index_select copies.
+        tensor = tensor.narrow(dim, 0, part) if isinstance(part, int) else tensor.index_select(dim, part)
+    return tensor
 
 
 def deciding_sizes(teacher: Arch, recipe: PruneRecipe) -> tuple[str, ...]:
