@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minitron.model.arch import Arch
 from minitron.nas.budget import Budget, budget_of
-from minitron.nas.estimate import limit_speeds
+from minitron.nas.estimate import meet_speed_limits
 from minitron.nas.probes import predict
 from minitron.nas.shapes import Shapes, removed_layers, shapes_within
 from minitron.nas.shortlist import make_short_list
@@ -30,7 +30,7 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
     if arch := chosen_before(folder, session.source.arch):
         return arch
     workspace = Workspace(session, importance, folder)
-    shapes, budget = limit_speeds(workspace, shapes, budget)
+    shapes, budget = meet_speed_limits(workspace, shapes, budget)
     candidates = predict(workspace, shapes)
     compare_untrained(workspace, candidates)
     short_list = make_short_list(workspace, candidates, budget)

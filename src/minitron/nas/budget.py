@@ -102,7 +102,7 @@ def budget_of(session: Session, target: Target | None) -> Budget:
     return parse_budget(target, recipe.budget, recipe.search.tolerance, teacher.arch, windows)
 
 
-def limits_speed(session: Session) -> bool:
+def has_speed_limits(session: Session) -> bool:
     """Return whether the session's recipe asks for a throughput or a latency."""
     return session.recipe.budget.throughput is not None or session.recipe.budget.latency is not None
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minitron.files import read_jsonl, write_jsonl
+from minitron.files import read_jsonl
 from minitron.model.arch import Arch
 from minitron.nas.budget import COUNTS, SPEEDS, Figures
 
@@ -77,8 +77,3 @@ class Candidate:
 def read_candidates(path: Path, teacher: Arch) -> list[Candidate]:
     """Read the candidates of a `candidates.jsonl`, shapes of the teacher."""
     return [Candidate.from_dict(number, row, teacher) for number, row in enumerate(read_jsonl(path))]
-
-
-def write_candidates(path: Path, candidates: list[Candidate]) -> None:
-    """Write the candidates of a search, one per line, whole or not at all."""
-    write_jsonl(path, [candidate.to_dict() for candidate in candidates])

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from minitron.errors import UserError
 from minitron.files import read_jsonl
-from minitron.nas.budget import SPEEDS, Budget, Limit, limits_speed, speed_limits
+from minitron.nas.budget import SPEEDS, Budget, Limit, has_speed_limits, speed_limits
 from minitron.nas.probes import probes
 from minitron.nas.shapes import Shapes, feasible
 from minitron.nas.speed import Speeds
@@ -16,13 +16,14 @@ from minitron.progress import Progress
 
 Array = NDArray[np.float64]
 SPEED_MARGIN = 0.1
-"""A shape may be estimated at this share less than the seconds near the limit; none may be estimated above the limit.
+"""The share by which the estimated seconds of a shape may be below what would use up the budget.
 
-Larger shapes are expected to lose less: if shapes a little above the limit were let in, they would take all places.
+No shape estimated above a limit is considered: larger shapes are expected to lose less, so shapes a little above
+the limit would take all places.
 """
 
 
-def limit_speeds(workspace: Workspace, shapes: Shapes, budget: Budget) -> tuple[Shapes, Budget]:
+def meet_speed_limits(workspace: Workspace, shapes: Shapes, budget: Budget) -> tuple[Shapes, Budget]:
     """Return the shapes whose estimated speed is near the limits on speed, and the budget with these limits.
 
     Without limits on speed in the recipe, shapes and budget are returned as they are.
@@ -31,7 +32,7 @@ def limit_speeds(workspace: Workspace, shapes: Shapes, budget: Budget) -> tuple[
         UserError: no shape is near the limits, the limits are not understood, or the context is too long.
     """
     session, speeds = workspace.session, workspace.speeds
-    if not limits_speed(session):
+    if not has_speed_limits(session):
         return shapes, budget
     recipe, teacher = session.recipe.budget, session.teacher
     longest = getattr(teacher.config, "max_position_embeddings", None) or recipe.context

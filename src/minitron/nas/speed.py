@@ -14,7 +14,7 @@ from minitron.evaluation.speed import alternate, measure_speed
 from minitron.files import read_jsonl, write_jsonl
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, student_config
-from minitron.nas.budget import SPEEDS, Serving, limits_speed
+from minitron.nas.budget import SPEEDS, Serving, has_speed_limits
 from minitron.runtime import Runtime
 from minitron.session import Session
 
@@ -45,7 +45,7 @@ class Speeds:
         Shapes are timed in turn with the teacher only where the budget limits speed; elsewhere speed decides ties.
         """
         budget, runtime = session.recipe.budget, session.runtime
-        if not limits_speed(session):
+        if not has_speed_limits(session):
             return cls(session.source, Serving(1, session.context), runtime, work / "speeds.jsonl")
         serving = Serving(budget.batch, budget.context, budget.dtype)
         reference = cls(session.teacher, serving, runtime, work / "teacher-speed.jsonl")

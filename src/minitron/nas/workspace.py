@@ -11,10 +11,10 @@ from pathlib import Path
 from minitron.data.blocks import Blocks
 from minitron.distillation import stored_teacher
 from minitron.distillation.teacher import Teacher
-from minitron.files import read_json, write_json
+from minitron.files import read_json, write_json, write_jsonl
 from minitron.model.arch import Arch
 from minitron.nas.budget import Budget
-from minitron.nas.candidates import Candidate, read_candidates, write_candidates
+from minitron.nas.candidates import Candidate, read_candidates
 from minitron.nas.speed import Speeds
 from minitron.pruning.importance import Importance
 from minitron.recipe import DistillRecipe
@@ -57,7 +57,7 @@ class Workspace:
     def save(self, candidates: list[Candidate]) -> None:
         """Let the main process write `candidates.jsonl`."""
         if self.world.is_main:
-            write_candidates(self.folder / "candidates.jsonl", candidates)
+            write_jsonl(self.folder / "candidates.jsonl", [candidate.to_dict() for candidate in candidates])
 
     @property
     def probe_losses(self) -> dict[str, float]:
