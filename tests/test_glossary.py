@@ -23,6 +23,7 @@ PACKAGES_DONE = (
     "evaluation",
     "files.py",
     "harness",
+    "nas",
     "pipeline.py",
     "progress.py",
     "recipe.py",
