@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from minitron.stages import stored_word
 
 from minitron.model.arch import Arch
 from minitron.nas import removed_layers, shapes_within
