@@ -16,7 +16,7 @@ from minitron.reports.figures import Rows
 from minitron.verbs.results import Result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspected(Result):
     """What a model is, and what serving it takes."""
 
@@ -47,7 +47,7 @@ class Inspected(Result):
         return list(lines.values())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Planned(Result):
     """The shape that `prune` would cut a teacher to."""
 

@@ -7,7 +7,7 @@ from typing import Any
 from minitron.verbs.results import Result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pushed(Result):
     """A commit on the hub."""
 

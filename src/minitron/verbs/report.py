@@ -8,7 +8,7 @@ from typing import Any
 from minitron.verbs.results import Result
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Reported(Result):
     """A page that was written."""
 

@@ -24,6 +24,9 @@ class Result:
         """Return the result for JSON, as `--json` prints it."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         rows = self.rows()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -40,7 +43,7 @@ class Result:
         return page
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compressed(Result):
     """A finished run directory."""
 
@@ -66,7 +69,7 @@ class Compressed(Result):
         return {"out": str(self.out), **self.figures}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompressedSeries(Result):
     """Finished run directories, one per target, the largest student first."""
 
@@ -86,7 +89,7 @@ class CompressedSeries(Result):
         return {"out": str(self.out), "members": {name: member.figures for name, member in self.members.items()}}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibrated(Result):
     """Statistics and scores of a teacher, in the folder `out`."""
 
@@ -99,7 +102,7 @@ class Calibrated(Result):
         return {"out": str(self.out), "importance": self.importance}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Shaped(Result):
     """A model folder, or a shape that was found, at `out`."""
 
@@ -116,7 +119,7 @@ class Shaped(Result):
         return {"out": str(self.out), "num_parameters": self.arch.num_parameters, "arch": self.arch.to_dict()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Measured(Result):
     """Figures of one model or several, with the conditions under which they were measured."""
 
