@@ -28,13 +28,11 @@ class Result:
         return str(self)
 
     def __str__(self) -> str:
-        rows = self.rows()
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.ljust(widths[i]) if i == 0 else cell.rjust(widths[i]) for i, cell in enumerate(row)).rstrip()
-            for row in rows
-        ]
-        return "\n".join(line for line in lines if line)
+        head, *body = rows = self.rows()
+        if not any(head):
+            return "\n".join(f"{name:>28}  {value}" for name, value in body)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
     def _repr_html_(self) -> str:
         page = ""
