@@ -1,10 +1,10 @@
-"""What calibration costs beyond the forward pass that it rides on.
+"""Measures what calibration costs in addition to a forward pass.
 
     python benchmarks/calibration_cost.py [TEACHER] [--blocks 16] [--rounds 5]
 
 Alternates, in one run, a plain forward pass of a whole model in memory over blocks of 512 tokens, calibration (scores
-and block influence, layers read from disk one by one), and calibration with the second moment of the stream. A line of
-JSON a round with seconds, and the ratios to the plain pass of the same round: median, lowest, highest.
+and block influence, layers read from disk one by one), and calibration with the second moment of the stream. Prints a
+line of JSON with the seconds of each round, then the ratios to the plain pass of the round: median, lowest, highest.
 """
 
 import argparse
@@ -16,35 +16,38 @@ from typing import Any
 
 import torch
 
+from minitron.data.blocks import Blocks
 from minitron.pruning.calibrate import calibrate
-from minitron.recipe import Recipe
+from minitron.recipe import recipe_from
 from minitron.session import Session
 
 
 def main() -> None:
-    """Three ways, round after round."""
+    """Time the three in turn, round after round."""
     parser = argparse.ArgumentParser()
     parser.add_argument("teacher", nargs="?", default="smollm2")
     parser.add_argument("--blocks", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     tokens = 512 * options.blocks
-    inputs = Session(Recipe.model_validate({
-        "teacher": options.teacher, "context": 512, "search": {"tokens": 512}, "evaluation": {"tokens": 512},
-        "calibration": {"tokens": tokens}, "distill": {"tokens": tokens},
-    }))  # fmt: skip
-    blocks, recipe = inputs.calibration_blocks, inputs.recipe.calibration
-    ways: dict[str, Callable[[], Any]] = {
-        "plain": lambda: forward(inputs),
-        "scores": lambda: calibrate(inputs.teacher, blocks, recipe, inputs.device, inputs.dtype),
-        "scores and moment": lambda: calibrate(inputs.teacher, blocks, recipe, inputs.device, inputs.dtype, True),
-    }
+    tokens_of = {"search": 512, "evaluation": 512, "calibration": tokens, "distill": tokens}
+    parts = {part: {"tokens": count} for part, count in tokens_of.items()}
+    session = Session(recipe_from(None, teacher=options.teacher, context=512, **parts))
+    blocks, recipe, runtime = session.calibration_blocks, session.recipe.calibration, session.runtime
     rows = []
-    for way in ways.values():
-        way()  # files into memory, kernels chosen
-    for _ in range(options.rounds):
-        rows.append({name: timed(way) for name, way in ways.items()})
-        print(json.dumps({name: round(seconds, 2) for name, seconds in rows[-1].items()}), flush=True)
+    with session.teacher_model() as model:
+        ways: dict[str, Callable[[], Any]] = {
+            "plain": lambda: forward(model, blocks),
+            "scores": lambda: calibrate(session.teacher, blocks, recipe=recipe, runtime=runtime),
+            "scores and moment": lambda: calibrate(
+                session.teacher, blocks, recipe=recipe, runtime=runtime, moment=True
+            ),
+        }
+        for way in ways.values():
+            way()  # reads files into memory and chooses kernels
+        for _ in range(options.rounds):
+            rows.append({name: timed(way) for name, way in ways.items()})
+            print(json.dumps({name: round(seconds, 2) for name, seconds in rows[-1].items()}), flush=True)
     for name in ("scores", "scores and moment"):
         ratios = [row[name] / row["plain"] for row in rows]
         spread = statistics.median(ratios), min(ratios), max(ratios)
@@ -54,14 +57,14 @@ def main() -> None:
 
 
 @torch.no_grad()
-def forward(inputs: Session) -> None:
-    """The blocks through the model, one at a time, up to its last hidden states."""
-    for ids in inputs.calibration_blocks.ids.split(1):
-        inputs.model.base_model(input_ids=ids.to(inputs.device), use_cache=False)
+def forward(model: Any, blocks: Blocks) -> None:
+    """Run blocks through a model, one at a time, up to its last hidden states."""
+    for ids in blocks.ids.split(1):
+        model.base_model(input_ids=ids.to(model.device), use_cache=False)
 
 
 def timed(way: Callable[[], Any]) -> float:
-    """Seconds."""
+    """Return the seconds that a call takes."""
     started = time.monotonic()
     way()
     return time.monotonic() - started

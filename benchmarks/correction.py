@@ -16,6 +16,7 @@ from typing import Any
 
 from minitron.alone import correct, distill, prune
 from minitron.measured import evaluate
+
 from minitron.recipe import Recipe, parse_count
 from minitron.session import Session
 

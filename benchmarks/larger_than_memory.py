@@ -1,12 +1,12 @@
-"""Calibrating and pruning a model that does not fit: peak memory, and time against a copy of the same bytes.
+"""Measures calibrating and pruning a model larger than memory: peak memory, and time against a copy of the bytes.
 
     python benchmarks/larger_than_memory.py FOLDER [--sizes 2 7] [--layers 8] [--repairs] [--rounds N]
 
 Makes random bfloat16 checkpoints of about 2 and 7 billion parameters in FOLDER (once; 4 and 14 GB), then, each in a
 process of its own: calibrates on 16 blocks of 512 random tokens; then, round after round, prunes to about 4/7 by the
 plain method and copies the bytes that pruning reads and writes; and with --repairs prunes once with rotation, rescaled
-norms and refit. A line of JSON each: seconds and peak memory, in all (`VmHWM`) and without the pages of mapped files
-(`RssAnon`); and at last how many times the copy pruning took: median, lowest, highest.
+norms and refit. Prints a line of JSON for each: seconds and peak memory, in all (`VmHWM`) and without the pages of
+mapped files (`RssAnon`); and at the end the ratio of the time of pruning to that of the copy: median, lowest, highest.
 """
 
 import argparse
@@ -41,12 +41,12 @@ VOCABULARY = 32_000
 
 
 def main() -> None:
-    """The parent makes checkpoints and starts a process for each measurement."""
+    """Make checkpoints and start a process for each measurement."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--families", nargs="+", default=["llama", "nemotron"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[2, 7])
-    parser.add_argument("--layers", type=int, help="so many layers of that size only")
+    parser.add_argument("--layers", type=int, help="number of layers, instead of those of the size")
     parser.add_argument("--repairs", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stage", help=argparse.SUPPRESS)
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def alone(name: str, folder: Path) -> float:
-    """One stage in a process of its own; its seconds."""
+    """Run one stage in a process of its own; return its seconds."""
     command = [sys.executable, __file__, str(folder), "--stage", name]
     line = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     print(line, end="", flush=True)
@@ -77,27 +77,28 @@ def alone(name: str, folder: Path) -> float:
 
 
 def stage(name: str, folder: Path) -> None:
-    """Run it and print what it took, imports left out."""
+    """Run a stage and print its time and memory, without the imports."""
     import minitron.pipeline  # noqa: F401
 
     anonymous = AnonymousPeak()
     started = time.monotonic()
-    found = {"make": make, "calibrate": calibrated, "prune": pruned, "repair": repaired, "copy": copied}[name](folder)
+    stages = {"make": make, "calibrate": calibrated, "prune": pruned, "repair": pruned_and_repaired, "copy": copied}
+    details = stages[name](folder)
     seconds = time.monotonic() - started
     peak = status("VmHWM")
     print(json.dumps({"model": folder.name, "stage": name, "seconds": round(seconds, 1),
                       "peak_gb": round(peak / 1e9, 2), "peak_anonymous_gb": round(anonymous.stop() / 1e9, 2),
-                      **found}), flush=True)  # fmt: skip
+                      **details}), flush=True)  # fmt: skip
 
 
 def status(entry: str) -> int:
-    """A size that the kernel states of this process, in bytes."""
+    """Return a size that the kernel reports of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(entry)).split()[1]) * 1024
 
 
 class AnonymousPeak:
-    """Watches the memory that is no file's, which the kernel cannot take back."""
+    """Watches the anonymous memory, which belongs to no file and which the kernel cannot take back."""
 
     def __init__(self) -> None:
         self.peak, self.done = 0, threading.Event()
@@ -109,20 +110,20 @@ class AnonymousPeak:
             self.peak = max(self.peak, status("RssAnon"))
 
     def stop(self) -> int:
-        """The peak, in bytes."""
+        """Stop watching; return the peak in bytes."""
         self.done.set()
         self.thread.join()
         return self.peak
 
 
 def named(folder: Path) -> tuple[str, int, int]:
-    """What a folder's name says: family, billions of parameters, and how many layers, 0 for all."""
+    """Return the family, billions of parameters and number of layers (0 for all) in a folder's name."""
     family, size, *layers = folder.name.split("-")
     return family, int(size.removesuffix("b")), int(layers[0]) if layers else 0
 
 
 def make(folder: Path) -> dict[str, Any]:
-    """A random checkpoint, tensor by tensor."""
+    """Write a random checkpoint, tensor by tensor."""
     from transformers import AutoConfig
 
     from minitron.files import whole_folder
@@ -148,7 +149,7 @@ def make(folder: Path) -> dict[str, Any]:
 
 
 def inputs(folder: Path) -> tuple[Any, Any]:
-    """The checkpoint, and 16 blocks of 512 random tokens."""
+    """Return the checkpoint, and 16 blocks of 512 random tokens."""
     from minitron.data.blocks import Blocks
     from minitron.model.checkpoint import open_checkpoint
 
@@ -157,29 +158,31 @@ def inputs(folder: Path) -> tuple[Any, Any]:
 
 
 def calibrated(folder: Path) -> dict[str, Any]:
-    """Scores, block influence and the moment of the stream."""
+    """Measure scores, block influence and the moment of the stream."""
     from safetensors.torch import save_file
 
     from minitron.pruning.calibrate import calibrate
-    from minitron.pruning.importance import score
+    from minitron.pruning.scores import score
     from minitron.recipe import CalibrationRecipe
+    from minitron.runtime import Runtime
 
     teacher, blocks = inputs(folder)
-    recipe = CalibrationRecipe()
-    sums = calibrate(teacher, blocks, recipe, torch.device("cpu"), torch.bfloat16, True)
-    scores = {name: value.contiguous() for name, value in score(sums, teacher.arch, recipe).items()}
+    recipe, runtime = CalibrationRecipe(), Runtime(torch.device("cpu"), torch.bfloat16)
+    statistics = calibrate(teacher, blocks, recipe=recipe, runtime=runtime, moment=True)
+    scores = {name: value.contiguous() for name, value in score(statistics, teacher, recipe).items()}
     save_file(scores, folder.parent / f"{folder.name}.importance")
     return {"tokens": blocks.num_tokens}
 
 
 def pruned(folder: Path, repairs: bool = False) -> dict[str, Any]:
-    """The checkpoint cut to about 4/7, plainly or with all repairs."""
+    """Cut the checkpoint to about 4/7, without repairs or with all of them."""
     from safetensors.torch import load_file
 
     from minitron.files import whole_folder
     from minitron.pruning.cut import cut_to, write_pruned
-    from minitron.pruning.repair import mended
+    from minitron.pruning.repair import repaired
     from minitron.recipe import PLAIN, PruneRecipe
+    from minitron.runtime import Runtime
 
     teacher, blocks = inputs(folder)
     family, size, _ = named(folder)
@@ -189,23 +192,22 @@ def pruned(folder: Path, repairs: bool = False) -> dict[str, Any]:
     student, recipe = teacher.arch.resized(**sizes), PruneRecipe(refit=True) if repairs else PLAIN
     importance = load_file(folder.parent / f"{folder.name}.importance")
     out = folder.parent / f"{folder.name}-pruned"
+    cut = cut_to(student, teacher, importance, recipe)
+    runtime = Runtime(torch.device("cpu"), torch.bfloat16)
+    tensors = repaired(teacher, cut, blocks=blocks, recipe=recipe, runtime=runtime)
     with whole_folder(out) as staging:
-        write_pruned(
-            teacher, cut_to(student, teacher, importance, recipe),
-            lambda cut: mended(teacher, cut, blocks, recipe, torch.device("cpu"), torch.bfloat16),
-            staging,
-        )  # fmt: skip
+        write_pruned(teacher, cut, tensors, staging)
     return {"num_parameters": student.num_parameters, "read_gb": round(teacher.num_bytes / 1e9, 2),
             "written_gb": round(2 * student.num_parameters / 1e9, 2)}  # fmt: skip
 
 
-def repaired(folder: Path) -> dict[str, Any]:
-    """The same with rotation, rescale and refit."""
+def pruned_and_repaired(folder: Path) -> dict[str, Any]:
+    """Cut the checkpoint to about 4/7 with rotation, rescaled norms and refit."""
     return pruned(folder, repairs=True)
 
 
 def copied(folder: Path) -> dict[str, Any]:
-    """What pruning cannot do without: the teacher read once, the student written once."""
+    """Read the teacher once and write the student once, which pruning cannot do without."""
     buffer, student = bytearray(64 * 2**20), folder.parent / f"{folder.name}-pruned"
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb", buffering=0) as file:

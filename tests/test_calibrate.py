@@ -14,11 +14,13 @@ from minitron.errors import UserError
 from minitron.model.anatomy import Tap
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model
-from minitron.pruning import layers
+from minitron.pruning import layers, require_scores
 from minitron.pruning.calibrate import calibrate
-from minitron.pruning.importance import Importance, score, score_shape, select
 from minitron.pruning.layers import Stream
-from minitron.recipe import CalibrationRecipe
+from minitron.pruning.scores import SCORES, Importance, Score, score
+from minitron.pruning.selection import score_shape, select
+from minitron.recipe import CalibrationRecipe, Recipe
+from minitron.runtime import Runtime
 
 CPU = torch.device("cpu")
 MINITRON = CalibrationRecipe()
@@ -32,7 +34,8 @@ def blocks() -> Blocks:
 
 def importance_of(teacher: Checkpoint, blocks: Blocks, recipe: CalibrationRecipe = MINITRON) -> Importance:
     """By the true pass, in float64 where the family's kernels know it."""
-    return score(calibrate(teacher, blocks, recipe, CPU, dtype_of(teacher)), teacher.arch, recipe)
+    statistics = calibrate(teacher, blocks, recipe=recipe, runtime=Runtime(CPU, dtype_of(teacher)))
+    return score(statistics, teacher, recipe)
 
 
 def dtype_of(teacher: Checkpoint) -> torch.dtype:
@@ -236,6 +239,85 @@ def neurons(experts: Any, number: int, states: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
+@pytest.mark.parametrize(
+    "variant", ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "nemotron_h", "nemotron_h-latent"]
+)
+@torch.no_grad()
+def test_wanda_scores_neurons_by_weights_times_activation_norm(
+    teachers: Callable[[str], Checkpoint], blocks: Blocks, variant: str
+) -> None:
+    """Σ_i |W_ij| · ‖x_j‖₂ in float64, neuron by neuron, from the weights and activations of a whole model."""
+    teacher = teachers(variant)
+    model, arch = reference_model(teacher), teacher.arch
+    recipe = CalibrationRecipe(ffn_scores="wanda")
+    importance, by_activation = importance_of(teacher, blocks, recipe), importance_of(teacher, blocks)
+    taps = [tap for tap in arch.family.taps if tap.axes[0] in {"ffn", "expert_ffn", "shared_ffn"}]
+    assert taps
+    for tap in taps:
+        for layer in arch.layer_numbers(tap.kind):
+            module = model.get_submodule(tap.module.replace("{i}", str(layer)))
+            read = neurons_read_by_experts if tap.side == "routed" else neurons_read
+            for place, (inputs, weight) in enumerate(read(module, model, blocks)):
+                expected = [float(weight[:, j].abs().sum() * inputs[:, j].norm()) for j in range(weight.shape[1])]
+                found = (
+                    importance[tap.axes[0]][layer][place] if tap.side == "routed" else importance[tap.axes[0]][layer]
+                )
+                assert_close(found, torch.tensor(expected).double(), teacher)
+                if len(inputs) > 1:  # activations alone, and the mean instead of the sum over tokens, are not enough
+                    for wrong in (by_activation[tap.axes[0]][layer], found.view(1, -1) / len(inputs) ** 0.5):
+                        other = wrong[place] if tap.side == "routed" and wrong.ndim > 1 and len(wrong) > 1 else wrong
+                        with pytest.raises(AssertionError):
+                            assert_close(other.flatten(), torch.tensor(expected).double(), teacher)
+
+
+def neurons_read(module: Any, model: Any, blocks: Blocks) -> list[tuple[Tensor, Tensor]]:
+    """The inputs (tokens, ffn) of a module over all blocks, and its matrix (hidden, ffn)."""
+    seen = Seen()
+    seen.watch(module, "in")
+    for ids in blocks.ids:
+        model(input_ids=ids[None])
+    weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.T  # GPT-2 stores the transpose
+    return [(torch.cat(seen["in"]), weight)]
+
+
+def neurons_read_by_experts(module: Any, model: Any, blocks: Blocks) -> list[tuple[Tensor, Tensor]]:
+    """The same of every expert, on the tokens that reach it."""
+    calls: list[tuple[Tensor, ...]] = []
+    hook = module.register_forward_pre_hook(lambda _, args: calls.append(args))
+    for ids in blocks.ids:
+        model(input_ids=ids[None])
+    hook.remove()
+    reads = []
+    for e in range(len(module.down_proj)):
+        states = torch.cat([states[(numbers == e).any(dim=1)] for states, numbers, _ in calls])
+        weight = module.down_proj[e].T if module.is_transposed else module.down_proj[e]
+        reads.append((neurons(module, e, states), weight))
+    return reads
+
+
+def test_a_score_of_ones_own_needs_a_line_in_the_table(
+    teachers: Callable[[str], Checkpoint], blocks: Blocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = teachers("llama")
+    recipe = CalibrationRecipe(ffn_scores="variance")
+    with pytest.raises(
+        UserError, match=r"calibration.ffn_scores: unknown value 'variance'; accepted: activation, wanda"
+    ):
+        importance_of(teacher, blocks, recipe)
+    monkeypatch.setitem(SCORES["ffn"], "variance", Score(lambda read: read.aggregate("var", "mean"), needs=("var",)))
+    by_variance = importance_of(teacher, blocks, CalibrationRecipe(batch="mean", sequence="var"))
+    torch.testing.assert_close(importance_of(teacher, blocks, recipe)["ffn"], by_variance["ffn"])
+    assert not torch.allclose(importance_of(teacher, blocks)["ffn"], by_variance["ffn"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("key", ["batch", "sequence", "mamba_scores", "expert_scores", "ffn_scores"])
+def test_an_unknown_score_is_refused_before_any_work(key: str) -> None:
+    recipe = Recipe.model_validate({"teacher": "none", "calibration": {key: "best"}})
+    with pytest.raises(UserError, match=rf"calibration.{key}: unknown value 'best'; accepted: .*\w"):
+        require_scores(recipe)
+    require_scores(Recipe(teacher="none"))
+
+
 def test_broken_activations_are_an_error(teacher: Checkpoint, blocks: Blocks) -> None:
     class Broken(Checkpoint):
         def tensor(self, name: str) -> Tensor:
@@ -265,10 +347,10 @@ def test_a_stream_in_a_file_is_the_one_in_memory(
     tmp_path: Path,
 ) -> None:
     teacher = teachers("llama")
-    in_memory = calibrate(teacher, blocks, MINITRON, CPU, dtype, moment=True)
+    in_memory = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, dtype), moment=True)
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(layers, "SPILL_BYTES", 0)
     assert Stream(blocks, 48, dtype).file is not None
-    spilled = calibrate(teacher, blocks, MINITRON, CPU, dtype, moment=True)
+    spilled = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, dtype), moment=True)
     assert all(torch.equal(in_memory[name], spilled[name]) for name in in_memory)
     assert not list((tmp_path / "cache").iterdir())

@@ -18,7 +18,7 @@ from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.model.language_model import build_model, load_model
 from minitron.pruning.cut import Cut
 from minitron.pruning.depth import score_depth
-from minitron.pruning.importance import LAYER_BLOCKS, select
+from minitron.pruning.selection import LAYER_BLOCKS, select
 from minitron.recipe import DepthRecipe
 from tests.conftest import byte_tokenizer
 from tests.test_trim import random_importance
@@ -61,7 +61,7 @@ def damages(whole: Tensor, without: Tensor, blocks: Blocks) -> dict[str, float]:
 @pytest.mark.parametrize("score", ["perplexity", "kl", "logits_mse"])
 def test_a_layer_left_out_is_a_layer_never_there(teacher: Checkpoint, blocks: Blocks, score: Any) -> None:
     model = load_model(teacher, CPU, torch.float32)
-    found = score_depth(model, teacher.arch, blocks, DepthRecipe(score=score), set(), None)["layer"]
+    found = score_depth(model, teacher.arch, blocks, recipe=DepthRecipe(score=score), removed=set())["layer"]
     whole = logits_without(teacher, [], blocks)
     kinds = teacher.arch.layers
     for i in range(teacher.arch.axis_size("layer")):
@@ -77,7 +77,8 @@ def test_layers_go_one_by_one_each_time_the_one_that_is_missed_least(
 ) -> None:
     teacher = teachers("llama")
     recipe = DepthRecipe(score="logits_mse", removal="iterative")
-    order = score_depth(load_model(teacher, CPU, torch.float32), teacher.arch, blocks, recipe, {1, 3}, None)["layer"]
+    model = load_model(teacher, CPU, torch.float32)
+    order = score_depth(model, teacher.arch, blocks, recipe=recipe, removed={1, 3})["layer"]
     whole, gone = logits_without(teacher, [], blocks), list[int]()
     for _ in range(3):
         trials = {i: damages(whole, logits_without(teacher, [*gone, i], blocks), blocks)["logits_mse"]
@@ -91,9 +92,8 @@ def test_contiguous_layers_go_as_the_block_that_is_missed_least(
     teachers: Callable[[str], Checkpoint], blocks: Blocks, score: Any
 ) -> None:
     teacher, model = teachers("llama"), load_model(teachers("llama"), CPU, torch.float32)
-    table = score_depth(
-        model, teacher.arch, blocks, DepthRecipe(score=score, removal="contiguous"), {0, 2}, None
-    )[LAYER_BLOCKS]  # fmt: skip
+    recipe = DepthRecipe(score=score, removal="contiguous")
+    table = score_depth(model, teacher.arch, blocks, recipe=recipe, removed={0, 2})[LAYER_BLOCKS]
     whole, expected = logits_without(teacher, [], blocks), []
     with torch.no_grad():
         states = model(input_ids=blocks.ids, output_hidden_states=True).hidden_states
@@ -109,7 +109,7 @@ def test_contiguous_layers_go_as_the_block_that_is_missed_least(
     kept = select(importance, teacher.arch, teacher.arch.resized(num_hidden_layers=2))["layer"].tolist()
     assert kept == [i for i in range(4) if i not in (start, start + 1)]
     assert select(importance, teacher.arch, teacher.arch)["layer"].tolist() == [0, 1, 2, 3]
-    with pytest.raises(UserError, match="nothing of leaving out 1 layers in a row"):
+    with pytest.raises(UserError, match="no score of blocks of 1 layers"):
         select(importance, teacher.arch, teacher.arch.resized(num_hidden_layers=3))
 
 
@@ -118,10 +118,15 @@ def test_what_has_no_answer_is_refused(teachers: Callable[[str], Checkpoint], bl
         ("nemotron_h", DepthRecipe(removal="contiguous"), "several kinds"),
         ("llama", DepthRecipe(removal="iterative"), "measured once"),
         ("llama", DepthRecipe(score="task"), "needs depth.task"),
+        (
+            "llama",
+            DepthRecipe(score="loss"),
+            "depth.score: unknown value 'loss'; accepted: block_influence, perplexity",
+        ),
     ):
-        teacher = teachers(variant)
+        model = load_model(teachers(variant), CPU, torch.float32)
         with pytest.raises(UserError, match=message):
-            score_depth(load_model(teacher, CPU, torch.float32), teacher.arch, blocks, recipe, {1}, None)
+            score_depth(model, teachers(variant).arch, blocks, recipe=recipe, removed={1})
 
 
 ITEMS = [
@@ -140,7 +145,7 @@ def test_a_task_scores_layers_by_what_is_no_longer_solved(
         out.write("\n".join(map(json.dumps, rows)))
     model, items = load_model(teacher, CPU, torch.float32), read_items(file)
     recipe = DepthRecipe(score="task", task=str(file))
-    found = score_depth(model, teacher.arch, blocks, recipe, set(), byte_tokenizer())["layer"]
+    found = score_depth(model, teacher.arch, blocks, recipe=recipe, removed=set(), tokenizer=byte_tokenizer())["layer"]
     assert found.shape == (4,)
     whole = accuracy(model, byte_tokenizer(), items)
     assert all(-1 + whole <= float(score) <= whole for score in found)

@@ -417,7 +417,7 @@ def test_starts_that_cannot_be(place: Place, refused: Run, variant: str, shape: 
 def test_calibrating_on_padding(place: Place, refused: Run) -> None:
     place.text.write_text("a" * 20_000)
     message = refused("calibrate", str(place.teacher), str(place.out), "--data", str(place.text), "--context", "32")
-    assert "the calibration text holds token 64 alone: is it nothing but padding?" in message
+    assert "the calibration text holds only token 64: is it nothing but padding?" in message
 
 
 def test_distilling_in_float16(place: Place, refused: Run) -> None:

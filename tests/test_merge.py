@@ -7,7 +7,8 @@ import torch
 
 from minitron.model.checkpoint import Checkpoint
 from minitron.pruning.cut import Cut
-from minitron.pruning.importance import mirrored_heads, select
+from minitron.pruning.head_merge import merge_partners
+from minitron.pruning.selection import select
 from tests.test_trim import random_importance
 
 
@@ -21,8 +22,10 @@ def test_heads_are_paired_across_the_cut(teachers: Callable[[str], Checkpoint]) 
         2: {0: 3, 1: 2, 10: 9, 11: 8},  # the two least are nobody's
     }.items():
         kept = select(importance, arch, arch.resized(num_attention_heads=2 * count))
-        partners = mirrored_heads(importance, arch, kept)
-        assert dict(zip(kept["query"][1].tolist(), partners[1].tolist(), strict=True)) == pairs
+        partners = merge_partners(importance, arch, kept)
+        assert {head: int(partners[1, head]) for head in kept["query"][1].tolist()} == pairs
+        dropped = set(range(12)) - pairs.keys()
+        assert all(int(partners[1, head]) == head for head in dropped)
 
 
 @pytest.mark.parametrize("variant", ["llama-biases", "phi3", "gpt_oss", "gpt_neox"])
@@ -31,7 +34,7 @@ def test_a_merged_head_is_twice_itself_less_the_other(teachers: Callable[[str], 
     arch = teacher.arch
     kept = select(random_importance(arch), arch, arch)
     partners = kept["query"].flip(-1)
-    tensors = dict(Cut(arch, arch, kept, teacher.tensor, merged=partners))
+    tensors = dict(Cut(arch, arch, kept, teacher.tensor, partners=partners))
     swapped = dict(Cut(arch, arch, {**kept, "query": partners}, teacher.tensor))
     changed = {name for name, value in tensors.items() if not torch.equal(value, teacher.tensor(name))}
     makers = {"llama-biases": ("q_proj",), "phi3": ("qkv_proj",), "gpt_oss": ("q_proj", "sinks"),

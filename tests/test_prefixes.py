@@ -14,9 +14,10 @@ from minitron.model.language_model import build_model
 from minitron.nas.sorted_teacher import SortedTeacher, deciding_sizes, sort_teacher
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import cut_to
-from minitron.pruning.importance import Importance, score, select
-from minitron.pruning.repair import mended
+from minitron.pruning.repair import repaired
 from minitron.pruning.rotate import obstacle
+from minitron.pruning.scores import Importance, score
+from minitron.pruning.selection import select
 from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
 from minitron.runtime import Runtime
 from tests.test_trim import CPU, CUTS, build, logits, random_importance
@@ -61,7 +62,7 @@ def test_a_beginning_of_the_sorted_teacher_is_the_pruned_model(
 
 def repaired_model(teacher: Checkpoint, arch: Arch, importance: Importance, recipe: PruneRecipe, blocks: Blocks) -> Any:
     cut = cut_to(arch, teacher, importance, recipe)
-    tensors = dict(mended(teacher, cut, blocks, recipe, CPU, torch.float32))
+    tensors = dict(repaired(teacher, cut, blocks=blocks, recipe=recipe, runtime=Runtime(CPU, torch.float32)))
     return build_model(student_config(teacher, arch, cut.layers), tensors.items(), CPU)
 
 
@@ -80,8 +81,9 @@ def test_hidden_is_rotated_and_its_norms_rescaled_as_in_the_pruned_model(
         pytest.skip("the family cannot be rotated")
     arch = narrower(teacher.arch)
     recipe = PruneRecipe(rotate=rotate, refit=False)
-    statistics = calibrate(teacher, blocks, CalibrationRecipe(), CPU, torch.float32, rotate)
-    importance = score(statistics, teacher.arch, CalibrationRecipe())
+    runtime, calibration = Runtime(CPU, torch.float32), CalibrationRecipe()
+    statistics = calibrate(teacher, blocks, recipe=calibration, runtime=runtime, moment=rotate)
+    importance = score(statistics, teacher, calibration)
     expected = logits(repaired_model(teacher, arch, importance, recipe, blocks), input_ids)
     found = logits(sorted_for(teacher, arch, importance, recipe, blocks).model(arch, RUNTIME), input_ids)
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-3)

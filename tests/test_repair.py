@@ -14,14 +14,16 @@ from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.model.language_model import build_model, load_model
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import Cut, cut_to
-from minitron.pruning.importance import Importance, score
-from minitron.pruning.repair import mended
+from minitron.pruning.repair import repaired
 from minitron.pruning.rotate import obstacle
+from minitron.pruning.scores import Importance, score
 from minitron.pruning.writers import correction
 from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
+from minitron.runtime import Runtime
 from tests.test_trim import cut_everywhere, random_importance
 
 CPU = torch.device("cpu")
+RUNTIME = Runtime(CPU, torch.float32)
 REFIT = PruneRecipe(rotate=False, rescale_norms=False, refit=True, ridge=0.0)
 RESCALE = PruneRecipe(rotate=False, refit=False)
 
@@ -34,11 +36,11 @@ def blocks() -> Blocks:
 
 def importance_of(teacher: Checkpoint, blocks: Blocks) -> Importance:
     recipe, moment = CalibrationRecipe(), obstacle(teacher.arch) is None
-    return score(calibrate(teacher, blocks, recipe, CPU, torch.float32, moment), teacher.arch, recipe)
+    return score(calibrate(teacher, blocks, recipe=recipe, runtime=RUNTIME, moment=moment), teacher, recipe)
 
 
 def made(teacher: Checkpoint, cut: Cut, blocks: Blocks, recipe: PruneRecipe) -> dict[str, Tensor]:
-    return dict(mended(teacher, cut, blocks, recipe, CPU, torch.float32))
+    return dict(repaired(teacher, cut, blocks=blocks, recipe=recipe, runtime=RUNTIME))
 
 
 def built(teacher: Checkpoint, cut: Cut, tensors: dict[str, Tensor]) -> Any:

@@ -14,12 +14,13 @@ from minitron.errors import UserError
 from minitron.model.arch import TIED, Arch
 from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint, student_config
 from minitron.model.language_model import build_model, load_model
-from minitron.pruning.calibrate import STREAM_MOMENT
 from minitron.pruning.cut import cut_to
-from minitron.pruning.importance import score_shape
-from minitron.pruning.repair import mended
+from minitron.pruning.repair import repaired
 from minitron.pruning.rotate import Rotated, obstacle, principal_basis, untied
+from minitron.pruning.selection import score_shape
+from minitron.pruning.statistics import STREAM_MOMENT
 from minitron.recipe import PLAIN, PruneRecipe
+from minitron.runtime import Runtime
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -93,7 +94,7 @@ def test_a_rotation_that_one_tensor_misses_changes_them(teacher: Checkpoint, inp
 def test_what_cannot_be_turned_is_refused(teacher: Checkpoint, tmp_path: Path) -> None:
     rotation = random_rotation(teacher.arch.axis_size("hidden"))
     if any(not norm.readers for norm in teacher.arch.family.norms):
-        with pytest.raises(UserError, match="norms behind its blocks"):
+        with pytest.raises(UserError, match="norms after its blocks"):
             turn(teacher, rotation)
     elif teacher.arch.family.is_centred:
         with pytest.raises(UserError, match="subtract the mean"):
@@ -110,7 +111,7 @@ def test_what_is_no_rotation_is_refused(teacher: Checkpoint) -> None:
 
 def test_an_opt_with_its_norms_behind_is_refused(tmp_path: Path) -> None:
     teacher = open_checkpoint(make_model(tmp_path / "opt", "opt", do_layer_norm_before=False))
-    with pytest.raises(UserError, match="norms behind its blocks"):
+    with pytest.raises(UserError, match="norms after its blocks"):
         turn(teacher, random_rotation(48, is_centred=True))
 
 
@@ -158,7 +159,7 @@ def test_a_stream_that_needs_fewer_dimensions_is_cut_to_them_without_loss(
     found, blocks = {}, Blocks(input_ids, torch.ones_like(input_ids, dtype=torch.int32))
     for name, recipe in {"turned": PruneRecipe(refit=False), "plain": PLAIN}.items():
         cut = cut_to(student, teacher, importance, recipe)
-        tensors = mended(teacher, cut, blocks, recipe, CPU, torch.float32)
+        tensors = repaired(teacher, cut, blocks=blocks, recipe=recipe, runtime=Runtime(CPU, torch.float32))
         model = build_model(student_config(teacher, student, cut.layers), tensors, CPU)
         found[name] = logits(model, input_ids)
     # The norms' epsilon weighs more where the stream has less energy a channel.
@@ -192,7 +193,7 @@ def test_a_rotation_that_is_asked_for_is_refused_where_it_cannot_be(teacher: Che
     importance = {axis: torch.ones(score_shape(arch, axis)) for axis in arch.prunable_axes}
     student = replace(arch, sizes={**arch.sizes, "hidden_size": 24})
     if obstacle(arch):
-        with pytest.raises(UserError, match=r"prune.rotate: .*(norms behind its blocks|tied embeddings)"):
+        with pytest.raises(UserError, match=r"prune.rotate: .*(norms after its blocks|tied embeddings)"):
             cut_to(student, teacher, importance, PruneRecipe(rotate=True))
         assert cut_to(student, teacher, importance, PruneRecipe()).basis is None
     else:

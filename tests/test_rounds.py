@@ -9,23 +9,35 @@ from minitron.data.blocks import Blocks
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import cut_to, write_pruned
-from minitron.pruning.importance import score, select
 from minitron.pruning.rounds import score_in_rounds
-from minitron.recipe import PLAIN, CalibrationRecipe
+from minitron.pruning.scores import Importance, score
+from minitron.pruning.selection import select
+from minitron.recipe import PLAIN, CalibrationRecipe, Recipe
+from minitron.runtime import Runtime
+from minitron.session import Session
 from tests.test_trim import cut_everywhere
 
-CPU = torch.device("cpu")
+RUNTIME = Runtime(torch.device("cpu"), torch.float32)
 RECIPE = CalibrationRecipe()
+
+
+def session_of(teacher: Checkpoint, rounds: int) -> Session:
+    prune = PLAIN.model_copy(update={"rounds": rounds})
+    return Session(Recipe(teacher=str(teacher.folder), device="cpu", dtype="float32", calibration=RECIPE, prune=prune))
+
+
+def importance_of(teacher: Checkpoint, blocks: Blocks) -> Importance:
+    return score(calibrate(teacher, blocks, recipe=RECIPE, runtime=RUNTIME), teacher, RECIPE)
 
 
 def test_each_round_scores_what_the_last_one_left(teacher: Checkpoint, tmp_path: Path) -> None:
     ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
     blocks = Blocks(ids, torch.ones_like(ids, dtype=torch.int32))
-    once = score(calibrate(teacher, blocks, RECIPE, CPU, torch.float32), teacher.arch, RECIPE)
+    once = importance_of(teacher, blocks)
     target = cut_everywhere(teacher.arch)
 
     def scored(rounds: int) -> dict[str, torch.Tensor]:
-        return score_in_rounds(teacher, target, once, rounds, blocks, RECIPE, CPU, torch.float32, tmp_path)
+        return score_in_rounds(session_of(teacher, rounds), target, once, blocks=blocks, folder=tmp_path)
 
     assert scored(1) is once
     thrice = scored(3)
@@ -44,15 +56,15 @@ def test_two_rounds_by_hand(tmp_path: Path, axis: str, request: pytest.FixtureRe
     teacher = request.getfixturevalue("teachers")("llama")
     ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
     blocks = Blocks(ids, torch.ones_like(ids, dtype=torch.int32))
-    once = score(calibrate(teacher, blocks, RECIPE, CPU, torch.float32), teacher.arch, RECIPE)
+    once = importance_of(teacher, blocks)
     half, quarter = ({axis: 48}, {axis: 32}) if axis == "intermediate_size" else ({axis: 3}, {axis: 2})
     target = teacher.arch.resized(**quarter)
-    twice = score_in_rounds(teacher, target, once, 2, blocks, RECIPE, CPU, torch.float32, tmp_path)
+    twice = score_in_rounds(session_of(teacher, 2), target, once, blocks=blocks, folder=tmp_path)
     cut = cut_to(teacher.arch.resized(**half), teacher, once, PLAIN)
     (tmp_path / "half").mkdir()
-    write_pruned(teacher, cut, iter, tmp_path / "half")
+    write_pruned(teacher, cut, cut, tmp_path / "half")
     smaller = open_checkpoint(tmp_path / "half")
-    again = score(calibrate(smaller, blocks, RECIPE, CPU, torch.float32), smaller.arch, RECIPE)
+    again = importance_of(smaller, blocks)
     second = select(again, smaller.arch, target)
     expected = cut.kept["layer"][second["layer"]]
     kept = select(twice, teacher.arch, target)

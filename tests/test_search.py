@@ -16,7 +16,7 @@ from minitron.nas.budget import Budget, Limit, Serving, counted, parse_budget, p
 from minitron.nas.probes import predicted, probes
 from minitron.nas.shapes import Shapes, every_shape, feasible, grid
 from minitron.nas.shortlist import SMALLEST_DIFFERENCE, differing, first_of_each_kind
-from minitron.pruning.importance import kept_share
+from minitron.pruning.selection import kept_share
 from minitron.recipe import BudgetRecipe, Recipe, SearchRecipe, load_recipe
 from tests.conftest import make_model
 

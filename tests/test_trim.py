@@ -20,7 +20,9 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint, student_config
 from minitron.model.language_model import build_model, load_model
 from minitron.pruning.cut import Cut, write_pruned
-from minitron.pruning.importance import Kept, score_shape, select
+from minitron.pruning.cut import cut_to as pruned_to
+from minitron.pruning.selection import Kept, score_shape, select
+from minitron.recipe import PLAIN
 from tests.conftest import VARIANTS, make_model
 
 CPU = torch.device("cpu")
@@ -290,7 +292,8 @@ def test_streamed_trimming_writes_what_trimming_in_memory_gives(teacher: Checkpo
     arch = cut_everywhere(teacher.arch)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     (tmp_path / "out").mkdir()
-    write_pruned(teacher, Cut(teacher.arch, arch, kept, teacher.tensor), iter, tmp_path / "out")
+    cut = Cut(teacher.arch, arch, kept, teacher.tensor)
+    write_pruned(teacher, cut, cut, tmp_path / "out")
     whole = load_file(teacher.folder / "model.safetensors")
     in_memory = dict(Cut(teacher.arch, arch, kept, whole.__getitem__))
     written = load_file(tmp_path / "out" / "model.safetensors")
@@ -304,7 +307,8 @@ def test_shards_hold_every_tensor_once(teacher: Checkpoint, tmp_path: Path, monk
     arch = cut_everywhere(teacher.arch)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     (tmp_path / "out").mkdir()
-    write_pruned(teacher, Cut(teacher.arch, arch, kept, teacher.tensor), iter, tmp_path / "out")
+    cut = Cut(teacher.arch, arch, kept, teacher.tensor)
+    write_pruned(teacher, cut, cut, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     sharded = open_checkpoint(tmp_path / "out")
     expected = dict(Cut(teacher.arch, arch, kept, teacher.tensor))
@@ -312,7 +316,6 @@ def test_shards_hold_every_tensor_once(teacher: Checkpoint, tmp_path: Path, monk
 
 
 def test_a_broken_weight_stops_trimming(teacher: Checkpoint, tmp_path: Path) -> None:
-    kept = select(random_importance(teacher.arch), teacher.arch, teacher.arch)
     (broken, *_), _ = along(teacher.arch, "ffn" if "ffn" in teacher.arch.axes else "mhead")
 
     class Broken(Checkpoint):
@@ -320,8 +323,9 @@ def test_a_broken_weight_stops_trimming(teacher: Checkpoint, tmp_path: Path) -> 
             return super().tensor(name) * (float("nan") if name == broken else 1.0)
 
     bad = Broken(**{k: getattr(teacher, k) for k in ("folder", "config", "arch", "tensors")})
+    cut = pruned_to(teacher.arch, bad, random_importance(teacher.arch), PLAIN)
     with pytest.raises(UserError, match="holds NaN"):
-        write_pruned(bad, Cut(teacher.arch, teacher.arch, kept, bad.tensor), iter, tmp_path)
+        write_pruned(bad, cut, cut, tmp_path)
 
 
 RELOAD = """
@@ -344,7 +348,8 @@ def test_outputs_reload_in_a_fresh_process_and_generate(teachers: Callable[[str]
         arch = cut_everywhere(teacher.arch)
         folder.mkdir()
         kept = select(random_importance(teacher.arch), teacher.arch, arch)
-        write_pruned(teacher, Cut(teacher.arch, arch, kept, teacher.tensor), iter, folder)
+        cut = Cut(teacher.arch, arch, kept, teacher.tensor)
+        write_pruned(teacher, cut, cut, folder)
         expected.append(f"5 {arch.num_parameters} {folder}")
     folders = [str(tmp_path / variant) for variant in VARIANTS]
     shown = subprocess.run([sys.executable, "-c", RELOAD, *folders], capture_output=True, text=True, check=True).stdout

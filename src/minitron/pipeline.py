@@ -18,8 +18,8 @@ from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.nas.shapes import Shapes
 from minitron.progress import Progress
-from minitron.pruning import prune, write_importance
-from minitron.pruning.importance import kept_layers
+from minitron.pruning import prune, require_scores, write_importance
+from minitron.pruning.selection import kept_layers
 from minitron.recipe import Recipe
 from minitron.reports.card import write_card
 from minitron.reports.html import write_report
@@ -42,6 +42,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False, *, larger: Path
         UserError: something asked for cannot be done; nothing is left behind that was not finished.
     """
     require_one_process()
+    require_scores(recipe)
     run = open_run(out, recipe, overwrite)
     if run.is_finished and run.path("report.html").exists():
         return dict(read_json(run.path("eval.json")))
@@ -94,6 +95,7 @@ def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
     """
     targets = recipe.target_params
     assert isinstance(targets, tuple)
+    require_scores(recipe)
     _require_falling(targets, Session(recipe))
     run = open_run(out, recipe, overwrite)
     run.begin()

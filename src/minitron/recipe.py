@@ -78,29 +78,37 @@ class _Strict(BaseModel):
 
 
 class CalibrationRecipe(_Strict):
-    """How the importance of heads, neurons, channels, experts and layers is measured."""
+    """How the importance of heads, neurons, channels, experts and layers is measured.
+
+    Names of scores and aggregates are those of the tables in `pruning.scores` and `pruning.statistics`, which
+    `pruning.require_scores` checks.
+    """
 
     tokens: Count = 32_768
     """Tokens of training text on which importance is measured."""
-    batch: Literal["l2", "mean", "var"] = "l2"
-    """How the aggregates of all blocks become one score: root of the sum of squares, mean, or variance. The default is
-    Minitron's choice (arXiv 2407.14679, table 13)."""
-    sequence: Literal["mean", "l2", "var"] = "mean"
-    """How the activations of one block's tokens become one aggregate: mean of absolute values, L2 norm, or variance.
+    batch: str = "l2"
+    """How the aggregates of all blocks become one score: `l2` (root of the sum of squares), `mean` or `var`. The default
+    is Minitron's choice (arXiv 2407.14679, table 13)."""
+    sequence: str = "mean"
+    """How the activations of one block's tokens become one aggregate: `mean` of absolute values, `l2` norm, or `var`.
     The default is Minitron's choice (arXiv 2407.14679, table 13)."""
-    mamba_scores: Literal["x", "z", "out_proj"] = "x"
-    """Which activation scores Mamba heads and channels: the x or the z that the input projection computes, or the input
-    of the output projection."""
-    expert_scores: Literal["reap", "norm"] = "reap"
+    mamba_scores: str = "x"
+    """Which activation scores Mamba heads and channels: `x` or `z`, which the input projection computes, or `out_proj`,
+    the input of the output projection."""
+    expert_scores: str = "reap"
     """How experts are scored: by the norm of their output, with (`reap`) or without (`norm`) the router's weight."""
+    ffn_scores: str = "activation"
+    """How MLP neurons are scored: by the aggregate of their activations (`activation`), or by the sum of |weight| ×
+    activation norm over the weights that read the neuron (`wanda`, arXiv 2306.11695)."""
 
 
 class DepthRecipe(_Strict):
     """How the layers to drop are chosen."""
 
-    score: Literal["block_influence", "perplexity", "kl", "logits_mse", "task"] = "block_influence"
-    """What scores a layer. `block_influence` comes from the calibration pass at no further cost; the other scores run
-    the whole model in memory without the layer and measure its loss, KL or logits, or its accuracy on a task."""
+    score: str = "block_influence"
+    """What scores a layer. `block_influence` comes from the calibration pass at no further cost; `perplexity`, `kl`,
+    `logits_mse` and `task` run the whole model in memory without the layer and measure its loss, KL or logits, or its
+    accuracy on a task."""
     removal: Literal["one_shot", "iterative", "contiguous"] = "one_shot"
     """How scores become dropped layers: drop those with the lowest scores at once; drop the lowest one and score the
     others again; or drop the best run of consecutive layers."""

@@ -11,7 +11,7 @@ from minitron.nas.shortlist import make_short_list
 from minitron.nas.trial import choose, compete
 from minitron.nas.workspace import Workspace, chosen_before
 from minitron.nas.zero_shot import compare_untrained
-from minitron.pruning.importance import Importance
+from minitron.pruning.scores import Importance
 from minitron.session import Session
 
 __all__ = ["budget_of", "removed_layers", "search", "shapes_within"]

@@ -18,7 +18,8 @@ from minitron.nas.shortlist import differing
 from minitron.nas.trial import Trial
 from minitron.nas.workspace import Workspace
 from minitron.nas.zero_shot import ZeroShot
-from minitron.pruning.importance import Importance, kept_share
+from minitron.pruning.scores import Importance
+from minitron.pruning.selection import kept_share
 
 
 def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:

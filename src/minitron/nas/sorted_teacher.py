@@ -19,10 +19,11 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.model.language_model import build_model
 from minitron.pruning.cut import cut_to
-from minitron.pruning.importance import Importance, kept_layers, select
 from minitron.pruning.maps import kept_positions
-from minitron.pruning.repair import mended
-from minitron.pruning.rotate import turns
+from minitron.pruning.repair import repaired
+from minitron.pruning.rotate import rotates
+from minitron.pruning.scores import Importance
+from minitron.pruning.selection import kept_layers, select
 from minitron.recipe import PruneRecipe
 from minitron.runtime import Runtime
 
@@ -93,7 +94,7 @@ def _cut(tensor: Tensor, parts: list[tuple[int, int | Tensor]]) -> Tensor:
 def deciding_sizes(teacher: Arch, recipe: PruneRecipe) -> tuple[str, ...]:
     """Return the config names of the sizes that need a sorted teacher for each combination of their values."""
     axes = {tap.axes[1] for tap in teacher.family.taps if len(tap.axes) > 1}
-    if recipe.rescale_norms or turns(teacher, recipe):
+    if recipe.rescale_norms or rotates(teacher, recipe):
         axes.add("hidden")
     return tuple(AXES[axis] for axis in teacher.prunable_axes if axis in axes)
 
@@ -114,11 +115,11 @@ def sort_teacher(
     """
     # The shape may be one that no config can express: it is never written.
     whole = replace(teacher.arch, sizes={**teacher.arch.sizes, **sizes})
-    cut = cut_to(whole, teacher, importance, recipe.model_copy(update={"merge_heads": False}))
-    cut = replace(cut, kept=select(importance, teacher.arch, whole, ranked=True))
+    kept = select(importance, teacher.arch, whole, ranked=True)
+    cut = cut_to(whole, teacher, importance, recipe.model_copy(update={"merge_heads": False}), kept=kept)
     recipe = recipe.model_copy(update={"refit": False})
     tensors = {}
-    for name, value in mended(teacher, cut, blocks, recipe, runtime.device, runtime.dtype):
+    for name, value in repaired(teacher, cut, blocks=blocks, recipe=recipe, runtime=runtime):
         # Tensors of one dimension are small, and some stay in the file's dtype when a model runs in another dtype.
         tensors[name] = value.to(runtime.device, runtime.dtype if value.ndim > 1 else None)
     return SortedTeacher(teacher, importance, whole, tensors)

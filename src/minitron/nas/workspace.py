@@ -16,7 +16,7 @@ from minitron.model.arch import Arch
 from minitron.nas.budget import Budget
 from minitron.nas.candidates import Candidate, read_candidates
 from minitron.nas.speed import Speeds
-from minitron.pruning.importance import Importance
+from minitron.pruning.scores import Importance
 from minitron.recipe import DistillRecipe
 from minitron.runtime import World
 from minitron.session import Session

@@ -1,14 +1,15 @@
-"""One forward pass over calibration blocks, layer by layer: every width score and the block influence at once.
+"""Gathers activation statistics for all width scores and the block influence in one layer-by-layer forward pass.
 
 Statistics are keyed by the module that was read, so that one file serves every way of scoring them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
@@ -18,160 +19,148 @@ from minitron.model.checkpoint import Checkpoint
 from minitron.model.experts import run_expert
 from minitron.progress import Progress
 from minitron.pruning.layers import Layer, Layers
+from minitron.pruning.scores import needed_aggregates, require_width_scores
+from minitron.pruning.statistics import (
+    BLOCK_INFLUENCE,
+    NUM_BLOCKS,
+    OVER_TOKENS,
+    ROUTED,
+    STREAM_MOMENT,
+    Statistics,
+    sums_key,
+    widened,
+)
 from minitron.recipe import CalibrationRecipe
-
-Statistics = dict[str, Tensor]
-BLOCK_INFLUENCE = "block_influence"
-NUM_BLOCKS = "num_blocks"
-STREAM_MOMENT = "stream_moment"
-ROUTED = "routed"
+from minitron.runtime import Runtime
 
 
 @torch.no_grad()
 def calibrate(
-    checkpoint: Checkpoint,
-    blocks: Blocks,
-    recipe: CalibrationRecipe,
-    device: torch.device,
-    dtype: torch.dtype,
-    moment: bool = False,
+    checkpoint: Checkpoint, blocks: Blocks, *, recipe: CalibrationRecipe, runtime: Runtime, moment: bool = False
 ) -> Statistics:
-    """Run the blocks through the teacher and accumulate, in float64 on the CPU:
+    """Run blocks through a model and sum statistics of its activations, in float64 on the CPU.
 
-    - for each tap, under its key, (num_layers, 2, width): the sums over blocks of s and of s², where s is the
-      recipe's aggregate over a block's tokens (Minitron, arXiv 2407.14679, section 2.2 and table 13): `mean`,
-      mean_t |x_t|; `l2`, √Σ_t x_t²; `var`, mean_t (x_t − x̄)². Zero in layers that lack the module;
-    - for experts the same of what enters an expert's second matrix, (num_layers, 2, num_experts, width), where
-      tokens that do not reach the expert count as zeros; and under the key with `/routed`, (num_layers,
-      num_experts, 3): the sums over an expert's tokens of router weight × norm of its output (REAP, arXiv
-      2510.13999) and of that norm alone, and their number;
+    The statistics are, by key:
+
+    - for each tap, its key, (num_layers, 2, width): the sums over blocks of s and of s², where s is the aggregate of
+      `recipe.sequence` over a block's tokens (`statistics.OVER_TOKENS`); zero in layers that lack the module. An
+      aggregate that only the chosen score needs (`scores.Score.needs`) is stored under the key with `/aggregate`;
+    - for experts, sums of the states that enter an expert's second matrix, (num_layers, 2, num_experts, width), where
+      tokens that do not reach the expert count as zeros; and under the key with `/routed`, (num_layers, num_experts,
+      3): sums over an expert's tokens of router weight × norm of its output (REAP, arXiv 2510.13999), of that norm
+      alone, and the number of tokens;
     - `block_influence`, (num_layers,): the mean over tokens of `1 − cos(layer input, layer output)`
-      (Minitron, section 2.2, after ShortGPT);
+      (Minitron, arXiv 2407.14679, section 2.2, after ShortGPT);
     - `num_blocks`, (1,);
-    - if the `moment` is asked for, `stream_moment`, (hidden, hidden): the second moment of what norms in front of
-      blocks, the final one included, make of the stream before they weight it; mean over tokens, summed over norms.
+    - with `moment`, `stream_moment`, (hidden, hidden): the second moment of the stream as norms before blocks, the
+      final one included, normalise it and before they multiply by their weights; mean over tokens, summed over norms.
 
-    One layer is in memory at a time, and the stream between two of them.
+    One layer is in memory at a time, and the residual stream of all blocks.
 
     Raises:
-        UserError: an activation is NaN or infinite.
+        UserError: the recipe names an unknown score or aggregate, or an activation is NaN or infinite.
     """
-    arch, layers = checkpoint.arch, Layers.of(checkpoint, device, dtype)
-    gathered = _Gathered(arch, recipe, blocks.num_tokens)
-    with Progress("calibrate", arch.axis_size("layer") * blocks.num_tokens, "tokens × layers") as progress:
+    require_width_scores(recipe)
+    arch, layers = checkpoint.arch, Layers.of(checkpoint, runtime)
+    depth, sums = arch.axis_size("layer"), _Sums(arch, recipe, blocks.num_tokens)
+    with Progress("calibrate", depth * blocks.num_tokens, "tokens × layers") as progress:
         stream = layers.embedded(blocks)
-        for number in range(arch.axis_size("layer")):
+        for number in range(depth):
             layer = layers.load(number)
-            progress.note(f"layer {number + 1} of {arch.axis_size('layer')}")
-            with gathered.watching(layer, moment):
+            progress.note(f"layer {number + 1} of {depth}")
+            with sums.reading(layer, moment):
                 for i in range(len(blocks)):
-                    before = stream[i].to(device)
+                    before = stream[i].to(runtime.device)
                     after = layer(before)
-                    gathered.add_influence(number, before, after)
+                    sums.add_influence(number, before, after)
                     stream[i] = after
                     progress.advance(blocks.context)
     if moment:
-        for last in stream:
-            gathered.add_moment(last.to(device))
-    statistics = {key: value.double().cpu() for key, value in gathered.sums.items()}
+        for states in stream:
+            sums.add_moment(states.to(runtime.device))
+    statistics = {key: value.double().cpu() for key, value in sums.by_key.items()}
     statistics[NUM_BLOCKS] = torch.tensor([len(blocks)])
-    for name, value in statistics.items():
+    for key, value in statistics.items():
         if not torch.isfinite(value).all():
-            raise UserError(f"the teacher's activations at {name} hold NaN or infinity: its weights are broken")
+            raise UserError(f"the teacher's activations at {key} hold NaN or infinity: its weights are broken")
     return statistics
 
 
-class _Gathered:
-    """The sums over blocks, on the device that activations are on, and the hooks that add to them."""
+class _Sums:
+    """Sums over blocks, kept on the device of the activations, and the hooks that add to them."""
 
     def __init__(self, arch: Arch, recipe: CalibrationRecipe, num_tokens: int) -> None:
-        self.arch, self.num_tokens = arch, num_tokens
-        self.aggregate = AGGREGATES[recipe.sequence]
-        self.sums: Statistics = {}
+        self.arch, self.recipe, self.num_tokens = arch, recipe, num_tokens
+        self.aggregates = needed_aggregates(arch, recipe)
+        self.by_key: Statistics = {}
 
-    def add(self, key: str, layer: int, value: Tensor) -> None:
-        if key not in self.sums:
-            shape = (self.arch.axis_size("layer"), *value.shape)
-            self.sums[key] = torch.zeros(shape, dtype=torch.float64, device=value.device)
-        self.sums[key][layer] += value
+    def add_influence(self, layer: int, before: Tensor, after: Tensor) -> None:
+        """Add to a layer's block influence, of its input and its output (1, T, hidden)."""
+        cosine = nn.functional.cosine_similarity(widened(before), widened(after), dim=-1)
+        self._add(BLOCK_INFLUENCE, layer, (1 - cosine).double().sum() / self.num_tokens)
 
-    def add_influence(self, layer: int, before: Tensor, after: Tensor) -> None:  # (1, T, hidden) each
-        cosine = nn.functional.cosine_similarity(_wide(before), _wide(after), dim=-1)
-        self.add(BLOCK_INFLUENCE, layer, (1 - cosine).double().sum() / self.num_tokens)
-
-    def add_moment(self, stream: Tensor) -> None:  # (1, T, hidden)
-        normed = _normalised(_wide(stream.flatten(0, -2)), self.arch.family.is_centred)
+    def add_moment(self, stream: Tensor) -> None:
+        """Add to the second moment of the normalised stream, of the residual stream (1, T, hidden) before a norm."""
+        normed = _normalised(widened(stream.flatten(0, -2)), self.arch.family.is_centred)
         value = normed.T @ normed / self.num_tokens
-        self.sums[STREAM_MOMENT] = self.sums[STREAM_MOMENT].add_(value) if STREAM_MOMENT in self.sums else value
+        self.by_key[STREAM_MOMENT] = self.by_key[STREAM_MOMENT].add_(value) if STREAM_MOMENT in self.by_key else value
 
     @contextmanager
-    def watching(self, layer: Layer, moment: bool) -> Iterator[None]:
-        """Reads every tap of a layer, and the stream in front of its norms."""
+    def reading(self, layer: Layer, moment: bool) -> Iterator[None]:
+        """Read every tap of a layer while the block runs, and with `moment` the stream before its norms."""
         family, kind = self.arch.family, self.arch.layers[layer.number] if self.arch.layers else None
         with ExitStack() as hooks:
             for tap in {tap.key: tap for tap in family.taps if tap.kind in {None, kind}}.values():
-                hooks.callback(self._tap(layer, tap).remove)
+                hooks.callback(self._hook(layer, tap).remove)
             for norm in family.norms if moment else ():
                 if "{i}" in norm.name and norm.is_in_front(self.arch.flags):
-                    handle = layer.stored_module(norm.name).register_forward_pre_hook(
-                        lambda _, inputs: self.add_moment(inputs[0])
-                    )
+                    module = layer.stored_module(norm.name)
+                    handle = module.register_forward_pre_hook(lambda _, inputs: self.add_moment(inputs[0]))
                     hooks.callback(handle.remove)
             yield
 
-    def _tap(self, layer: Layer, tap: Tap) -> torch.utils.hooks.RemovableHandle:
+    def _hook(self, layer: Layer, tap: Tap) -> RemovableHandle:
         module, number = layer.module(tap.module), layer.number
         if tap.side == "output":
-            return module.register_forward_hook(lambda _, __, output: self._read_width(tap, number, output))
+            return module.register_forward_hook(lambda _, __, output: self._add_tap(tap, number, output))
         if tap.side == "input":
-            return module.register_forward_pre_hook(lambda _, inputs: self._read_width(tap, number, inputs[0]))
+            return module.register_forward_pre_hook(lambda _, inputs: self._add_tap(tap, number, inputs[0]))
         return module.register_forward_pre_hook(
-            lambda module, args, kwargs: self._read_experts(tap, number, module, *args, *kwargs.values()),
+            lambda module, args, kwargs: self._add_experts(tap, number, module, *args, *kwargs.values()),
             with_kwargs=True,
         )
 
-    def _read_width(self, tap: Tap, layer: int, activation: Tensor) -> None:
-        if tap.stretch is not None:  # (1, T, width), or (T, width) where a family flattens it
+    def _add_tap(self, tap: Tap, layer: int, activation: Tensor) -> None:  # (1, T, width), or flattened (T, width)
+        if tap.stretch is not None:
             width = prod(map(self.arch.axis_size, tap.axes))
             activation = activation.narrow(-1, width * tap.stretch, width)
-        tokens = _wide(activation.flatten(0, -2))
-        self.add(tap.key, layer, _powers(self.aggregate(tokens, len(tokens))))
+        tokens = widened(activation.flatten(0, -2))
+        for name in self.aggregates[tap.key]:
+            self._add(sums_key(tap, name, self.recipe), layer, _powers(OVER_TOKENS[name](tokens, len(tokens))))
 
-    def _read_experts(
-        self, tap: Tap, layer: int, module: nn.Module, states: Tensor, numbers: Tensor, weights: Tensor
+    def _add_experts(
+        self, tap: Tap, layer: int, experts: nn.Module, states: Tensor, numbers: Tensor, weights: Tensor
     ) -> None:
-        """Of tokens (T, hidden) with the numbers and weights (T, k) of their experts."""
-        inner, routed = [], []
+        """Add the experts' sums, of tokens (T, hidden) with the numbers and router weights (T, k) of their experts."""
+        inner: dict[str, list[Tensor]] = {name: [] for name in self.aggregates[tap.key]}
+        routed = []
         for expert in range(self.arch.axis_size("expert")):
             token, place = (numbers == expert).nonzero(as_tuple=True)
-            activation, output = run_expert(module, expert, states[token])
-            inner.append(_powers(self.aggregate(_wide(activation), len(states))))
-            norms = _wide(output).norm(dim=-1)
-            weighted = _wide(weights[token, place]) * norms
+            activation, output = run_expert(experts, expert, states[token])
+            for name, sums in inner.items():
+                sums.append(_powers(OVER_TOKENS[name](widened(activation), len(states))))
+            norms = widened(output).norm(dim=-1)
+            weighted = widened(weights[token, place]) * norms
             routed.append(torch.stack([weighted.sum(), norms.sum(), torch.ones_like(norms).sum()]))
-        self.add(tap.key, layer, torch.stack(inner, dim=1))
-        self.add(f"{tap.key}/{ROUTED}", layer, torch.stack(routed))
+        for name, sums in inner.items():
+            self._add(sums_key(tap, name, self.recipe), layer, torch.stack(sums, dim=1))
+        self._add(f"{tap.key}/{ROUTED}", layer, torch.stack(routed))
 
-
-def _mean(tokens: Tensor, count: int) -> Tensor:
-    return tokens.abs().sum(dim=0) / count
-
-
-def _l2(tokens: Tensor, _: int) -> Tensor:
-    return tokens.square().sum(dim=0).sqrt()
-
-
-def _var(tokens: Tensor, count: int) -> Tensor:
-    mean = tokens.sum(dim=0) / count
-    return ((tokens - mean).square().sum(dim=0) + (count - len(tokens)) * mean.square()) / count
-
-
-AGGREGATES: dict[str, Callable[[Tensor, int], Tensor]] = {"mean": _mean, "l2": _l2, "var": _var}
-"""Over tokens (n, width) and further ones that are zero, `count` in all."""
-
-
-def _wide(activation: Tensor) -> Tensor:
-    return activation.to(torch.promote_types(activation.dtype, torch.float32))
+    def _add(self, key: str, layer: int, value: Tensor) -> None:
+        if key not in self.by_key:
+            shape = (self.arch.axis_size("layer"), *value.shape)
+            self.by_key[key] = torch.zeros(shape, dtype=torch.float64, device=value.device)
+        self.by_key[key][layer] += value
 
 
 def _powers(value: Tensor) -> Tensor:
@@ -179,7 +168,7 @@ def _powers(value: Tensor) -> Tensor:
 
 
 def _normalised(stream: Tensor, is_centred: bool) -> Tensor:
-    """Each token's channels (…, hidden) divided by their root mean square, without their mean if `is_centred`."""
+    """Divide each token's channels (…, hidden) by their root mean square, after their mean is taken off if centred."""
     if is_centred:
         stream = stream - stream.mean(dim=-1, keepdim=True)
     return stream * stream.square().mean(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()

@@ -1,6 +1,6 @@
-"""Cut a teacher down to what is kept, tensor by tensor."""
+"""Slices a teacher's tensors down to what a student keeps, one tensor at a time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,21 +12,23 @@ from minitron.errors import UserError
 from minitron.model.anatomy import Row
 from minitron.model.arch import TIED, Arch
 from minitron.model.checkpoint import Checkpoint, student_config, write_checkpoint
-from minitron.pruning.calibrate import STREAM_MOMENT
-from minitron.pruning.importance import Importance, Kept, mirrored_heads, select
+from minitron.pruning.head_merge import MergedHeads, merge_partners
 from minitron.pruning.maps import apply_maps
-from minitron.pruning.rotate import Rotated, principal_basis, turns
+from minitron.pruning.rotate import Rotated, principal_basis, rotates
+from minitron.pruning.scores import Importance
+from minitron.pruning.selection import Kept, select
+from minitron.pruning.statistics import STREAM_MOMENT
 from minitron.recipe import PruneRecipe
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The teacher's tensors as the student has them; `tensor` reads the teacher's, each asked for once.
+    """The teacher's tensors as a student has them; iterating yields them by name.
 
-    `kept` holds, for each prunable axis, the teacher's entries in the student's order (see `importance.Kept`).
-    With a `basis` (hidden, size) the residual stream is turned into it instead, whatever `kept` says of hidden.
-    `merged` are the dropped query heads that kept ones are merged with (`importance.mirrored_heads`): what makes
-    the queries of a head becomes twice itself less that of the other.
+    `kept` holds the teacher's entries that the student keeps of each prunable axis, in the student's order. `tensor`
+    reads a tensor of the teacher; each is read once. With a `basis` (hidden, size) of orthonormal columns the residual
+    stream is rotated into it, and `kept["hidden"]` is not used. With `partners` query heads are merged
+    (`head_merge.merge_partners`).
     """
 
     teacher: Arch
@@ -34,11 +36,11 @@ class Cut:
     kept: Kept
     tensor: Callable[[str], Tensor]
     basis: Tensor | None = None
-    merged: Tensor | None = None
+    partners: Tensor | None = None
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """The student's tensors by name, layer after layer, after those that stand outside the layers."""
-        for row, _, expert in self._rows_of(None):
+        """Yield the student's tensors by name: first those outside the layers, then layer after layer."""
+        for row, expert in self._rows_of(None):
             yield row.tensor_name(expert=expert), self(row, None, expert)
         for new, number in enumerate(self.layers):
             for (row, expert), value in self.layer(number).items():
@@ -46,77 +48,67 @@ class Cut:
 
     @property
     def layers(self) -> list[int]:
-        """The teacher's numbers of the layers that are kept."""
+        """The teacher's numbers of the kept layers."""
         return self.kept["layer"].tolist()
 
     def layer(self, number: int) -> dict[tuple[Row, int | None], Tensor]:
-        """The tensors that the student keeps of a layer of the teacher, by row and the student's expert."""
-        return {(row, expert): self(row, number, expert) for row, _, expert in self._rows_of(number)}
+        """Return the student's tensors of a layer of the teacher, by row and the student's expert."""
+        return {(row, expert): self(row, number, expert) for row, expert in self._rows_of(number)}
 
     def __call__(self, row: Row, layer: int | None, expert: int | None) -> Tensor:
-        """The tensor of a row, of a layer numbered as in the teacher, and of an expert as in the student."""
+        """Return the tensor of a row, of a layer numbered as in the teacher, and of an expert as in the student."""
         if expert is not None:
             expert = int(self.kept["expert"][layer][expert])
-        value = self._cut(self._source(row.tensor_name(layer, expert)), row, layer, expert)
+        value = self._slice(self._read(row.tensor_name(layer, expert)), row, layer, expert)
         if self.teacher.family.scales_embedding:
-            value = self._with_the_scale_kept(value, row)
+            value = self._with_embedding_scale(value, row)
         assert value.shape == row.shape(self.student.axis_size), (row.name, layer, expert, tuple(value.shape))
         return value
 
     def project(self, stream: Tensor) -> Tensor:
-        """The teacher's residual stream (…, hidden) as the student should have it."""
+        """Return the teacher's residual stream (…, hidden) in the student's basis or channels (…, size)."""
         if self.basis is not None:
             return stream @ self.basis.to(stream)
         return stream[..., self.kept["hidden"].to(stream.device)] if "hidden" in self.kept else stream
 
     @cached_property
-    def _source(self) -> Callable[[str], Tensor]:
-        if self.basis is None:
-            return self.tensor
-        return Rotated(self.teacher, self.basis, self.tensor, is_tied=self.student.flags.get(TIED, False))
+    def _read(self) -> Callable[[str], Tensor]:
+        read = self.tensor
+        if self.basis is not None:
+            read = Rotated(self.teacher, self.basis, read, is_tied=self.student.flags.get(TIED, False))
+        return read if self.partners is None else MergedHeads(self.teacher, self.partners, read)
 
-    @cached_property
-    def _maps(self) -> Kept:
-        return {axis: indices for axis, indices in self.kept.items() if axis != "hidden" or self.basis is None}
-
-    def _rows_of(self, number: int | None) -> Iterator[tuple[Row, int | None, int | None]]:
+    def _rows_of(self, number: int | None) -> Iterator[tuple[Row, int | None]]:
+        """Yield the rows of a layer, or of what stands outside the layers, with the student's experts."""
         for row in self.student.rows:
             kind_fits = number is None or row.kind is None or row.kind == self.teacher.layers[number]
             if row.is_per_layer == (number is not None) and kind_fits:
                 for expert in range(self.student.axis_size("expert")) if row.is_per_expert else [None]:
-                    yield row, number, expert
+                    yield row, expert
 
-    def _cut(self, value: Tensor, row: Row, layer: int | None, expert: int | None) -> Tensor:
-        """A tensor of the teacher with every axis cut; experts stacked in one tensor are cut one by one."""
-        per_layer, per_expert = self.teacher.family.per_layer_axes, self.teacher.family.per_expert_axes
+    def _slice(self, value: Tensor, row: Row, layer: int | None, expert: int | None) -> Tensor:
+        """Return a teacher's tensor with every axis sliced; experts stacked in one tensor are sliced one by one."""
+        family = self.teacher.family
         maps = {
-            axis: indices[layer] if axis in per_layer else indices
-            for axis, indices in self._maps.items()
-            if axis in row.axes
+            axis: indices[layer] if axis in family.per_layer_axes else indices
+            for axis, indices in self.kept.items()
+            if axis in row.axes and (axis != "hidden" or self.basis is None)
         }
-        own = per_expert & maps.keys()
-        if own and expert is None:
-            one = replace(row, dimensions=row.dimensions[1:])
-            experts = maps.pop("expert").tolist()
-            return torch.stack(
-                [apply_maps(value[e], one, {**maps, **{axis: maps[axis][e] for axis in own}}, self.teacher.axis_size)
-                 for e in experts]
-            )  # fmt: skip
-        maps.update({axis: maps[axis][expert] for axis in own})
-        selected = apply_maps(value, row, maps, self.teacher.axis_size)
-        if self.merged is None or not self._makes_heads(row):
-            return selected
-        other = apply_maps(value, row, {**maps, "query": self.merged[layer]}, self.teacher.axis_size)
-        return (2 * selected.float() - other.float()).to(value.dtype)
+        per_expert = {axis: maps.pop(axis) for axis in family.per_expert_axes & maps.keys()}
+        if not per_expert or expert is not None:
+            maps |= {axis: indices[expert] for axis, indices in per_expert.items()}
+            return apply_maps(value, row, maps, self.teacher.axis_size)
+        one, experts = replace(row, dimensions=row.dimensions[1:]), maps.pop("expert").tolist()
+        slices = []
+        for number in experts:
+            own = {axis: indices[number] for axis, indices in per_expert.items()}
+            slices.append(apply_maps(value[number], one, maps | own, self.teacher.axis_size))
+        return torch.stack(slices)
 
-    def _makes_heads(self, row: Row) -> bool:
-        is_reader = any(norm.is_read_by(row) for norm in self.teacher.family.norms)
-        return "query" in row.axes and ("hidden" not in row.axes or is_reader)
+    def _with_embedding_scale(self, value: Tensor, row: Row) -> Tensor:
+        """Scale embeddings that the model multiplies by √hidden_size, so that the product keeps the teacher's size.
 
-    def _with_the_scale_kept(self, value: Tensor, row: Row) -> Tensor:
-        """Embeddings multiplied by √hidden_size when they are read, so that they keep the size they had in the teacher.
-
-        Where they are the output matrix too, the final norm takes back what they gained.
+        Where embeddings are the output matrix too, the final norm is divided by that factor.
         """
         teacher, family, scaled = self.teacher, self.teacher.family, value.float()
         gain = (teacher.axis_size("hidden") / self.student.axis_size("hidden")) ** 0.5
@@ -127,34 +119,36 @@ class Cut:
         return scaled.to(value.dtype)
 
 
-def cut_to(student: Arch, teacher: Checkpoint, importance: Importance, recipe: PruneRecipe) -> Cut:
-    """How the teacher is cut to a shape: what is kept of every axis, and the basis where hidden is turned.
+def cut_to(
+    student: Arch, teacher: Checkpoint, importance: Importance, recipe: PruneRecipe, *, kept: Kept | None = None
+) -> Cut:
+    """Return the cut of a teacher to a shape, with the basis where hidden is rotated.
+
+    `kept` holds the kept entries of every axis, by default those that `selection.select` returns. Tensors are read when
+    they are sliced; a tensor that holds NaN or infinity is a `UserError` then.
 
     Raises:
-        UserError: the recipe asks for a rotation that the family or the importance cannot give.
+        UserError: the recipe asks for a rotation, and the family cannot have it or the importance holds no moment.
     """
-    kept, basis = select(importance, teacher.arch, student), None
-    size = student.axis_size("hidden")
-    if size < teacher.arch.axis_size("hidden") and turns(teacher.arch, recipe):
+    kept = select(importance, teacher.arch, student) if kept is None else kept
+    basis = partners = None
+    if _is_smaller(student, teacher.arch, "hidden") and rotates(teacher.arch, recipe):
         if STREAM_MOMENT not in importance:
             raise UserError("the importance was measured without the moment of the stream: calibrate with prune.rotate")
-        basis = principal_basis(teacher.arch, size, importance[STREAM_MOMENT], teacher.tensor)
-    merges = (
-        recipe.merge_heads and "query" in student.axes and student.axis_size("query") < teacher.arch.axis_size("query")
-    )
-    merged = mirrored_heads(importance, teacher.arch, kept) if merges else None
-    return Cut(teacher.arch, student, kept, teacher.tensor, basis, merged)
+        basis = principal_basis(teacher.arch, student.axis_size("hidden"), importance[STREAM_MOMENT], teacher.tensor)
+    if recipe.merge_heads and _is_smaller(student, teacher.arch, "query"):
+        partners = merge_partners(importance, teacher.arch, kept)
+    return Cut(teacher.arch, student, kept, teacher.checked_tensor, basis, partners)
 
 
-def write_pruned(
-    teacher: Checkpoint, cut: Cut, tensors: Callable[[Cut], Iterator[tuple[str, Tensor]]], folder: Path
-) -> None:
-    """Stream the pruned checkpoint into an empty folder, in the teacher's dtype; `tensors` makes them of the cut.
+def write_pruned(teacher: Checkpoint, cut: Cut, tensors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write a pruned checkpoint into an empty folder, tensor by tensor, in the teacher's dtype.
 
-    Raises:
-        UserError: a tensor of the teacher holds NaN or infinity.
+    `tensors` are the cut itself, or the cut repaired (`repair.repaired`).
     """
     config = student_config(teacher, cut.student, cut.layers)
-    write_checkpoint(
-        folder, config, tensors(replace(cut, tensor=teacher.checked_tensor)), companions_from=teacher.folder
-    )
+    write_checkpoint(folder, config, tensors, companions_from=teacher.folder)
+
+
+def _is_smaller(student: Arch, teacher: Arch, axis: str) -> bool:
+    return axis in student.axes and student.axis_size(axis) < teacher.axis_size(axis)

@@ -1,6 +1,6 @@
-"""Which layers a model can do without: what happens to it when some are left out.
+"""Scores layers by the damage that their removal does.
 
-Every score is of the whole model in memory, with the layers in question passed over.
+Every score is measured on the whole model in memory, with the removed layers passed over.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,37 +19,41 @@ from minitron.evaluation.perplexity import next_token_nll
 from minitron.model.arch import Arch
 from minitron.model.language_model import Head, Headless, entering, leaving
 from minitron.progress import Progress
-from minitron.pruning.importance import LAYER_BLOCKS, Importance
+from minitron.pruning.scores import Importance
+from minitron.pruning.selection import LAYER_BLOCKS
 from minitron.recipe import DepthRecipe
 
 CHUNK_TOKENS = 256
 
 Damage = Callable[[], float]
-"""How far the model, as it now stands, is from the whole one; higher is worse."""
+"""Measures how far the model, with some layers passed over, is from the whole model; higher is worse."""
 
 
 @torch.no_grad()
 def score_depth(
-    model: nn.Module, arch: Arch, blocks: Blocks, recipe: DepthRecipe, removed: set[int], tokenizer: Any
+    model: nn.Module, arch: Arch, blocks: Blocks, *, recipe: DepthRecipe, removed: set[int], tokenizer: Any = None
 ) -> Importance:
-    """The importance of layers by the recipe's score and way of removal.
+    """Return the importance of layers by the recipe's score and way of removal.
 
-    The damage is the rise in loss, the KL to the whole model's distribution, the squared error of the logits as a
-    share of their squares, or the fall in a task's accuracy. By way of removal:
+    The damage is the rise in loss (`perplexity`), the KL from the whole model's distribution (`kl`), the squared error
+    of the logits as a share of their squares (`logits_mse`), or the fall in a task's accuracy (`task`, which needs the
+    tokenizer). Ways of removal:
 
-    - `one_shot`: `layer`, (num_layers,), the damage of leaving each one out alone (Minitron, arXiv 2407.14679,
+    - `one_shot`: `layer`, (num_layers,), the damage of removing each layer alone (Minitron, arXiv 2407.14679,
       section 2.2);
-    - `iterative`: `layer`, the order in which they go when the one that does least damage goes first and the
-      others are scored anew (Nemotron Nano 2, arXiv 2508.14444, section 4; normalised as in Nemotron Elastic,
-      arXiv 2511.16664), as far as the largest of the numbers in `removed`;
-    - `contiguous`: `layer_blocks`, (num_layers + 1, num_layers), the damage of leaving out n layers from s on, for
-      every n in `removed`, infinite elsewhere (Minitron in practice, arXiv 2408.11796, section 2).
+    - `iterative`: `layer`, (num_layers,), the order of removal when the layer that does least damage is removed first
+      and the others are scored again (Nemotron Nano 2, arXiv 2508.14444, section 4; normalised as in Nemotron
+      Elastic, arXiv 2511.16664), up to the largest number in `removed`;
+    - `contiguous`: `layer_blocks`, (num_layers + 1, num_layers), at [n, s] the damage of removing n layers from layer
+      s on, for every n in `removed`, infinite elsewhere (Minitron in practice, arXiv 2408.11796, section 2).
 
     Raises:
-        UserError: contiguous layers of a model whose layers are of several kinds, or a task without its file.
+        UserError: the score does not exist, `contiguous` removal of layers of several kinds, `iterative` removal by
+            block influence, or a task without its file.
     """
+    require_depth_score(recipe)
     if recipe.removal == "contiguous" and arch.layer_counts:
-        raise UserError(f"the layers of a {arch.model_type} are of several kinds: they are not removed as one block")
+        raise UserError(f"the layers of a {arch.model_type} are of several kinds: they cannot be removed as one block")
     depth, deepest, removed = arch.axis_size("layer"), max(removed, default=0), removed - {0}
     if recipe.score == "block_influence":
         if recipe.removal == "iterative":
@@ -58,14 +62,14 @@ def score_depth(
     spans = [(start, count) for count in sorted(removed) for start in range(depth - count + 1)]
     trials = {"one_shot": depth, "iterative": sum(depth - n for n in range(deepest)), "contiguous": len(spans)}
     with Passable(model, arch) as layers, Progress("depth", trials[recipe.removal], "trials") as progress:
-        damage = _damage(model, blocks, recipe, tokenizer)
+        damage = DAMAGES[recipe.score](model, blocks, recipe, tokenizer)
         whole = damage()
 
-        def without(left_out: list[int]) -> float:
-            with layers.without(left_out):
-                found = damage() - whole
+        def without(numbers: list[int]) -> float:
+            with layers.without(numbers):
+                rise = damage() - whole
             progress.advance(1)
-            return found
+            return rise
 
         if recipe.removal == "one_shot":
             return {"layer": torch.tensor([without([i]) for i in range(depth)], dtype=torch.float64)}
@@ -78,8 +82,19 @@ def score_depth(
         return {LAYER_BLOCKS: table}
 
 
+def require_depth_score(recipe: DepthRecipe) -> None:
+    """Check that the score of depth that a recipe names exists.
+
+    Raises:
+        UserError: it does not; the message lists those that do.
+    """
+    accepted = ["block_influence", *DAMAGES]
+    if recipe.score not in accepted:
+        raise UserError(f"depth.score: unknown value '{recipe.score}'; accepted: {', '.join(accepted)}")
+
+
 def _influence_of_blocks(model: nn.Module, arch: Arch, blocks: Blocks, removed: set[int]) -> Tensor:
-    """`layer_blocks` of 1 − cos(stream before the block, stream behind it), mean over tokens, from one pass."""
+    """Return `layer_blocks` of 1 − cos(stream before the block, stream after it), mean over tokens, from one pass."""
     depth, device = arch.axis_size("layer"), next(model.parameters()).device
     layers = [model.get_submodule(arch.family.layer.replace("{i}", str(i))) for i in range(depth)]
     streams: list[Tensor] = []
@@ -110,18 +125,18 @@ def _influence_of_blocks(model: nn.Module, arch: Arch, blocks: Blocks, removed: 
 
 
 def _order_of_removal(depth: int, deepest: int, without: Callable[[list[int]], float]) -> Tensor:
-    """When each layer goes, counted from 0; those that stay are above all that go."""
-    gone: list[int] = []
+    """Return each layer's place in the order of removal, counted from 0; kept layers have the highest score."""
+    removed: list[int] = []
     for _ in range(deepest):
-        trials = {i: without([*gone, i]) for i in range(depth) if i not in gone}
-        gone.append(min(trials, key=trials.__getitem__))
+        damages = {i: without([*removed, i]) for i in range(depth) if i not in removed}
+        removed.append(min(damages, key=damages.__getitem__))
     order = torch.full((depth,), float(depth), dtype=torch.float64)
-    order[gone] = torch.arange(len(gone), dtype=torch.float64)
+    order[removed] = torch.arange(len(removed), dtype=torch.float64)
     return order
 
 
 class Passable:
-    """A model any of whose layers can be passed over for a while, as a context manager."""
+    """A model whose layers can be passed over while a block runs; itself a context manager."""
 
     def __init__(self, model: nn.Module, arch: Arch) -> None:
         stack = model.get_submodule(arch.family.layer.removesuffix(".{i}"))
@@ -138,22 +153,22 @@ class Passable:
             self.stack[i] = layer
 
     @contextmanager
-    def without(self, left_out: list[int]) -> Iterator[None]:
-        """Pass over these layers."""
+    def without(self, numbers: list[int]) -> Iterator[None]:
+        """Pass over the layers of these numbers while the block runs."""
         layers: list[Any] = list(self.stack)
-        for i in left_out:
+        for i in numbers:
             layers[i].is_passed_over = True
         yield
-        for i in left_out:
+        for i in numbers:
             layers[i].is_passed_over = False
 
 
 class _Layer(nn.Module):
-    """A layer, or nothing in its place; what a model asks a layer about itself is answered by the layer."""
+    """A layer that can be passed over; its attributes are those of the layer that it wraps."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer, self.is_passed_over, self.gives_tuple = layer, False, False
+        self.layer, self.is_passed_over, self.returns_tuple = layer, False, False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -164,62 +179,86 @@ class _Layer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.is_passed_over:
             output = self.layer(*args, **kwargs)
-            self.gives_tuple = isinstance(output, tuple)
+            self.returns_tuple = isinstance(output, tuple)
             return output
         stream = entering(args, kwargs)[0]
-        return (stream, None) if self.gives_tuple else stream
+        return (stream, None) if self.returns_tuple else stream
 
 
-def _damage(model: nn.Module, blocks: Blocks, recipe: DepthRecipe, tokenizer: Any) -> Damage:
-    """The score of the recipe, with what it needs of the whole model remembered."""
+def _loss(model: nn.Module, blocks: Blocks, *_: Any) -> Damage:
     headless, device = Headless(model), next(model.parameters()).device
-    parts, targets = blocks.ids.to(device).split(1), blocks.targets.to(device).split(1)
-    if recipe.score == "task":
-        if recipe.task is None:
-            raise UserError("depth.score task needs depth.task, a jsonl file of items")
-        items = read_items(Path(recipe.task), recipe.items)
-        return lambda: -accuracy(model, tokenizer, items)
-    if recipe.score == "perplexity":
-        num_predicted = max(1, int((blocks.targets >= 0).sum()))
-        return lambda: (
-            sum(
-                float(headless(ids, partial(next_token_nll, targets=of)))
-                for ids, of in zip(parts, targets, strict=True)
-            )
-            / num_predicted
-        )
-
-    def states(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-        return hidden, head
-
-    reference = [headless(ids, states)[0] for ids in parts]
-    compare = _kl if recipe.score == "kl" else _squared_error
-
-    def difference(hidden: Tensor, head: Head, whole: Tensor) -> float:
-        return sum(
-            compare(head.logits(part), head.logits(of_whole))
-            for part, of_whole in zip(hidden[0].split(CHUNK_TOKENS), whole[0].split(CHUNK_TOKENS), strict=True)
-        )
-
-    def total_difference() -> float:
-        total = sum(headless(ids, partial(difference, whole=w)) for ids, w in zip(parts, reference, strict=True))
-        return float(total)
-
-    if recipe.score == "kl":
-        return lambda: total_difference() / blocks.num_tokens
-    squares = sum(
-        float(head.logits(part).square().sum())
-        for ids in parts
-        for hidden, head in [headless(ids, states)]
-        for part in hidden[0].split(CHUNK_TOKENS)
+    batches = list(zip(blocks.ids.to(device).split(1), blocks.targets.to(device).split(1), strict=True))
+    num_predicted = max(1, int((blocks.targets >= 0).sum()))
+    return lambda: (
+        sum(float(headless(ids, partial(next_token_nll, targets=targets))) for ids, targets in batches) / num_predicted
     )
-    return lambda: total_difference() / squares
 
 
-def _kl(logits: Tensor, of_whole: Tensor) -> float:
-    p, q = of_whole.log_softmax(dim=-1), logits.log_softmax(dim=-1)
+def _kl(model: nn.Module, blocks: Blocks, *_: Any) -> Damage:
+    whole = _Whole(model, blocks)
+    return lambda: whole.difference(_kl_of_logits) / blocks.num_tokens
+
+
+def _logits_mse(model: nn.Module, blocks: Blocks, *_: Any) -> Damage:
+    whole = _Whole(model, blocks)
+    squares = whole.squares()
+    return lambda: whole.difference(_squared_error) / squares
+
+
+def _task(model: nn.Module, _: Blocks, recipe: DepthRecipe, tokenizer: Any) -> Damage:
+    if recipe.task is None:
+        raise UserError("depth.score task needs depth.task, a jsonl file of items")
+    items = read_items(Path(recipe.task), recipe.items)
+    return lambda: -accuracy(model, tokenizer, items)
+
+
+DAMAGES: dict[str, Callable[[nn.Module, Blocks, DepthRecipe, Any], Damage]] = {
+    "perplexity": _loss,
+    "kl": _kl,
+    "logits_mse": _logits_mse,
+    "task": _task,
+}
+"""The scores of depth by the values of `depth.score`; block influence is measured by `calibrate` instead.
+
+Each takes the whole model, blocks, the recipe and a tokenizer."""
+
+
+class _Whole:
+    """The last hidden states of the whole model on some blocks, to compare with what the model becomes."""
+
+    def __init__(self, model: nn.Module, blocks: Blocks) -> None:
+        self.headless = Headless(model)
+        self.ids = blocks.ids.to(next(model.parameters()).device).split(1)
+        self.states = [self.headless(ids, _states_and_head)[0] for ids in self.ids]
+
+    def difference(self, compare: Callable[[Tensor, Tensor], float]) -> float:
+        """Return the sum over tokens of `compare(logits of the model as it is, logits of the whole model)`."""
+
+        def of_block(hidden: Tensor, head: Head, whole: Tensor) -> float:
+            parts = zip(hidden[0].split(CHUNK_TOKENS), whole[0].split(CHUNK_TOKENS), strict=True)
+            return sum(compare(head.logits(part), head.logits(whole_part)) for part, whole_part in parts)
+
+        blocks = zip(self.ids, self.states, strict=True)
+        return float(sum(self.headless(ids, partial(of_block, whole=whole)) for ids, whole in blocks))
+
+    def squares(self) -> float:
+        """Return the sum of the squared logits of the whole model."""
+        return sum(
+            float(head.logits(part).square().sum())
+            for ids in self.ids
+            for hidden, head in [self.headless(ids, _states_and_head)]
+            for part in hidden[0].split(CHUNK_TOKENS)
+        )
+
+
+def _states_and_head(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    return hidden, head
+
+
+def _kl_of_logits(logits: Tensor, whole: Tensor) -> float:
+    p, q = whole.log_softmax(dim=-1), logits.log_softmax(dim=-1)
     return float((p.exp() * (p - q)).sum())
 
 
-def _squared_error(logits: Tensor, of_whole: Tensor) -> float:
-    return float((logits - of_whole).square().sum())
+def _squared_error(logits: Tensor, whole: Tensor) -> float:
+    return float((logits - whole).square().sum())

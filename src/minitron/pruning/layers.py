@@ -1,7 +1,7 @@
-"""A checkpoint run layer by layer, each loaded from disk when its turn comes: for models larger than memory.
+"""Runs a checkpoint layer by layer, each layer loaded from disk when it runs: for models larger than memory.
 
-A layer runs inside a model of its own family that has this one layer, so that masks, positions and whatever else a
-family gives to its layers are made by transformers as ever; only the residual stream is put in and taken out here.
+A layer runs inside a model of its own family that has only this layer, so that transformers makes masks, positions and
+all other inputs of the layer; this module only puts the residual stream in and takes it out.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,16 +19,17 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, student_config
 from minitron.model.language_model import Point, build_model, entering, leaving, watching
 from minitron.model.source import cache_folder
+from minitron.runtime import Runtime
 
 SPILL_BYTES = 2**30
-"""A stream larger than this lies in a file instead of in memory."""
+"""A residual stream larger than this is kept in a file instead of in memory."""
 
 
 class Stream:
-    """The residual stream of some blocks at one depth: entry i is that of block i, (1, T, hidden).
+    """The residual stream of some blocks at one depth: entry i is that of block i, (1, T, hidden), on the CPU.
 
-    Larger than `SPILL_BYTES`, it lies in a nameless file in the cache folder, since that of temporary files is often
-    memory.
+    A stream larger than `SPILL_BYTES` is kept in an unnamed file in the cache folder; the folder of temporary files is
+    often in memory itself.
     """
 
     def __init__(self, blocks: Blocks, hidden_size: int, dtype: torch.dtype) -> None:
@@ -66,125 +67,124 @@ class Stream:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer in memory, in a model around it; modules are named as in the whole model."""
+    """One layer in memory, inside a model of one layer; modules are named as in the whole model."""
 
     number: int
     model: Any
     arch: Arch
-    beside: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
-    """What the model gives to the layer beside the stream, by length."""
+    other_inputs: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    """The inputs that the model passes to the layer in addition to the stream, by the number of tokens."""
 
     def module(self, name: str) -> nn.Module:
-        """The module that `name`, with `{i}` for the layer's number, stands for."""
-        found: nn.Module = self.model.get_submodule(name.replace("{i}", "0"))
-        return found
+        """Return the module of a name in memory, with `{i}` for the layer's number."""
+        module: nn.Module = self.model.get_submodule(name.replace("{i}", "0"))
+        return module
 
     def stored_module(self, name: str) -> nn.Module:
-        """The same for a name as files have it, which may begin otherwise than in memory."""
-        found: nn.Module = self.model.base_model.get_submodule(name.replace("{i}", "0").split(".", 1)[1])
-        return found
+        """Return the module of a name in files, whose first part may differ from that in memory."""
+        module: nn.Module = self.model.base_model.get_submodule(name.replace("{i}", "0").split(".", 1)[1])
+        return module
 
     def __call__(self, stream: Tensor) -> Tensor:
-        """What the layer makes of the residual stream (1, T, hidden)."""
+        """Return the layer's output for a residual stream (1, T, hidden), of equal shape."""
         context = stream.shape[1]
-        if context not in self.beside:  # masks and positions are the same for every stream of this length
-            self.beside[context] = self.entered(torch.zeros(1, context, dtype=torch.int64, device=stream.device))[1:]
-        args, kwargs = self.beside[context]
+        if context not in self.other_inputs:  # masks and positions depend on the number of tokens alone
+            ids = torch.zeros(1, context, dtype=torch.int64, device=stream.device)
+            self.other_inputs[context] = self.inputs(ids)[1:]
+        args, kwargs = self.other_inputs[context]
         return leaving(self.module(self.arch.family.layer)(stream, *args, **kwargs))
 
-    def entered(self, ids: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-        """What the model gives to the layer for token ids (1, T): the stream, and what it passes beside it."""
-        found: list[Any] = []
+    def inputs(self, ids: Tensor) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+        """Return what the model passes to the layer for token ids (1, T): the stream, and all other inputs."""
+        calls: list[Any] = []
 
-        def reached(_: nn.Module, args: Any, kwargs: Any) -> None:
-            found.append(entering(args, kwargs))
+        def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append(entering(args, kwargs))
             raise _ReachedError
 
-        handle = self.module(self.arch.family.layer).register_forward_pre_hook(reached, with_kwargs=True)
+        handle = self.module(self.arch.family.layer).register_forward_pre_hook(stop, with_kwargs=True)
         with suppress(_ReachedError):
             self.model.base_model(input_ids=ids, use_cache=False)
         handle.remove()
-        [entry] = found
-        return entry  # type: ignore[no-any-return]
+        [call] = calls
+        return call  # type: ignore[no-any-return]
 
     def watched(self, stream: Tensor, points: list[Point]) -> tuple[Tensor, list[Tensor]]:
-        """The layer's output, and what there is at some points within, (1, T, width) each."""
-        with watching(points) as seen:
+        """Return the layer's output, and the activations at some points inside it, (1, T, width) each."""
+        with watching(points) as activations:
             output = self(stream)
-        return output, [value.view(*stream.shape[:-1], -1) for value in seen]
+        return output, [value.view(*stream.shape[:-1], -1) for value in activations]
 
     def within(self, stream: Tensor, points: list[Point]) -> list[Tensor]:
-        """What there is at some points, (1, T, width) each; nothing that comes after them is computed."""
-        with watching(points, _stop_when_all_are_seen) as seen, suppress(_ReachedError):
+        """Return the activations at some points, (1, T, width) each, without computing what comes after them."""
+        with watching(points, _stop_at_the_last) as activations, suppress(_ReachedError):
             self(stream)
-        return [value.view(*stream.shape[:-1], -1) for value in seen]
+        return [value.view(*stream.shape[:-1], -1) for value in activations]
 
 
-def _stop_when_all_are_seen(seen: list[Any]) -> None:
-    if all(value is not None for value in seen):
+def _stop_at_the_last(activations: list[Any]) -> None:
+    if all(value is not None for value in activations):
         raise _ReachedError
 
 
 class _ReachedError(Exception):
-    """What is wanted of a forward pass has been seen."""
+    """Ends a forward pass that has produced all the activations that are needed."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers of one shape, `arch`, numbered as in the checkpoint that they are of or are cut from.
+    """The layers of a checkpoint, or of a model cut from it, numbered as in the checkpoint.
 
-    `tensor` gives the tensor of a row, a layer of the checkpoint and an expert of `arch`.
+    `tensor` reads the tensor of a row, of a layer numbered as in the checkpoint and an expert numbered as in `arch`.
     """
 
     checkpoint: Checkpoint
     arch: Arch
     tensor: Callable[[Row, int | None, int | None], Tensor]
-    device: torch.device
-    dtype: torch.dtype
+    runtime: Runtime
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> "Layers":
-        """Those of a checkpoint as it lies on disk."""
-        return cls(
-            checkpoint, checkpoint.arch, lambda *place: checkpoint.tensor(Row.tensor_name(*place)), device, dtype
-        )
+    def of(cls, checkpoint: Checkpoint, runtime: Runtime) -> "Layers":
+        """Return the layers of a checkpoint as they are on disk."""
+        return cls(checkpoint, checkpoint.arch, lambda *place: checkpoint.tensor(Row.tensor_name(*place)), runtime)
 
     def load(self, number: int) -> Layer:
-        """The layer of that number, alone, on the device."""
+        """Load the layer of a number alone onto the device."""
 
         def tensor(row: Row, expert: int | None) -> Tensor:
-            # What stands outside the layers takes no part.
+            # Tensors outside the layers take no part in the forward pass of a layer.
             value = self.tensor(row, number, expert) if row.is_per_layer else None
-            return torch.zeros(row.shape(alone.axis_size)) if value is None else value
+            return torch.zeros(row.shape(arch.axis_size)) if value is None else value
 
-        alone = self._alone(number, vocab_size=1)
-        return self._build(number, alone, tensor)
+        arch = self._of_one_layer(number, vocab_size=1)
+        return self._build(number, arch, tensor)
 
     def embedded(self, blocks: Blocks) -> Stream:
-        """What enters the first layer."""
-        # Only the rows of the embedding that the blocks use are needed, and nothing of the layer.
+        """Return the residual stream before the first layer."""
+        # Of the embedding only the rows that the blocks use are loaded, and of the layer nothing.
         vocabulary, ids = blocks.ids.unique(return_inverse=True)
-        alone = self._alone(0, vocab_size=len(vocabulary))
+        arch = self._of_one_layer(0, vocab_size=len(vocabulary))
 
         def tensor(row: Row, expert: int | None) -> Tensor:
             if row.is_per_layer:
-                return torch.zeros(row.shape(alone.axis_size))
+                return torch.zeros(row.shape(arch.axis_size))
             value = self.tensor(row, None, expert)
             return value[vocabulary] if (("vocab",),) in row.dimensions[:1] else value
 
-        first = self._build(0, alone, tensor)
-        stream = Stream(blocks, self.arch.axis_size("hidden"), self.dtype)
+        first = self._build(0, arch, tensor)
+        stream = Stream(blocks, self.arch.axis_size("hidden"), self.runtime.dtype)
         for i, block in enumerate(ids.split(1)):
-            stream[i] = first.entered(block.to(self.device))[0]
+            stream[i] = first.inputs(block.to(self.runtime.device))[0]
         return stream
 
-    def _alone(self, number: int, vocab_size: int) -> Arch:
+    def _of_one_layer(self, number: int, vocab_size: int) -> Arch:
         kinds = self.checkpoint.arch.layers[number : number + 1]
         sizes = {**self.arch.sizes, **self.checkpoint.arch.depth_of(kinds), "vocab_size": vocab_size}
         return replace(self.arch, sizes=sizes, layers=kinds)
 
-    def _build(self, number: int, alone: Arch, tensor: Callable[[Row, int | None], Tensor]) -> Layer:
-        config = student_config(self.checkpoint, alone, [number])
-        config.pad_token_id = None  # it is beyond such a vocabulary
-        tensors = ((row.tensor_name(layer, expert), tensor(row, expert)) for row, layer, expert in alone.places())
-        return Layer(number, build_model(config, tensors, self.device, self.dtype), self.arch)
+    def _build(self, number: int, arch: Arch, tensor: Callable[[Row, int | None], Tensor]) -> Layer:
+        config = student_config(self.checkpoint, arch, [number])
+        config.pad_token_id = None  # the number is beyond the small vocabulary
+        tensors = ((row.tensor_name(layer, expert), tensor(row, expert)) for row, layer, expert in arch.places())
+        model = build_model(config, tensors, self.runtime.device, self.runtime.dtype)
+        return Layer(number, model, self.arch)

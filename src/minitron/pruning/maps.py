@@ -1,8 +1,8 @@
-"""Pruning as maps on axes: what happens to an axis happens to every dimension that runs along it.
+"""Applies maps on axes to tensors: the operation that trims, sorts and permutes a model.
 
-A map lists which of the old entries become the new ones, in order. A selection of some is trimming; a
-permutation of all leaves the function of the model unchanged. Tensors that write an axis and tensors that
-read it take the same map, so nothing here needs to know which is which.
+A map lists the old entries of an axis that become the new ones, in order. A selection of some entries trims; a
+permutation of all entries leaves the function of the model unchanged. Tensors that write an axis and tensors that read
+it take equal maps, so the code does not distinguish them.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from torch import Tensor
 from minitron.model.anatomy import Dimension, Row
 
 Maps = dict[str, Tensor]
-"""Axis to indices, for one layer; an axis without a map stays as it is."""
+"""Indices by axis, for one layer; an axis without a map stays as it is."""
 
 
 def apply_maps(tensor: Tensor, row: Row, maps: Maps, axis_size: Callable[[str], int]) -> Tensor:
-    """Apply the maps to every dimension of a tensor laid out as its row says."""
+    """Apply maps to every dimension of a tensor that is laid out as its row says."""
     dtype = tensor.dtype
-    if dtype.itemsize == 2:  # twice as fast to gather as floats of this size
+    if dtype.itemsize == 2:  # integers of two bytes are gathered twice as fast as floats
         tensor = tensor.view(torch.int16)
     for dim, dimension in enumerate(row.dimensions):
         if any(factor in maps for segment in dimension for factor in segment):
             positions = kept_positions(dimension, maps, axis_size).to(tensor.device)
-            if dim == tensor.ndim - 1 > 0:  # twice as fast along rows as index_select
+            if dim == tensor.ndim - 1 > 0:  # along rows, gather is twice as fast as index_select
                 tensor = tensor.gather(dim, positions.expand(*tensor.shape[:-1], -1))
             else:
                 tensor = tensor.index_select(dim, positions)
@@ -32,10 +32,10 @@ def apply_maps(tensor: Tensor, row: Row, maps: Maps, axis_size: Callable[[str], 
 
 
 def kept_positions(dimension: Dimension, maps: Maps, axis_size: Callable[[str], int]) -> Tensor:
-    """The positions along a dimension that are kept, in the student's order."""
+    """Return the positions along a dimension that maps keep, in the student's order."""
     pieces, start = [], 0
     for segment in dimension:
-        # Positions of the kept entries in a row-major product of axes, built from the outermost in.
+        # Positions of the kept entries in a row-major product of axes, built from the outermost axis in.
         positions, size = torch.zeros(1, dtype=torch.int64), 1
         for factor in segment:
             length = axis_size(factor) if isinstance(factor, str) else factor

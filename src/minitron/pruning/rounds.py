@@ -1,4 +1,4 @@
-"""Importance measured again on what is left, in rounds between teacher and target."""
+"""Measures importance again while a model shrinks, in rounds between teacher and target."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,58 +10,54 @@ from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.model.anatomy import AXES
 from minitron.model.arch import EXPERT_MULTIPLE, Arch
-from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import cut_to, write_pruned
-from minitron.pruning.importance import Importance, Kept, score
-from minitron.recipe import PLAIN, CalibrationRecipe
+from minitron.pruning.scores import Importance, score
+from minitron.pruning.selection import Kept
+from minitron.recipe import PLAIN
+from minitron.session import Session
 
 
 def score_in_rounds(
-    teacher: Checkpoint,
-    target: Arch,
-    importance: Importance,
-    rounds: int,
-    blocks: Blocks,
-    recipe: CalibrationRecipe,
-    device: torch.device,
-    dtype: torch.dtype,
-    folder: Path | None = None,
+    session: Session, target: Arch, importance: Importance, *, blocks: Blocks, folder: Path
 ) -> Importance:
-    """The importance with which the teacher is cut to the target in `rounds` equal steps, scored anew before each.
+    """Return the importance with which the session's model is cut to the target in `prune.rounds` equal steps.
 
-    `importance` is the teacher's own, which the first step goes by (Minitron, arXiv 2407.14679, section 2.2, where it
-    made no difference after training). What goes in a step before the last is given no importance; of the rest, that
-    of the last model. The models between are cut plainly, into a temporary folder in `folder`.
+    `importance` is that of the whole model and decides the first step; it is measured again before every further step
+    (Minitron, arXiv 2407.14679, section 2.2, where this made no difference after training). Entries that are removed
+    before the last step get importance zero, all others that of the last model. The models in between are cut without
+    repairs, into a temporary folder in `folder`. With one round, `importance` is returned as it is.
 
     Raises:
         UserError: a shape in between cannot be made.
     """
+    source, recipe, rounds = session.source, session.recipe.calibration, session.recipe.prune.rounds
     for step in range(1, rounds):
-        between = _between(teacher.arch, target, step / rounds)
-        cut = cut_to(between, teacher, importance, PLAIN)
+        cut = cut_to(_between(source.arch, target, step / rounds), source, importance, PLAIN)
         with TemporaryDirectory(dir=folder) as place:
-            write_pruned(teacher, cut, iter, Path(place))
+            write_pruned(source, cut, cut, Path(place))
             smaller = open_checkpoint(Path(place))
-            found = score(calibrate(smaller, blocks, recipe, device, dtype), smaller.arch, recipe)
+            scores = score(calibrate(smaller, blocks, recipe=recipe, runtime=session.runtime), smaller, recipe)
         importance = importance | {
-            axis: _spread(found[axis], axis, teacher.arch, importance[axis], cut.kept) for axis in found
+            axis: _in_teacher(value, axis, source.arch, importance[axis], cut.kept) for axis, value in scores.items()
         }
     return importance
 
 
 def _between(teacher: Arch, target: Arch, share: float) -> Arch:
-    """A shape `share` of the way, eights of what comes in eights, whole groups of what comes in groups.
+    """Return the shape `share` of the way from teacher to target.
 
-    Axes that are bound to each other (`Family.product`) move in the last step only.
+    Sizes that are multiples of 8 stay so, and grouped axes keep whole groups. Axes that are bound to each other
+    (`Family.product`) move in the last step only.
 
     Raises:
-        UserError: it is none that the family can have.
+        UserError: the family cannot have that shape.
     """
     sizes: dict[str, int] = {}
     product = teacher.family.product
     bound = {*product.axes, product.of} if product else set()
-    # Entries of grouped axes are those within a group, so the groups come first.
+    # Entries of grouped axes are counted within a group, so the groups come first.
     free = [axis for axis in AXES if AXES[axis] in target.sizes and axis not in bound]
     for axis in sorted(free, key=lambda axis: axis in teacher.grouped):
         before, after, name = teacher.entries(axis), target.entries(axis), AXES[axis]
@@ -75,21 +71,21 @@ def _between(teacher: Arch, target: Arch, share: float) -> Arch:
     try:
         return teacher.resized(**sizes)
     except UserError as error:
-        raise UserError(f"prune.rounds: no shape {share:.2f} of the way: {error}") from error
+        raise UserError(f"prune.rounds: the shape {share:.2f} of the way cannot be made: {error}") from error
 
 
-def _spread(found: Tensor, axis: str, teacher: Arch, before: Tensor, kept: Kept) -> Tensor:
-    """Scores of what is kept, put where the teacher has it; zero elsewhere."""
-    scores = torch.zeros_like(before)
+def _in_teacher(scores: Tensor, axis: str, teacher: Arch, before: Tensor, kept: Kept) -> Tensor:
+    """Return the scores of a smaller model's axis at the teacher's entries, shaped as `before`; zero if removed."""
+    spread = torch.zeros_like(before)
     if axis not in teacher.family.per_layer_axes:
-        scores[kept[axis]] = found
-        return scores
+        spread[kept[axis]] = scores
+        return spread
     for new, old in enumerate(kept["layer"].tolist()):
         if axis in teacher.family.per_expert_axes:
             for expert, number in enumerate(kept["expert"][old].tolist()):
-                scores[old, number, kept[axis][old][number]] = found[new, expert]
-        elif found.ndim > 2:  # Mamba heads, with a score for each of their channels
-            scores[old, kept[axis][old][:, None], kept["mchan"][old]] = found[new]
+                spread[old, number, kept[axis][old][number]] = scores[new, expert]
+        elif scores.ndim > 2:  # Mamba heads, with a score for each of their channels
+            spread[old, kept[axis][old][:, None], kept["mchan"][old]] = scores[new]
         else:
-            scores[old, kept[axis][old]] = found[new]
-    return scores
+            spread[old, kept[axis][old]] = scores[new]
+    return spread

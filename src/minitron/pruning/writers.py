@@ -1,4 +1,4 @@
-"""What writes the residual stream in a layer, and how it is corrected by least squares."""
+"""Finds the tensors that write the residual stream in a layer, and corrects them by least squares."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,60 +16,60 @@ from minitron.pruning.layers import Layer
 from minitron.pruning.maps import kept_positions
 
 DOUBLE_WIDTH = 4096
-"""Systems of more unknowns than this are solved in float32: their matrices are large, the ridge keeps them tame."""
+"""Systems of more unknowns than this are solved in float32: their matrices are large, and the ridge conditions them."""
 LEAST_RIDGE = 1e-7
 
 Tensors = dict[tuple[Row, int | None], Tensor]
-"""A layer's tensors as the student has them, by row and expert."""
+"""A student's tensors of a layer, by row and expert."""
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A tensor that writes the residual stream, and where it shows what is lacking behind it."""
+    """A tensor that writes the residual stream, and the point after it where student and teacher are compared."""
 
     row: Row
     dim: int
     """The dimension of its inputs."""
     before: Norm | None = None
-    """The norm that reads the stream it has written; None: its own output is held against the teacher's."""
+    """The norm that reads the stream after this tensor; None where its own output is compared with the teacher's."""
     is_last: bool = False
-    """Its stream is that behind the layer."""
+    """Whether it is compared by the stream after the layer."""
 
     @property
     def module(self) -> str:
-        """The module that multiplies by it, as files name it."""
+        """The name in files of the module that multiplies by it."""
         return self.row.name.removesuffix(".weight")
 
     def point(self, layer: Layer) -> Point:
-        """Where a student should have what its teacher has."""
+        """Return the point at which the student should have the teacher's activation."""
         if self.before is None:
             return layer.stored_module(self.module), "output"
         return layer.stored_module(self.before.name), "input"
 
 
 def writers_of(arch: Arch, number: int) -> list[Writer]:
-    """The tensors that write the stream in a layer, in the order in which they do, but for those of experts."""
+    """Return the tensors that write the stream in a layer, in the order in which they do; experts are left out."""
     family, kind = arch.family, arch.layers[number] if arch.layers else None
     modules = {tap.module: None for tap in family.taps
                if tap.side == "input" and tap.axes != ("hidden",) and tap.kind in {None, kind}}  # fmt: skip
-    found = []
+    writers = []
     for module in modules:
         row = _read_by(arch, module)
         if row is not None:
-            found.append(Writer(row, next(i for i, dim in enumerate(row.dimensions) if dim != (("hidden",),))))
+            writers.append(Writer(row, next(i for i, dim in enumerate(row.dimensions) if dim != (("hidden",),))))
     in_front = [norm for norm in family.norms if "{i}" in norm.name and norm.is_in_front(arch.flags)]
     if family.scales_residual or any(not norm.is_in_front(arch.flags) for norm in family.norms):
-        return found  # what they write is not what the stream gains
+        return writers  # the stream gains a function of their output, not the output itself
     following = [*in_front[1:], None]
     return [
         replace(writer, before=norm or in_front[-1], is_last=norm is None)
-        for i, writer in enumerate(found)
-        for norm in [following[i] if i + 1 < len(found) and i < len(following) else None]
+        for i, writer in enumerate(writers)
+        for norm in [following[i] if i + 1 < len(writers) and i < len(following) else None]
     ]
 
 
 def _read_by(arch: Arch, module: str) -> Row | None:
-    """The row of the tensor that multiplies the input of a module, named as in memory, and gives hidden."""
+    """Return the row of the tensor that multiplies the input of a module, named as in memory, and writes hidden."""
     wanted = f"{module.split('.', 1)[1]}.weight"
     rows = (row for row in arch.rows if row.name.split(".", 1)[-1] == wanted)
     return next((row for row in rows if "hidden" in row.axes), None)
@@ -77,9 +77,9 @@ def _read_by(arch: Arch, module: str) -> Row | None:
 
 @dataclass
 class ExpertWriters:
-    """The matrices with which a layer's experts write, fitted to what is left of their inputs, each by itself.
+    """The matrices with which a layer's experts write, each refitted on the inputs that the student keeps.
 
-    On the teacher's own tokens and choices of experts, weighted as the router weights them.
+    They are fitted on the teacher's tokens and choices of experts, weighted as the router weights them.
     """
 
     cut: Cut
@@ -92,16 +92,16 @@ class ExpertWriters:
 
     @classmethod
     def of(cls, cut: Cut, tensors: Tensors, number: int) -> "ExpertWriters | None":
-        """Those of a layer, if it has experts and their inputs are cut."""
+        """Return the experts' matrices of a layer, or None where there are no experts or their inputs are not cut."""
         teacher = cut.teacher
         axes = [axis for axis in teacher.family.per_expert_axes if axis in teacher.axes]
         rows = [row for row, _ in tensors if row.axes & set(axes) and len(row.dimensions) > 1 + row.is_stacked]
         if not rows or all(teacher.axis_size(axis) == cut.student.axis_size(axis) for axis in axes):
             return None
-        return cls(cut, number, rows[-1], tensors, {}, {}, {})  # in every table the last one writes
+        return cls(cut, number, rows[-1], tensors, {}, {}, {})  # in every table, the last one writes the stream
 
     def watch(self, teacher: Layer) -> torch.utils.hooks.RemovableHandle:
-        """Adds to the moments whenever the teacher's experts run."""
+        """Add to the moments whenever the teacher's experts run, until the returned handle is removed."""
         tap = next(tap for tap in self.cut.teacher.family.taps if tap.side == "routed")
         return teacher.module(tap.module).register_forward_pre_hook(
             lambda module, args, kwargs: self._add(module, *args, *kwargs.values()), with_kwargs=True
@@ -130,14 +130,13 @@ class ExpertWriters:
         return kept_positions(((axis,),), maps, self.cut.teacher.axis_size)
 
     def fitted(self, ridge: float) -> Tensors:
-        """The mended tensors."""
-        changed = {
-            new: correction(moment, self.crosses[new], ridge, self.num_tokens[new]).cpu()
-            for new, moment in self.moments.items()
-        }
+        """Return the refitted tensors."""
         dimensions = self.row.dimensions[1:] if self.row.is_stacked else self.row.dimensions
         inputs_first = not set(dimensions[0][0]).isdisjoint(self.cut.teacher.family.per_expert_axes)
-        changes = {new: change.T if inputs_first else change for new, change in changed.items()}
+        changes = {}
+        for new, moment in self.moments.items():
+            change = correction(moment, self.crosses[new], ridge, self.num_tokens[new]).cpu()
+            changes[new] = change.T if inputs_first else change
         if self.row.is_stacked:
             value = self.tensors[self.row, None]
             return {(self.row, None): (value.float() + torch.stack([changes[e] for e in sorted(changes)])).to(value)}
@@ -149,14 +148,13 @@ class ExpertWriters:
 
 
 def correction(moment: Tensor, cross: Tensor, ridge: float, num_tokens: int) -> Tensor:
-    """Δ = (moment + λI)⁻¹ cross, transposed to (outputs, inputs); λ is the mean of the diagonal times
-    `ridge` · inputs / `num_tokens`.
+    """Return the Δ (outputs, inputs) with the least squared error of ΔX ≈ E: Δᵀ = (moment + λI)⁻¹ cross.
 
-    Of moment X Xᵀ (inputs, inputs) and cross X Eᵀ (inputs, outputs) it is the least-squares best Δ in ΔX ≈ E, with as
-    much damping as the noise of a fit to so few tokens asks for.
+    `moment` is X Xᵀ (inputs, inputs) and `cross` X Eᵀ (inputs, outputs). λ is the mean of the moment's diagonal times
+    `ridge` · inputs / `num_tokens`, since a fit to fewer tokens is noisier.
 
     Raises:
-        UserError: they hold NaN or infinity.
+        UserError: a matrix holds NaN or infinity.
     """
     if not (torch.isfinite(moment).all() and torch.isfinite(cross).all()):
         raise UserError("activations hold NaN or infinity: the teacher's weights are broken, or its dtype is too small")

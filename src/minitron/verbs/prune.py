@@ -57,7 +57,7 @@ def prune(
     removed = (
         nas.removed_layers(shapes) if chosen is None else {source.arch.axis_size("layer") - chosen.axis_size("layer")}
     )
-    scores = read_importance(Path(importance), source) if importance else measure_importance(session, removed)[1]
+    scores = read_importance(Path(importance), source) if importance else measure_importance(session, removed)
     if chosen is None:
         with TemporaryDirectory() as folder:
             chosen = nas.search(session, scores, shapes, budget, Path(folder))

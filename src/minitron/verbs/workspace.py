@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minitron.errors import UserError
 from minitron.files import empty_folder, parents_of, publish_folder, read_json, require_new_folder, write_json
+from minitron.pruning import require_scores
 from minitron.recipe import Recipe
 from minitron.run import RUN_RECORD
 from minitron.session import Session
@@ -21,8 +22,9 @@ def open_session(
     folders besides the teacher's that must not be inside `out`.
 
     Raises:
-        UserError: see `Session.validate` and `require_new_folder`.
+        UserError: see `Session.validate`, `require_scores` and `require_new_folder`.
     """
+    require_scores(recipe)
     session = Session(recipe)
     session.validate(one_process=one_process)
     require_new_folder(out, overwrite, mark, (session.teacher.folder, *inputs))
