@@ -239,9 +239,10 @@ def neurons(experts: Any, number: int, states: Tensor) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.parametrize(
-    "variant", ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "nemotron_h", "nemotron_h-latent"]
-)
+WITH_MLP = ["llama", "gpt2", "mixtral", "qwen3_moe", "gpt_oss", "nemotron_h", "nemotron_h-latent"]
+
+
+@pytest.mark.parametrize("variant", WITH_MLP)
 @torch.no_grad()
 def test_wanda_scores_neurons_by_weights_times_activation_norm(
     teachers: Callable[[str], Checkpoint], blocks: Blocks, variant: str
@@ -249,25 +250,28 @@ def test_wanda_scores_neurons_by_weights_times_activation_norm(
     """Σ_i |W_ij| · ‖x_j‖₂ in float64, neuron by neuron, from the weights and activations of a whole model."""
     teacher = teachers(variant)
     model, arch = reference_model(teacher), teacher.arch
-    recipe = CalibrationRecipe(ffn_scores="wanda")
-    importance, by_activation = importance_of(teacher, blocks, recipe), importance_of(teacher, blocks)
+    importance, by_activation = (
+        importance_of(teacher, blocks, CalibrationRecipe(ffn_scores=name)) for name in ("wanda", "activation")
+    )
     taps = [tap for tap in arch.family.taps if tap.axes[0] in {"ffn", "expert_ffn", "shared_ffn"}]
     assert taps
     for tap in taps:
         for layer in arch.layer_numbers(tap.kind):
             module = model.get_submodule(tap.module.replace("{i}", str(layer)))
             read = neurons_read_by_experts if tap.side == "routed" else neurons_read
-            for place, (inputs, weight) in enumerate(read(module, model, blocks)):
-                expected = [float(weight[:, j].abs().sum() * inputs[:, j].norm()) for j in range(weight.shape[1])]
-                found = (
-                    importance[tap.axes[0]][layer][place] if tap.side == "routed" else importance[tap.axes[0]][layer]
-                )
-                assert_close(found, torch.tensor(expected).double(), teacher)
-                if len(inputs) > 1:  # activations alone, and the mean instead of the sum over tokens, are not enough
-                    for wrong in (by_activation[tap.axes[0]][layer], found.view(1, -1) / len(inputs) ** 0.5):
-                        other = wrong[place] if tap.side == "routed" and wrong.ndim > 1 and len(wrong) > 1 else wrong
-                        with pytest.raises(AssertionError):
-                            assert_close(other.flatten(), torch.tensor(expected).double(), teacher)
+            pairs, scores = read(module, model, blocks), importance[tap.axes[0]][layer]
+            expected = torch.stack([wanda_by_hand(inputs, weight) for inputs, weight in pairs]).view_as(scores)
+            assert_close(scores, expected, teacher)
+            without_weights = torch.stack([inputs.norm(dim=0) for inputs, _ in pairs]).view_as(scores)
+            for wrong in (by_activation[tap.axes[0]][layer], without_weights):
+                with pytest.raises(AssertionError):
+                    assert_close(wrong, expected, teacher)
+
+
+def wanda_by_hand(inputs: Tensor, weight: Tensor) -> Tensor:
+    """The slow formula, of inputs (tokens, ffn) and a matrix (hidden, ffn)."""
+    scores = [weight[:, j].abs().sum() * inputs[:, j].square().sum().sqrt() for j in range(weight.shape[1])]
+    return torch.stack(scores).double()
 
 
 def neurons_read(module: Any, model: Any, blocks: Blocks) -> list[tuple[Tensor, Tensor]]:

@@ -60,9 +60,9 @@ class Readings:
         must be listed in `Score.needs`. Returns (num_layers, width), or (num_layers, num_experts, width) for the inner
         states of experts; zero in layers without the tap.
         """
-        sums = self.statistics[sums_key(self.tap, sequence or self.recipe.sequence, self.recipe)]
-        num_blocks = int(self.statistics[NUM_BLOCKS])
-        return OVER_BLOCKS[batch or self.recipe.batch](*sums.unbind(dim=1), num_blocks)
+        key = sums_key(self.tap, sequence or self.recipe.sequence, self.recipe)
+        first, second = self.statistics[key].unbind(dim=1)
+        return OVER_BLOCKS[batch or self.recipe.batch](first, second, int(self.statistics[NUM_BLOCKS]))
 
     def routed(self) -> Tensor:
         """Return (num_layers, num_experts, 3): Σ router weight × output norm, Σ output norm, and the number of tokens.
@@ -109,7 +109,8 @@ def activation(readings: Readings) -> Tensor:
 
     By default the aggregate is the batch L2 of the sequence mean (Minitron, arXiv 2407.14679, section 2.2, table 13).
     """
-    return readings.aggregate().unflatten(-1, (readings.num_entries, -1)).norm(dim=-1)
+    entries: Tensor = readings.aggregate().unflatten(-1, (readings.num_entries, -1))
+    return entries.norm(dim=-1)
 
 
 def wanda(readings: Readings) -> Tensor:
