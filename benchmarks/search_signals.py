@@ -63,7 +63,7 @@ def main() -> None:
     shapes, _ = shapes_within(session)
     rng = np.random.default_rng(options.seed)
     shapes = shapes.at(np.sort(rng.permutation(len(shapes))[: options.shapes]))
-    _, importance = measure_importance(session, removed_layers(shapes))
+    importance = measure_importance(session, removed_layers(shapes))
     with TemporaryDirectory() as folder:
         _study(Workspace(session, importance, Path(folder)), shapes, options.tokens, options.probe_tokens)
 

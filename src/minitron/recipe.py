@@ -87,8 +87,8 @@ class CalibrationRecipe(_Strict):
     tokens: Count = 32_768
     """Tokens of training text on which importance is measured."""
     batch: str = "l2"
-    """How the aggregates of all blocks become one score: `l2` (root of the sum of squares), `mean` or `var`. The default
-    is Minitron's choice (arXiv 2407.14679, table 13)."""
+    """How the aggregates of all blocks become one score: `l2` (root of the sum of squares), `mean` or `var`. The
+    default is Minitron's choice (arXiv 2407.14679, table 13)."""
     sequence: str = "mean"
     """How the activations of one block's tokens become one aggregate: `mean` of absolute values, `l2` norm, or `var`.
     The default is Minitron's choice (arXiv 2407.14679, table 13)."""

@@ -110,7 +110,8 @@ def activation(readings: Readings) -> Tensor:
     By default the aggregate is the batch L2 of the sequence mean (Minitron, arXiv 2407.14679, section 2.2, table 13).
     """
     entries: Tensor = readings.aggregate().unflatten(-1, (readings.num_entries, -1))
-    return entries.norm(dim=-1)
+    scores: Tensor = entries.norm(dim=-1)
+    return scores
 
 
 def wanda(readings: Readings) -> Tensor:
