@@ -14,9 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from minitron.alone import correct, distill, prune
-from minitron.measured import evaluate
-
+import minitron
 from minitron.recipe import Recipe, parse_count
 from minitron.session import Session
 
@@ -57,29 +55,31 @@ def study(options: argparse.Namespace, seed: int) -> None:
         })  # fmt: skip
 
     def show(path: Any, seconds: float = 0.0, **about: Any) -> None:
-        found = evaluate(recipe(path), 8_192)
-        row = {"seed": seed, **about, "perplexity": round(found["perplexity"], 2), "seconds": round(seconds)}
+        figures = minitron.evaluate(path, recipe=recipe(path), max_tokens=8_192).figures
+        row = {"seed": seed, **about, "perplexity": round(figures["perplexity"], 2), "seconds": round(seconds)}
         print(json.dumps(row), flush=True)
 
     pruned = folder / "pruned"
     whole = recipe(options.teacher)
     size = round(Session(whole).teacher.arch.sizes["intermediate_size"] * options.ffn / 4) * 4
-    prune(whole, {"intermediate_size": size}, None, None, pruned, False)
+    minitron.prune(options.teacher, pruned, intermediate_size=size, recipe=whole)
     show(options.teacher, model="teacher")
     show(pruned, model="pruned")
     for way in options.ways:
         student, started = folder / way.replace(" ", "-"), time.monotonic()
         if way == "no teacher":
-            correct(recipe(pruned), student, False)
+            minitron.correct(pruned, student, recipe=recipe(pruned))
         elif way in BEFORE:
             teacher = folder / f"teacher-{way}"
-            correct(recipe(options.teacher, trains=way, learning_rate=options.correction_rate), teacher, False)
+            changed = recipe(options.teacher, trains=way, learning_rate=options.correction_rate)
+            minitron.correct(options.teacher, teacher, recipe=changed)
             show(teacher, time.monotonic() - started, model="teacher", corrected=way)
             started = time.monotonic()
-            distill(recipe(teacher), str(pruned), student, False)
+            minitron.distill(teacher, pruned, student, recipe=recipe(teacher))
         else:
             correction = {"trains": "full", "learning_rate": options.correction_rate} if way == "alongside" else {}
-            distill(recipe(options.teacher, correction=correction), str(pruned), student, False)
+            changed = recipe(options.teacher, correction=correction)
+            minitron.distill(options.teacher, pruned, student, recipe=changed)
         show(student, time.monotonic() - started, model="student", taught_by=way)
 
 

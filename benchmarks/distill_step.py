@@ -22,11 +22,12 @@ from typing import Any
 import torch
 from kd_loss import memory_mb, spread
 
+from minitron.distillation import stored_teacher
+from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import make_optimizers, take_step
-from minitron.distillation.teacher import Live, stored
-from minitron.distillation.trainer import accumulate
+from minitron.distillation.teacher import Live
 from minitron.model.checkpoint import student_config
-from minitron.model.language_model import Headless, read_head
+from minitron.model.language_model import Headless, load_model
 from minitron.recipe import Recipe
 from minitron.runtime import World
 from minitron.session import Session
@@ -71,12 +72,12 @@ def alone(way: str) -> dict[str, float]:
 def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     """The median rate of the steps behind the first, and peak memory."""
     tokens = CONTEXT * options.batch_size
-    inputs = Session(Recipe.model_validate({
+    session = Session(Recipe.model_validate({
         "teacher": options.teacher, "context": CONTEXT, "dtype": "float32", "calibration": {"tokens": tokens},
         "search": {"tokens": CONTEXT}, "evaluation": {"tokens": CONTEXT},
         "distill": {"tokens": tokens * (options.steps + 1), "batch_size": options.batch_size},
     }))  # fmt: skip
-    steps = trl_steps(inputs, options) if way == "trl" else our_steps(inputs, way, options)
+    steps = trl_steps(session, options) if way == "trl" else our_steps(session, way, options)
     seconds, started = [], time.perf_counter()
     for _ in steps:
         seconds.append(time.perf_counter() - started)
@@ -84,31 +85,30 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
     return {"tokens_per_second": tokens / statistics.median(seconds[1:]), "peak_mb": memory_mb("VmHWM")}
 
 
-def make_student(inputs: Session) -> Any:
+def make_student(session: Session) -> Any:
     """Random, of two thirds of the parameters."""
     from transformers import AutoModelForCausalLM
 
-    arch = inputs.teacher.arch.resized(**SIZES)
+    arch = session.teacher.arch.resized(**SIZES)
     torch.manual_seed(0)
-    config = student_config(inputs.teacher, arch, list(range(arch.axis_size("layer"))))
+    config = student_config(session.teacher, arch, list(range(arch.axis_size("layer"))))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def our_steps(inputs: Session, way: str, options: argparse.Namespace) -> Iterator[None]:
+def our_steps(session: Session, way: str, options: argparse.Namespace) -> Iterator[None]:
     """Steps of our loop."""
-    student, recipe, blocks = Headless(make_student(inputs)), inputs.recipe.distill, inputs.splits.train
+    student, recipe, blocks = Headless(make_student(session)), session.recipe.distill, session.splits.train
     with TemporaryDirectory() as folder:
         if way == "stored":
             # The model goes when its states are written; how long that takes is not part of a step.
-            subprocess.run([sys.executable, "-c", STORE, json.dumps(inputs.recipe.model_dump()), folder], check=True)
-            head = read_head(inputs.teacher, inputs.device, inputs.dtype)
-            teacher = stored(Path(folder) / "states", {}, lambda: inputs.model, head, blocks, recipe, World())
+            subprocess.run([sys.executable, "-c", STORE, json.dumps(session.recipe.model_dump()), folder], check=True)
+            teacher = stored_teacher(session, Path(folder) / "states", blocks, recipe)
         else:
-            teacher = Live(inputs.model)
-        optimizers = make_optimizers(student, inputs.teacher.arch.resized(**SIZES), recipe, World())
+            teacher = Live(load_model(session.teacher, session.runtime.device, session.runtime.dtype))
+        optimizers = make_optimizers(student, session.teacher.arch.resized(**SIZES), recipe, World())
         for step in range(options.steps + 1):
             numbers = torch.arange(step * options.batch_size, (step + 1) * options.batch_size)
-            loss, *_ = accumulate(teacher, student, blocks[numbers], numbers, recipe, inputs.dtype, World())
+            loss, *_ = Objective(teacher, recipe, session.runtime).accumulate(student, blocks[numbers], numbers)
             take_step(student, optimizers, 1e-4, 1.0, float(loss))
             yield
 
@@ -116,18 +116,15 @@ def our_steps(inputs: Session, way: str, options: argparse.Namespace) -> Iterato
 STORE = """
 import json, sys
 from pathlib import Path
-from minitron.runtime import World
-from minitron.distillation.teacher import stored
-from minitron.session import Session
-from minitron.model.language_model import read_head
+from minitron.distillation import stored_teacher
 from minitron.recipe import Recipe
-inputs = Session(Recipe.model_validate(json.loads(sys.argv[1])))
-head, recipe = read_head(inputs.teacher, inputs.device, inputs.dtype), inputs.recipe.distill
-stored(Path(sys.argv[2]) / "states", {}, lambda: inputs.model, head, inputs.splits.train, recipe, World())
+from minitron.session import Session
+session = Session(Recipe.model_validate(json.loads(sys.argv[1])))
+stored_teacher(session, Path(sys.argv[2]) / "states", session.splits.train, session.recipe.distill)
 """
 
 
-def trl_steps(inputs: Session, options: argparse.Namespace) -> Iterator[None]:
+def trl_steps(session: Session, options: argparse.Namespace) -> Iterator[None]:
     """Steps of TRL's trainer, which runs in a thread of its own so that they can be counted from here."""
     import queue
     import threading
@@ -148,18 +145,20 @@ def trl_steps(inputs: Session, options: argparse.Namespace) -> Iterator[None]:
         ids = torch.tensor([row["input_ids"] for row in rows])
         return {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
 
+    device = session.runtime.device
+    teacher = load_model(session.teacher, device, session.runtime.dtype)
     per_device = 1 if options.trl_micro_batches else options.batch_size
     with TemporaryDirectory() as folder:
         trainer = GKDTrainer(
-            model=make_student(inputs), teacher_model=inputs.model, data_collator=collate, callbacks=[Count()],
+            model=make_student(session), teacher_model=teacher, data_collator=collate, callbacks=[Count()],
             args=GKDConfig(
                 output_dir=folder, lmbda=0.0, beta=0.0, temperature=1.0, max_steps=options.steps + 1,
                 per_device_train_batch_size=per_device, gradient_accumulation_steps=options.batch_size // per_device,
-                learning_rate=1e-4, save_strategy="no", report_to=[], use_cpu=inputs.device.type == "cpu", bf16=False,
+                learning_rate=1e-4, save_strategy="no", report_to=[], use_cpu=device.type == "cpu", bf16=False,
                 gradient_checkpointing=False, disable_tqdm=True,
             ),
-            train_dataset=Dataset.from_dict({"input_ids": inputs.splits.train.ids.tolist()}),
-            processing_class=load_tokenizer(inputs.teacher.folder),
+            train_dataset=Dataset.from_dict({"input_ids": session.splits.train.ids.tolist()}),
+            processing_class=load_tokenizer(session.teacher.folder),
         )  # fmt: skip
         thread = threading.Thread(target=trainer.train, daemon=True)
         thread.start()

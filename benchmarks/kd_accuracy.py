@@ -13,7 +13,7 @@ import json
 import torch
 from torch import Tensor
 
-from minitron.distillation.fused import States, logit_loss
+from minitron.distillation.fused import LossOptions, States, logit_loss
 from minitron.distillation.losses import forward_kl
 from minitron.model.language_model import Headless, load_model
 from minitron.model.source import open_teacher
@@ -24,20 +24,20 @@ CONTEXT = 512
 
 
 def main() -> None:
-    """A line of JSON a way."""
+    """Print one line of JSON per way of computing the loss."""
     parser = argparse.ArgumentParser()
     parser.add_argument("student")
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--tokens", type=int, default=CONTEXT)
     options = parser.parse_args()
-    inputs = Session(Recipe.model_validate({
+    session = Session(Recipe.model_validate({
         "teacher": options.teacher, "context": CONTEXT, "dtype": "bfloat16", "calibration": {"tokens": options.tokens},
         "search": {"tokens": CONTEXT}, "evaluation": {"tokens": CONTEXT}, "distill": {"tokens": options.tokens},
     }))  # fmt: skip
-    ids = inputs.splits.train.ids
-    student = load_model(open_teacher(options.student), inputs.device, torch.bfloat16)
-    with torch.no_grad():
-        said, own = (Headless(model)(ids.to(inputs.device), States) for model in (inputs.model, student))
+    ids, device = session.splits.train.ids, session.runtime.device
+    student = load_model(open_teacher(options.student), device, torch.bfloat16)
+    with torch.no_grad(), session.teacher_model() as teacher:
+        said, own = (Headless(model)(ids.to(device), States) for model in (teacher, student))
     wanted = exact(own, said)
     ways = {
         "minitron": ours(own, said), "minitron, as on CUDA": ours(own, said, torch.bfloat16),
@@ -58,7 +58,8 @@ def gradients(loss: Tensor, states: Tensor, head: Tensor) -> tuple[Tensor, ...]:
 def ours(own: States, said: States, operands: torch.dtype | None = None) -> tuple[Tensor, ...]:
     """From states in bfloat16; their gradient is asked for in float32, so that its own rounding does not count."""
     states, head = own.hidden.float().requires_grad_(), own.head.weight.float().requires_grad_()
-    loss = logit_loss(states, type(own.head)(head), said, forward_kl, states.shape[:-1].numel(), operands=operands)
+    num_tokens, precision = states.shape[:-1].numel(), LossOptions(operands=operands)
+    loss = logit_loss(states, type(own.head)(head), said, forward_kl, num_tokens, precision)
     return gradients(loss, states, head)
 
 

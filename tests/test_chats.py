@@ -12,14 +12,14 @@ import torch
 from minitron.data.blocks import Blocks, Packing, pack
 from minitron.data.corpus import Chat, read_documents
 from minitron.data.tokens import tokenise
+from minitron.distillation.objective import Objective
 from minitron.distillation.teacher import Live
-from minitron.distillation.trainer import accumulate
 from minitron.errors import UserError
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import Headless, load_model
 from minitron.recipe import DistillRecipe
-from minitron.runtime import World
+from minitron.runtime import Runtime
 from tests.conftest import byte_tokenizer, make_model
 
 CPU = torch.device("cpu")
@@ -114,7 +114,8 @@ def test_only_these_are_learnt(chats: Blocks, tmp_path: Path, label_weight: floa
     teacher = load_model(open_checkpoint(make_model(tmp_path / "teacher", "llama-tied")), CPU, torch.float64)
     student = load_model(open_checkpoint(make_model(tmp_path / "student", "llama-tied", 1)), CPU, torch.float64)
     recipe = DistillRecipe(batch_size=4, micro_batch_size=3, label_weight=label_weight)
-    loss, *_ = accumulate(Live(teacher), Headless(student), chats, torch.arange(4), recipe, torch.float64, World())
+    objective = Objective(Live(teacher), recipe, Runtime(torch.device("cpu"), torch.float64))
+    loss, *_ = objective.accumulate(Headless(student), chats, torch.arange(4))
     found = {name: parameter.grad for name, parameter in student.named_parameters()}
     student.zero_grad()
     assert chats.is_learnt is not None
@@ -129,7 +130,5 @@ def test_only_these_are_learnt(chats: Blocks, tmp_path: Path, label_weight: floa
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, atol=1e-10, rtol=1e-7)
     everything = Blocks(chats.ids, chats.num_bytes)
-    other, *_ = accumulate(
-        Live(teacher), Headless(student), everything, torch.arange(4), recipe, torch.float64, World()
-    )
+    other, *_ = objective.accumulate(Headless(student), everything, torch.arange(4))
     assert abs(float(other - loss)) > 1e-3

@@ -11,18 +11,20 @@ from safetensors.torch import load_file
 from minitron import cli
 from minitron.data.blocks import Blocks
 from minitron.distillation.intermediate import compare_on_the_way
+from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import make_optimizers, take_step
 from minitron.distillation.teacher import Learning, Live
-from minitron.distillation.trainer import accumulate, batch_indices, distill
+from minitron.distillation.trainer import Trainer, batch_indices
 from minitron.errors import UserError
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import Headless, load_model
 from minitron.recipe import CorrectionRecipe, DistillRecipe, IntermediateRecipe
-from minitron.runtime import World
+from minitron.runtime import Runtime, World
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
+RUNTIME = Runtime(CPU, torch.float32)
 
 
 def blocks_of(teacher: Checkpoint) -> Blocks:
@@ -34,7 +36,8 @@ def blocks_of(teacher: Checkpoint) -> Blocks:
 def corrected(teacher: Checkpoint, folder: Path, recipe: DistillRecipe, world: World | None = None) -> Checkpoint:
     blocks, work = blocks_of(teacher), folder / "work"
     work.mkdir(parents=True)
-    distill(None, teacher, blocks, blocks[:2], recipe, folder / "out", work, 0, CPU, torch.float32, world or World())
+    runtime = Runtime(CPU, torch.float32, world=world or World())
+    Trainer(None, recipe, blocks, runtime, work, blocks[:2]).distill(teacher, folder / "out")
     return open_checkpoint(folder / "out")
 
 
@@ -66,8 +69,8 @@ def test_adapters_continue_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "killed" / "work").rename(tmp_path / "work")
     rows = (tmp_path / "work" / "checkpoint" / "state.json").read_text()
     assert '"step": 5' in rows
-    distill(None, teacher, blocks_of(teacher), blocks_of(teacher)[:2], recipe, tmp_path / "out", tmp_path / "work", 0,
-            CPU, torch.float32, World())  # fmt: skip
+    blocks = blocks_of(teacher)
+    Trainer(None, recipe, blocks, RUNTIME, tmp_path / "work", blocks[:2]).distill(teacher, tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(found[name], expected.tensor(name)) for name in found)
     assert any(not torch.equal(found[name], teacher.tensor(name)) for name in found)
@@ -85,7 +88,7 @@ def taught(folder: Path, teacher: Checkpoint, pruned: Checkpoint, recipe: Distil
     model = load_model(teacher, CPU, torch.float32)
     learns = recipe.correction.trains != "nothing"
     said = Learning(model, recipe.correction, 0, World()) if learns else Live(model)
-    distill(said, pruned, blocks, blocks[:2], recipe, folder / "out", work, 0, CPU, torch.float32, World())
+    Trainer(said, recipe, blocks, RUNTIME, work, blocks[:2]).distill(pruned, folder / "out")
     return open_checkpoint(folder / "out")
 
 
@@ -110,7 +113,7 @@ def test_a_teacher_that_learns_is_one_that_learnt_before_from_the_same_steps(
         for step in range(4):
             numbers = batch_indices(step, 2, 6, 0)
             blocks = blocks_of(pair[0])[numbers]
-            sums = accumulate(None if alone else said, student, blocks, numbers, recipe, torch.float32, World())
+            sums = Objective(None if alone else said, recipe, RUNTIME).accumulate(student, blocks, numbers)
             rows.append(float(sums[0 if alone else 2]))
             take_step(said.headless, optimizers, 1e-3, 1.0, 1.0)
             student.zero_grad()
@@ -129,8 +132,8 @@ def test_a_student_teaches_its_teacher_nothing(pair: tuple[Checkpoint, Checkpoin
         arches = pair[0].arch, pair[1].arch
         between = compare_on_the_way(said.headless.model, arches[0], student, arches[1], IntermediateRecipe(of=of), CPU)
     blocks = blocks_of(pair[0])[:2]
-    accumulate(said, student, blocks, torch.arange(2), recipe, torch.float32, World(), between, 1.0)
-    accumulate(None, alone, blocks, torch.arange(2), recipe, torch.float32, World())
+    Objective(said, recipe, RUNTIME, between).accumulate(student, blocks, torch.arange(2), weight=1.0)
+    Objective(None, recipe, RUNTIME).accumulate(alone, blocks, torch.arange(2))
     for found, expected in zip(said.headless.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad)
     assert any(parameter.grad.any() for parameter in student.parameters() if parameter.grad is not None)

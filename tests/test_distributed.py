@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 
 from minitron import cli
 from minitron.data.blocks import Blocks
-from minitron.distillation import trainer as train
 from minitron.distillation.intermediate import compare_on_the_way
+from minitron.distillation.objective import Objective
 from minitron.distillation.parallel import layers_of, lighten
 from minitron.distillation.teacher import Live
-from minitron.distillation.trainer import accumulate
+from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import Headless, load_model
 from minitron.recipe import DistillRecipe, IntermediateRecipe
-from minitron.runtime import World
+from minitron.runtime import Runtime
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -49,10 +49,10 @@ import torch
 from safetensors.torch import save_file
 from minitron.data.blocks import Blocks
 from minitron.distillation.parallel import shard, whole
-from minitron.runtime import joined_world
+from minitron.runtime import Runtime, joined_world
 from minitron.distillation.intermediate import compare_on_the_way
 from minitron.distillation.teacher import Live
-from minitron.distillation.trainer import accumulate
+from minitron.distillation.objective import Objective
 from minitron.model.language_model import Headless, load_model
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import DistillRecipe, IntermediateRecipe
@@ -69,10 +69,9 @@ with joined_world(cpu) as world:
     )
     shard(model, pruned.arch, world, cpu, torch.float64)
     shard(said.headless, said.arch, world, cpu, torch.float64, is_teacher=True)
-    loss = accumulate(
-        said, model, Blocks(ids, ids), torch.arange(4), DistillRecipe(batch_size=4, label_weight=0.5), torch.float64,
-        world, between if between.places else None, 0.7,
-    )
+    recipe, runtime = DistillRecipe(batch_size=4, label_weight=0.5), Runtime(cpu, torch.float64, world=world)
+    objective = Objective(said, recipe, runtime, between if between.places else None)
+    loss = objective.accumulate(model, Blocks(ids, ids), torch.arange(4), weight=0.7)
     grads = {name: whole(p.grad).contiguous() for name, p in model.named_parameters()}
     grads["loss"] = world.sum(loss)
     if world.is_main:
@@ -105,10 +104,8 @@ def gradients(
     calls: list[Any] = []
     student.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     lighten(headless, arches[1], recipe)
-    loss = accumulate(
-        Live(teacher), headless, Blocks(ids, ids), torch.arange(num_blocks), recipe, torch.float64, World(),
-        between if of else None, 0.7,
-    )  # fmt: skip
+    objective = Objective(Live(teacher), recipe, Runtime(CPU, torch.float64), between if of else None)
+    loss = objective.accumulate(headless, Blocks(ids, ids), torch.arange(num_blocks), weight=0.7)
     grads = {name: parameter.grad for name, parameter in headless.named_parameters() if parameter.grad is not None}
     return {**grads, "loss": loss, "calls": torch.tensor(len(calls))}
 
@@ -280,18 +277,20 @@ def test_steps_without_a_finite_loss_are_skipped(
     )
     weights, steps = [], iter(range(14))
 
-    def accumulate_or_break(_: Any, student: Headless, *rest: Any, **given: Any) -> torch.Tensor:
-        weights.append(student.model.get_input_embeddings().weight.detach().clone())  # type: ignore[operator]
-        loss = accumulate(teacher, student, *rest, **given)
-        return loss * float("nan") if next(steps) in broken else loss
+    accumulate = Objective.accumulate
 
-    monkeypatch.setattr(train, "accumulate", accumulate_or_break)
+    def accumulate_or_break(objective: Objective, student: Headless, *rest: Any, **options: Any) -> torch.Tensor:
+        weights.append(student.model.get_input_embeddings().weight.detach().clone())  # type: ignore[operator]
+        losses = accumulate(objective, student, *rest, **options)
+        return losses * float("nan") if next(steps) in broken else losses
+
+    monkeypatch.setattr(Objective, "accumulate", accumulate_or_break)
     recipe = DistillRecipe(tokens=14 * 24, batch_size=1)
     (tmp_path / "work").mkdir()
 
     def run() -> None:
-        train.distill(teacher, open_checkpoint(models[1]), blocks, blocks[:2], recipe, tmp_path / "out",
-                      tmp_path / "work", 0, CPU, torch.float32, World())  # fmt: skip
+        trainer = Trainer(teacher, recipe, blocks, Runtime(CPU, torch.float32), tmp_path / "work", blocks[:2])
+        trainer.distill(open_checkpoint(models[1]), tmp_path / "out")
 
     if len(broken) == 10:
         with pytest.raises(UserError, match=r"loss nan, gradient .* the last of 10 in a row"):

@@ -1,5 +1,6 @@
 """Documents of a block kept apart: each is seen as if it stood alone."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from minitron import cli
 from minitron.data.blocks import Blocks, Packing, SplitTokens, pack, read_splits
 from minitron.distillation.fused import States
-from minitron.distillation.teacher import stored
+from minitron.distillation.teacher import Source, stored
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import Headless, load_model, read_head
@@ -69,9 +70,9 @@ def test_stored_states_are_those_of_documents(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path / "teacher", "llama-tied"))
     model = load_model(checkpoint, CPU, torch.float32)
     recipe = DistillRecipe(stored_dtype="float32")
-    word = stored(tmp_path / "states", {}, lambda: model, read_head(checkpoint, CPU, torch.float32), BLOCKS, recipe,
-                  World())  # fmt: skip
-    said = word(IDS, torch.arange(2), BLOCKS.positions)
+    source = Source({}, lambda: nullcontext(model), read_head(checkpoint, CPU, torch.float32))
+    outputs = stored(tmp_path / "states", source, BLOCKS, recipe, World())
+    said = outputs(IDS, torch.arange(2), BLOCKS.positions)
     assert isinstance(said, States)
     torch.testing.assert_close(said.hidden, states(Headless(model), IDS, BLOCKS.positions))
 

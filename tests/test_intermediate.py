@@ -13,12 +13,12 @@ from torch.nn.functional import cosine_similarity
 from minitron.data.blocks import Blocks
 from minitron.distillation.intermediate import Intermediate, compare_on_the_way, relation_loss
 from minitron.distillation.teacher import Live
-from minitron.distillation.trainer import distill
+from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import Headless, load_model
 from minitron.recipe import DistillRecipe, IntermediateRecipe
-from minitron.runtime import World
+from minitron.runtime import Runtime
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -145,8 +145,9 @@ def test_a_student_comes_nearer_and_is_stock(
             learning_rate=3e-3,
             intermediate=IntermediateRecipe(of=of, weight=weight),  # type: ignore[arg-type]
         )
-        distill(Live(load_model(pair[0], CPU, torch.float32)), pair[1], blocks, blocks[:2], recipe,
-                tmp_path / name / "out", tmp_path / name, 0, CPU, torch.float32, World())  # fmt: skip
+        teacher, runtime = Live(load_model(pair[0], CPU, torch.float32)), Runtime(CPU, torch.float32)
+        trainer = Trainer(teacher, recipe, blocks, runtime, tmp_path / name, blocks[:2])
+        trainer.distill(pair[1], tmp_path / name / "out")
     saved = load_file(tmp_path / "with" / "out" / "model.safetensors")
     assert saved.keys() == load_file(pair[1].folder / "model.safetensors").keys()
     start, near, far = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from minitron.distillation.fused import States, TopTokens, logit_loss
+from minitron.distillation.fused import Labels, LossOptions, States, TopTokens, logit_loss
 from minitron.distillation.losses import COMPARISONS, classes_of, comparison_of, forward_kl
 from minitron.model.language_model import Head
 
@@ -30,7 +30,8 @@ def fused(given: Problem, kind: str = "forward_kl", temperature: float = 1.0, to
           num_tokens: int = NUM_TOKENS, **more: object) -> Tensor:  # fmt: skip
     student, head, teacher, teacher_head = given
     of_teacher, comparison = States(teacher, Head(teacher_head, softcaps[1])), comparison_of(kind, beta, top_k)
-    return logit_loss(student, Head(head, softcaps[0]), of_teacher, comparison, num_tokens, temperature, **more)  # type: ignore[arg-type]
+    options = LossOptions(temperature=temperature, **more)  # type: ignore[arg-type]
+    return logit_loss(student, Head(head, softcaps[0]), of_teacher, comparison, num_tokens, options)
 
 
 def divergence(kind: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -120,7 +121,8 @@ def test_classes_that_were_kept_are_as_good_as_logits(kind: str) -> None:
 
     def of_kept(given: Problem) -> Tensor:
         comparison = comparison_of(kind, 0.3, of_classes=True)
-        return logit_loss(given[0], Head(given[1]), kept, comparison, NUM_TOKENS, 3.0, chunk_tokens=8)
+        options = LossOptions(temperature=3.0, chunk_tokens=8)
+        return logit_loss(given[0], Head(given[1]), kept, comparison, NUM_TOKENS, options)
 
     assert_equal(of_kept, lambda given: fused(given, kind, 3.0, 5), given)
 
@@ -134,7 +136,7 @@ def test_labels_add_their_cross_entropy() -> None:
         entropy = functional.cross_entropy(given[0] @ given[1].T, labels, ignore_index=-100)
         return naive(given, "forward_kl", 2.0, None) + 0.7 * entropy
 
-    found = partial(fused, temperature=2.0, labels=labels, label_weight=0.7, num_labels=num_labels, chunk_tokens=8)
+    found = partial(fused, temperature=2.0, labels=Labels(labels, 0.7, num_labels), chunk_tokens=8)
     assert_equal(found, both, problem())
 
 

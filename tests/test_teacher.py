@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from minitron import cli
 from minitron.data.blocks import Blocks
 from minitron.distillation import teacher as module
 from minitron.distillation.fused import States, TopTokens
-from minitron.distillation.teacher import Live, Teacher, stored
-from minitron.distillation.trainer import distill
+from minitron.distillation.teacher import Live, Source, Teacher, stored
+from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model, read_head
 from minitron.recipe import DistillRecipe
-from minitron.runtime import World
+from minitron.runtime import Runtime, World
 from tests.conftest import make_model
 
 CPU = torch.device("cpu")
@@ -32,10 +33,8 @@ Recipe = DistillRecipe
 def kept(checkpoint: Checkpoint, folder: Path, recipe: DistillRecipe, world: World | None = None,
          identity: dict[str, str] | None = None, model: Callable[[], Any] | None = None) -> Teacher:  # fmt: skip
     head = read_head(checkpoint, CPU, torch.float32)
-    return stored(
-        folder, identity or {"teacher": "a"}, model or (lambda: load_model(checkpoint, CPU, torch.float32)), head,
-        BLOCKS, recipe, world or World(),
-    )  # fmt: skip
+    loaded = model or (lambda: nullcontext(load_model(checkpoint, CPU, torch.float32)))
+    return stored(folder, Source(identity or {"teacher": "a"}, loaded, head), BLOCKS, recipe, world or World())
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +65,8 @@ def test_float32_states_are_the_teachers(teacher: Checkpoint, tmp_path: Path) ->
 
 def student_of(source: Teacher | None, pruned: Checkpoint, folder: Path, recipe: DistillRecipe) -> dict[str, Any]:
     folder.mkdir()
-    distill(source, pruned, BLOCKS, BLOCKS[:2], recipe, folder / "out", folder, 0, CPU, torch.float32, World())
+    trainer = Trainer(source, recipe, BLOCKS, Runtime(CPU, torch.float32), folder, BLOCKS[:2])
+    trainer.distill(pruned, folder / "out")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {"loss": rows[-1]["loss"], **load_file(folder / "out" / "model.safetensors")}
 

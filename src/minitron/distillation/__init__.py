@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitron.data.blocks import Blocks
-from minitron.distillation import trainer
-from minitron.distillation.teacher import Learning, Live, Teacher, stored
+from minitron.distillation.teacher import Learning, Live, Source, Teacher, stored
+from minitron.distillation.trainer import Trainer, require_trainable
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model, read_head
@@ -22,11 +22,12 @@ def distill(session: Session, pruned: Checkpoint, out: Path, work: Path) -> None
     `work` receives `metrics.jsonl` and `checkpoint/`, from which an interrupted run continues.
 
     Raises:
-        UserError: see `trainer.distill`.
+        UserError: see `Trainer.distill` and `stored_teacher`.
         StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
     """
+    require_trainable(session.recipe.distill, pruned, session.runtime)
     with _teacher_of(session, pruned) as teacher:
-        _train(session, teacher, pruned, out, work)
+        _trainer(session, teacher, work).distill(pruned, out)
 
 
 def correct(session: Session, out: Path, work: Path) -> None:
@@ -34,44 +35,40 @@ def correct(session: Session, out: Path, work: Path) -> None:
 
     A teacher that has not seen such text teaches it badly (teacher correction, arXiv 2408.11796, section 2).
     """
-    _train(session, None, session.teacher, out, work)
-
-
-def _train(session: Session, teacher: Teacher | None, student: Checkpoint, out: Path, work: Path) -> None:
-    runtime = session.runtime
-    trainer.distill(
-        teacher, student, session.splits.train, session.splits.heldout, session.recipe.distill,
-        out, work, runtime.seed, runtime.device, runtime.dtype, runtime.world,
-    )  # fmt: skip
-
-
-@contextmanager
-def _teacher_of(session: Session, pruned: Checkpoint) -> Iterator[Teacher]:
-    """Yield the teacher as the recipe wants it: running along, learning from the text as well, or stored."""
-    recipe, teacher, runtime = session.recipe.distill, session.teacher, session.runtime
-    if recipe.correction.trains != "nothing":
-        # A model of its own: others go on measuring the teacher as it was.
-        model = load_model(teacher, runtime.loading_device, runtime.weights_dtype)
-        yield Learning(model, recipe.correction, runtime.seed, runtime.world)
-    elif recipe.teacher_states is None:
-        if runtime.loading_device != runtime.device:
-            yield Live(load_model(teacher, runtime.loading_device, runtime.dtype))
-            return
-        with session.teacher_model() as model:
-            yield Live(model)
-    else:
-        if recipe.stored == "top_k" and pruned.arch.axis_size("vocab") < teacher.arch.axis_size("vocab"):
-            raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
-        yield stored_teacher(session, Path(recipe.teacher_states), session.splits.train, recipe)
+    _trainer(session, None, work).distill(session.teacher, out)
 
 
 def stored_teacher(session: Session, folder: Path, blocks: Blocks, recipe: DistillRecipe) -> Teacher:
-    """Return the teacher's outputs on some blocks from a folder; run the teacher first for what is missing there.
+    """Return a teacher whose outputs on some blocks are read from a folder; the teacher runs first for what is missing.
 
     Raises:
         UserError: see `teacher.stored`.
     """
     runtime = session.runtime
     identity = {"teacher": session.teacher.fingerprint(), "blocks": blocks.fingerprint(), "dtype": str(runtime.dtype)}
-    head = read_head(session.teacher, runtime.device, runtime.dtype)
-    return stored(folder, identity, session.teacher_model, head, blocks, recipe, runtime.world)
+    source = Source(identity, session.teacher_model, read_head(session.teacher, runtime.device, runtime.dtype))
+    return stored(folder, source, blocks, recipe, runtime.world)
+
+
+def _trainer(session: Session, teacher: Teacher | None, work: Path) -> Trainer:
+    splits = session.splits
+    return Trainer(teacher, session.recipe.distill, splits.train, session.runtime, work, splits.heldout)
+
+
+@contextmanager
+def _teacher_of(session: Session, pruned: Checkpoint) -> Iterator[Teacher]:
+    """Yield the teacher as the recipe describes it: in memory, learning from the text as well, or stored."""
+    recipe, teacher, runtime = session.recipe.distill, session.teacher, session.runtime
+    if recipe.correction.trains != "nothing":
+        # A model of its own, since it changes: the session's stays as it is.
+        model = load_model(teacher, runtime.loading_device, runtime.weights_dtype)
+        yield Learning(model, recipe.correction, runtime.seed, runtime.world)
+    elif recipe.teacher_states is not None:
+        if recipe.stored == "top_k" and pruned.arch.axis_size("vocab") < teacher.arch.axis_size("vocab"):
+            raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
+        yield stored_teacher(session, Path(recipe.teacher_states), session.splits.train, recipe)
+    elif runtime.loading_device != runtime.device:
+        yield Live(load_model(teacher, runtime.loading_device, runtime.dtype))
+    else:
+        with session.teacher_model() as model:
+            yield Live(model)

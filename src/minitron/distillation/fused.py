@@ -1,7 +1,7 @@
-"""Distillation losses fused with the output projections: logits exist for some tokens at a time, never for all."""
+"""Fuses distillation losses with the output projections: logits exist for some tokens at a time, never for all."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,44 +11,44 @@ from minitron.distillation.losses import Comparison
 from minitron.model.language_model import Head
 
 LOGITS_BYTES = {"cpu": 3 * 2**24, "cuda": 2**29}
-"""Size of a buffer of logits, of which there are two: as large as matrix products need it."""
+"""The size of a buffer of logits, of which there are two: large enough for matrix products to run at full speed."""
 FEWEST_TOKENS = 256
-"""Whose logits a buffer holds in any case: with fewer, products wait for the output matrix to be read."""
+"""The least number of tokens in a buffer: with fewer, products wait for the output matrix to be read."""
 ROWS_BYTES = {"cpu": 2**21, "cuda": 2**29}
-"""Size of the part that is compared at a time: on a CPU what its caches hold, since it is gone over many times."""
+"""The size of the part of a buffer that is compared at a time: it is read many times and should fit a CPU's caches."""
 
 
 @dataclass(frozen=True)
 class States:
-    """A distribution for each token, as last hidden states (…, hidden) in front of a head."""
+    """Teacher outputs as last hidden states (…, hidden) and the head that makes logits of them."""
 
     hidden: Tensor
     head: Head
 
     @property
     def vocab(self) -> int:
-        """How many tokens the distributions are over."""
+        """The number of tokens in the vocabulary."""
         return len(self.head.weight)
 
     def at(self, positions: Tensor) -> "States":
-        """Those of some positions, by a mask."""
+        """Select positions by a mask."""
         return States(self.hidden[positions], self.head)
 
-    def ready(self, vocab: int, _: torch.dtype, operands: torch.dtype) -> "States":
-        """The same over the first tokens of the vocabulary, with one dimension for all positions."""
+    def prepared(self, vocab: int, _: torch.dtype, operands: torch.dtype) -> "States":
+        """Restrict the head to the first `vocab` tokens, and flatten positions into one dimension."""
         return States(self.hidden.flatten(0, -2), Head(self.head.weight[:vocab].to(operands), self.head.softcap))
 
     def rows(self, part: slice, temperature: float, buffer: Tensor | None = None) -> Callable[[slice], Tensor]:
-        """Logits of some positions, given out (n, vocab) at a time and each once."""
+        """Compute the logits of some positions; return a function that yields each (n, vocab) of them once."""
         logits = _product(self.hidden[part], self.head.weight.T, buffer)
-        return lambda rows: _cooled_(_capped_(logits[rows], self.head.softcap), temperature)
+        return lambda rows: _divide_(_cap_(logits[rows], self.head.softcap), temperature)
 
 
 @dataclass(frozen=True)
 class TopTokens:
-    """The k likeliest tokens of each distribution, (…, k), and logits (…, k + 1), as `losses.classes_of` gives them.
+    """Teacher outputs as the k likeliest tokens (…, k) and logits (…, k + 1), the last one of all other tokens.
 
-    The logits are those at the temperature of the loss.
+    See `losses.classes_of`. The logits are already divided by the temperature of the loss.
     """
 
     indices: Tensor
@@ -56,109 +56,150 @@ class TopTokens:
     vocab: int
 
     def at(self, positions: Tensor) -> "TopTokens":
-        """Those of some positions, by a mask."""
+        """Select positions by a mask."""
         return TopTokens(self.indices[positions], self.classes[positions], self.vocab)
 
-    def ready(self, vocab: int, dtype: torch.dtype, _: torch.dtype) -> "TopTokens":
-        """The same with one dimension for all positions."""
+    def prepared(self, vocab: int, dtype: torch.dtype, _: torch.dtype) -> "TopTokens":
+        """Flatten positions into one dimension.
+
+        Raises:
+            ValueError: the student has fewer tokens than the teacher.
+        """
         if vocab < self.vocab:
             raise ValueError(f"the student has {vocab} tokens, the teacher's classes are of {self.vocab}")
         return TopTokens(self.indices.flatten(0, -2).long(), self.classes.flatten(0, -2).to(dtype), vocab)
 
     def rows(self, part: slice, _: float, __: Tensor | None = None) -> Callable[[slice], tuple[Tensor, Tensor]]:
-        """Indices and classes of some positions, given out (n, k) and (n, k + 1) at a time."""
+        """Return a function that yields indices (n, k) and classes (n, k + 1) of some positions."""
         indices, classes = self.indices[part], self.classes[part]
         return lambda rows: (indices[rows], classes[rows].clone())
+
+
+TeacherOutputs = States | TopTokens
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The text's own next tokens, whose cross-entropy is added to a comparison of logits."""
+
+    tokens: Tensor
+    """(…), the next tokens, −100 where there is none."""
+    weight: float
+    num_labels: int = 1
+    """What the sum of the cross-entropy is divided by."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """What `logit_loss` can vary."""
+
+    temperature: float = 1.0
+    """τ, by which logits are divided."""
+    labels: Labels | None = None
+    operands: torch.dtype | None = None
+    """bfloat16 to round the operands of matrix products, as autocast does in the layers. Products are summed in float32
+    all the same, so that logits are never rounded themselves."""
+    chunk_tokens: int | None = None
+    """Tokens whose logits are held at a time; by default what `LOGITS_BYTES` holds. It changes the result by rounding
+    only."""
 
 
 def logit_loss(
     student: Tensor,
     head: Head,
-    teacher: States | TopTokens,
+    teacher: TeacherOutputs,
     comparison: Comparison,
     num_tokens: int,
-    temperature: float = 1.0,
-    labels: Tensor | None = None,
-    label_weight: float = 0.0,
-    num_labels: int = 1,
-    operands: torch.dtype | None = None,
-    chunk_tokens: int | None = None,
+    options: LossOptions | None = None,
 ) -> Tensor:
-    """`τ²/num_tokens · Σ_tokens comparison + label_weight/num_labels · Σ_labels cross-entropy`, a scalar.
+    """Return `τ²/num_tokens · Σ_tokens comparison + weight/num_labels · Σ_labels cross-entropy`, a scalar.
 
-    The comparison is of logits divided by τ; τ² keeps its gradients' size (Hinton et al., arXiv 1503.02531, section 2).
-    The counts are those over all ranks and accumulation steps, so that the parts of a batch add up. Of two vocabularies
-    of different length the entries that both have are compared: the others are padding.
+    The comparison is of logits divided by τ; τ² keeps the size of its gradients (Hinton et al., arXiv 1503.02531,
+    section 2). The counts are those over all ranks and accumulation steps, so that the parts of a batch add up. Where
+    one of two vocabularies is padded to be longer, the tokens that both have are compared.
 
     Args:
         student: (…, student hidden) last hidden states; the gradient flows into them.
-        head: the student's, (vocab, student hidden); the gradient flows into its weight.
-        teacher: what the teacher says of the same tokens.
-        comparison: see `losses`; it gets float32 logits, or float64 where the student's states are.
-        num_tokens: what the sum of the comparison is divided by.
-        temperature: τ.
-        labels: (…), the next tokens, −100 where there is none; None where they take no part.
-        label_weight: weight of their cross-entropy.
-        num_labels: what the sum of that is divided by.
-        operands: bfloat16 to round what matrix products are of, as autocast does in the layers; they are added up in
-            float32 all the same, so that logits are never rounded themselves.
-        chunk_tokens: tokens whose logits are held at once; the result does not depend on it but for rounding.
+        head: the student's head, (vocab, student hidden); the gradient flows into its weight.
+        teacher: the teacher's outputs on the same tokens.
+        comparison: see `losses`; it receives float32 logits, or float64 where the student's states are float64.
+        num_tokens: the number by which the sum of the comparison is divided.
+        options: temperature, labels, and how the products are computed.
 
-    Forward and gradients never hold tokens × vocabulary: the gradients are formed chunk by chunk in the forward pass
-    and kept at the size of the inputs.
+    Forward and gradients never hold tokens × vocabulary: gradients are formed chunk by chunk in the forward pass and
+    kept at the size of the inputs. The result can be differentiated once.
     """
-    if chunk_tokens is None:
-        chunk_tokens = max(FEWEST_TOKENS, LOGITS_BYTES[student.device.type] // (4 * head.weight.shape[0]))
-    if labels is not None:
-        labels = labels.flatten()
-    result: Tensor = _LogitLoss.apply(
-        student.flatten(0, -2), head.weight, head.softcap, teacher, comparison, num_tokens, temperature,
-        labels, label_weight / num_labels, operands, chunk_tokens,
-    )  # fmt: skip
+    options = options or LossOptions()
+    if options.chunk_tokens is None:
+        fitting = LOGITS_BYTES[student.device.type] // (4 * head.weight.shape[0])
+        options = replace(options, chunk_tokens=max(FEWEST_TOKENS, fitting))
+    if options.labels is not None:
+        options = replace(options, labels=replace(options.labels, tokens=options.labels.tokens.flatten()))
+    task = _Task(teacher, comparison, num_tokens, options, head.softcap)
+    result: Tensor = _LogitLoss.apply(student.flatten(0, -2), head.weight, task)
     return result
+
+
+@dataclass(frozen=True)
+class _Task:
+    """All inputs of a loss that no gradient flows into."""
+
+    teacher: TeacherOutputs
+    comparison: Comparison
+    num_tokens: int
+    options: LossOptions
+    softcap: float | None
+
+    def compare_(self, logits: Tensor, teacher_rows: Any, labels: Tensor | None) -> Tensor:
+        """Return the part of the loss that some rows of logits (n, vocab) make up; replace the rows by its gradient.
+
+        The gradient is with respect to the result of the product, before the soft-cap. `labels` are the rows' own (n,).
+        """
+        temperature = self.options.temperature
+        _cap_(logits, self.softcap)
+        # d cap(x)/dx = 1 − (cap(x)/c)²
+        slope = (logits / self.softcap).square_().neg_().add_(1) if self.softcap else None
+        label_loss = None if labels is None else _cross_entropy(logits, labels)
+        losses = self.comparison(teacher_rows, _divide_(logits, temperature))
+        total = losses.double().sum() * (temperature**2 / self.num_tokens)
+        logits.mul_(temperature / self.num_tokens)
+        if label_loss is not None and self.options.labels is not None:
+            weight = self.options.labels.weight / self.options.labels.num_labels
+            total += label_loss[0].double().sum() * weight
+            logits.add_(label_loss[1], alpha=weight)
+        if slope is not None:
+            logits.mul_(slope)
+        return total
 
 
 class _LogitLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,  # (N, student hidden)
-        weight: Tensor,  # (vocab, student hidden)
-        softcap: float | None,
-        teacher: States | TopTokens,
-        comparison: Comparison,
-        num_tokens: int,
-        temperature: float,
-        labels: Tensor | None,  # (N,)
-        label_weight: float,
-        operands: torch.dtype | None,
-        chunk_tokens: int,
-    ) -> Tensor:
+    def forward(ctx: Any, student: Tensor, weight: Tensor, task: _Task) -> Tensor:
+        """`student` is (N, student hidden), `weight` (vocab, student hidden)."""
         dtype = torch.promote_types(student.dtype, torch.float32)
-        vocab = min(len(weight), teacher.vocab)
-        operands = operands or dtype
-        matrix, teacher = weight[:vocab].to(operands), teacher.ready(vocab, dtype, operands)
+        vocab, options = min(len(weight), task.teacher.vocab), task.options
+        operands = options.operands or dtype
+        matrix, teacher = weight[:vocab].to(operands), task.teacher.prepared(vocab, dtype, operands)
         grad_student = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        num_chunks = max(1, -(-len(student) // chunk_tokens))
-        chunk_tokens = max(1, -(-len(student) // num_chunks))  # all of one size, but for rounding
-        # Taken once: memory fresh from the system is dear on a CPU.
+        num_chunks = max(1, -(-len(student) // (options.chunk_tokens or FEWEST_TOKENS)))
+        chunk_tokens = max(1, -(-len(student) // num_chunks))  # chunks of equal size, but for rounding
+        # Buffers are allocated once: fresh memory from the operating system is expensive on a CPU.
         buffer = torch.empty(chunk_tokens, vocab, dtype=dtype, device=student.device)
-        of_teacher = torch.empty_like(buffer) if isinstance(teacher, States) else None
+        teacher_buffer = torch.empty_like(buffer) if isinstance(teacher, States) else None
         num_rows = max(1, ROWS_BYTES[student.device.type] // (vocab * dtype.itemsize))
+        labels = options.labels.tokens if options.labels is not None and options.labels.weight else None
         for start in range(0, len(student), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             states = student[part].to(operands)
             logits = _product(states, matrix.T, buffer)
-            said = teacher.rows(part, temperature, of_teacher)
-            of_chunk = None if labels is None or not label_weight else labels[part]
+            teacher_rows = teacher.rows(part, options.temperature, teacher_buffer)
+            chunk_labels = None if labels is None else labels[part]
             for first in range(0, len(logits), num_rows):
                 rows = slice(first, first + num_rows)
-                total += _compare_(
-                    logits[rows], said(rows), comparison, num_tokens, softcap, temperature,
-                    None if of_chunk is None else of_chunk[rows], label_weight,
-                )  # fmt: skip
+                row_labels = None if chunk_labels is None else chunk_labels[rows]
+                total += task.compare_(logits[rows], teacher_rows(rows), row_labels)
             gradient = logits
             if grad_student is not None:
                 grad_student[part] = _product(gradient, matrix).to(grad_student.dtype)
@@ -169,42 +210,16 @@ class _LogitLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        # Scaled in place, so that no second copy of the head's size is made; a second backward finds nothing.
+        # Gradients are scaled in place, so that there is no second copy of the head's size; they are gone afterwards.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("this loss can be differentiated once")
-        scaled = [gradient if gradient is None else gradient.mul_(grad_outputs[0].to(gradient.dtype))
-                  for gradient in gradients]  # fmt: skip
-        return *scaled, *([None] * 9)
-
-
-def _compare_(
-    logits: Tensor,
-    said: Any,
-    comparison: Comparison,
-    num_tokens: int,
-    softcap: float | None,
-    temperature: float,
-    labels: Tensor | None,
-    label_weight: float,
-) -> Tensor:
-    """What some rows of logits (n, vocab) add to the loss; they become its gradient by what came out of the product."""
-    _capped_(logits, softcap)
-    # d cap(x)/dx = 1 − (cap(x)/c)²
-    slope = (logits / softcap).square_().neg_().add_(1) if softcap else None
-    of_labels = None if labels is None else _cross_entropy(logits, labels)
-    total = comparison(said, _cooled_(logits, temperature)).double().sum() * (temperature**2 / num_tokens)
-    logits.mul_(temperature / num_tokens)
-    if of_labels is not None:
-        total += of_labels[0].double().sum() * label_weight
-        logits.add_(of_labels[1], alpha=label_weight)
-    if slope is not None:
-        logits.mul_(slope)
-    return total
+        scaled = [each if each is None else each.mul_(grad_outputs[0].to(each.dtype)) for each in gradients]
+        return *scaled, None
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each token that has a label, (n,), and its gradient (n, vocab)."""
+    """Return the cross-entropy of each token, (n,), 0 without a label, and its gradient (n, vocab)."""
     is_label = labels >= 0
     chosen = labels.clamp_min(0)[:, None]
     log_q = logits - logits.logsumexp(dim=-1, keepdim=True)
@@ -214,7 +229,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
-    """a @ b, of operands in b's dtype, in float32 or better; in the first rows of `buffer` if there is one."""
+    """Return a @ b with operands in b's dtype, in float32 or better; in the first rows of `buffer` if there is one."""
     a, out = a.to(b.dtype), None if buffer is None else buffer[: len(a)]
     if b.dtype == torch.bfloat16 and b.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
@@ -224,18 +239,18 @@ def _product(a: Tensor, b: Tensor, buffer: Tensor | None = None) -> Tensor:
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add that to `total`."""
+    """Add a @ b to `total`, with operands in b's dtype."""
     if b.dtype == torch.bfloat16 and b.is_cuda:
         torch.addmm(total, a.to(b.dtype), b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.to(b.dtype).to(total.dtype), b.to(total.dtype))
 
 
-def _capped_(logits: Tensor, softcap: float | None) -> Tensor:
-    """Soft-capped logits, in place."""
+def _cap_(logits: Tensor, softcap: float | None) -> Tensor:
+    """Soft-cap logits in place."""
     return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
 
-def _cooled_(logits: Tensor, temperature: float) -> Tensor:
-    """Logits divided by a temperature, in place."""
+def _divide_(logits: Tensor, temperature: float) -> Tensor:
+    """Divide logits by a temperature in place."""
     return logits if temperature == 1.0 else logits.div_(temperature)

@@ -1,7 +1,7 @@
-"""What a teacher says of each block: by running over it whenever it is seen, or once for all and from files since then.
+"""Teacher outputs on blocks of text: computed whenever a block is trained on, or computed once and read from files.
 
-What is stored are last hidden states: hidden × 2 bytes a token, from which the loss makes the exact logits over the
-whole vocabulary. Or, smaller where hidden is large, the likeliest tokens with a class for all others.
+Stored outputs are last hidden states, hidden × 2 bytes per token, from which the loss makes the exact logits over the
+whole vocabulary; or, smaller where hidden is large, the likeliest tokens with one class for all others.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
-from minitron.distillation.fused import States, TopTokens
+from minitron.distillation.fused import States, TeacherOutputs, TopTokens
 from minitron.distillation.losses import classes_of
 from minitron.distillation.parameters import choose_parameters
 from minitron.errors import UserError
@@ -34,12 +34,13 @@ SHARD_BYTES = 2**26
 CHUNK_TOKENS = 256
 STORED_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
-Teacher = Callable[[Tensor, Tensor, Tensor | None], States | TopTokens]
-"""Of token ids (B, T), the numbers of these blocks (B,) where they are trained on, and their `Blocks.positions`."""
+Teacher = Callable[[Tensor, Tensor, Tensor | None], TeacherOutputs]
+"""Returns the teacher outputs for token ids (B, T), the numbers of these blocks among the training blocks (B,), and
+their `Blocks.positions`."""
 
 
 class Live:
-    """A model that runs over every block when its turn comes."""
+    """A teacher in memory, which runs over every block when the block is trained on."""
 
     def __init__(self, model: nn.Module) -> None:
         self.headless = Headless(model.requires_grad_(False))
@@ -47,16 +48,13 @@ class Live:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor, _: Tensor, positions: Tensor | None = None) -> States:
-        """Its last hidden states."""
+        """Return the last hidden states."""
         states: States = self.headless(ids, States, positions)
         return states
 
 
 class Learning(Live):
-    """A teacher that itself learns from the text while it teaches.
-
-    This is teacher correction alongside distillation (arXiv 2408.11796, section 2).
-    """
+    """A teacher that learns from the text itself while it teaches (arXiv 2408.11796, section 2)."""
 
     def __init__(self, model: nn.Module, recipe: CorrectionRecipe, seed: int, world: World) -> None:
         super().__init__(model)
@@ -64,37 +62,39 @@ class Learning(Live):
         choose_parameters(model, self.arch, recipe, seed, world)
 
     def learn(self, ids: Tensor, positions: Tensor | None, targets: Tensor) -> tuple[States, Tensor]:
-        """Its last hidden states, and the sum of its cross-entropy with `targets` (B, T), to be differentiated."""
+        """Return the last hidden states, and the sum of the cross-entropy with `targets` (B, T), for its gradient."""
 
         def readout(hidden: Tensor, head: Head) -> tuple[States, Tensor]:
-            said = States(hidden.detach(), Head(head.weight.detach(), head.softcap))
-            return said, next_token_nll(hidden, head, targets)
+            states = States(hidden.detach(), Head(head.weight.detach(), head.softcap))
+            return states, next_token_nll(hidden, head, targets)
 
-        found: tuple[States, Tensor] = self.headless(ids, readout, positions)
-        return found
+        result: tuple[States, Tensor] = self.headless(ids, readout, positions)
+        return result
 
 
-def stored(
-    folder: Path,
-    identity: dict[str, str],
-    model: Callable[[], AbstractContextManager[nn.Module]],
-    head: Head,
-    blocks: Blocks,
-    recipe: DistillRecipe,
-    world: World,
-) -> Teacher:
-    """A teacher whose word on every one of the blocks lies in `folder`; what is missing there is written first.
+@dataclass(frozen=True)
+class Source:
+    """The teacher whose outputs are stored."""
 
-    Its files are `states.json`, which says whose they are (`identity`: teacher, blocks and what the model computed
-    in), and shards of some blocks each, whole or not there, with their checksum. `model` is asked for only if a
-    shard is missing. Ranks share the work.
+    identity: dict[str, str]
+    """Entries that tell this teacher, text and dtype from others."""
+    model: Callable[[], AbstractContextManager[nn.Module]]
+    """Holds the model in memory; used only if outputs are missing."""
+    head: Head
+
+
+def stored(folder: Path, source: Source, blocks: Blocks, recipe: DistillRecipe, world: World) -> Teacher:
+    """Return a teacher whose outputs on the blocks are read from `folder`; outputs that are missing are written first.
+
+    The folder holds `states.json`, which names teacher, text and dtype, and shards of some blocks each, complete or
+    absent, with their checksum. Ranks share the work.
 
     Raises:
-        UserError: the folder holds another teacher's word or something else, cannot be written, or has no space.
+        UserError: the folder holds another teacher's outputs or something else, cannot be written, or has no space.
     """
-    record = identity | {"context": str(blocks.context), "num_blocks": str(len(blocks))} | _kind(recipe)
-    per_block = blocks.context * _bytes_per_token(recipe, head.weight.shape[1])
-    shards = _Shards(folder, len(blocks), max(1, SHARD_BYTES // per_block), recipe, head)
+    record = source.identity | {"context": str(blocks.context), "num_blocks": str(len(blocks))} | _kind(recipe)
+    per_block = blocks.context * _bytes_per_token(recipe, source.head.weight.shape[1])
+    shards = _Shards(folder, len(blocks), max(1, SHARD_BYTES // per_block), recipe, source.head)
     if world.is_main:
         require_space(folder, shards.num_missing * per_block)
         _claim(folder, record)
@@ -104,7 +104,7 @@ def stored(
             "store teacher", blocks.num_tokens, done=(len(blocks) - num_missing) * blocks.context
         ) as progress:
             progress.note(f"{decimal(len(blocks) * per_block)} in {folder}")
-            with model() as loaded:
+            with source.model() as loaded:
                 teacher = Headless(loaded)
                 for shard in shards.numbers[world.rank :: world.size]:
                     if not shards.path(shard).exists():
@@ -115,7 +115,7 @@ def stored(
 
 @dataclass
 class _Shards:
-    """The files of a folder, read block by block."""
+    """The shards of a folder, read block by block."""
 
     folder: Path
     num_blocks: int
@@ -124,28 +124,28 @@ class _Shards:
     head: Head
     opened: dict[int, Any] = field(default_factory=dict)
 
-    def __call__(self, ids: Tensor, numbers: Tensor, _: Tensor | None = None) -> States | TopTokens:
+    def __call__(self, ids: Tensor, numbers: Tensor, _: Tensor | None = None) -> TeacherOutputs:
         rows = [self._block(int(number)) for number in numbers]
-        found = {name: torch.cat([row[name] for row in rows]).to(ids.device) for name in rows[0]}
+        tensors = {name: torch.cat([row[name] for row in rows]).to(ids.device) for name in rows[0]}
         if self.recipe.stored == "top_k":
-            return TopTokens(found["indices"], found["classes"], len(self.head.weight))
-        return States(found["hidden"], self.head)
+            return TopTokens(tensors["indices"], tensors["classes"], len(self.head.weight))
+        return States(tensors["hidden"], self.head)
 
     def path(self, shard: int) -> Path:
         return self.folder / f"states-{shard:05}.safetensors"
 
     @property
     def numbers(self) -> range:
-        """Those of all shards."""
+        """The numbers of all shards."""
         return range(-(-self.num_blocks // self.blocks_per_shard))
 
     @property
     def num_missing(self) -> int:
-        """Blocks whose shard is not there."""
+        """The number of blocks whose shard is missing."""
         return sum(len(self.blocks_of(shard)) for shard in self.numbers if not self.path(shard).exists())
 
     def blocks_of(self, shard: int) -> range:
-        """The numbers of a shard's blocks."""
+        """Return the numbers of a shard's blocks."""
         first = shard * self.blocks_per_shard
         return range(first, min(first + self.blocks_per_shard, self.num_blocks))
 
@@ -169,14 +169,14 @@ class _Shards:
     def _classes(self, hidden: Tensor, head: Head) -> dict[str, Tensor]:
         assert self.recipe.top_k is not None
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        states, num_tokens = States(hidden, head).ready(len(head.weight), dtype, dtype), hidden.shape[:-1].numel()
-        found = [
+        states, num_tokens = States(hidden, head).prepared(len(head.weight), dtype, dtype), hidden.shape[:-1].numel()
+        parts = [
             classes_of(
                 states.rows(slice(start, start + CHUNK_TOKENS), self.recipe.temperature)(slice(None)), self.recipe.top_k
             )
             for start in range(0, num_tokens, CHUNK_TOKENS)
         ]
-        indices, classes = (torch.cat(parts).view(*hidden.shape[:-1], -1) for parts in zip(*found, strict=True))
+        indices, classes = (torch.cat(each).view(*hidden.shape[:-1], -1) for each in zip(*parts, strict=True))
         return {"indices": indices.to("cpu", torch.int32), "classes": classes.to("cpu", torch.float32)}
 
     def _block(self, number: int) -> dict[str, Tensor]:
@@ -185,23 +185,23 @@ class _Shards:
             file = open_safetensors(self.path(shard))
             names = list(file.keys())
             if (file.metadata() or {}).get("sha256") != _checksum({name: file.get_tensor(name) for name in names}):
-                raise UserError(f"{self.path(shard)} is damaged: remove it, and it will be written anew")
+                raise UserError(f"{self.path(shard)} is damaged: remove it, and it will be written again")
             self.opened[shard] = {name: file.get_slice(name) for name in names}
         row = number - self.blocks_of(shard).start
         return {name: part[row : row + 1] for name, part in self.opened[shard].items()}
 
 
 def _claim(folder: Path, record: dict[str, str]) -> None:
-    """Make the folder this teacher's, or see that it is."""
+    """Write the record of a new folder, or check that the folder has this record."""
     mark = folder / "states.json"
     if not mark.exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and holds no states.json: name another folder for the teacher's states")
         require_writable(folder)
         write_json(mark, record)
-    found = read_json(mark)
-    if found != record:
-        names = [name for name in record if not isinstance(found, dict) or found.get(name) != record[name]]
+    existing = read_json(mark)
+    if existing != record:
+        names = [name for name in record if not isinstance(existing, dict) or existing.get(name) != record[name]]
         raise UserError(f"{folder} holds states of another {' and '.join(names)}: name another folder, or remove it")
 
 

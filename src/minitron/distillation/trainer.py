@@ -1,14 +1,13 @@
-"""The training loop: a pruned student learns the teacher's distribution over the next token, or the text itself.
+"""The training loop: a student learns a teacher's next-token distribution, or the text itself.
 
-The state of a run is the step, the student and the optimizer; which blocks a step sees follows from the seed
-and the step alone. A run that is killed continues from its last checkpoint to the same bits (on a CPU).
+The state of a run is the step, the student and the optimizer; the blocks of a step follow from the seed and the step.
+A run that is killed continues from its last checkpoint to bit-identical results (on a CPU).
 """
 
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cache, partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,113 +16,228 @@ from torch import Tensor
 
 from minitron.data.blocks import Blocks, load_tokenizer
 from minitron.distillation.checkpoint import Trained, load_checkpoint, save_checkpoint
-from minitron.distillation.fused import States, TopTokens, logit_loss
 from minitron.distillation.intermediate import Intermediate, compare_on_the_way
-from minitron.distillation.losses import Comparison, comparison_of
 from minitron.distillation.metrics import Metrics
+from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import learning_rate, make_optimizers, take_step
 from minitron.distillation.parallel import lighten, shard, whole
 from minitron.distillation.parameters import choose_parameters
 from minitron.distillation.teacher import Learning, Live, Teacher
 from minitron.errors import UserError
 from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation
-from minitron.evaluation.perplexity import measure_perplexity, next_token_nll
+from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import whole_folder
 from minitron.model.checkpoint import Checkpoint, write_model
-from minitron.model.language_model import Head, Headless, Readout, load_model
+from minitron.model.language_model import Headless, load_model
 from minitron.progress import Progress
 from minitron.recipe import DistillRecipe
-from minitron.runtime import World, stop_on_signals
+from minitron.runtime import Runtime, World, stop_on_signals
 
 MOST_SKIPPED = 10
-"""Steps in a row whose loss or gradient is not finite, and which are therefore skipped, before the run gives up."""
+"""The number of consecutive steps without a finite loss and gradient, all of them skipped, that ends the run."""
 NUM_EVALUATIONS = 5
-"""Held-out perplexity is measured this often along the way, and once before the first step."""
+"""The number of measurements of held-out perplexity along the way, in addition to the one before the first step."""
 
 
-def distill(
-    teacher: Teacher | None,
-    pruned: Checkpoint,
-    train: Blocks,
-    heldout: Blocks,
-    recipe: DistillRecipe,
-    out: Path,
-    work: Path,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    world: World,
-) -> None:
-    """Train the pruned checkpoint on the teacher's distribution and write the student to `out`.
+@dataclass
+class Student:
+    """A pruned model in memory while it is trained."""
 
-    Without a teacher it learns from the text itself, by next-token cross-entropy: what training from scratch is.
+    headless: Headless
+    checkpoint: Checkpoint
+    """The pruned model on disk."""
+    finish: Callable[[], None]
+    """Makes a stock model of it after training, by merging adapters."""
 
-    `work` receives `metrics.jsonl`, a row a step, and `checkpoint/`, from which a killed run continues and which
-    the caller may remove once the student is safe. Weights train in float32; `dtype` is that of the
-    forward pass.
+
+@dataclass(frozen=True)
+class Trainer:
+    """Trains students on a teacher's outputs over one text, or without a teacher on the text alone.
+
+    `work` receives `metrics.jsonl`, one row per step, and `checkpoint/`, from which a killed run continues and which
+    the caller may remove once the student is safe. Weights train in float32; the runtime's dtype is that of forward
+    passes.
+    """
+
+    teacher: Teacher | None
+    recipe: DistillRecipe
+    train: Blocks
+    runtime: Runtime
+    work: Path
+    heldout: Blocks | None = None
+    """Blocks whose perplexity is measured along the way; None: nothing is measured."""
+    stage: str = "distill"
+    """The name of the progress line."""
+
+    def distill(self, pruned: Checkpoint, out: Path) -> None:
+        """Train a pruned model for all steps of the recipe and write the student to the folder `out`.
+
+        Raises:
+            UserError: see `require_trainable`; or ten steps in a row had no finite loss and gradient.
+            StoppedError: SIGINT or SIGTERM arrived; the checkpoint is that of the last step.
+        """
+        require_trainable(self.recipe, pruned, self.runtime)
+        student = self.trained(pruned)
+        student.finish()
+        _write_student(student, out, self.runtime.world)
+
+    def trained(self, pruned: Checkpoint, until: int | None = None) -> Student:
+        """Return the student in memory after all steps; with `until`, after that step, with a checkpoint on disk.
+
+        Raises:
+            UserError: ten steps in a row had no finite loss and gradient.
+            StoppedError: SIGINT or SIGTERM arrived; the checkpoint is that of the last step.
+        """
+        recipe, runtime = self.recipe, self.runtime
+        # Evaluation mode throughout: dropout has no place in matching another model's outputs.
+        headless = Headless(load_model(pruned, runtime.loading_device, runtime.weights_dtype))
+        intermediate = self._intermediate(headless, pruned)
+        student = Student(
+            headless, pruned, choose_parameters(headless.model, pruned.arch, recipe, runtime.seed, runtime.world)
+        )
+        lighten(headless, pruned.arch, recipe)
+        shard(headless, pruned.arch, runtime.world, runtime.device, runtime.dtype)
+        if isinstance(self.teacher, Live):
+            lighten(self.teacher.headless, self.teacher.arch, recipe)
+            teacher, arch = self.teacher.headless, self.teacher.arch
+            shard(teacher, arch, runtime.world, runtime.device, runtime.dtype, is_teacher=True)
+        models: Trained = {"student": (headless, make_optimizers(headless, pruned.arch, recipe, runtime.world))}
+        if isinstance(self.teacher, Learning):
+            optimizers = make_optimizers(self.teacher.headless, self.teacher.arch, recipe, runtime.world)
+            models["teacher"] = self.teacher.headless, optimizers
+        _Loop(self, student, models, Objective(self.teacher, recipe, runtime, intermediate)).run(until)
+        return student
+
+    def _intermediate(self, student: Headless, pruned: Checkpoint) -> Intermediate | None:
+        if not self.recipe.intermediate.of:
+            return None
+        if not isinstance(self.teacher, Live):
+            raise UserError("distill.intermediate needs the teacher in memory, not stored teacher outputs")
+        model, arch = self.teacher.headless.model, self.teacher.arch
+        return compare_on_the_way(model, arch, student, pruned.arch, self.recipe.intermediate, self.runtime.device)
+
+
+@dataclass
+class _Loop:
+    """One student's way through the steps."""
+
+    trainer: Trainer
+    student: Student
+    models: Trained
+    objective: Objective
+    step: int = 0
+    weight: float = 0.0
+    """The weight of the next step's intermediate loss."""
+    metrics: Metrics = field(init=False)
+
+    def run(self, until: int | None) -> None:
+        """Take steps up to `until`, by default all; save checkpoints on the way and when asked to stop."""
+        trainer, world = self.trainer, self.trainer.runtime.world
+        last = self.num_steps if until is None else until
+        start = 0, trainer.recipe.intermediate.weight or 0.0
+        self.step, self.weight = load_checkpoint(trainer.work, self.models, world) or start
+        self.metrics = Metrics(trainer.work, self.step, trainer.recipe.trackers, world)
+        tokens = last * self.step_tokens
+        with (
+            Progress(trainer.stage, tokens, done=self.step * self.step_tokens) as progress,
+            stop_on_signals() as request,
+        ):
+            if self.step == 0 and trainer.heldout:
+                self.metrics.add(step=0, tokens=0, **self._evaluate(trainer.heldout))
+            saved_at = time.monotonic()
+            while self.step < last:
+                self._take_step(progress)
+                is_stopping = world.agree(request.signal_number is not None)
+                is_due = is_stopping or self.step == last
+                if self.step < self.num_steps and (
+                    is_due or world.agree(time.monotonic() - saved_at >= trainer.recipe.checkpoint_seconds)
+                ):
+                    save_checkpoint(trainer.work, self.models, self.step, self.weight, world)
+                    saved_at = time.monotonic()
+                if self.step < last and is_stopping:
+                    request.stop()
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per step."""
+        return self.trainer.recipe.batch_size * self.trainer.train.context
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole training."""
+        return num_steps_of(self.trainer.recipe, self.trainer.train.context)
+
+    def _take_step(self, progress: Progress) -> None:
+        """Take one step of the student, and of a teacher that learns; write a row of metrics."""
+        recipe, train = self.trainer.recipe, self.trainer.train
+        headless, optimizers = self.models["student"]
+        rate = learning_rate(self.step, self.num_steps, recipe)
+        numbers = batch_indices(self.step, recipe.batch_size, len(train), self.trainer.runtime.seed)
+        sums = self.objective.accumulate(headless, train[numbers], numbers, weight=self.weight)
+        logits_loss, intermediate_loss, teacher_loss = self.trainer.runtime.world.sum(sums).tolist()
+        loss = logits_loss + self.weight * intermediate_loss
+        norm = take_step(headless, optimizers, rate, recipe.max_grad_norm, loss)
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        self.step += 1
+        row: dict[str, Any] = {"step": self.step, "tokens": self.step * self.step_tokens, "learning_rate": rate}
+        row |= {"loss": loss, "grad_norm": norm} if is_finite else {"skipped": f"loss {loss}, gradient {norm}"}
+        if self.objective.intermediate:
+            row |= {"intermediate_loss": intermediate_loss, "intermediate_weight": self.weight}
+            if is_finite and intermediate_loss and recipe.intermediate.weight is None:
+                self.weight = logits_loss / intermediate_loss
+        if "teacher" in self.models:
+            share = recipe.correction.learning_rate / recipe.learning_rate
+            take_step(*self.models["teacher"], rate * share, recipe.max_grad_norm, teacher_loss)
+            row["teacher_loss"] = teacher_loss
+        progress.advance(self.step_tokens)
+        if self.trainer.heldout and self.step in self._evaluation_steps:
+            row |= self._evaluate(self.trainer.heldout)
+        self.metrics.add(**row)
+        if self.metrics.num_skipped_last == MOST_SKIPPED:
+            raise UserError(
+                f"{row['skipped']} at step {self.step}, the last of {MOST_SKIPPED} in a row: a model's weights are "
+                f"broken, or distill.learning_rate {recipe.learning_rate} is too high"
+            )
+        progress.note(f"loss {loss:.3f}{self.metrics.in_words()}")
+
+    @property
+    def _evaluation_steps(self) -> set[int]:
+        return {round(self.num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
+
+    def _evaluate(self, heldout: Blocks) -> dict[str, Any]:
+        """Measure held-out perplexity; in one process also generate text after the beginning of the held-out text."""
+        headless, folder = self.student.headless, self.student.checkpoint.folder
+        with self.trainer.runtime.autocast():
+            figures: dict[str, Any] = {"heldout_perplexity": measure_perplexity(headless, heldout).perplexity}
+            if self.trainer.runtime.world.size == 1 and (folder / "tokenizer.json").exists():
+                prompt = heldout.ids[:1, :PROMPT_TOKENS]
+                figures["sample"] = greedy_continuation(headless.model, load_tokenizer(folder), prompt)
+        return figures
+
+
+def require_trainable(recipe: DistillRecipe, pruned: Checkpoint, runtime: Runtime) -> None:
+    """Check what would otherwise fail in the first step.
 
     Raises:
-        UserError: the batch cannot be dealt out to the ranks, the dtype is float16, `top_k` is the whole vocabulary, or
-            ten steps in a row had no finite loss and gradient.
-        StoppedError: SIGINT or SIGTERM came; the checkpoint is of the step that was just done.
+        UserError: the batch cannot be split among the ranks, `top_k` is the whole vocabulary, or the dtype is float16.
     """
-    if recipe.batch_size % world.size:
-        raise UserError(f"distill.batch_size {recipe.batch_size} cannot be dealt out to {world.size} ranks equally")
+    if recipe.batch_size % runtime.world.size:
+        raise UserError(
+            f"distill.batch_size {recipe.batch_size} cannot be split equally among {runtime.world.size} ranks"
+        )
     if recipe.top_k is not None and recipe.top_k >= pruned.arch.axis_size("vocab"):
         raise UserError(f"distill.top_k {recipe.top_k} leaves no tail of {pruned.arch.axis_size('vocab')} tokens")
-    if dtype == torch.float16:
+    if runtime.dtype == torch.float16:
         raise UserError("gradients of distillation are too small for float16; accepted: auto, float32, bfloat16")
-    student, finish = trained(teacher, pruned, train, heldout, recipe, work, seed, device, dtype, world)
-    finish()
-    _write_student(student, pruned, out, world)
-
-
-def trained(
-    teacher: Teacher | None,
-    pruned: Checkpoint,
-    train: Blocks,
-    heldout: Blocks | None,
-    recipe: DistillRecipe,
-    work: Path,
-    seed: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    world: World,
-    until: int | None = None,
-    stage: str = "distill",
-) -> tuple[Headless, Callable[[], None]]:
-    """The student in memory after all its steps, and what makes a stock model of it; otherwise as `distill`.
-
-    With `until` it is left after so many steps, with a checkpoint to go on from. Without `heldout` nothing is measured
-    along the way.
-    """
-    # In evaluation mode throughout: dropout has no place in matching another model's outputs.
-    student = Headless(
-        load_model(
-            pruned, device if world.size == 1 else torch.device("cpu"), torch.promote_types(dtype, torch.float32)
-        )
-    )
-    between = _between(teacher, student, pruned, recipe, device)
-    finish = choose_parameters(student.model, pruned.arch, recipe, seed, world)
-    lighten(student, pruned.arch, recipe)
-    shard(student, pruned.arch, world, device, dtype)
-    if isinstance(teacher, Live):
-        lighten(teacher.headless, teacher.arch, recipe)
-        shard(teacher.headless, teacher.arch, world, device, dtype, is_teacher=True)
-    models: Trained = {"student": (student, make_optimizers(student, pruned.arch, recipe, world))}
-    if isinstance(teacher, Learning):
-        models["teacher"] = teacher.headless, make_optimizers(teacher.headless, teacher.arch, recipe, world)
-    _loop(teacher, models, between, pruned, train, heldout, recipe, work, seed, dtype, world, until, stage)
-    return student, finish
 
 
 def num_steps_of(recipe: DistillRecipe, context: int) -> int:
-    """How many steps the recipe's tokens are."""
+    """Return the number of steps that the recipe's tokens make up."""
     return max(1, recipe.tokens // (recipe.batch_size * context))
 
 
 def batch_indices(step: int, batch_size: int, num_blocks: int, seed: int) -> Tensor:
-    """Which blocks a step sees, (batch_size,): epoch after epoch, each in an order of its own."""
+    """Return the numbers of a step's blocks, (batch_size,): epoch after epoch, each in an order of its own."""
     positions = range(step * batch_size, (step + 1) * batch_size)
     orders = {
         epoch: torch.randperm(num_blocks, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
@@ -132,204 +246,15 @@ def batch_indices(step: int, batch_size: int, num_blocks: int, seed: int) -> Ten
     return torch.stack([orders[position // num_blocks][position % num_blocks] for position in positions])
 
 
-def _between(
-    teacher: Teacher | None, student: Headless, pruned: Checkpoint, recipe: DistillRecipe, device: torch.device
-) -> Intermediate | None:
-    if not recipe.intermediate.of:
-        return None
-    if not isinstance(teacher, Live):
-        raise UserError("distill.intermediate needs a teacher that runs along")
-    return compare_on_the_way(teacher.headless.model, teacher.arch, student, pruned.arch, recipe.intermediate, device)
-
-
-def _loop(
-    teacher: Teacher | None,
-    trained: Trained,
-    between: Intermediate | None,
-    pruned: Checkpoint,
-    train: Blocks,
-    heldout: Blocks | None,
-    recipe: DistillRecipe,
-    work: Path,
-    seed: int,
-    dtype: torch.dtype,
-    world: World,
-    until: int | None,
-    stage: str,
-) -> None:
-    step_tokens = recipe.batch_size * train.context
-    num_steps = num_steps_of(recipe, train.context)
-    last = num_steps if until is None else until
-    evaluate_at = {round(num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)} if heldout else set()
-    student, optimizers = trained["student"]
-    step, weight = load_checkpoint(work, trained, world) or (0, recipe.intermediate.weight or 0.0)
-    metrics = Metrics(work, step, recipe.trackers, world)
-    with Progress(stage, last * step_tokens, done=step * step_tokens) as progress, stop_on_signals() as request:
-        if step == 0 and heldout:
-            metrics.add(step=0, tokens=0, **_evaluate(student, heldout, pruned, dtype, world))
-        saved_at = time.monotonic()
-        while step < last:
-            rate = learning_rate(step, num_steps, recipe)
-            numbers = batch_indices(step, recipe.batch_size, len(train), seed)
-            sums = accumulate(
-                teacher, student, train[numbers], numbers, recipe, dtype, world, between=between, weight=weight
-            )
-            of_logits, on_the_way, of_teacher = world.sum(sums).tolist()
-            loss = of_logits + weight * on_the_way
-            norm = take_step(student, optimizers, rate, recipe.max_grad_norm, loss)
-            is_good = math.isfinite(loss) and math.isfinite(norm)
-            step += 1
-            row: dict[str, Any] = {"step": step, "tokens": step * step_tokens, "learning_rate": rate}
-            row |= {"loss": loss, "grad_norm": norm} if is_good else {"skipped": f"loss {loss}, gradient {norm}"}
-            if between:
-                row |= {"intermediate_loss": on_the_way, "intermediate_weight": weight}
-                if is_good and on_the_way and recipe.intermediate.weight is None:
-                    weight = of_logits / on_the_way
-            if "teacher" in trained:
-                share = recipe.correction.learning_rate / recipe.learning_rate
-                take_step(*trained["teacher"], rate * share, recipe.max_grad_norm, of_teacher)
-                row["teacher_loss"] = of_teacher
-            progress.advance(step_tokens)
-            if heldout and step in evaluate_at:
-                row |= _evaluate(student, heldout, pruned, dtype, world)
-            metrics.add(**row)
-            if metrics.num_skipped_last == MOST_SKIPPED:
-                raise UserError(
-                    f"{row['skipped']} at step {step}, the last of {MOST_SKIPPED} in a row: a model's weights are "
-                    f"broken, or distill.learning_rate {recipe.learning_rate} is too high"
-                )
-            progress.note(f"loss {loss:.3f}{metrics.in_words()}")
-            is_wished = world.agree(request.signal_number is not None)
-            if step < num_steps and (
-                is_wished or step == last or world.agree(time.monotonic() - saved_at >= recipe.checkpoint_seconds)
-            ):
-                save_checkpoint(work, trained, step, weight, world)
-                saved_at = time.monotonic()
-            if step < last and is_wished:
-                request.stop()
-
-
-def accumulate(
-    teacher: Teacher | None,
-    student: Headless,
-    blocks: Blocks,
-    numbers: Tensor,
-    recipe: DistillRecipe,
-    dtype: torch.dtype,
-    world: World,
-    between: Intermediate | None = None,
-    weight: float = 0.0,
-) -> Tensor:
-    """Add one step's gradient to the student's from this rank's share of the step's blocks, by `numbers` (B,).
-
-    That is the gradient of the loss of the logits plus `weight` times that of what lies `between`. To a teacher that
-    learns as well, add that of its own cross-entropy.
-
-    Returns this rank's part of these three losses, (3,); the parts of all ranks add up to the mean over the step's
-    tokens.
-    """
-    device = next(student.parameters()).device
-    total = torch.zeros(3, dtype=torch.float64, device=device)
-    # The one place where the loss is normalised: by the tokens of the whole step, on all ranks.
-    num_tokens = max(1, int(blocks.teaches.sum()))
-    num_labels = max(1, int((blocks.targets >= 0).sum()))
-    mine = torch.arange(len(blocks)).chunk(world.size)[world.rank]
-    for part in mine.split(recipe.micro_batch_size):
-        block = blocks[part]
-        ids, targets = block.ids.to(device), block.targets.to(device)
-        is_learnt = None if block.is_learnt is None else block.teaches.to(device)
-        positions = None if (places := block.positions) is None else places.to(device)
-        readout: Readout
-        said: States | TopTokens
-        of_teacher: Tensor | None = None
-        with between.watching() if between else nullcontext():
-            if teacher is None:
-                readout = partial(_cross_entropy, targets=targets, num_labels=num_labels)
-            else:
-                if isinstance(teacher, Learning):
-                    with _computing_in(dtype, device):
-                        said, of_teacher = teacher.learn(ids, positions, targets)
-                else:
-                    said = teacher(ids, numbers[part], positions)
-                of_classes = isinstance(said, TopTokens)
-                readout = partial(
-                    _logit_loss, teacher=said, num_tokens=num_tokens, is_learnt=is_learnt,
-                    temperature=recipe.temperature,
-                    comparison=_comparison(recipe.loss, recipe.beta, recipe.top_k, of_classes, recipe.compile),
-                    operands=dtype if device.type == "cuda" and dtype == torch.bfloat16 else None,
-                    labels=targets if recipe.label_weight else None, label_weight=recipe.label_weight,
-                    num_labels=num_labels,
-                )  # fmt: skip
-            if between:
-                readout = partial(_both, of_logits=readout, on_the_way=partial(between.loss, is_learnt, num_tokens))
-            with _computing_in(dtype, device):
-                losses = student(ids, readout, positions)
-        loss = losses[0] + weight * losses[1] if between else losses
-        (loss * world.size).backward()  # FSDP averages gradients over ranks; the loss is a sum already
-        total[: losses.numel()] += losses.detach().double()
-        if of_teacher is not None:  # behind the student's, which reads the teacher's output matrix as gathered
-            of_teacher = of_teacher / num_labels
-            (of_teacher * world.size).backward()
-            total[2] += of_teacher.detach()
-    return total
-
-
-def _both(hidden: Tensor, head: Head, of_logits: Readout, on_the_way: Callable[[], Tensor]) -> Tensor:
-    """Both losses, (2,); inside `forward`, since the projection is one of the parameters that FSDP gathers there."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return torch.stack([of_logits(hidden, head), on_the_way()])
-
-
-@cache
-def _comparison(kind: str, beta: float, top_k: int | None, of_classes: bool, compiled: bool) -> Comparison:
-    found = comparison_of(kind, beta, top_k, of_classes)
-    return torch.compile(found) if compiled else found
-
-
-def _computing_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Weights of float32 are used in `dtype`, where that is bfloat16."""
-    return torch.autocast(device.type, dtype, enabled=dtype == torch.bfloat16)
-
-
-def _evaluate(
-    student: Headless, heldout: Blocks, pruned: Checkpoint, dtype: torch.dtype, world: World
-) -> dict[str, Any]:
-    """Held-out perplexity; and, from one process, how the student goes on from the beginning of the held-out text."""
-    with _computing_in(dtype, next(student.parameters()).device):
-        found: dict[str, Any] = {"heldout_perplexity": measure_perplexity(student, heldout).perplexity}
-        if world.size == 1 and (pruned.folder / "tokenizer.json").exists():
-            prompt = heldout.ids[:1, :PROMPT_TOKENS]
-            found["sample"] = greedy_continuation(student.model, load_tokenizer(pruned.folder), prompt)
-    return found
-
-
-def _cross_entropy(hidden: Tensor, head: Head, targets: Tensor, num_labels: int) -> Tensor:
-    return next_token_nll(hidden, head, targets) / num_labels
-
-
-def _logit_loss(
-    hidden: Tensor,
-    head: Head,
-    teacher: States | TopTokens,
-    is_learnt: Tensor | None,
-    labels: Tensor | None,
-    **given: Any,
-) -> Tensor:
-    if is_learnt is not None:
-        hidden, teacher = hidden[is_learnt], teacher.at(is_learnt)
-        labels = None if labels is None else labels[is_learnt]
-    with torch.autocast(hidden.device.type, enabled=False):
-        return logit_loss(hidden, head, teacher, labels=labels, **given)
-
-
-def _write_student(student: Headless, pruned: Checkpoint, out: Path, world: World) -> None:
-    saved = student.model.state_dict().keys()
-    state = {name: buffer for name, buffer in student.model.named_buffers() if name in saved}
-    for name, parameter in student.model.named_parameters():
+def _write_student(student: Student, out: Path, world: World) -> None:
+    model = student.headless.model
+    saved = model.state_dict().keys()
+    state = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    for name, parameter in model.named_parameters():
         value = whole(parameter)  # gathering takes every rank; keeping and writing take one
         if world.is_main:
-            state[name] = value.to(pruned.dtype).cpu()
+            state[name] = value.to(student.checkpoint.dtype).cpu()
     if world.is_main:
         with Progress("write student"), whole_folder(out) as staging:
-            write_model(staging, student.model, state, pruned)
+            write_model(staging, model, state, student.checkpoint)
     world.barrier()

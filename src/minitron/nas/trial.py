@@ -2,10 +2,11 @@
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from minitron.data.blocks import Blocks
-from minitron.distillation.trainer import num_steps_of, trained
+from minitron.distillation.trainer import Trainer, num_steps_of
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.nas.candidates import Candidate
@@ -47,12 +48,12 @@ class Trial:
         session, recipe, folder = self.session, trial_recipe(self.session.recipe), self.folder / name
         if not (folder / "pruned").exists():
             prune(session, arch, self.importance, folder / "pruned", blocks=self._repair_blocks(arch))
-        student, _ = trained(
-            self.train_outputs, open_checkpoint(folder / "pruned"), self.train, None, recipe, folder,
-            session.recipe.seed, session.runtime.device, session.runtime.dtype, World(),
-            until=max(1, tokens // (recipe.batch_size * session.context)), stage=label,
-        )  # fmt: skip
-        return divergence(student, session.splits.heldout, self.heldout_outputs)
+        # Each trial runs in one process, whatever the number of ranks that share the short list.
+        runtime = replace(session.runtime, world=World())
+        trainer = Trainer(self.train_outputs, recipe, self.train, runtime, folder, stage=label)
+        num_steps = max(1, tokens // (recipe.batch_size * session.context))
+        student = trainer.trained(open_checkpoint(folder / "pruned"), until=num_steps)
+        return divergence(student.headless, session.splits.heldout, self.heldout_outputs)
 
     def _repair_blocks(self, arch: Arch) -> Blocks:
         """Return the first calibration blocks: on many more, repairs would take longer than the training."""

@@ -1,0 +1,140 @@
+"""The loss of a training step: teacher outputs, labels and intermediate places, accumulated over micro-batches."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+
+from minitron.data.blocks import Blocks
+from minitron.distillation.fused import Labels, LossOptions, TeacherOutputs, TopTokens, logit_loss
+from minitron.distillation.intermediate import Intermediate
+from minitron.distillation.losses import Comparison, comparison_of
+from minitron.distillation.teacher import Learning, Teacher
+from minitron.evaluation.perplexity import next_token_nll
+from minitron.model.language_model import Head, Headless, Readout
+from minitron.recipe import DistillRecipe
+from minitron.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a student minimises: the distance to a teacher's outputs, or without a teacher the text's cross-entropy."""
+
+    teacher: Teacher | None
+    recipe: DistillRecipe
+    runtime: Runtime
+    intermediate: Intermediate | None = None
+    """Places within both models that are compared in addition to the logits."""
+
+    def accumulate(self, student: Headless, blocks: Blocks, numbers: Tensor, *, weight: float = 0.0) -> Tensor:
+        """Add one step's gradient to the student's, from this rank's share of the step's blocks, by `numbers` (B,).
+
+        The gradient is that of the loss of the logits plus `weight` times the intermediate loss. A teacher that learns
+        as well receives the gradient of its own cross-entropy.
+
+        Returns this rank's part of the three losses (logits, intermediate, teacher), (3,); the parts of all ranks add
+        up to the mean over the step's tokens.
+        """
+        device, world = next(student.parameters()).device, self.runtime.world
+        losses = torch.zeros(3, dtype=torch.float64, device=device)
+        # The one place where losses are normalised: by the tokens of the whole step, on all ranks.
+        counts = max(1, int(blocks.teaches.sum())), max(1, int((blocks.targets >= 0).sum()))
+        mine = torch.arange(len(blocks)).chunk(world.size)[world.rank]
+        for part in mine.split(self.recipe.micro_batch_size):
+            losses += self._micro_batch(student, blocks[part], numbers[part], counts, weight)
+        return losses
+
+    def _micro_batch(
+        self, student: Headless, block: Blocks, numbers: Tensor, counts: tuple[int, int], weight: float
+    ) -> Tensor:
+        device, world, num_labels = next(student.parameters()).device, self.runtime.world, counts[1]
+        losses = torch.zeros(3, dtype=torch.float64, device=device)
+        ids, targets = block.ids.to(device), block.targets.to(device)
+        positions = None if block.positions is None else block.positions.to(device)
+        is_learnt = None if block.is_learnt is None else block.teaches.to(device)
+        teacher_loss: Tensor | None = None
+        with self.intermediate.watching() if self.intermediate else nullcontext():
+            readout: Readout
+            outputs: TeacherOutputs
+            if self.teacher is None:
+                readout = partial(_cross_entropy, targets=targets, num_labels=num_labels)
+            else:
+                if isinstance(self.teacher, Learning):
+                    with self.runtime.autocast():
+                        outputs, teacher_loss = self.teacher.learn(ids, positions, targets)
+                else:
+                    outputs = self.teacher(ids, numbers, positions)
+                readout = self._readout(outputs, targets, is_learnt, counts)
+            if self.intermediate:
+                between = partial(self.intermediate.loss, is_learnt, counts[0])
+                readout = partial(_with_intermediate, logits_readout=readout, intermediate_loss=between)
+            with self.runtime.autocast():
+                computed = student(ids, readout, positions)
+        loss = computed[0] + weight * computed[1] if self.intermediate else computed
+        (loss * world.size).backward()  # FSDP averages gradients over ranks; the loss is a sum already
+        losses[: computed.numel()] += computed.detach().double()
+        if teacher_loss is not None:  # after the student's, which reads the teacher's output matrix as gathered
+            teacher_loss = teacher_loss / num_labels
+            (teacher_loss * world.size).backward()
+            losses[2] += teacher_loss.detach()
+        return losses
+
+    def _readout(
+        self, outputs: TeacherOutputs, targets: Tensor, is_learnt: Tensor | None, counts: tuple[int, int]
+    ) -> Readout:
+        """Return the readout that compares the student's logits with the teacher's outputs."""
+        recipe, dtype = self.recipe, self.runtime.dtype
+        on_cuda = targets.device.type == "cuda"
+        options = LossOptions(
+            temperature=recipe.temperature,
+            labels=Labels(targets, recipe.label_weight, counts[1]) if recipe.label_weight else None,
+            operands=dtype if on_cuda and dtype == torch.bfloat16 else None,
+        )
+        comparison = _comparison(recipe.loss, recipe.beta, recipe.top_k, isinstance(outputs, TopTokens), recipe.compile)
+        return partial(
+            _logit_loss,
+            teacher=outputs,
+            is_learnt=is_learnt,
+            comparison=comparison,
+            num_tokens=counts[0],
+            options=options,
+        )
+
+
+def _with_intermediate(
+    hidden: Tensor, head: Head, logits_readout: Readout, intermediate_loss: Callable[[], Tensor]
+) -> Tensor:
+    """Return both losses, (2,); inside `forward`, since FSDP gathers the projection's parameters there."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.stack([logits_readout(hidden, head), intermediate_loss()])
+
+
+@cache
+def _comparison(kind: str, beta: float, top_k: int | None, of_classes: bool, is_compiled: bool) -> Comparison:
+    comparison = comparison_of(kind, beta, top_k, of_classes)
+    return torch.compile(comparison) if is_compiled else comparison
+
+
+def _cross_entropy(hidden: Tensor, head: Head, targets: Tensor, num_labels: int) -> Tensor:
+    return next_token_nll(hidden, head, targets) / num_labels
+
+
+def _logit_loss(
+    hidden: Tensor,
+    head: Head,
+    teacher: TeacherOutputs,
+    is_learnt: Tensor | None,
+    *,
+    options: LossOptions,
+    **rest: object,
+) -> Tensor:
+    """Compare only the positions whose next token is to be learnt, (B, T); None: all positions."""
+    if is_learnt is not None:
+        hidden, teacher = hidden[is_learnt], teacher.at(is_learnt)
+        if options.labels is not None:
+            options = replace(options, labels=replace(options.labels, tokens=options.labels.tokens[is_learnt]))
+    with torch.autocast(hidden.device.type, enabled=False):
+        return logit_loss(hidden, head, teacher, options=options, **rest)  # type: ignore[arg-type]
