@@ -26,6 +26,7 @@ PACKAGES_DONE = (
     "nas",
     "pipeline.py",
     "progress.py",
+    "pruning",
     "recipe.py",
     "reports",
     "run.py",
