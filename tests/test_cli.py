@@ -207,3 +207,29 @@ def test_progress_speaks_while_a_long_call_is_silent(
     assert any("70 of 100 tokens" in line and "left" in line and "loss 1.5" in line for line in lines)
     assert unknown.done == 0
     assert known.done == 70
+
+
+def test_any_key_of_the_recipe_can_be_set(verb: Verb, tmp_path: Path, text_file: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama-tied")
+    (tmp_path / "recipe.yaml").write_text("context: 64\nprune: {refit: false}\n")
+    options = ["--data", text_file, "--recipe", tmp_path / "recipe.yaml", "--set", "calibration.tokens=1k"]
+    verb("calibrate", folder, tmp_path / "scores", *options, "--set", "context=16")
+    assert int(load_file(tmp_path / "scores" / "calibration.safetensors")["num_blocks"]) == 1000 // 16
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("calibration.tokens", "--set 'calibration.tokens' is not KEY=VALUE"),
+        ("calibration.tokns=1", "unknown key 'calibration.tokns', did you mean 'tokens'?"),
+        ("seed=[1", "--set seed: '[1' is not a value"),
+    ],
+)
+def test_what_cannot_be_set_is_named(
+    assignment: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_model(tmp_path / "model", "llama-tied")
+    monkeypatch.setattr("sys.argv", ["minitron", "calibrate", str(folder), str(tmp_path / "o"), "--set", assignment])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert message in capsys.readouterr().err

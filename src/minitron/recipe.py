@@ -398,22 +398,21 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
 
 def _overlaid(values: dict[str, Any], overrides: dict[str, Any], where: str) -> Recipe:
     for key, value in overrides.items():
-        if value is not None:
-            *parts, name = key.split(".")
-            target = values
-            for part in parts:
-                target = target.setdefault(part, {})
-                if not isinstance(target, dict):
-                    raise UserError(f"{where}: {part} must be a mapping of keys to values")
-            target[name] = value
+        *parts, name = key.split(".")
+        target = values
+        for part in parts:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise UserError(f"{where}: {part} must be a mapping of keys to values")
+        target[name] = value
     return validate(Recipe, values, where)
 
 
 def recipe_from(source: RecipeSource = None, **settings: Any) -> Recipe:
     """Return the recipe of a YAML file, of a built-in name or of another recipe, with settings laid over it.
 
-    A setting is a key (`seed=1`), a part with its keys (`distill={"tokens": "2M"}`), or a dotted key; a setting of None
-    overrides nothing.
+    A setting is a key (`seed=1`), a part with its keys (`distill={"tokens": "2M"}`), or a dotted key; None is a
+    value as in YAML, where it is `null`.
 
     Raises:
         UserError: the file is missing, or a key or a value is not accepted.
