@@ -28,7 +28,8 @@ def contribution(readings: Readings) -> torch.Tensor:
     return scores
 
 
-SCORES["ffn"]["contribution"] = Score(contribution)  # recipes now accept calibration.ffn_scores: contribution
+# Recipes now accept calibration.ffn_scores: contribution. The score reads means whatever calibration.sequence says.
+SCORES["ffn"]["contribution"] = Score(contribution, needs=("mean",))
 
 torch.manual_seed(0)
 runtime = Runtime(torch.device("cpu"), torch.float32)
