@@ -1,15 +1,20 @@
 """The grammar, and property 1: each tensor of a checkpoint matches exactly one row and has its shape."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from minitron.errors import UserError
+from minitron.model.anatomy import Tap
 from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint, student_config
+from minitron.model.families import FAMILIES
 from minitron.model.grammar import parse_rows, parse_taps
+from minitron.model.language_model import module_of
 from tests.conftest import make_model
 
 AXIS_SIZES = {"hidden": 16, "query": 6, "kv": 2, "head_dim": 4, "ffn": 10}
@@ -68,6 +73,46 @@ def test_the_order_of_layers_is_asked_for(tmp_path: Path) -> None:
     assert shallow.with_layers(arch, [0, 1]).config_values()["attn_layer_indices"] == [1]
 
 
+def test_the_final_norm_is_the_last_one() -> None:
+    assert FAMILIES["bamba"].final_norm.name == "model.final_layernorm"
+    norms = FAMILIES["llama"].norms
+    with pytest.raises(ValueError, match="llama: the last of the norms must be the final one"):
+        replace(FAMILIES["llama"], norms=(norms[2], norms[0], norms[1]))
+    with pytest.raises(ValueError, match="the last of the norms must be the final one"):
+        replace(FAMILIES["llama"], norms=norms[:2])
+
+
+def test_taps_stand_in_the_order_of_their_blocks() -> None:
+    taps = FAMILIES["bamba"].taps
+    with pytest.raises(ValueError, match=r"tap at model\.layers\.\{i\}\.self_attn\.o_proj must come before"):
+        replace(FAMILIES["bamba"], taps=(taps[-1], *taps[:-1]))
+
+
+def test_blocks_are_paired_with_the_norms_before_them() -> None:
+    for name, pairs in {
+        "llama": {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"},
+        "bamba": {"mamba.out_proj": "input_layernorm", "feed_forward.down_proj": "pre_ff_layernorm"},
+        "opt": {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"},
+        "olmo2": {"mlp.down_proj": None},
+    }.items():
+        family = FAMILIES[name]
+        for module, norm in pairs.items():
+            row = next(row for row in family.rows if row.name.endswith(f".{{i}}.{module}.weight"))
+            before = family.norm_before(row)
+            assert (before.name.rpartition(".")[2] if before else None) == norm
+
+
+def test_names_in_memory_are_those_in_files_after_the_first_dot(teacher: Checkpoint) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(teacher.config)
+    last = teacher.arch.axis_size("layer") - 1
+    for norm in teacher.arch.family.layer_norms:
+        assert "norm" in type(module_of(model, norm, last)).__name__.lower()
+    for row in teacher.arch.layer_rows(last):
+        if "experts" not in row.owner and "block_sparse_moe" not in row.owner:  # transformers stacks experts
+            module_of(model, row, last)
+
+
 @pytest.mark.parametrize("line", ["a.weight hidden width", "a.weight (query headdim)"])
 def test_a_misspelt_axis_is_refused(line: str) -> None:
     with pytest.raises(ValueError, match="unknown axis"):
@@ -77,6 +122,11 @@ def test_a_misspelt_axis_is_refused(line: str) -> None:
 def test_a_tap_needs_a_side() -> None:
     with pytest.raises(ValueError, match="not a tap"):
         parse_taps("hidden model.norm sideways")
+
+
+def test_a_tap_of_a_kind_a_choice_and_a_condition() -> None:
+    [tap] = parse_taps("(mhead mchan)  a.{i}.in_proj  output[1]  in mamba  as x  if use_bias and not tied")
+    assert tap == Tap(("mhead", "mchan"), "a.{i}.in_proj", "output", 1, "mamba", "x", "use_bias and not tied")
 
 
 def test_every_tensor_matches_exactly_one_row(teacher: Checkpoint) -> None:

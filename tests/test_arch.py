@@ -120,7 +120,7 @@ def test_sizes_are_checked(teacher: Checkpoint) -> None:
     if "expert" in arch.axes:
         with pytest.raises(UserError, match="num_local_experts 1 is below num_experts_per_tok 2"):
             arch.resized(num_local_experts=1)
-        with pytest.raises(UserError, match="20 is no multiple of 8, which experts need"):
+        with pytest.raises(UserError, match="20 must be a multiple of 8, which experts need"):
             arch.resized(**{AXES["expert_ffn" if "expert_ffn" in arch.axes else "ffn"]: 20})
     if "kv" in arch.prunable_axes:
         with pytest.raises(UserError, match="6 a group, above the teacher's 2"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minitron.distillation.losses import Comparison
-from minitron.model.language_model import Head
+from minitron.model.language_model import Head, soft_capped
 
 LOGITS_BYTES = {"cpu": 3 * 2**24, "cuda": 2**29}
 """The size of a buffer of logits, of which there are two: large enough for matrix products to run at full speed."""
@@ -41,7 +41,7 @@ class States:
     def rows(self, part: slice, temperature: float, buffer: Tensor | None = None) -> Callable[[slice], Tensor]:
         """Compute the logits of some positions; return a function that yields each (n, vocab) of them once."""
         logits = _product(self.hidden[part], self.head.weight.T, buffer)
-        return lambda rows: _divide_(_cap_(logits[rows], self.head.softcap), temperature)
+        return lambda rows: _divide_(soft_capped(logits[rows], self.head.softcap, in_place=True), temperature)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class _Task:
         The gradient is with respect to the result of the product, before the soft-cap. `labels` are the rows' own (n,).
         """
         temperature = self.options.temperature
-        _cap_(logits, self.softcap)
+        soft_capped(logits, self.softcap, in_place=True)
         # d cap(x)/dx = 1 − (cap(x)/c)²
         slope = (logits / self.softcap).square_().neg_().add_(1) if self.softcap else None
         label_loss = None if labels is None else _cross_entropy(logits, labels)
@@ -244,11 +244,6 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a.to(b.dtype), b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.to(b.dtype).to(total.dtype), b.to(total.dtype))
-
-
-def _cap_(logits: Tensor, softcap: float | None) -> Tensor:
-    """Soft-cap logits in place."""
-    return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
 
 def _divide_(logits: Tensor, temperature: float) -> Tensor:

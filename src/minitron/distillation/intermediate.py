@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, log_softmax
 
 from minitron.errors import UserError
-from minitron.model.anatomy import Norm, Row, Segment
+from minitron.model.anatomy import Norm, Segment
 from minitron.model.arch import Arch
-from minitron.model.language_model import Headless, Point, watching
+from minitron.model.language_model import Headless, Point, module_of, watching
 from minitron.recipe import IntermediateRecipe
 
 ROWS_AT_ONCE = 16_384
@@ -47,45 +47,34 @@ class Side:
     def reader_before(self, layer: int) -> nn.Module:
         """What the stream in front of a layer is read through: its first norm; the final norm behind the last one."""
         if layer == self.arch.axis_size("layer"):
-            return self.named(self.arch.family.norms[-1].name)
+            return module_of(self.model, self.arch.family.final_norm)
         norms = self._norms(layer)
-        return self.named(norms[0].name, layer) if norms else nn.Identity()
+        return module_of(self.model, norms[0], layer) if norms else nn.Identity()
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """The norm whose output enters the MLP or the experts of a layer."""
-        rows = [row for row in self._rows(layer) if row.axes & {"ffn", "expert", "shared_ffn"}]
+        rows = [row for row in self.arch.layer_rows(layer) if row.axes & {"ffn", "expert", "shared_ffn"}]
         found = [norm for norm in self._norms(layer) if any(norm.is_read_by(row) for row in rows)]
-        return self.named(found[-1].name, layer) if found else None
+        return module_of(self.model, found[-1], layer) if found else None
 
     def heads(self, layer: int) -> list[tuple[Point, Segment]]:
         """What makes queries, keys and values, and the axes that its outputs run along; one of several joined too."""
-        readers = {tap.module.split(".", 1)[1] for tap in self.arch.family.taps if tap.side == "input"}
         return [
-            ((self.named(row.name.removesuffix(".weight"), layer), "output"), segment)
-            for row in self._rows(layer)
+            ((module_of(self.model, row, layer), "output"), segment)
+            for row in self.arch.layer_rows(layer)
             if len(row.dimensions) == 2 and row.axes & {"query", "kv"} and "hidden" in row.axes
-            and row.name.removesuffix(".weight").split(".", 1)[1] not in readers
+            and not any(tap.reads_input_of(row) for tap in self.arch.taps)
             for dimension in row.dimensions if dimension != (("hidden",),)
             for segment in dimension
         ]  # fmt: skip
 
-    def named(self, name: str, layer: int | None = None) -> nn.Module:
-        """The module of that name in files, which may begin otherwise than in memory."""
-        found: nn.Module = self.model.base_model.get_submodule(name.replace("{i}", str(layer)).split(".", 1)[1])
-        return found
-
     def _layer(self, number: int) -> nn.Module:
-        found: nn.Module = self.model.get_submodule(self.arch.family.layer.replace("{i}", str(number)))
+        found: nn.Module = self.model.get_submodule(self.arch.family.layer_module(number))
         return found
-
-    def _rows(self, layer: int) -> Iterator[Row]:
-        kind = self.arch.layers[layer] if self.arch.layers else None
-        return (row for row in self.arch.rows if row.is_per_layer and row.kind in {None, kind})
 
     def _norms(self, layer: int) -> list[Norm]:
-        names = {row.name for row in self._rows(layer)}
-        return [norm for norm in self.arch.family.norms
-                if f"{norm.name}.weight" in names and norm.is_in_front(self.arch.flags)]  # fmt: skip
+        names = {row.name for row in self.arch.layer_rows(layer)}
+        return [norm for norm in self.arch.norms_before_blocks if norm.weight_name() in names]
 
 
 @dataclass(frozen=True)

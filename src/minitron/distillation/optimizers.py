@@ -27,7 +27,7 @@ def make_optimizers(student: Headless, arch: Arch, recipe: DistillRecipe, world:
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     found: Optimizers = []
     if recipe.optimizer == "muon":
-        layers = student.model.get_submodule(arch.family.layer.removesuffix(".{i}"))
+        layers = student.model.get_submodule(arch.family.layer_list)
         matrices = [parameter for parameter in layers.parameters() if parameter.requires_grad and parameter.ndim == 2]
         if matrices:
             found.append(

@@ -48,7 +48,7 @@ def lighten(model: Headless, arch: Arch, recipe: DistillRecipe) -> None:
 
 def layers_of(model: Headless, arch: Arch) -> list[nn.Module]:
     """The modules of the layers."""
-    names = (arch.family.layer.replace("{i}", str(layer)) for layer in range(arch.axis_size("layer")))
+    names = (arch.family.layer_module(layer) for layer in range(arch.axis_size("layer")))
     return [model.model.get_submodule(name) for name in names]
 
 

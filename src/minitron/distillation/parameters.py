@@ -25,8 +25,7 @@ def choose_parameters(
         UserError: adapters over several processes, or without peft.
     """
     if recipe.trains == "norms":
-        # Behind the first dot a norm has one name, in files and in memory.
-        norms = "|".join(norm.name.split(".", 1)[1].replace("{i}", r"\d+") for norm in arch.family.norms)
+        norms = "|".join(norm.module.replace("{i}", r"\d+") for norm in arch.family.norms)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(re.fullmatch(rf"[^.]+\.({norms})\.(weight|bias)", name) is not None)
     if recipe.trains != "lora":
@@ -38,7 +37,7 @@ def choose_parameters(
     except ImportError as error:
         raise UserError("distill.trains lora needs peft: pip install 'minitron[lora]'") from error
     # Fused Mamba kernels multiply by their output matrix themselves and would pass an adapter by.
-    unfit = [row.name.removesuffix(".weight").rsplit("{i}.", 1)[-1] for row in arch.rows
+    unfit = [row.owner.rsplit("{i}.", 1)[-1] for row in arch.rows
              if "mhead" in row.axes and row.dimensions[0] == (("hidden",),)]  # fmt: skip
     config = LoraConfig(
         r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear", exclude_modules=unfit or None

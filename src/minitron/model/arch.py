@@ -1,4 +1,4 @@
-"""The sizes of a model under their config names, and exact counts derived from its family's table."""
+"""The shape of a model: its sizes under their config names, and exact counts derived from its family's table."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,20 +8,20 @@ from math import prod
 from typing import Any
 
 from minitron.errors import UserError, nearest
-from minitron.model.anatomy import AXES, Demand, Family, Place, Row
+from minitron.model.anatomy import AXES, Demand, Family, Norm, Place, Row, Tap, holds
 from minitron.model.families import family_of
 
 TIED = "tie_word_embeddings"
 EXPERT_MULTIPLE = 8
-"""Experts are multiplied in groups, by kernels that read rows of 16 bytes: 8 numbers of bfloat16."""
+"""Sizes of experts are a multiple of this: kernels for groups of experts read 16 bytes at once, 8 bfloat16 numbers."""
 
 
 @dataclass(frozen=True)
 class Arch:
-    """The shape of a model: a family, its sizes by config name, and the booleans its table asks about.
+    """The shape of a model: a family, its sizes by config name, and the config booleans that its table names.
 
-    Where layers are of several kinds, `sizes` also says how many there are of each (`num_mamba_layers`), and
-    `layers` in which order they stand; a shape that nothing has been cut to yet does not know the order.
+    Where layers are of several kinds, `sizes` also holds the number of layers of each kind (`num_mamba_layers`), and
+    `layers` their order; the order is empty for a shape that no model has been cut to yet.
     """
 
     model_type: str
@@ -31,7 +31,7 @@ class Arch:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Arch":
-        """Read the sizes from a config with all its defaults filled in (`PretrainedConfig.to_dict()`).
+        """Read the sizes from the entries of a config, its defaults filled in (`config.config_values`).
 
         Raises:
             UserError: the `model_type` is unknown, or a size is missing.
@@ -59,10 +59,10 @@ class Arch:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], teacher: "Arch") -> "Arch":
-        """Return the shape that `to_dict` described, of a teacher whose family and booleans it shares.
+        """Return the shape whose `to_dict` is `values`; it has the family and the booleans of its teacher.
 
         Raises:
-            UserError: a name is no size of the teacher, or see `resized`.
+            UserError: a name is not a size of the teacher, or see `resized`.
         """
         others = {"model_type", *(teacher.flags.keys() - teacher.sizes.keys())}
         return teacher.resized(**{name: size for name, size in values.items() if name not in others})
@@ -74,7 +74,7 @@ class Arch:
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:
-        """The rows of its table that it has."""
+        """The rows of the family's table that this model has."""
         return tuple(
             row
             for row in self.family.rows
@@ -82,8 +82,13 @@ class Arch:
         )
 
     @cached_property
+    def taps(self) -> tuple[Tap, ...]:
+        """The family's taps that this model has."""
+        return tuple(tap for tap in self.family.taps if holds(tap.condition, self.flags))
+
+    @cached_property
     def axes(self) -> tuple[str, ...]:
-        """The axes that its tensors have, those that these are bound to, and depth."""
+        """The axes of its tensors, the axes that these are grouped by or bounded by, and depth."""
         used = {axis for row in self.rows for axis in row.axes} | {"layer"}
         bound = {
             other
@@ -96,34 +101,62 @@ class Arch:
     @cached_property
     def prunable_axes(self) -> tuple[str, ...]:
         """The axes that taps score, and depth."""
-        tapped = {axis for tap in self.family.taps for axis in tap.axes}
+        tapped = {axis for tap in self.taps for axis in tap.axes}
         return tuple(axis for axis in self.axes if axis in tapped | {"layer"})
 
     @cached_property
     def grouped(self) -> Mapping[str, str]:
-        """Of the family's grouped axes, those that this model has."""
+        """The family's grouped axes that this model has, each with the axis that groups it."""
         return {axis: group for axis, group in self.family.grouped.items() if axis in self.axes}
 
     def axis_size(self, axis: str) -> int:
-        """How many entries an axis of the grammar has."""
+        """Return the number of entries of an axis."""
         return self.sizes[AXES[axis]]
 
     def entries(self, axis: str) -> int:
-        """How many entries an axis has; of a grouped one, within each group."""
+        """Return the number of entries of an axis; of a grouped axis, the number within each group."""
         group = self.grouped.get(axis)
         return self.axis_size(axis) // (self.axis_size(group) if group else 1)
 
     @property
     def layer_counts(self) -> dict[str, int]:
-        """How many layers there are of each kind; empty where all are alike."""
+        """The number of layers of each kind; empty where all layers are alike."""
         used = sorted({kind for row in self.rows if (kind := row.kind)} | set(self.layers))
         return {kind: self.sizes[_kind_size(kind)] for kind in used}
 
     def layer_numbers(self, kind: str | None = None) -> list[int]:
-        """The numbers of the layers, or of those of a kind, whose order must be known for that."""
+        """Return the numbers of all layers, or of the layers of a kind.
+
+        Raises:
+            ValueError: a kind is given, and the order of the layers is not known.
+        """
         if kind is None:
             return list(range(self.axis_size("layer")))
-        return [i for i, found in enumerate(self._ordered_layers) if found == kind]
+        return [i for i, other in enumerate(self._ordered_layers) if other == kind]
+
+    def layer_kind(self, number: int) -> str | None:
+        """Return the kind of a layer; None where all layers are alike."""
+        return self._ordered_layers[number] if self.layer_counts else None
+
+    def layer_rows(self, number: int) -> Iterator[Row]:
+        """Yield the rows of the tensors that a layer has."""
+        kind = self.layer_kind(number)
+        return (row for row in self.rows if row.is_per_layer and row.kind in {None, kind})
+
+    def layer_taps(self, number: int) -> Iterator[Tap]:
+        """Yield the taps that a layer has."""
+        kind = self.layer_kind(number)
+        return (tap for tap in self.taps if tap.kind in {None, kind})
+
+    @property
+    def norms_before_blocks(self) -> list[Norm]:
+        """The norms of a layer whose output a block reads, in the order in which the layer passes them."""
+        return [norm for norm in self.family.layer_norms if norm.is_before_block(self.flags)]
+
+    @property
+    def norms_after_blocks(self) -> list[Norm]:
+        """The norms whose output is added to the residual stream."""
+        return [norm for norm in self.family.norms if not norm.is_before_block(self.flags)]
 
     @property
     def _ordered_layers(self) -> tuple[str, ...]:
@@ -132,14 +165,14 @@ class Arch:
         return self.layers
 
     def places(self) -> Iterator[Place]:
-        """Every tensor that a model of this shape stores, in the order of the table."""
+        """Yield the place of every tensor that a model of this shape stores, in the order of the table."""
         for row in self.rows:
             for layer in self.layer_numbers(row.kind) if row.is_per_layer else [None]:
                 for expert in range(self.axis_size("expert")) if row.is_per_expert else [None]:
                     yield Place(row, layer, expert)
 
     def match(self, tensor_name: str) -> Place | None:
-        """Where a tensor stands in this model, or None when it has no such tensor."""
+        """Return the place of a tensor in this model, or None when the model has no such tensor."""
         place = self.family.match(tensor_name, self.rows)
         if place is None or place.layer is None:
             return place
@@ -152,38 +185,38 @@ class Arch:
 
     @property
     def output(self) -> Row:
-        """The row of the output matrix: that of the embeddings where they are tied."""
+        """The row of the output matrix: the row of the embeddings where they are tied."""
         return [row for row in self.rows if row.axes == {"vocab", "hidden"}][-1]
 
     @property
     def num_parameters(self) -> int:
-        """All parameters, tied ones once; exact."""
+        """The exact number of parameters; tied ones count once."""
         return int(self._count(self.sizes))
 
     @property
     def num_non_embedding_parameters(self) -> int:
-        """All parameters but those of the tensors that run along the vocabulary."""
+        """The number of parameters outside the tensors that run along the vocabulary."""
         return int(self._count(self.sizes, without="vocab"))
 
     @property
     def num_active_parameters(self) -> int:
-        """The parameters that one token makes use of: all but those of the experts that it is not sent to."""
+        """The number of parameters that one token uses: all but those of the experts that it is not routed to."""
         return int(self._count(self.sizes, active=True))
 
     def count_grid(self, sizes: Mapping[str, Any], without: str | None = None, active: bool = False) -> Any:
-        """Parameter counts of many shapes at once: sizes may be integer arrays that broadcast.
+        """Return the parameter counts of many shapes at once; sizes may be integer arrays that broadcast.
 
-        All parameters; or those of tensors that do not run along the axis `without`; or those that are active.
+        With `without`, tensors along that axis are left out; with `active`, experts that a token is not routed to.
         """
         return self._count({**self.sizes, **sizes}, without, active)
 
     def resized(self, **sizes: int) -> "Arch":
-        """The same family with some sizes changed.
+        """Return a shape of this family with some sizes changed.
 
-        Where layers are of several kinds, `num_hidden_layers` alone is shared out by `split_depth`.
+        Where layers are of several kinds, `num_hidden_layers` alone is split among the kinds by `split_depth`.
 
         Raises:
-            UserError: a name is no size, a size is below 1, the entries of an axis cannot be dealt out to its
+            UserError: a name is unknown, a size is below 1, the entries of an axis cannot be split equally among its
                 groups, or no `model_type` can express the shape.
         """
         for name, size in sizes.items():
@@ -204,7 +237,7 @@ class Arch:
         for axis in self._experts_axes:
             if not self._suits_experts(arch.axis_size(axis), axis):
                 raise UserError(
-                    f"{AXES[axis]} {arch.axis_size(axis)} is no multiple of {EXPERT_MULTIPLE}, which experts need"
+                    f"{AXES[axis]} {arch.axis_size(axis)} must be a multiple of {EXPERT_MULTIPLE}, which experts need"
                 )
         arch.require_expressible()
         return arch
@@ -237,10 +270,10 @@ class Arch:
         return all(sizes[name] == self.sizes[name] for name in depth)
 
     def split_depth(self, depth: int) -> dict[str, int]:
-        """`depth` layers shared out to the kinds as they are now, to the nearest, at least one of each; by size name.
+        """Split `depth` layers among the kinds in the present ratio, at least one of each; return them by size name.
 
         Raises:
-            UserError: there are fewer layers than kinds, or more than there are now.
+            UserError: there are fewer layers than kinds, or more than this shape has.
         """
         kinds, total = self.layer_counts, self.axis_size("layer")
         if not len(kinds) <= depth <= total:
@@ -254,11 +287,11 @@ class Arch:
         return {_kind_size(kind): count for kind, count in counts.items()}
 
     def with_layers(self, teacher: "Arch", kept: list[int]) -> "Arch":
-        """This shape with the order of its layers, which are those of the teacher's that are kept."""
+        """Return this shape with the order of its layers, which are the kept layers of the teacher."""
         return replace(self, layers=tuple(teacher.layers[i] for i in kept) if teacher.layers else ())
 
     def depth_of(self, layers: tuple[str, ...]) -> dict[str, int]:
-        """The sizes that say how deep a model of these layers is; of one layer where all are alike."""
+        """Return the sizes that state the depth of a model of these layers; of one layer where all are alike."""
         return {_kind_size(kind): layers.count(kind) for kind in self.layer_counts} | {AXES["layer"]: len(layers) or 1}
 
     def require_prunable_to(self, smaller: "Arch") -> None:
@@ -293,7 +326,7 @@ class Arch:
 
     @property
     def restatement(self) -> Demand | None:
-        """Its config class's demand, when this shape must be written under another `model_type` for it."""
+        """The demand of its config class for which this shape must be written under another `model_type`, or None."""
         return self._unmet_demand if self._can_be_restated else None
 
     @property
@@ -303,7 +336,7 @@ class Arch:
         return None if is_met else demand
 
     def expressible(self, sizes: Mapping[str, Any]) -> Any:
-        """Of many shapes at once, which ones can be made of this one; sizes are integer arrays that broadcast."""
+        """Return which of many shapes can be made of this one; sizes are integer arrays that broadcast."""
         every, demand = {**self.sizes, **sizes}, self.family.demand
         fits = self._has_its_product(every)
         for axis in self._experts_axes:
@@ -325,7 +358,7 @@ class Arch:
         return bool(demand and demand.restated_as and not any(self.flags[flag] for flag in demand.without))
 
     def config_values(self) -> dict[str, Any]:
-        """Its sizes as its family's config says them."""
+        """Return its sizes as entries of its family's config."""
         family = self.family
         values: dict[str, Any] = {family.config_name(axis): self.axis_size(axis) for axis in self.axes}
         for name, axes in family.config_products.items():
@@ -338,7 +371,7 @@ class Arch:
         return values | (family.kinds.write(self._ordered_layers) if family.kinds else {})
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the model type, the booleans and the sizes, for JSON; `from_dict` reads them."""
         flags = {name: flag for name, flag in self.flags.items() if name not in AXES.values()}
         return {"model_type": self.model_type, **flags, **self.sizes}
 
@@ -357,9 +390,8 @@ class Arch:
         return total
 
     def _holds_experts(self, row: Row) -> bool:
-        """Whether a tensor is of a module that holds experts: not the router, which has an output for each of them."""
-        modules = {other.name.rpartition(".")[0] for other in self.rows if other.axes & self.family.per_expert_axes}
-        return row.name.rpartition(".")[0] in modules
+        """Whether a tensor is in a module that holds experts; the router, with an output for each expert, is not."""
+        return row.owner in {other.owner for other in self.rows if other.axes & self.family.per_expert_axes}
 
 
 def _kind_size(kind: str) -> str:

@@ -8,41 +8,42 @@
     (mixtral) ….experts.{e}.w1.weight          ffn hidden
     (nemotron_h) ….mixer.D                     mhead                       in mamba
 
-A dimension is an axis, or in parentheses a product of axes and integers, outermost first; `|` joins
-products one after the other. `{i}` stands for the layer, `{e}` for the expert. `in` names the one kind of
-layer that has the tensor, `if` a boolean of the config or several (`if A and not B`). `as buffer` marks what
-is stored and cut but is no parameter. The shape `-` marks a buffer that old checkpoints carry and nobody reads.
+A dimension is an axis, or in parentheses a product of axes and integers, outermost first; `|` joins products one after
+the other. `{i}` stands for the layer, `{e}` for the expert. `in` names the only kind of layer that has the tensor, `if`
+a config boolean or several (`if A and not B`). `as buffer` marks a tensor that is stored and cut but not counted.
+The shape `-` marks a buffer of old checkpoints that no model reads.
 """
 
 import re
 
 from minitron.model.anatomy import AXES, KINDS, Dimension, Factor, Norm, Row, Tap
 
+IN_KIND = r"(?:\s+in (?P<kind>\w+))?"
+IF_CONDITION = r"(?:\s+if (?P<condition>(?:not )?\w+(?: and (?:not )?\w+)*))?"
+
 
 def parse_rows(table: str) -> tuple[Row, ...]:
-    """Read a table, a row a line; blank lines and lines starting with `#` are skipped."""
+    """Read the rows of a table, one per line.
+
+    Raises:
+        ValueError: a line is not a row, or names an unknown axis.
+    """
     return tuple(_parse_row(line.strip()) for line in _lines(table))
 
 
 def parse_taps(table: str) -> tuple[Tap, ...]:
-    """Read lines of `axis  module  input|output|routed`, with `[n]` for a stretch, `in KIND`, `as CHOICE`."""
-    taps = []
-    for line in _lines(table):
-        found = re.fullmatch(
-            r"\s*(?:\((?P<product>[^)]*)\)|(?P<axis>\w+))\s+(?P<module>\S+)\s+(?P<side>input|output|routed)"
-            r"(?:\[(?P<stretch>\d)\])?(?:\s+in (?P<kind>\w+))?(?:\s+as (?P<choice>\w+))?\s*",
-            line,
-        )
-        axes = tuple((found["product"] or found["axis"]).split()) if found else ()
-        if not found or not set(axes) <= set(AXES) or found["kind"] not in {None, *KINDS.values()}:
-            raise ValueError(f"not a tap: {line!r}")
-        stretch = None if found["stretch"] is None else int(found["stretch"])
-        taps.append(Tap(axes, found["module"], found["side"], stretch, found["kind"], found["choice"]))
-    return tuple(taps)
+    """Read taps, one per line: `axis  module  input|output|routed`.
+
+    A line may continue with `[n]` for a stretch, then `in KIND`, `as CHOICE` and `if CONDITION`.
+
+    Raises:
+        ValueError: a line is not a tap.
+    """
+    return tuple(_parse_tap(line.strip()) for line in _lines(table))
 
 
 def parse_norms(table: str) -> tuple[Norm, ...]:
-    """Read lines of `module  reader reader …`, with `if FLAG`; a reader is a part of a row's name."""
+    """Read norms, one per line: `module  reader reader …`, with `if FLAG`; a reader is a part of a row's name."""
     norms = []
     for line in _lines(table):
         body, _, condition = line.partition(" if ")
@@ -56,17 +57,13 @@ def _lines(table: str) -> list[str]:
 
 
 def _parse_row(line: str) -> Row:
-    found = re.fullmatch(
-        r"(?P<name>\S+)\s+(?P<shape>.+?)(?:\s+in (?P<kind>\w+))?"
-        r"(?:\s+if (?P<condition>(?:not )?\w+(?: and (?:not )?\w+)*))?(?P<buffer>\s+as buffer)?",
-        line,
-    )
-    if not found or found["kind"] not in {None, *KINDS.values()}:
+    match = re.fullmatch(rf"(?P<name>\S+)\s+(?P<shape>.+?){IN_KIND}{IF_CONDITION}(?P<buffer>\s+as buffer)?", line)
+    if not match or match["kind"] not in {None, *KINDS.values()}:
         raise ValueError(f"not a row: {line!r}")
-    if found["shape"] == "-":
-        return Row(found["name"], (), is_ignored=True)
-    dimensions = tuple(_parse_dimension(dim) for dim in re.findall(r"\([^)]*\)|[^\s()]+", found["shape"]))
-    return Row(found["name"], dimensions, found["kind"], found["condition"], is_buffer=bool(found["buffer"]))
+    if match["shape"] == "-":
+        return Row(match["name"], (), is_ignored=True)
+    dimensions = tuple(_parse_dimension(dim) for dim in re.findall(r"\([^)]*\)|[^\s()]+", match["shape"]))
+    return Row(match["name"], dimensions, match["kind"], match["condition"], is_buffer=bool(match["buffer"]))
 
 
 def _parse_dimension(text: str) -> Dimension:
@@ -79,3 +76,16 @@ def _parse_factor(word: str) -> Factor:
     if word not in AXES:
         raise ValueError(f"unknown axis {word!r}; known: {', '.join(AXES)}")
     return word
+
+
+def _parse_tap(line: str) -> Tap:
+    match = re.fullmatch(
+        r"(?:\((?P<product>[^)]*)\)|(?P<axis>\w+))\s+(?P<module>\S+)\s+(?P<side>input|output|routed)"
+        rf"(?:\[(?P<stretch>\d)\])?{IN_KIND}(?:\s+as (?P<choice>\w+))?{IF_CONDITION}",
+        line,
+    )
+    axes = tuple((match["product"] or match["axis"]).split()) if match else ()
+    if not match or not set(axes) <= set(AXES) or match["kind"] not in {None, *KINDS.values()}:
+        raise ValueError(f"not a tap: {line!r}")
+    stretch = None if match["stretch"] is None else int(match["stretch"])
+    return Tap(axes, match["module"], match["side"], stretch, match["kind"], match["choice"], match["condition"])

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from minitron.model.anatomy import Norm, Row
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.families import family_of
 from minitron.progress import Progress
@@ -26,8 +27,19 @@ class Head:
     def logits(self, states: Tensor) -> Tensor:
         """Of states (…, hidden), in float32 or better: for few tokens at a time."""
         dtype = torch.promote_types(states.dtype, torch.float32)
-        logits = states.to(dtype) @ self.weight.to(dtype).T
-        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+        return soft_capped(states.to(dtype) @ self.weight.to(dtype).T, self.softcap)
+
+
+def soft_capped(logits: Tensor, softcap: float | None, in_place: bool = False) -> Tensor:
+    """Return `softcap · tanh(logits / softcap)`, or the logits themselves without a cap.
+
+    In place, the logits are overwritten, which autograd does not allow.
+    """
+    if not softcap:
+        return logits
+    if in_place:
+        return logits.div_(softcap).tanh_().mul_(softcap)
+    return softcap * torch.tanh(logits / softcap)
 
 
 Readout = Callable[[Tensor, Head], Any]
@@ -92,6 +104,12 @@ def build_model(
     dtype = dtype or next(iter(state.values())).dtype
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()
+
+
+def module_of(model: Any, part: Row | Norm, layer: int | None = None) -> nn.Module:
+    """Return the module of a transformers model that holds a row's tensor, or that is a norm, in a layer."""
+    module: nn.Module = model.base_model.get_submodule(part.module.replace("{i}", str(layer)))
+    return module
 
 
 def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:

@@ -52,7 +52,7 @@ class SortedTeacher:
         new_numbers = {number: new for new, number in enumerate(layers)}
         for row in arch.rows:
             parts = self._parts(row, arch)
-            numbers = [i for i in layers if row.kind is None or self.teacher.arch.layers[i] == row.kind]
+            numbers = [i for i in layers if row.kind in {None, self.teacher.arch.layer_kind(i)}]
             for number in numbers if row.is_per_layer else [None]:
                 new = None if number is None else new_numbers[number]
                 for expert in range(arch.axis_size("expert")) if row.is_per_expert else [None]:
@@ -93,7 +93,7 @@ def _cut(tensor: Tensor, parts: list[tuple[int, int | Tensor]]) -> Tensor:
 
 def deciding_sizes(teacher: Arch, recipe: PruneRecipe) -> tuple[str, ...]:
     """Return the config names of the sizes that need a sorted teacher for each combination of their values."""
-    axes = {tap.axes[1] for tap in teacher.family.taps if len(tap.axes) > 1}
+    axes = {tap.axes[1] for tap in teacher.taps if len(tap.axes) > 1}
     if recipe.rescale_norms or rotates(teacher, recipe):
         axes.add("hidden")
     return tuple(AXES[axis] for axis in teacher.prunable_axes if axis in axes)

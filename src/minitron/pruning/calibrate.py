@@ -108,15 +108,12 @@ class _Sums:
     @contextmanager
     def reading(self, layer: Layer, moment: bool) -> Iterator[None]:
         """Read every tap of a layer while the block runs, and with `moment` the stream before its norms."""
-        family, kind = self.arch.family, self.arch.layers[layer.number] if self.arch.layers else None
         with ExitStack() as hooks:
-            for tap in {tap.key: tap for tap in family.taps if tap.kind in {None, kind}}.values():
+            for tap in {tap.key: tap for tap in self.arch.layer_taps(layer.number)}.values():
                 hooks.callback(self._hook(layer, tap).remove)
-            for norm in family.norms if moment else ():
-                if "{i}" in norm.name and norm.is_in_front(self.arch.flags):
-                    module = layer.stored_module(norm.name)
-                    handle = module.register_forward_pre_hook(lambda _, inputs: self.add_moment(inputs[0]))
-                    hooks.callback(handle.remove)
+            for norm in self.arch.norms_before_blocks if moment else ():
+                handle = layer.module_of(norm).register_forward_pre_hook(lambda _, inputs: self.add_moment(inputs[0]))
+                hooks.callback(handle.remove)
             yield
 
     def _hook(self, layer: Layer, tap: Tap) -> RemovableHandle:

@@ -80,9 +80,9 @@ class Cut:
 
     def _rows_of(self, number: int | None) -> Iterator[tuple[Row, int | None]]:
         """Yield the rows of a layer, or of what stands outside the layers, with the student's experts."""
+        kind = None if number is None else self.teacher.layer_kind(number)
         for row in self.student.rows:
-            kind_fits = number is None or row.kind is None or row.kind == self.teacher.layers[number]
-            if row.is_per_layer == (number is not None) and kind_fits:
+            if row.is_per_layer == (number is not None) and row.kind in {None, kind}:
                 for expert in range(self.student.axis_size("expert")) if row.is_per_expert else [None]:
                     yield row, expert
 
@@ -114,7 +114,7 @@ class Cut:
         gain = (teacher.axis_size("hidden") / self.student.axis_size("hidden")) ** 0.5
         if row == teacher.embedding:
             scaled = scaled * gain
-        elif row.name == f"{family.norms[-1].name}.weight" and teacher.flags[TIED]:
+        elif row.name == family.final_norm.weight_name() and teacher.flags[TIED]:
             scaled = (scaled + family.norm_offset) / gain - family.norm_offset
         return scaled.to(value.dtype)
 

@@ -96,7 +96,7 @@ def require_depth_score(recipe: DepthRecipe) -> None:
 def _influence_of_blocks(model: nn.Module, arch: Arch, blocks: Blocks, removed: set[int]) -> Tensor:
     """Return `layer_blocks` of 1 − cos(stream before the block, stream after it), mean over tokens, from one pass."""
     depth, device = arch.axis_size("layer"), next(model.parameters()).device
-    layers = [model.get_submodule(arch.family.layer.replace("{i}", str(i))) for i in range(depth)]
+    layers = [model.get_submodule(arch.family.layer_module(i)) for i in range(depth)]
     streams: list[Tensor] = []
 
     def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -139,7 +139,7 @@ class Passable:
     """A model whose layers can be passed over while a block runs; itself a context manager."""
 
     def __init__(self, model: nn.Module, arch: Arch) -> None:
-        stack = model.get_submodule(arch.family.layer.removesuffix(".{i}"))
+        stack = model.get_submodule(arch.family.layer_list)
         assert isinstance(stack, nn.ModuleList)
         self.stack, self.whole = stack, list(stack)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
-from minitron.model.anatomy import Row
+from minitron.model.anatomy import Norm, Row
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, student_config
-from minitron.model.language_model import Point, build_model, entering, leaving, watching
+from minitron.model.language_model import Point, build_model, entering, leaving, module_of, watching
 from minitron.model.source import cache_folder
 from minitron.runtime import Runtime
 
@@ -80,10 +80,9 @@ class Layer:
         module: nn.Module = self.model.get_submodule(name.replace("{i}", "0"))
         return module
 
-    def stored_module(self, name: str) -> nn.Module:
-        """Return the module of a name in files, whose first part may differ from that in memory."""
-        module: nn.Module = self.model.base_model.get_submodule(name.replace("{i}", "0").split(".", 1)[1])
-        return module
+    def module_of(self, part: Row | Norm) -> nn.Module:
+        """Return the module that holds a row's tensor, or that is a norm."""
+        return module_of(self.model, part, 0)
 
     def __call__(self, stream: Tensor) -> Tensor:
         """Return the layer's output for a residual stream (1, T, hidden), of equal shape."""

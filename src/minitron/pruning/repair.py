@@ -22,7 +22,7 @@ from torch import Tensor
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
-from minitron.model.anatomy import Norm, Row
+from minitron.model.anatomy import Row
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.progress import Progress
@@ -57,7 +57,7 @@ def repaired(
         _require_tokens(cut, blocks)
     recipe = recipe.model_copy(update={"rescale_norms": rescales, "refit": refits})
     walk, depth = _Walk(teacher, cut, blocks, recipe, runtime), cut.teacher.axis_size("layer")
-    final_norm = f"{cut.teacher.family.norms[-1].name}.weight"
+    final_norm = cut.teacher.family.final_norm.weight_name()
     for row in cut.student.rows:
         if not row.is_per_layer and row.name != final_norm:
             yield row.name, cut(row, None, None)
@@ -176,8 +176,8 @@ class _Walk:
         return targets, shares
 
     def _read_shares(self, layer: Layer, shares: dict[str, list[Tensor]], hooks: ExitStack) -> None:
-        for norm in self._layer_norms():
-            module, of_norm = layer.stored_module(norm.name), shares.setdefault(f"{norm.name}.weight", [])
+        for norm in self.cut.teacher.family.layer_norms:
+            module, of_norm = layer.module_of(norm), shares.setdefault(norm.weight_name(), [])
             handle = module.register_forward_pre_hook(
                 lambda _, inputs, of_norm=of_norm: of_norm.append(self.share(inputs[0]))
             )
@@ -190,7 +190,7 @@ class _Walk:
             weight = self.current[writer.row, None]
             width, size = weight.shape[writer.dim], self.cut.student.axis_size("hidden")
             moment, cross = (torch.zeros(width, n, device=self.runtime.device) for n in (width, size))
-            inputs_point = student.stored_module(writer.module), "input"
+            inputs_point = student.module_of(writer.row), "input"
             for i in range(len(self.blocks)):
                 stream, wanted = self.student[i].to(self.runtime.device), target[i].to(self.runtime.device)
                 if writer.is_last:
@@ -203,7 +203,7 @@ class _Walk:
                 cross.addmm_(x.T, (wanted.float() - output.float()).flatten(0, -2))
             change = correction(moment, cross, self.recipe.ridge, self.blocks.num_tokens).movedim(-1, writer.dim)
             self.current[writer.row, None] = corrected = (weight.float() + change.cpu()).to(weight.dtype)
-            module: Any = student.stored_module(writer.module)
+            module: Any = student.module_of(writer.row)
             module.weight.copy_(corrected)
         for i in range(len(self.blocks)):
             self.student[i] = student(self.student[i].to(self.runtime.device))
@@ -215,6 +215,3 @@ class _Walk:
 
     def _new_stream(self) -> Stream:
         return Stream(self.blocks, self.cut.student.axis_size("hidden"), self.runtime.dtype)
-
-    def _layer_norms(self) -> list[Norm]:
-        return [norm for norm in self.cut.teacher.family.norms if "{i}" in norm.name]

@@ -27,7 +27,7 @@ def untied(arch: Arch) -> Arch:
 
 def obstacle(arch: Arch) -> str | None:
     """Return the reason why the stream of a model of this shape cannot be rotated, a clause; None if it can."""
-    if after := [norm for norm in arch.family.norms if not norm.is_in_front(arch.flags)]:
+    if after := arch.norms_after_blocks:
         return (
             f"{arch.model_type} has norms after its blocks ({after[0].name}), whose weights cannot move into another "
             "tensor: its channels can be permuted but not rotated"
@@ -71,8 +71,8 @@ def principal_basis(arch: Arch, size: int, moment: Tensor, tensor: Callable[[str
         raise UserError(reason)
     moment, cut_off = moment.double(), len(moment) - size
     for norm in arch.family.norms:
-        for layer in arch.layer_numbers() if "{i}" in norm.name else [None]:
-            name = f"{norm.name}.bias".replace("{i}", str(layer))
+        for layer in arch.layer_numbers() if norm.is_per_layer else [None]:
+            name = norm.bias_name(layer)
             if arch.match(name) is not None:
                 added = tensor(name).double() / norm_weight(arch, norm, layer, tensor)
                 moment = moment + added[:, None] * added
@@ -84,7 +84,7 @@ def principal_basis(arch: Arch, size: int, moment: Tensor, tensor: Callable[[str
         return basis
     directions = _principal(moment)[:, cut_off:]
     if arch.flags.get(TIED, False):
-        gain = norm_weight(arch, arch.family.norms[-1], None, tensor)
+        gain = norm_weight(arch, arch.family.final_norm, None, tensor)
         directions = directions @ _principal(directions.T @ (gain[:, None] * directions))
     return directions
 
@@ -95,7 +95,7 @@ def norm_weight(arch: Arch, norm: Norm, layer: int | None, tensor: Callable[[str
     Raises:
         UserError: a factor is zero, so that it cannot be moved past the norm's bias.
     """
-    name = f"{norm.name}.weight".replace("{i}", str(layer))
+    name = norm.weight_name(layer)
     if arch.match(name) is None:
         return torch.ones(arch.axis_size("hidden"), dtype=torch.float64)
     weight = tensor(name).double() + arch.family.norm_offset
@@ -167,17 +167,17 @@ class Rotated:
         stored = self.tensor(self.arch.embedding.name if self._is_output(place.row) else name)
         if "hidden" not in place.row.axes:
             return stored
-        norm = next((norm for norm in self.arch.family.norms if place.row.name.startswith(f"{norm.name}.")), None)
+        norm = next((norm for norm in self.arch.family.norms if place.row.owner == norm.name), None)
         return self._norm(stored, norm, place) if norm else self._matrix(stored, place)
 
     def _norm(self, stored: Tensor, norm: Norm, place: Place) -> Tensor:
         value, rotation = stored.double(), self.rotation.double().cpu()
         offset = self.arch.family.norm_offset
-        if place.row.name == f"{norm.name}.bias":
+        if place.row.name == norm.bias_name():
             moved = (value / self._weight(norm, place.layer)) @ rotation * self._kept_weight(norm, place.layer).cpu()
-        elif self.is_tied and norm == self.arch.family.norms[-1]:
+        elif self.is_tied and norm == self.arch.family.final_norm:
             moved = self._rotated_gain().diagonal().cpu() - offset
-        elif norm.is_in_front(self.arch.flags):
+        elif norm.is_before_block(self.arch.flags):
             moved = self._kept_weight(norm, place.layer).cpu() - offset
         else:
             moved = (value + offset) @ rotation.abs() - offset
@@ -214,7 +214,7 @@ class Rotated:
     def _rotated_gain(self) -> Tensor:
         """Return Qᵀ diag(w) Q of the final norm's weight w."""
         rotation = self.rotation.double()
-        return rotation.T @ (self._weight(self.arch.family.norms[-1], None).to(rotation)[:, None] * rotation)
+        return rotation.T @ (self._weight(self.arch.family.final_norm, None).to(rotation)[:, None] * rotation)
 
     def _is_output(self, row: Row) -> bool:
         return self.arch.flags.get(TIED, False) and row.condition == f"not {TIED}"

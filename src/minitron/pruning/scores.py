@@ -89,8 +89,7 @@ class Readings:
             rows = [row for row in self.arch.rows if row.axes & inner and len(row.dimensions) > 1 + row.is_stacked]
             row = rows[-1]  # in every table, the last matrix of the experts multiplies their inner states
             return row, next(i for i, dim in enumerate(row.dimensions) if inner & {f for part in dim for f in part})
-        name = f"{self.tap.module.split('.', 1)[1]}.weight"
-        row = next(row for row in self.arch.rows if row.name.split(".", 1)[-1] == name)
+        row = next(filter(self.tap.reads_input_of, self.arch.rows))
         return row, next(i for i, dim in enumerate(row.dimensions) if dim != (("hidden",),))
 
 
@@ -157,8 +156,8 @@ def score_of(axis: str, recipe: CalibrationRecipe) -> Score:
 
 def needed_aggregates(arch: Arch, recipe: CalibrationRecipe) -> dict[str, list[str]]:
     """Return the aggregates over tokens that the recipe's scores read, by the key of the tap."""
-    needed = {tap.key: [recipe.sequence] for tap in arch.family.taps}
-    for tap in arch.family.taps:
+    needed = {tap.key: [recipe.sequence] for tap in arch.taps}
+    for tap in arch.taps:
         needed[tap.key] += [name for name in score_of(tap.axes[0], recipe).needs if name not in needed[tap.key]]
     return needed
 
@@ -194,7 +193,7 @@ def score(statistics: Statistics, checkpoint: Checkpoint, recipe: CalibrationRec
     importance: Importance = {"layer": statistics[BLOCK_INFLUENCE].clone()}
     if STREAM_MOMENT in statistics:
         importance[STREAM_MOMENT] = statistics[STREAM_MOMENT]
-    for tap in arch.family.taps:
+    for tap in arch.taps:
         if tap.choice not in {None, recipe.mamba_scores} or tap.key not in statistics:
             continue
         axis, readings = tap.axes[0], Readings(checkpoint, recipe, statistics, tap)

@@ -101,7 +101,7 @@ def _ungrouped_first(arch: Arch) -> list[str]:
 
 def _inner(arch: Arch, axis: str) -> str | None:
     """Return the axis on whose kept entries an axis is scored, if there is one."""
-    return next((tap.axes[1] for tap in arch.family.taps if tap.axes[0] == axis and len(tap.axes) > 1), None)
+    return next((tap.axes[1] for tap in arch.taps if tap.axes[0] == axis and len(tap.axes) > 1), None)
 
 
 def _within_layer(best: Tensor, per_group: int, kept_groups: Tensor | None) -> Tensor:

@@ -35,44 +35,35 @@ class Writer:
     is_last: bool = False
     """Whether it is compared by the stream after the layer."""
 
-    @property
-    def module(self) -> str:
-        """The name in files of the module that multiplies by it."""
-        return self.row.name.removesuffix(".weight")
-
     def point(self, layer: Layer) -> Point:
         """Return the point at which the student should have the teacher's activation."""
         if self.before is None:
-            return layer.stored_module(self.module), "output"
-        return layer.stored_module(self.before.name), "input"
+            return layer.module_of(self.row), "output"
+        return layer.module_of(self.before), "input"
 
 
 def writers_of(arch: Arch, number: int) -> list[Writer]:
     """Return the tensors that write the stream in a layer, in the order in which they do; experts are left out."""
-    family, kind = arch.family, arch.layers[number] if arch.layers else None
-    modules = {tap.module: None for tap in family.taps
-               if tap.side == "input" and tap.axes != ("hidden",) and tap.kind in {None, kind}}  # fmt: skip
-    writers = []
-    for module in modules:
-        row = _read_by(arch, module)
-        if row is not None:
-            writers.append(Writer(row, next(i for i, dim in enumerate(row.dimensions) if dim != (("hidden",),))))
-    in_front = [norm for norm in family.norms if "{i}" in norm.name and norm.is_in_front(arch.flags)]
-    if family.scales_residual or any(not norm.is_in_front(arch.flags) for norm in family.norms):
+    taps = [tap for tap in arch.layer_taps(number) if tap.axes != ("hidden",)]
+    rows = dict.fromkeys(row for tap in taps if (row := next(filter(tap.reads_input_of, arch.rows), None)))
+    writers = [
+        Writer(row, next(i for i, dim in enumerate(row.dimensions) if dim != (("hidden",),)))
+        for row in rows
+        if "hidden" in row.axes
+    ]
+    if not writers or arch.family.scales_residual or arch.norms_after_blocks:
         return writers  # the stream gains a function of their output, not the output itself
-    following = [*in_front[1:], None]
     return [
-        replace(writer, before=norm or in_front[-1], is_last=norm is None)
-        for i, writer in enumerate(writers)
-        for norm in [following[i] if i + 1 < len(writers) and i < len(following) else None]
+        *(replace(writer, before=_norm_after(arch, writer.row)) for writer in writers[:-1]),
+        replace(writers[-1], is_last=True),
     ]
 
 
-def _read_by(arch: Arch, module: str) -> Row | None:
-    """Return the row of the tensor that multiplies the input of a module, named as in memory, and writes hidden."""
-    wanted = f"{module.split('.', 1)[1]}.weight"
-    rows = (row for row in arch.rows if row.name.split(".", 1)[-1] == wanted)
-    return next((row for row in rows if "hidden" in row.axes), None)
+def _norm_after(arch: Arch, row: Row) -> Norm | None:
+    """Return the norm that stands after the block of a row's tensor in a layer, or None after the last block."""
+    norms, before = arch.norms_before_blocks, arch.family.norm_before(row)
+    following = norms[norms.index(before) + 1 :] if before else []
+    return following[0] if following else None
 
 
 @dataclass

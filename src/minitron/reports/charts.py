@@ -71,15 +71,14 @@ def _block_axes(arch: Arch) -> list[str]:
     These are the prunable axes of which every layer has entries of its own, except for groups of another axis and for
     axes within the entries of another one, such as the channels of a Mamba head.
     """
-    inner = {axis for tap in arch.family.taps for axis in tap.axes[1:]}
+    inner = {axis for tap in arch.taps for axis in tap.axes[1:]}
     own = arch.family.per_layer_axes - inner - set(arch.grouped.values())
     prunable = [axis for axis in PRUNABLE if axis in own]
     return list(dict.fromkeys(axis for row in arch.rows for axis in prunable if axis in row.axes))
 
 
 def _layer_has(arch: Arch, layer: int, axis: str) -> bool:
-    kind = arch.layers[layer] if arch.layers else None
-    return any(row.is_per_layer and row.kind in {None, kind} and axis in row.axes for row in arch.rows)
+    return any(axis in row.axes for row in arch.layer_rows(layer))
 
 
 def draw_layer_importance(scores: NDArray[Any], kept: list[int]) -> Picture:

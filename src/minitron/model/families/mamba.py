@@ -156,15 +156,18 @@ HYBRID_NORMS = parse_norms("""
 
 
 def hybrid_taps(attention_kind: str | None = None, mixer_kind: str | None = None) -> str:
-    """The taps of Bamba, whose layers have attention or a mixer, and of Falcon-H1, whose layers have both."""
+    """Return the taps of Bamba, whose layers have attention or a mixer, and of Falcon-H1, whose layers have both."""
     attention = f"in {attention_kind}" if attention_kind else ""
-    return f"""
+    return (
+        f"""
         hidden    model.layers.{{i}}.input_layernorm           output
         hidden    model.layers.{{i}}.pre_ff_layernorm          output
         query     model.layers.{{i}}.self_attn.o_proj          input    {attention}
         kv        model.layers.{{i}}.self_attn.o_proj          input    {attention}
-        ffn       model.layers.{{i}}.feed_forward.down_proj    input
-    """ + mixer_taps("model.layers.{i}.mamba", mixer_kind)
+        """
+        + mixer_taps("model.layers.{i}.mamba", mixer_kind)
+        + "ffn    model.layers.{i}.feed_forward.down_proj    input"
+    )
 
 
 BAMBA = Family(
