@@ -26,7 +26,7 @@ from minitron.distillation import stored_teacher
 from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import make_optimizers, take_step
 from minitron.distillation.teacher import Live
-from minitron.model.checkpoint import student_config
+from minitron.model.config import student_config
 from minitron.model.language_model import Headless, load_model
 from minitron.recipe import Recipe
 from minitron.runtime import World

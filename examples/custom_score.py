@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from minitron.data.blocks import Blocks
 from minitron.evaluation.perplexity import measure_perplexity
-from minitron.model.checkpoint import open_checkpoint, student_config
+from minitron.model.checkpoint import open_checkpoint
+from minitron.model.config import student_config
 from minitron.model.language_model import build_model
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import cut_to

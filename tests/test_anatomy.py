@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from minitron.errors import UserError
 from minitron.model.anatomy import Tap
-from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint, student_config
+from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from minitron.model.config import student_config
 from minitron.model.families import FAMILIES
 from minitron.model.grammar import parse_rows, parse_taps
 from minitron.model.language_model import module_of

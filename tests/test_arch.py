@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from minitron.errors import UserError
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import Checkpoint, read_config
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.config import read_config
 
 # (sizes that differ from the config class's defaults, parameters, of these not in embeddings)
 PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {

@@ -14,7 +14,8 @@ from torch.nn.functional import cosine_similarity
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.evaluation.multiple_choice import accuracy, read_items
-from minitron.model.checkpoint import Checkpoint, student_config
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.config import student_config
 from minitron.model.language_model import build_model, load_model
 from minitron.pruning.cut import Cut
 from minitron.pruning.depth import score_depth

@@ -9,7 +9,8 @@ from torch import Tensor
 from minitron.data.blocks import Blocks
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import Checkpoint, student_config
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.config import student_config
 from minitron.model.language_model import build_model
 from minitron.nas.sorted_teacher import SortedTeacher, deciding_sizes, sort_teacher
 from minitron.pruning.calibrate import calibrate

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import Checkpoint, student_config
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.config import student_config
 from minitron.model.language_model import build_model, load_model
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import Cut, cut_to

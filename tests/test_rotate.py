@@ -12,7 +12,8 @@ from torch import Tensor
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.model.arch import TIED, Arch
-from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint, student_config
+from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoint
+from minitron.model.config import student_config
 from minitron.model.language_model import build_model, load_model
 from minitron.pruning.cut import cut_to
 from minitron.pruning.repair import repaired

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from minitron.errors import UserError
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import Checkpoint, open_checkpoint, student_config
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.config import student_config
 from minitron.model.language_model import build_model, load_model
 from minitron.pruning.cut import Cut, write_pruned
 from minitron.pruning.cut import cut_to as pruned_to

@@ -263,6 +263,19 @@ class LayerKinds:
     """The kind of the layers that are not listed."""
     period: str | None = None
     """A config entry n: of the layers not listed, only every n-th is `otherwise`, all others are `listed` too."""
+    pattern: str | None = None
+    """A config entry that may stand in the place of the list: a string with a character of `characters` per layer."""
+    characters: Mapping[str, str] = field(default_factory=dict)
+    """The kinds that the characters of the pattern stand for, as the config names them."""
+
+    def listing(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the config with its pattern, if it has a valid one, translated to the list of kinds."""
+        text = config.get(self.pattern) if self.pattern else None
+        if not isinstance(text, str) or not text or not set(text) <= self.characters.keys():
+            return config
+        listed = config.get(self.entry)
+        kinds = [self.characters[character] for character in text] if listed is None else listed
+        return {name: value for name, value in config.items() if name != self.pattern} | {self.entry: kinds}
 
     def read(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the kind of every layer."""
@@ -331,6 +344,11 @@ class Family:
     """Axes that keep at least as many entries as another axis has."""
     config_names: Mapping[str, str] = field(default_factory=dict)
     """The config names of axes for which this family does not use the common name."""
+    config_defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The defaults of the config entries that sizes, booleans and windows are read from, where they are constants.
+
+    An entry without one is computed by the config class, or never missing; see `config.decided_values`.
+    """
     config_products: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Further config entries that state the size of an axis, or of a product of axes."""
     ffn_multiple: int | None = None
@@ -355,6 +373,12 @@ class Family:
     """Whether a block's output is multiplied by a number from the config before it is added to the residual stream."""
     is_centred: bool = False
     """Whether its norms subtract the mean."""
+    rope_kinds: tuple[str, ...] = ("default", "llama3", "yarn")
+    """Kinds of rotary embedding that its config class accepts."""
+    window_switch: str | None = None
+    """A config boolean without which `sliding_window` has no effect."""
+    window_period: int | None = None
+    """The n of a config class that lets every n-th layer attend to all tokens unless `layer_types` is given."""
     joins_documents: bool = False
     """Whether its state, or in transformers its attention, runs across the documents of a packed block."""
     demand: Demand | None = None
@@ -387,6 +411,11 @@ class Family:
     def config_name(self, axis: str) -> str:
         """Return the name of an axis in this family's config."""
         return self.config_names.get(axis, AXES[axis])
+
+    def attention_kinds(self, depth: int) -> list[str]:
+        """Return the `layer_types` that its config class makes for `depth` layers, from `window_period`."""
+        period = self.window_period or 1
+        return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(depth)]
 
     def layer_module(self, number: int) -> str:
         """Return the name in memory of the module of a layer."""

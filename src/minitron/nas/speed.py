@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from minitron.evaluation.speed import alternate, measure_speed
 from minitron.files import read_jsonl, write_jsonl
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import Checkpoint, student_config
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.config import student_config
 from minitron.nas.budget import SPEEDS, Serving, has_speed_limits
 from minitron.runtime import Runtime
 from minitron.session import Session

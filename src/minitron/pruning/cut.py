@@ -11,7 +11,8 @@ from torch import Tensor
 from minitron.errors import UserError
 from minitron.model.anatomy import Row
 from minitron.model.arch import TIED, Arch
-from minitron.model.checkpoint import Checkpoint, student_config, write_checkpoint
+from minitron.model.checkpoint import Checkpoint, write_checkpoint
+from minitron.model.config import student_config
 from minitron.pruning.head_merge import MergedHeads, merge_partners
 from minitron.pruning.maps import apply_maps
 from minitron.pruning.rotate import Rotated, principal_basis, rotates

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from minitron.data.blocks import Blocks
 from minitron.model.anatomy import Norm, Row
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import Checkpoint, student_config
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.config import student_config
 from minitron.model.language_model import Point, build_model, entering, leaving, module_of, watching
 from minitron.model.source import cache_folder
 from minitron.runtime import Runtime

@@ -4,7 +4,7 @@ Mixtral and Qwen3-MoE keep every expert's matrices by themselves on disk; transf
 """
 
 from minitron.model.anatomy import Family, LayerKinds
-from minitron.model.families.llama import ATTENTION_BIAS, ATTENTION_TAPS, BACKBONE, QK_NORM
+from minitron.model.families.llama import ATTENTION_BIAS, ATTENTION_TAPS, BACKBONE, PLAIN, QK_NORM
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 EXPERT_TAPS = parse_taps(
@@ -31,6 +31,7 @@ MIXTRAL = Family(
         model.layers.{i}.post_attention_layernorm    gate w1 w3
         model.norm                                   lm_head
     """),
+    config_defaults={**PLAIN, "num_key_value_heads": 8},
 )
 
 QWEN3_MOE = Family(
@@ -60,6 +61,16 @@ QWEN3_MOE = Family(
         model.layers.{i}.post_attention_layernorm    gate gate_proj up_proj
         model.norm                                   lm_head
     """),
+    window_switch="use_sliding_window",
+    config_defaults={
+        **PLAIN,
+        "num_key_value_heads": 4,
+        "attention_bias": False,
+        "mlp_only_layers": None,
+        "decoder_sparse_step": 1,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+    },
 )
 
 GPT_OSS = Family(
@@ -82,5 +93,13 @@ GPT_OSS = Family(
         model.layers.{i}.post_attention_layernorm    router gate_up_proj
         model.norm                                   lm_head
     """),
+    config_defaults={
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "sliding_window": 128,
+    },
+    window_period=2,
     joins_documents=True,
 )

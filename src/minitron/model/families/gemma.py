@@ -35,7 +35,14 @@ SHARED = {
     "scales_embedding": True,
     "demand": Demand("hidden", "query"),
     "logit_softcap": "final_logit_softcapping",
+    "config_defaults": {
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "attention_bias": False,
+        "sliding_window": 4096,
+    },
 }
 
-GEMMA2 = decoder("gemma2", ATTENTION_BIAS, MLP_NORMS, **SHARED)
-GEMMA3 = decoder("gemma3_text", ATTENTION_BIAS, QK_NORM, MLP_NORMS, **SHARED)
+GEMMA2 = decoder("gemma2", ATTENTION_BIAS, MLP_NORMS, window_period=2, **SHARED)
+GEMMA3 = decoder("gemma3_text", ATTENTION_BIAS, QK_NORM, MLP_NORMS, window_period=6, **SHARED)

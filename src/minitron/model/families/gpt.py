@@ -4,6 +4,7 @@ Cutting hidden therefore takes heads with it: hidden_size stays num_attention_he
 """
 
 from minitron.model.anatomy import Family, Product
+from minitron.model.families.llama import NO_WINDOW
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 HEADS = Product(("query", "head_dim"))
@@ -52,6 +53,8 @@ GPT2 = Family(
         "position": "n_positions",
         "layer": "n_layer",
     },
+    config_defaults={"tie_word_embeddings": True, "n_inner": None, "head_dim": None, **NO_WINDOW},
+    rope_kinds=(),
     ffn_multiple=4,
     product=HEADS,
     is_centred=True,
@@ -95,6 +98,7 @@ GPT_NEOX = Family(
         gpt_neox.final_layer_norm                       embed_out
     """),
     grouped={},
+    config_defaults={"tie_word_embeddings": False, "attention_bias": True, "head_dim": None, **NO_WINDOW},
     product=HEADS,
     is_centred=True,
 )
@@ -139,6 +143,16 @@ OPT = Family(
     """),
     grouped={},
     config_names={"ffn": "ffn_dim"},
+    config_defaults={
+        "tie_word_embeddings": True,
+        "enable_bias": True,
+        "do_layer_norm_before": True,
+        "layer_norm_elementwise_affine": True,
+        "word_embed_proj_dim": None,
+        "head_dim": None,
+        **NO_WINDOW,
+    },
+    rope_kinds=(),
     config_products={"word_embed_proj_dim": ("hidden",)},
     product=HEADS,
     is_centred=True,

@@ -65,6 +65,10 @@ NORMS = parse_norms("""
 """)
 
 
+NO_WINDOW = {"sliding_window": None, "layer_types": None}
+PLAIN = {"tie_word_embeddings": False, "num_key_value_heads": None, "head_dim": None, **NO_WINDOW}
+UNBIASED = {"attention_bias": False, "mlp_bias": False}
+
 # LlamaConfig refuses a hidden_size that is no multiple of the heads, whatever head_dim says. Mistral without a
 # sliding window is the same network and has no such rule.
 AS_MISTRAL = Demand("hidden", "query", "mistral", {"sliding_window": None}, ("attention_bias", "mlp_bias"))
@@ -76,10 +80,46 @@ def decoder(model_type: str, *additions: str, **differences: Any) -> Family:
     return replace(Family(model_type, rows, TAPS, layer="model.layers.{i}", norms=NORMS), **differences)
 
 
-LLAMA = decoder("llama", ATTENTION_BIAS, MLP_BIAS, demand=AS_MISTRAL)
-MISTRAL = decoder("mistral")
-MINISTRAL3 = decoder("ministral3")
-QWEN2 = decoder("qwen2", QKV_BIAS)
-QWEN3 = decoder("qwen3", ATTENTION_BIAS, QK_NORM)
-SMOLLM3 = decoder("smollm3", ATTENTION_BIAS, MLP_BIAS, per_layer_lists=("layer_types", "no_rope_layers"))
-GRANITE = decoder("granite", ATTENTION_BIAS, MLP_BIAS, logit_divisor="logits_scaling", scales_residual=True)
+LLAMA = decoder("llama", ATTENTION_BIAS, MLP_BIAS, demand=AS_MISTRAL, config_defaults={**PLAIN, **UNBIASED})
+MISTRAL = decoder("mistral", config_defaults={**PLAIN, "num_key_value_heads": 8, "sliding_window": 4096})
+MINISTRAL3 = decoder("ministral3", config_defaults={**PLAIN, "num_key_value_heads": 8, "head_dim": 128})
+QWEN2 = decoder(
+    "qwen2",
+    QKV_BIAS,
+    window_switch="use_sliding_window",
+    config_defaults={
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 32,
+        "head_dim": None,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+    },
+)
+QWEN3 = decoder(
+    "qwen3",
+    ATTENTION_BIAS,
+    QK_NORM,
+    window_switch="use_sliding_window",
+    config_defaults={**QWEN2.config_defaults, "attention_bias": False, "head_dim": 128},
+)
+SMOLLM3 = decoder(
+    "smollm3",
+    ATTENTION_BIAS,
+    MLP_BIAS,
+    per_layer_lists=("layer_types", "no_rope_layers"),
+    config_defaults={
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "sliding_window": None,
+        **UNBIASED,
+    },
+)
+GRANITE = decoder(
+    "granite",
+    ATTENTION_BIAS,
+    MLP_BIAS,
+    logit_divisor="logits_scaling",
+    scales_residual=True,
+    config_defaults={**PLAIN, **UNBIASED},
+)

@@ -5,7 +5,7 @@ together; B, C and the state belong to the groups and stay. Heads are dealt out 
 """
 
 from minitron.model.anatomy import Family, LayerKinds, Product
-from minitron.model.families.llama import ATTENTION_BIAS
+from minitron.model.families.llama import ATTENTION_BIAS, NO_WINDOW, PLAIN, UNBIASED
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 GROUPED = {"query": "kv", "mhead": "mgroup", "expert": "expert_group"}
@@ -57,11 +57,20 @@ MAMBA2 = Family(
     layer="backbone.layers.{i}",
     grouped=GROUPED,
     config_names={"mhead": "num_heads", "mchan": "head_dim", "state": "state_size"},
+    rope_kinds=(),
     product=Product(("mhead", "mchan"), ratio="expand"),
     norms=parse_norms("""
         backbone.layers.{i}.norm    in_proj
         backbone.norm_f             lm_head
     """),
+    config_defaults={
+        "tie_word_embeddings": False,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "expand": 2,
+        "conv_kernel": 4,
+        **NO_WINDOW,
+    },
     joins_documents=True,
 )
 
@@ -115,10 +124,27 @@ NEMOTRON_H = Family(
     layer="model.layers.{i}",
     grouped=GROUPED,
     config_names={"expert": "n_routed_experts"},
+    config_defaults={
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "mlp_bias": False,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "conv_kernel": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "moe_latent_size": None,
+        "sliding_window": None,
+    },
     per_layer_lists=("layers_block_type",),
+    rope_kinds=(),
     left_behind="mtp.",
     student_values={"num_nextn_predict_layers": 0},
-    kinds=LayerKinds("layers_block_type"),
+    kinds=LayerKinds(
+        "layers_block_type",
+        pattern="hybrid_override_pattern",
+        characters={"M": "linear_attention", "E": "moe", "*": "full_attention", "-": "mlp"},
+    ),
     norms=parse_norms("""
         backbone.layers.{i}.norm    q_proj k_proj v_proj in_proj up_proj gate fc1_latent_proj
         backbone.norm_f             lm_head
@@ -146,6 +172,15 @@ HYBRID_NAMES = {
     "mgroup": "mamba_n_groups",
     "state": "mamba_d_state",
     "conv": "mamba_d_conv",
+}
+
+HYBRID_DEFAULTS = {
+    **PLAIN,
+    **UNBIASED,
+    "num_key_value_heads": 8,
+    "mamba_proj_bias": False,
+    "mamba_conv_bias": True,
+    "mamba_d_conv": 4,
 }
 
 HYBRID_NORMS = parse_norms("""
@@ -193,6 +228,7 @@ BAMBA = Family(
     config_names=HYBRID_NAMES,
     product=Product(("mhead", "mchan"), ratio="mamba_expand"),
     kinds=LayerKinds("attn_layer_indices", listed="attention", otherwise="mamba"),
+    config_defaults={**HYBRID_DEFAULTS, "attn_layer_indices": None, "mamba_expand": 2},
     norms=HYBRID_NORMS,
     joins_documents=True,
 )
@@ -216,6 +252,7 @@ FALCON_H1 = Family(
     layer="model.layers.{i}",
     grouped=GROUPED,
     config_names=HYBRID_NAMES,
+    config_defaults={**HYBRID_DEFAULTS, "projectors_bias": False, "mamba_rms_norm": False, "mamba_d_ssm": 1024},
     config_products={"mamba_d_ssm": ("mhead", "mchan")},
     norms=HYBRID_NORMS,
     logit_multiplier="lm_head_multiplier",

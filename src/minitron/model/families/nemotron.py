@@ -1,7 +1,7 @@
 """Nemotron 3 and 4 and the Minitrons made of them: squared ReLU without a gate, LayerNorm1P with bias."""
 
 from minitron.model.anatomy import Family
-from minitron.model.families.llama import ATTENTION_BIAS, BACKBONE, NORMS, TAPS
+from minitron.model.families.llama import ATTENTION_BIAS, BACKBONE, NORMS, PLAIN, TAPS, UNBIASED
 from minitron.model.grammar import parse_rows
 
 NEMOTRON = Family(
@@ -22,6 +22,7 @@ NEMOTRON = Family(
     TAPS,
     layer="model.layers.{i}",
     norms=NORMS,
+    config_defaults={**PLAIN, **UNBIASED},
     norm_offset=1.0,
     is_centred=True,
 )

@@ -4,7 +4,7 @@ A norm over heads mixes them, so a student without some of them is no masked tea
 """
 
 from minitron.model.anatomy import Family
-from minitron.model.families.llama import ATTENTION_BIAS
+from minitron.model.families.llama import ATTENTION_BIAS, PLAIN
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 OLMO2 = Family(
@@ -37,4 +37,5 @@ OLMO2 = Family(
         model.layers.{i}.post_feedforward_layernorm
         model.norm                                     lm_head
     """),
+    config_defaults={**PLAIN, "attention_bias": False},
 )

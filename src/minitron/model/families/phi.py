@@ -1,7 +1,7 @@
 """Phi-3 and Phi-4: query, key and value in one tensor, gate and up in another."""
 
 from minitron.model.anatomy import Family
-from minitron.model.families.llama import TAPS
+from minitron.model.families.llama import PLAIN, TAPS
 from minitron.model.grammar import parse_norms, parse_rows
 
 PHI3 = Family(
@@ -24,4 +24,6 @@ PHI3 = Family(
         model.layers.{i}.post_attention_layernorm    gate_up_proj
         model.norm                                   lm_head
     """),
+    config_defaults=PLAIN,
+    rope_kinds=("default",),
 )
