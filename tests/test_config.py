@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from minitron.errors import UserError
 from minitron.model import config as configs
+from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.config import HARMLESS, config_values, decided_values, read_config
@@ -62,7 +63,7 @@ def test_defaults_are_those_of_the_config_class(name: str) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_harmless_entries_decide_nothing(name: str) -> None:
     family, plain = FAMILIES[name], AutoConfig.for_model(name).to_dict()
-    renamed = {configs.AXES[axis] for axis in family.config_names}
+    renamed = {AXES[axis] for axis in family.config_names}
     names = set(configs._names_read(family))
     for choose in (min, max):  # of several types, one and then the other
         made_up = {
