@@ -88,7 +88,7 @@ def assert_scores(teacher: Checkpoint, blocks: Blocks, recipe: CalibrationRecipe
     assert {axis: list(scores.shape) for axis, scores in importance.items()} == {
         axis: score_shape(arch, axis) for axis in arch.prunable_axes
     }
-    seen, single = Seen(), [tap for tap in arch.family.taps if len(tap.axes) == 1 and tap.side != "routed"]
+    seen, single = Seen(), [tap for tap in arch.taps if len(tap.axes) == 1 and tap.side != "routed"]
     for tap in single:
         for i in arch.layer_numbers(tap.kind) if tap.axes[0] in arch.axes else []:
             name = tap.module.replace("{i}", str(i))
@@ -114,8 +114,9 @@ def assert_scores(teacher: Checkpoint, blocks: Blocks, recipe: CalibrationRecipe
         if axis == "hidden" or axis not in arch.axes:
             continue
         for i in arch.layer_numbers(tap.kind):
-            entries = aggregate(tap, i).view(arch.axis_size(axis), -1).norm(dim=1)
-            assert_close(importance[axis][i], entries, teacher)
+            taps = [other for other in single if other.axes == (axis,) and other.kind == tap.kind]
+            entries = [aggregate(other, i).view(arch.axis_size(axis), -1).norm(dim=1) for other in taps]
+            assert_close(importance[axis][i], torch.stack(entries).sum(dim=0), teacher)
     for i in range(1, len(layers)):  # what goes into a layer is what the one before put out
         cosines = [cosine_similarity(*pair, dim=-1).mean() for pair in zip(residuals[i - 1], residuals[i], strict=True)]
         influence = 1 - torch.stack(cosines).mean()

@@ -64,7 +64,7 @@ def permuted(arch: Arch, axis: str) -> Kept:
     return kept
 
 
-AXES_WITHIN_LAYERS = ["hidden", "ffn", "expert", "expert_ffn", "shared_ffn", "query", "kv", "mhead", "mchan"]
+AXES_WITHIN_LAYERS = ["hidden", "ffn", "expert", "expert_ffn", "shared_ffn", "latent", "query", "kv", "mhead", "mchan"]
 
 
 def skip_without(arch: Arch, axis: str) -> None:
@@ -101,12 +101,13 @@ CUTS = {
     "expert": {"num_local_experts": 3},
     "expert_ffn": {"moe_intermediate_size": 16},
     "shared_ffn": {"moe_shared_expert_intermediate_size": 24},
+    "latent": {"moe_latent_size": 8},
     "mhead": {"mamba_num_heads": 6},
     "mchan": {"mamba_head_dim": 4},
     "layer": {"num_hidden_layers": 2},
     "all but hidden": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2,
                        "num_local_experts": 2, "moe_intermediate_size": 8, "moe_shared_expert_intermediate_size": 16,
-                       "mamba_num_heads": 6, "mamba_head_dim": 4, "num_hidden_layers": 3},
+                       "moe_latent_size": 8, "mamba_num_heads": 6, "mamba_head_dim": 4, "num_hidden_layers": 3},
 }  # fmt: skip
 
 
@@ -119,13 +120,15 @@ def masked_logits(teacher: Checkpoint, kept: Kept, input_ids: Tensor) -> Tensor:
             block = model.get_submodule(arch.family.layer.replace("{i}", str(layer)))
             if layer not in kept["layer"].tolist():
                 stack.callback(block.register_forward_hook(pass_over, with_kwargs=True).remove)
-            for tap in arch.family.taps:
-                is_here = tap.kind in {None, *arch.layers[layer : layer + 1]}
-                if is_here and tap.side == "input" and len(tap.axes) == 1 and tap.axes != ("hidden",):
+            for tap in arch.layer_taps(layer):
+                if tap.side != "routed" and len(tap.axes) == 1 and tap.axes != ("hidden",):
                     mask = torch.zeros(arch.axis_size(tap.axes[0]))
                     mask[kept[tap.axes[0]][layer]] = 1.0
                     module = model.get_submodule(tap.module.replace("{i}", str(layer)))
-                    stack.callback(module.register_forward_pre_hook(masking(mask)).remove)
+                    if tap.side == "input":
+                        stack.callback(module.register_forward_pre_hook(masking(mask)).remove)
+                    else:
+                        stack.callback(module.register_forward_hook(lambda _, __, output, m=mask: output * m).remove)
             for module in block.modules():
                 if hasattr(module, "conv1d"):
                     mask_mixer(module, kept["mhead"][layer], kept["mchan"][layer])

@@ -16,9 +16,10 @@ Dimension = tuple[Segment, ...]  # segments one after the other
 
 @dataclass(frozen=True)
 class Axis:
-    """One kind of dimension of a model's tensors. An entry of `AXIS_TABLE` is all that there is to add for a new one.
+    """One kind of dimension of a model's tensors.
 
-    Families prune an axis by a tap along it; searches, the command line and reports read the rest from here.
+    A new axis is an entry of `AXIS_TABLE` and, in the families that prune it, a tap; searches, the command line and
+    reports read the rest from here.
     """
 
     name: str
@@ -30,13 +31,11 @@ class Axis:
     is_width: bool = False
     """Whether searches change it in the steps that matrix units ask for, 64 entries."""
     is_count: bool = False
-    """Whether its entries are few, so that searches change it in small steps; axes that come in groups are too."""
-    is_shape: bool = True
-    """Whether reports show its size as part of a shape; not where it can differ between no teacher and student."""
+    """Whether its entries are few, so that searches change it in small steps; axes that come in groups always do."""
 
 
 AXIS_TABLE = (
-    Axis("vocab", "vocab_size", is_shape=False),
+    Axis("vocab", "vocab_size"),
     Axis("hidden", "hidden_size", "Residual channels", is_width=True),
     Axis("ffn", "intermediate_size", "MLP neurons", is_width=True),
     Axis("expert", "num_local_experts", "Experts of a layer", is_count=True),
@@ -44,16 +43,16 @@ AXIS_TABLE = (
     Axis("expert_group", "n_group"),
     Axis("expert_ffn", "moe_intermediate_size", "Neurons of an expert", is_width=True),
     Axis("shared_ffn", "moe_shared_expert_intermediate_size", "Neurons of the shared experts", is_width=True),
-    Axis("latent", "moe_latent_size", is_width=True),
+    Axis("latent", "moe_latent_size", "Channels of the experts' latent space", is_width=True),
     Axis("query", "num_attention_heads", "Query heads"),
     Axis("kv", "num_key_value_heads", "KV groups"),
-    Axis("head_dim", "head_dim", is_shape=False),
+    Axis("head_dim", "head_dim"),
     Axis("mhead", "mamba_num_heads", "Mamba heads"),
     Axis("mchan", "mamba_head_dim", "Channels of a Mamba head"),
     Axis("mgroup", "n_groups"),
     Axis("state", "ssm_state_size"),
     Axis("conv", "conv_kernel"),
-    Axis("position", "max_position_embeddings", is_shape=False),
+    Axis("position", "max_position_embeddings"),
     Axis("layer", "num_hidden_layers", "Layers", is_count=True),
 )
 

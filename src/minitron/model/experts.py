@@ -1,26 +1,44 @@
-"""What a module that holds all experts of a layer does for one of them."""
+"""The experts of a layer in memory, in the terms of a family's table."""
 
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def run_expert(experts: nn.Module, number: int, states: Tensor) -> tuple[Tensor, Tensor]:
-    """The input (T, ffn) and the output (T, hidden) of an expert's second matrix, for states (T, hidden).
+@dataclass(frozen=True)
+class Experts:
+    """A transformers module that holds all experts of a layer, read by the number of an expert.
 
-    transformers stacks the weights of a layer's experts and says beside them how they lie: whether gate and up
-    are one tensor, whether inputs come first, whether there are biases. The activation is the module's own.
+    transformers stacks the experts' weights, `gate_up_proj` or `up_proj` and `down_proj`, and states in attributes of
+    the module whether gate and up are one tensor, whether inputs are the first dimension, and whether there are biases.
     """
-    module: Any = experts
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    projected = _multiply(module, name, number, states)
-    inner = module._apply_gate(projected) if module.has_gate else module.act_fn(projected)
-    return inner, _multiply(module, "down_proj", number, inner)
 
+    module: Any
 
-def _multiply(module: Any, name: str, number: int, states: Tensor) -> Tensor:
-    weight = getattr(module, name)[number]
-    product: Tensor = states @ (weight if module.is_transposed else weight.T)
-    if module.has_bias:
-        product = product + getattr(module, f"{name}_bias")[number]
-    return product
+    def inner_states(self, expert: int, states: Tensor) -> Tensor:
+        """Return the input (T, ffn) of an expert's second matrix, for states (T, hidden)."""
+        if self.module.has_gate:
+            inner: Tensor = self.module._apply_gate(self._multiply("gate_up_proj", expert, states))
+            return inner
+        return self.module.act_fn(self._multiply("up_proj", expert, states))  # type: ignore[no-any-return]
+
+    def outputs(self, expert: int, inner: Tensor) -> Tensor:
+        """Return the output (T, hidden) of an expert, for the input (T, ffn) of its second matrix."""
+        return self._multiply("down_proj", expert, inner)
+
+    def second_matrix(self, expert: int, inputs: Tensor) -> Tensor:
+        """Return the part (n, hidden) of an expert's second matrix for some of its inputs, numbers or a mask."""
+        weight = self.module.down_proj[expert]
+        part: Tensor = weight[inputs] if self.module.is_transposed else weight[:, inputs].T
+        return part
+
+    def _matrix(self, name: str, expert: int) -> Tensor:
+        weight: Tensor = getattr(self.module, name)[expert]
+        return weight if self.module.is_transposed else weight.T
+
+    def _multiply(self, name: str, expert: int, states: Tensor) -> Tensor:
+        product = states @ self._matrix(name, expert)
+        if self.module.has_bias:
+            product = product + getattr(self.module, f"{name}_bias")[expert]
+        return product

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minitron.errors import UserError, nearest
-from minitron.model.anatomy import AXES
+from minitron.model.anatomy import AXES, AXIS_TABLE
 from minitron.model.arch import Arch
 from minitron.model.memory import attention_windows
 from minitron.nas.budget import COUNTS, Budget, Figures, budget_of, counted
@@ -24,7 +24,7 @@ STEPS_PER_COUNT = 64
 """The fewest steps for layers, heads and experts, which are few; see `STEPS_PER_AXIS`."""
 WIDTH_MULTIPLE = 64
 """The smallest step of widths where the teacher's width is a multiple of it, as matrix units require."""
-WIDTHS = {"hidden", "ffn", "expert_ffn", "shared_ffn", "latent"}
+WIDTHS = {axis.name for axis in AXIS_TABLE if axis.is_width}
 LARGEST_GRID = 2**20
 """The most shapes of a grid; the step of the axis with the most options is doubled until the grid is this small."""
 MAMBA_HEADS_MULTIPLE = 8
@@ -135,7 +135,7 @@ def _finest_step(teacher: Arch, axis: str) -> int:
     size = teacher.entries(axis)
     if axis == "mhead" and teacher.axis_size(axis) % MAMBA_HEADS_MULTIPLE == 0:
         return MAMBA_HEADS_MULTIPLE // math.gcd(MAMBA_HEADS_MULTIPLE, teacher.axis_size(teacher.grouped[axis]))
-    few = {"layer", "expert", *teacher.grouped, *teacher.grouped.values()}
+    few = {axis.name for axis in AXIS_TABLE if axis.is_count} | {*teacher.grouped, *teacher.grouped.values()}
     step = 1 << max(0, math.floor(math.log2(size / (STEPS_PER_COUNT if axis in few else STEPS_PER_AXIS))))
     is_wide = axis in WIDTHS and size % WIDTH_MULTIPLE == 0 and size >= 4 * WIDTH_MULTIPLE
     return max(step, WIDTH_MULTIPLE) if is_wide else step

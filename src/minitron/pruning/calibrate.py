@@ -16,7 +16,7 @@ from minitron.errors import UserError
 from minitron.model.anatomy import Tap
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.experts import run_expert
+from minitron.model.experts import Experts
 from minitron.progress import Progress
 from minitron.pruning.layers import Layer, Layers
 from minitron.pruning.scores import needed_aggregates, require_width_scores
@@ -136,17 +136,17 @@ class _Sums:
             self._add(sums_key(tap, name, self.recipe), layer, _powers(OVER_TOKENS[name](tokens, len(tokens))))
 
     def _add_experts(
-        self, tap: Tap, layer: int, experts: nn.Module, states: Tensor, numbers: Tensor, weights: Tensor
+        self, tap: Tap, layer: int, module: nn.Module, states: Tensor, numbers: Tensor, weights: Tensor
     ) -> None:
         """Add the experts' sums, of tokens (T, hidden) with the numbers and router weights (T, k) of their experts."""
         inner: dict[str, list[Tensor]] = {name: [] for name in self.aggregates[tap.key]}
-        routed = []
+        routed, experts = [], Experts(module)
         for expert in range(self.arch.axis_size("expert")):
             token, place = (numbers == expert).nonzero(as_tuple=True)
-            activation, output = run_expert(experts, expert, states[token])
+            activation = experts.inner_states(expert, states[token])
             for name, sums in inner.items():
                 sums.append(_powers(OVER_TOKENS[name](widened(activation), len(states))))
-            norms = widened(output).norm(dim=-1)
+            norms = widened(experts.outputs(expert, activation)).norm(dim=-1)
             weighted = widened(weights[token, place]) * norms
             routed.append(torch.stack([weighted.sum(), norms.sum(), torch.ones_like(norms).sum()]))
         for name, sums in inner.items():

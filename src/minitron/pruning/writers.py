@@ -9,7 +9,7 @@ from torch import Tensor
 from minitron.errors import UserError
 from minitron.model.anatomy import Norm, Row
 from minitron.model.arch import Arch
-from minitron.model.experts import run_expert
+from minitron.model.experts import Experts
 from minitron.model.language_model import Point
 from minitron.pruning.cut import Cut
 from minitron.pruning.layers import Layer
@@ -101,19 +101,23 @@ class ExpertWriters:
     def _add(self, module: Any, states: Tensor, numbers: Tensor, weights: Tensor) -> None:
         for new, expert in enumerate(self.cut.kept["expert"][self.number].tolist()):
             token, place = (numbers == expert).nonzero(as_tuple=True)
-            inner, _ = run_expert(module, expert, states[token])
-            inner = inner.float() * weights[token, place].float()[:, None]
+            experts = Experts(module)
+            inner = experts.inner_states(expert, states[token]).float() * weights[token, place].float()[:, None]
             positions = self._positions(expert).to(inner.device)
-            matrix = module.down_proj[expert].float()
             dropped = torch.ones(inner.shape[-1], dtype=torch.bool, device=inner.device)
             dropped[positions] = False
-            lacking = inner[:, dropped] @ (matrix[dropped] if module.is_transposed else matrix[:, dropped].T)
-            if "hidden" in self.row.axes:
-                lacking = self.cut.project(lacking)
+            lacking = self._of_student(inner[:, dropped] @ experts.second_matrix(expert, dropped).float())
             x = inner[:, positions]
             self.num_tokens[new] = self.num_tokens.get(new, 0) + len(x)
             self.moments[new] = self.moments.get(new, 0) + x.T @ x
             self.crosses[new] = self.crosses.get(new, 0) + x.T @ lacking
+
+    def _of_student(self, outputs: Tensor) -> Tensor:
+        """Return the teacher's outputs of an expert (T, hidden or latent) as the student should have them."""
+        if "hidden" in self.row.axes:
+            return self.cut.project(outputs)
+        kept = self.cut.kept.get("latent")
+        return outputs if kept is None else outputs[:, kept[self.number].to(outputs.device)]
 
     def _positions(self, expert: int) -> Tensor:
         axis = next(iter(self.row.axes & self.cut.teacher.family.per_expert_axes))

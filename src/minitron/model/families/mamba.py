@@ -115,6 +115,9 @@ NEMOTRON_H = Family(
         query         model.layers.{i}.mixer.o_proj                      input     in attention
         kv            model.layers.{i}.mixer.o_proj                      input     in attention
         ffn           model.layers.{i}.mixer.down_proj                   input     in mlp
+        # The experts' latent space has one basis where it is entered and one where it is left, cut alike.
+        latent        model.layers.{i}.mixer.fc1_latent_proj             output    in moe if moe_latent_size
+        latent        model.layers.{i}.mixer.fc2_latent_proj             input     in moe if moe_latent_size
         shared_ffn    model.layers.{i}.mixer.shared_experts.down_proj    input     in moe
         expert        model.layers.{i}.mixer.experts                     routed    in moe
         expert_ffn    model.layers.{i}.mixer.experts                     routed    in moe
