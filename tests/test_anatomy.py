@@ -90,12 +90,13 @@ def test_taps_stand_in_the_order_of_their_blocks() -> None:
 
 
 def test_blocks_are_paired_with_the_norms_before_them() -> None:
-    for name, pairs in {
+    expected: dict[str, dict[str, str | None]] = {
         "llama": {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"},
         "bamba": {"mamba.out_proj": "input_layernorm", "feed_forward.down_proj": "pre_ff_layernorm"},
         "opt": {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"},
         "olmo2": {"mlp.down_proj": None},
-    }.items():
+    }
+    for name, pairs in expected.items():
         family = FAMILIES[name]
         for module, norm in pairs.items():
             row = next(row for row in family.rows if row.name.endswith(f".{{i}}.{module}.weight"))

@@ -22,7 +22,7 @@ _HOMES = {
     "Blocks": "data.blocks",
     "Checkpoint": "model.checkpoint",
     "Cut": "pruning.cut",
-    "Family": "model.anatomy",
+    "Family": "model.family",
     "Recipe": "recipe",
     "Runtime": "runtime",
     "Session": "session",
@@ -53,10 +53,10 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from minitron.data.blocks import Blocks as Blocks
     from minitron.errors import UserError as UserError
-    from minitron.model.anatomy import Family as Family
     from minitron.model.arch import Arch as Arch
     from minitron.model.checkpoint import Checkpoint as Checkpoint
     from minitron.model.checkpoint import open_checkpoint as open_checkpoint
+    from minitron.model.family import Family as Family
     from minitron.model.source import open_teacher as open_teacher
     from minitron.progress import disable_progress as disable_progress
     from minitron.progress import enable_progress as enable_progress

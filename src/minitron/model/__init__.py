@@ -1,1 +1,1 @@
-"""What a model is: its sizes, its tensors, where it comes from and how it is written."""
+"""Models: their sizes, tensors and configs, where they come from, and how they are written."""

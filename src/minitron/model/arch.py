@@ -8,8 +8,9 @@ from math import prod
 from typing import Any
 
 from minitron.errors import UserError, nearest
-from minitron.model.anatomy import AXES, Demand, Family, Norm, Place, Row, Tap, holds
+from minitron.model.anatomy import AXES, Norm, Place, Row, Tap, holds
 from minitron.model.families import family_of
+from minitron.model.family import Demand, Family
 
 TIED = "tie_word_embeddings"
 EXPERT_MULTIPLE = 8

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of safetensors: opened without reading a weight, checked, read and written by tensor."""
+"""A Hugging Face folder of safetensors: opened and checked without reading a weight, read and written by tensor."""
 
 import json
 import shutil
@@ -22,12 +22,12 @@ from minitron.model.families import UnsupportedFamilyError, family_that_fits
 
 MAX_SHARD_BYTES = 2**29
 MAPPED_BYTES = 2**28
-"""Files are closed and opened anew after this much has been read."""
+"""Files are closed and opened again after this many bytes have been read."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model on disk. `tensors` maps each name to the file that holds it; nothing is loaded yet."""
+    """A model on disk. `tensors` maps the name of each tensor to its file; nothing is loaded yet."""
 
     folder: Path
     config: Any
@@ -39,10 +39,10 @@ class Checkpoint:
     _read: list[int] = field(default_factory=list, repr=False, compare=False)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Read one tensor, on the CPU, in the dtype it is stored in."""
+        """Read one tensor, on the CPU, in the dtype in which it is stored."""
         with _named(self.tensors[name]):
             value: torch.Tensor = self._open(self.tensors[name]).get_tensor(self._stored_name(name))
-        # Files are mapped into memory: what was read of them stays there until they are closed.
+        # Files are mapped into memory: the pages that were read stay there until the file is closed.
         self._read.append(value.nbytes)
         if sum(self._read) > MAPPED_BYTES:
             self._read.clear()
@@ -50,33 +50,37 @@ class Checkpoint:
         return value
 
     def checked_tensor(self, name: str) -> torch.Tensor:
-        """The same, or a `UserError` if it holds NaN or infinity."""
+        """Read one tensor as `tensor` does.
+
+        Raises:
+            UserError: the tensor holds NaN or infinity.
+        """
         value = self.tensor(name)
         self._require_finite(name, value)
         return value
 
     def _require_finite(self, name: str, value: torch.Tensor) -> None:
-        # The extremes are found many times faster than every entry is classified; NaN is passed on to them.
+        # Finding the extremes is many times faster than classifying every entry, and NaN propagates to them.
         if value.numel() and not torch.isfinite(torch.stack(value.aminmax())).all():
             raise UserError(f"{self.tensors[name]}: tensor {name} holds NaN or infinity")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor, from the file's header alone."""
+        """Return the shape of a tensor, from the file's header alone."""
         with _named(self.tensors[name]):
             return tuple(self._open(self.tensors[name]).get_slice(self._stored_name(name)).get_shape())
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that the config states, else that of the first tensor."""
+        """The dtype that the config states, else the dtype of the first tensor."""
         return self.config.dtype or self.tensor(next(iter(self.tensors))).dtype
 
     @property
     def num_bytes(self) -> int:
-        """Size of the weight files."""
+        """The size of the weight files."""
         return sum(path.stat().st_size for path in set(self.tensors.values()))
 
     def fingerprint(self, advance: Callable[[int], None] = lambda _: None) -> str:
-        """SHA-256 over config and weights, read once; `advance` is told of the bytes as they are read.
+        """Return the SHA-256 of config and weights, read once; `advance` is called with the numbers of bytes read.
 
         Raises:
             UserError: a tensor holds NaN or infinity.
@@ -91,7 +95,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def identity(self) -> str:
-        """SHA-256 over config and the first entries of every tensor: tells models apart without reading them whole."""
+        """Return the SHA-256 of config and the first entries of every tensor, which tells models apart quickly."""
         digest = sha256(self._config_text().encode())
         for name in sorted(self.tensors):
             with _named(self.tensors[name]):
@@ -113,13 +117,13 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
-    """Open a Hugging Face folder and hold every tensor against its family's table.
+    """Open a Hugging Face folder and check every tensor against its family's table.
 
-    `family` reads it as another `model_type` than its config says.
+    `family` reads it as another `model_type` than its config states.
 
     Raises:
-        UserError: no config, an unsupported `model_type`, quantised or pickled or missing or damaged weights, a
-            tensor that no row matches or whose shape is not the row's, or a row without its tensor.
+        UserError: the config is missing or not supported, the weights are quantised, pickled, missing or damaged, a
+            tensor matches no row or has another shape, or a row has no tensor.
     """
     try:
         config = read_config(folder, family)
@@ -131,7 +135,7 @@ def open_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
     if quantization := getattr(config, "quantization_config", None):
         raise UserError(
             f"{folder} holds quantised weights ({dict(quantization).get('quant_method', 'of unknown method')}); "
-            "convert them to bfloat16 first, or take a checkpoint that has them so"
+            "convert them to bfloat16 first, or take an unquantised checkpoint"
         )
     arch = Arch.from_config(config.to_dict())
     stored, prefix = _locate_tensors(folder), arch.family.prefix
@@ -145,9 +149,9 @@ def open_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
 def write_checkpoint(
     folder: Path, config: Any, tensors: Iterable[tuple[str, torch.Tensor]], companions_from: Path
 ) -> None:
-    """Write tensors as they come into sharded safetensors, with config and the teacher's tokenizer files.
+    """Write a stream of tensors into sharded safetensors, with the config and the teacher's tokenizer files.
 
-    Holds at most two shards in memory, the one that is being written and the next. `folder` must exist; make it with
+    At most two shards are in memory, the one that is being written and the next. `folder` must exist; make it with
     `files.whole_folder`.
     """
     weight_map: dict[str, int] = {}
@@ -190,9 +194,9 @@ def write_checkpoint(
 
 
 def write_model(folder: Path, model: Any, state: dict[str, torch.Tensor], like: Checkpoint) -> None:
-    """Write a transformers model, with `state` for its weights, beside the config and tokenizer of `like`.
+    """Write a transformers model, its weights taken from `state`, with the config and tokenizer of `like`.
 
-    transformers itself turns the names that modules have in memory into those that files have.
+    transformers itself translates names in memory to names in files.
     """
     model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_BYTES)
     like.config.save_pretrained(folder)
@@ -207,7 +211,11 @@ def _copy_companions(source: Path, folder: Path) -> None:
 
 
 def open_safetensors(path: Path) -> Any:
-    """Open a safetensors file; a truncated or corrupt one is a `UserError` that names it."""
+    """Open a safetensors file.
+
+    Raises:
+        UserError: the file is missing, truncated or corrupt.
+    """
     with _named(path):
         return safe_open(path, framework="pt")
 
@@ -223,8 +231,8 @@ def _named(path: Path) -> Iterator[None]:
 def _locate_tensors(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        found = read_json(index)
-        weight_map = found.get("weight_map") if isinstance(found, dict) else None
+        values = read_json(index)
+        weight_map = values.get("weight_map") if isinstance(values, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise UserError(f"{index} has no weight_map of tensor names to files")
         return {name: folder / file for name, file in weight_map.items()}
@@ -244,7 +252,7 @@ def _check_against_table(checkpoint: Checkpoint) -> None:
     arch, folder = checkpoint.arch, checkpoint.folder
     expected = dict(expected_shapes(arch))
     for name in list(checkpoint.tensors):
-        if name not in expected and not _is_passed_over(arch, name):
+        if name not in expected and not _is_ignored(arch, name):
             raise UserError(f"{folder}: no row of the {arch.model_type} table matches tensor {name}")
         if name not in expected:
             del checkpoint.tensors[name]
@@ -257,15 +265,15 @@ def _check_against_table(checkpoint: Checkpoint) -> None:
         raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
 
 
-def _is_passed_over(arch: Arch, name: str) -> bool:
-    # Some writers store the output matrix of a tied model a second time; it is the embedding.
+def _is_ignored(arch: Arch, name: str) -> bool:
     if arch.family.left_behind and name.startswith(arch.family.left_behind):
         return True
-    found = arch.family.match(name)
-    return found is not None and (found.row.is_ignored or found.row.condition == "not tie_word_embeddings")
+    place = arch.family.match(name)
+    # Some writers store the output matrix of a tied model a second time; it is the embedding.
+    return place is not None and (place.row.is_ignored or place.row.condition == "not tie_word_embeddings")
 
 
 def expected_shapes(arch: Arch) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The name and shape of every tensor that a model of this shape stores, in the order of the table."""
+    """Yield the name and shape of every tensor that a model of this shape stores, in the order of the table."""
     for row, layer, expert in arch.places():
         yield row.tensor_name(layer, expert), row.shape(arch.axis_size)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from minitron.errors import UserError
 from minitron.files import read_json
-from minitron.model.anatomy import AXES, KINDS, Family
+from minitron.model.anatomy import AXES, KINDS
 from minitron.model.arch import Arch
 from minitron.model.families import family_of
+from minitron.model.family import Family
 
 if TYPE_CHECKING:
     from minitron.model.checkpoint import Checkpoint

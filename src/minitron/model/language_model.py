@@ -1,4 +1,4 @@
-"""Models in memory: loading one, building one from tensors, and running it up to its last hidden states."""
+"""Models in memory: load one, build one from tensors, run one up to its last hidden states, and watch its modules."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,13 +19,13 @@ from minitron.progress import Progress
 
 @dataclass(frozen=True)
 class Head:
-    """How last hidden states become logits: `softcap · tanh(states @ weightᵀ / softcap)`, or without the cap."""
+    """The map from last hidden states to logits: `softcap · tanh(states @ weightᵀ / softcap)`, or without the cap."""
 
     weight: Tensor  # (vocab, hidden)
     softcap: float | None = None
 
     def logits(self, states: Tensor) -> Tensor:
-        """Of states (…, hidden), in float32 or better: for few tokens at a time."""
+        """Return the logits (…, vocab) of states (…, hidden) in float32 or better; for few tokens at a time."""
         dtype = torch.promote_types(states.dtype, torch.float32)
         return soft_capped(states.to(dtype) @ self.weight.to(dtype).T, self.softcap)
 
@@ -43,15 +43,14 @@ def soft_capped(logits: Tensor, softcap: float | None, in_place: bool = False) -
 
 
 Readout = Callable[[Tensor, Head], Any]
-"""From last hidden states (B, T, hidden) and the head to what is wanted of them."""
+"""A function of last hidden states (B, T, hidden) and the head, whose result `Headless` returns."""
 
 
 class Headless(nn.Module):
-    """A causal language model whose logits are never formed: the caller reads the last hidden states out.
+    """A causal language model that hands its last hidden states to a readout instead of forming all logits.
 
-    A family that scales its logits gets its hidden states scaled instead, which is the same. Everything, the
-    readout included, happens inside `forward`, so that wrapping this module as a whole (`fully_shard`) covers
-    the output matrix too.
+    Where a family scales its logits, the hidden states are scaled instead, which gives equal logits. The readout runs
+    inside `forward`, so that wrapping this module as a whole (`fully_shard`) covers the output matrix too.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,17 +64,18 @@ class Headless(nn.Module):
         self.softcap = _softcap(config)
 
     def forward(self, input_ids: Tensor, readout: Readout, positions: Tensor | None = None) -> Any:
-        """`readout(hidden, head)` for token ids (B, T); where `positions` (B, T) begin anew, so does attention."""
+        """Return `readout(hidden, head)` for token ids (B, T); attention restarts where `positions` (B, T) restart."""
         model: Any = self.model
-        given = {} if positions is None else {"position_ids": positions}
-        hidden = model.base_model(input_ids=input_ids, use_cache=False, **given).last_hidden_state  # (B, T, hidden)
+        position_ids = {} if positions is None else {"position_ids": positions}
+        output = model.base_model(input_ids=input_ids, use_cache=False, **position_ids)
+        hidden = output.last_hidden_state  # (B, T, hidden)
         if self.scale != 1.0:
             hidden = hidden * self.scale
         return readout(hidden, Head(model.get_output_embeddings().weight, self.softcap))
 
 
 def read_head(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Head:
-    """The head of a model on disk, without the rest of it."""
+    """Return the head of a model on disk, without loading the rest of the model."""
     weight = checkpoint.tensor(checkpoint.arch.output.name).to(device, dtype)
     return Head(weight, _softcap(checkpoint.config))
 
@@ -86,7 +86,7 @@ def _softcap(config: Any) -> float | None:
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
-    """The transformers model of a checkpoint, in evaluation mode."""
+    """Load the transformers model of a checkpoint, in evaluation mode."""
     transformers_logging.disable_progress_bar()
     with Progress(f"load {checkpoint.folder.name}"):
         model = AutoModelForCausalLM.from_pretrained(
@@ -98,7 +98,7 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
 def build_model(
     config: Any, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype | None = None
 ) -> Any:
-    """A transformers model around tensors that are in memory already, in evaluation mode; in their dtype by default."""
+    """Build a transformers model from tensors in memory, in evaluation mode; by default in the tensors' dtype."""
     transformers_logging.disable_progress_bar()
     state = dict(tensors)
     dtype = dtype or next(iter(state.values())).dtype
@@ -107,32 +107,32 @@ def build_model(
 
 
 def module_of(model: Any, part: Row | Norm, layer: int | None = None) -> nn.Module:
-    """Return the module of a transformers model that holds a row's tensor, or that is a norm, in a layer."""
+    """Return the module of a transformers model that holds a row's tensor or is a norm, in a layer or outside."""
     module: nn.Module = model.base_model.get_submodule(part.module.replace("{i}", str(layer)))
     return module
 
 
 def entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """Of what a layer is called with: the residual stream, and what is given beside it."""
+    """Split the arguments of a layer into the residual stream and the other positional and keyword arguments."""
     if args:
         return args[0], args[1:], kwargs
-    beside = dict(kwargs)
-    return beside.pop("hidden_states"), (), beside
+    others = dict(kwargs)
+    return others.pop("hidden_states"), (), others
 
 
 def leaving(output: Any) -> Tensor:
-    """Of what a layer returns: the residual stream."""
+    """Return the residual stream from the output of a layer."""
     stream: Tensor = output[0] if isinstance(output, tuple) else output
     return stream
 
 
 Point = tuple[nn.Module, str]
-"""The `input` or the `output` of a module."""
+"""A module and one of its sides, `input` or `output`."""
 
 
 @contextmanager
 def watching(points: list[Point], reached: Callable[[list[Any]], None] | None = None) -> Iterator[list[Any]]:
-    """What there is at some points, filled in as models run; `reached` is told of each that is."""
+    """Yield a list of the values at some points, filled in as models run; `reached` receives it after each value."""
     seen: list[Any] = [None] * len(points)
 
     def take(i: int, value: Tensor) -> None:

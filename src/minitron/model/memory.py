@@ -1,4 +1,4 @@
-"""What it takes to hold and run a model: bytes of weights, of KV cache and of Mamba state; exact, no torch."""
+"""The exact memory that serving a model takes: bytes of weights, KV cache and Mamba state; needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,12 +9,12 @@ from minitron.model.arch import Arch
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 MAMBA_STATE_BYTES = 4
-"""The recurrent state counts as float32 whatever the weights are in, as in transformers; some servers halve it."""
+"""Bytes per entry of the recurrent state: float32 for weights of any dtype, as in transformers; some halve it."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what they are for; integers, or arrays of many shapes' integers."""
+    """Bytes by their use; integers, or integer arrays with an entry per shape."""
 
     weights: Any
     kv_cache: Any
@@ -22,11 +22,11 @@ class Memory:
 
     @property
     def total(self) -> Any:
-        """All of it; activations are not counted."""
+        """The sum of all uses; activations are not counted."""
         return self.weights + self.kv_cache + self.mamba_state
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the bytes by use and their total, for JSON."""
         return {**asdict(self), "total": self.total}
 
 
@@ -38,16 +38,16 @@ def memory(
     windows: list[int] | None = None,
     sizes: Mapping[str, Any] | None = None,
 ) -> Memory:
-    """The memory of `batch` sequences of `context` tokens each.
+    """Return the memory of `batch` sequences of `context` tokens each.
 
-    With `sizes`, integers or arrays that broadcast, of many shapes at once.
+    With `sizes`, integers or integer arrays that broadcast, the memory of many shapes at once.
 
     - weights: every parameter in `dtype`;
-    - KV cache: 2 × KV heads × head_dim × tokens for each layer with attention, in `dtype`; a layer with a
-      sliding window keeps no more tokens than that (`windows`, of the layers with one). A shape of fewer layers has
-      the arch's share of these, rounded down;
-    - Mamba state: heads × channels × state in float32 for each layer with a mixer, and the last
-      conv_kernel − 1 inputs of its convolution in `dtype`.
+    - KV cache: 2 × KV heads × head_dim × tokens for each layer with attention, in `dtype`; a layer with a sliding
+      window keeps at most the window's tokens. `windows` holds the windows of the layers that have one; a shape of
+      fewer layers has the arch's share of windows, rounded down;
+    - Mamba state: heads × channels × state in float32 for each layer with a mixer, and the last conv_kernel − 1 inputs
+      of its convolution in `dtype`.
     """
     every, width = {**arch.sizes, **(sizes or {})}, DTYPE_BYTES[dtype]
     kv_cache: Any = 0
@@ -72,11 +72,11 @@ def memory(
 
 
 def attention_windows(config: Mapping[str, Any]) -> list[int]:
-    """The windows of the layers that attend to the last tokens only."""
+    """Return the windows, in tokens, of the layers that attend to the last tokens only."""
     window, kinds = config.get("sliding_window"), config.get("layer_types")
     if not window:
         return []
-    # Without a list of kinds all layers have the window; a hybrid whose config counts no layers has none with one.
+    # Without a list of kinds all layers have the window; in a hybrid whose config states no number of layers, none has.
     return [int(window)] * (kinds.count("sliding_attention") if kinds else config.get("num_hidden_layers", 0))
 
 

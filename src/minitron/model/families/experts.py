@@ -1,10 +1,10 @@
-"""Mixtral, Qwen3-MoE and GPT-OSS: the MLP of a layer is a choice of experts.
+"""Mixtral, Qwen3-MoE and GPT-OSS: in place of an MLP, a layer has experts that a router chooses from.
 
-Mixtral and Qwen3-MoE keep every expert's matrices by themselves on disk; transformers stacks them in memory.
+Mixtral and Qwen3-MoE store the matrices of every expert separately; transformers stacks them in memory.
 """
 
-from minitron.model.anatomy import Family, LayerKinds
 from minitron.model.families.llama import ATTENTION_BIAS, ATTENTION_TAPS, BACKBONE, PLAIN, QK_NORM
+from minitron.model.family import Family, LayerKinds
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 EXPERT_TAPS = parse_taps(
@@ -77,7 +77,7 @@ GPT_OSS = Family(
     "gpt_oss",
     parse_rows(BACKBONE + ATTENTION_BIAS)
     + parse_rows("""
-        # All experts in one tensor, inputs first; gate and up of one neuron side by side.
+        # All experts in one tensor, inputs first; gate and up of a neuron are adjacent.
         model.layers.{i}.self_attn.sinks                  query
         model.layers.{i}.mlp.router.weight                expert hidden
         model.layers.{i}.mlp.router.bias                  expert

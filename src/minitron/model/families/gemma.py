@@ -1,10 +1,11 @@
 """Gemma 2 and the text part of Gemma 3: norms after attention and MLP as well as before them.
 
-The config classes refuse a hidden_size that is no multiple of the heads, and no other type is the same network.
+The config classes refuse a hidden_size that is not a multiple of the number of heads, and no other `model_type` means
+an identical network.
 """
 
-from minitron.model.anatomy import Demand
 from minitron.model.families.llama import ATTENTION_BIAS, QK_NORM, decoder
+from minitron.model.family import Demand
 from minitron.model.grammar import parse_norms, parse_taps
 
 MLP_NORMS = """

@@ -1,10 +1,10 @@
-"""GPT-2, GPT-NeoX (Pythia) and OPT: LayerNorm with bias, as many KV as query heads, no head_dim of their own.
+"""GPT-2, GPT-NeoX (Pythia) and OPT: LayerNorm with bias, one KV head per query head, and no head_dim in the config.
 
-Cutting hidden therefore takes heads with it: hidden_size stays num_attention_heads times head_dim.
+A cut of hidden therefore removes heads too: hidden_size stays num_attention_heads times head_dim.
 """
 
-from minitron.model.anatomy import Family, Product
 from minitron.model.families.llama import NO_WINDOW
+from minitron.model.family import Family, Product
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 HEADS = Product(("query", "head_dim"))
@@ -12,7 +12,7 @@ HEADS = Product(("query", "head_dim"))
 GPT2 = Family(
     "gpt2",
     parse_rows("""
-        # Conv1D keeps its weights the other way round: inputs first.
+        # Conv1D stores its weights transposed: inputs first.
         transformer.wte.weight                     vocab hidden
         transformer.wpe.weight                     position hidden
         transformer.h.{i}.ln_1.weight              hidden
@@ -64,7 +64,7 @@ GPT2 = Family(
 GPT_NEOX = Family(
     "gpt_neox",
     parse_rows("""
-        # Query, key and value of one head stand together.
+        # Query, key and value of one head are adjacent.
         gpt_neox.embed_in.weight                                      vocab hidden
         gpt_neox.layers.{i}.input_layernorm.weight                    hidden
         gpt_neox.layers.{i}.input_layernorm.bias                      hidden

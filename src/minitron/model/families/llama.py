@@ -1,9 +1,9 @@
-"""Llama and the families that differ from it by a few biases, norms or multipliers."""
+"""Llama, and the families that differ from Llama by a few biases, norms or multipliers."""
 
 from dataclasses import replace
 from typing import Any
 
-from minitron.model.anatomy import Demand, Family
+from minitron.model.family import Demand, Family
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 BACKBONE = """
@@ -69,13 +69,13 @@ NO_WINDOW = {"sliding_window": None, "layer_types": None}
 PLAIN = {"tie_word_embeddings": False, "num_key_value_heads": None, "head_dim": None, **NO_WINDOW}
 UNBIASED = {"attention_bias": False, "mlp_bias": False}
 
-# LlamaConfig refuses a hidden_size that is no multiple of the heads, whatever head_dim says. Mistral without a
-# sliding window is the same network and has no such rule.
+# LlamaConfig refuses a hidden_size that is not a multiple of the number of heads, whatever head_dim is. Mistral without
+# a sliding window is an identical network and has no such rule.
 AS_MISTRAL = Demand("hidden", "query", "mistral", {"sliding_window": None}, ("attention_bias", "mlp_bias"))
 
 
 def decoder(model_type: str, *additions: str, **differences: Any) -> Family:
-    """A family that is Llama's plus rows, and other entries where they differ."""
+    """Return a family with Llama's rows and `additions`, and with other entries where it differs."""
     rows = parse_rows("".join([BACKBONE, MLP, *additions]))
     return replace(Family(model_type, rows, TAPS, layer="model.layers.{i}", norms=NORMS), **differences)
 

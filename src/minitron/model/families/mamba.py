@@ -1,18 +1,18 @@
 """Mamba-2 by itself and in hybrids: Nemotron-H, Bamba, Falcon-H1.
 
-The x, z and dt of a head, its share of the convolution, of the gated norm and of the output projection go
-together; B, C and the state belong to the groups and stay. Heads are dealt out to the groups.
+A head is cut with its x, z and dt and with its part of the convolution, the gated norm and the output projection. B, C
+and the state belong to groups and stay; every group has equally many heads.
 """
 
-from minitron.model.anatomy import Family, LayerKinds, Product
 from minitron.model.families.llama import ATTENTION_BIAS, NO_WINDOW, PLAIN, UNBIASED
+from minitron.model.family import Family, LayerKinds, Product
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 GROUPED = {"query": "kv", "mhead": "mgroup", "expert": "expert_group"}
 
 
 def mixer(module: str, projection_bias: tuple[str, str], conv_bias: str, kind: str | None = None) -> str:
-    """The rows of a Mamba-2 mixer; `projection_bias` are the flags of the input's and the output's."""
+    """Return the rows of a Mamba-2 mixer; `projection_bias` are the flags of the input and the output projection."""
     where = f"in {kind}" if kind else ""
     wide = "mhead mchan | mgroup state | mgroup state"
     return f"""
@@ -29,7 +29,7 @@ def mixer(module: str, projection_bias: tuple[str, str], conv_bias: str, kind: s
 
 
 def mixer_taps(module: str, kind: str | None = None) -> str:
-    """Where Mamba heads and channels are scored: what the input projection makes of x or of z, or the output's input.
+    """Return the taps of Mamba heads and channels: x or z from the input projection, or the output projection's input.
 
     Minitron-SSM, arXiv 2504.11409, section 3 and table 2.
     """
@@ -242,7 +242,7 @@ FALCON_H1 = Family(
         HYBRID
         + ATTENTION_BIAS
         + """
-        # Attention and mixer side by side in every layer.
+        # Every layer has attention and a mixer in parallel.
         model.layers.{i}.mamba.norm.weight          (mhead mchan)    if mamba_rms_norm
         model.layers.{i}.self_attn.q_proj.weight    (query head_dim) hidden
         model.layers.{i}.self_attn.k_proj.weight    (kv head_dim) hidden

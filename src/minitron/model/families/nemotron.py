@@ -1,7 +1,7 @@
-"""Nemotron 3 and 4 and the Minitrons made of them: squared ReLU without a gate, LayerNorm1P with bias."""
+"""Nemotron 3 and 4 and the Minitrons pruned from them: squared ReLU without a gate, LayerNorm1P with bias."""
 
-from minitron.model.anatomy import Family
 from minitron.model.families.llama import ATTENTION_BIAS, BACKBONE, NORMS, PLAIN, TAPS, UNBIASED
+from minitron.model.family import Family
 from minitron.model.grammar import parse_rows
 
 NEMOTRON = Family(

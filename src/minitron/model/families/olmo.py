@@ -1,10 +1,11 @@
-"""OLMo 2: norms after attention and MLP only, and one norm over all query heads, one over all KV heads.
+"""OLMo 2: norms only after attention and MLP, one norm over all query heads and one over all KV heads.
 
-A norm over heads mixes them, so a student without some of them is no masked teacher: heads are not pruned.
+A norm over all heads mixes them, so that a student with fewer heads would not equal a masked teacher: heads are not
+pruned.
 """
 
-from minitron.model.anatomy import Family
 from minitron.model.families.llama import ATTENTION_BIAS, PLAIN
+from minitron.model.family import Family
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
 OLMO2 = Family(

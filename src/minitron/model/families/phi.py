@@ -1,7 +1,7 @@
 """Phi-3 and Phi-4: query, key and value in one tensor, gate and up in another."""
 
-from minitron.model.anatomy import Family
 from minitron.model.families.llama import PLAIN, TAPS
+from minitron.model.family import Family
 from minitron.model.grammar import parse_norms, parse_rows
 
 PHI3 = Family(
