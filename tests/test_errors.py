@@ -92,7 +92,7 @@ def test_corrupt_gguf(place: Place, refused: Run, content: bytes, monkeypatch: p
     monkeypatch.setenv("MINITRON_CACHE", str(place.folder / "cache"))
     (place.folder / "broken.gguf").write_bytes(content)
     message = refused(*compress(place, teacher=place.folder / "broken.gguf"))
-    assert "broken.gguf is truncated, corrupt or no GGUF file" in message
+    assert "broken.gguf is truncated, corrupt or not a GGUF file" in message
 
 
 def test_unsupported_model_type(place: Place, refused: Run) -> None:

@@ -248,7 +248,7 @@ def test_a_student_without_some_channels_is_a_teacher_whose_channels_are_zero(
     share = student.axis_size("hidden") / arch.axis_size("hidden")
     model = load_model(teacher, CPU, torch.float32)
     gone = sorted(set(range(arch.axis_size("hidden"))) - set(kept["hidden"].tolist()))
-    norms = [norm.name.split(".", 1)[1].replace("{i}", r"\d+") for norm in arch.family.norms]
+    norms = [norm.module.replace("{i}", r"\d+") for norm in arch.family.norms]
     model.get_input_embeddings().weight[:, gone] = 0.0
     for name, module in model.named_modules():
         if hasattr(module, "conv1d"):

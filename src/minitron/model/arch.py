@@ -190,6 +190,13 @@ class Arch:
         return [row for row in self.rows if row.axes == {"vocab", "hidden"}][-1]
 
     @property
+    def expert_writer(self) -> Row | None:
+        """The row of the matrices with which experts write; in every table it is the last of the experts' matrices."""
+        inner = self.family.per_expert_axes
+        rows = [row for row in self.rows if row.axes & inner and len(row.dimensions) > 1 + row.is_stacked]
+        return rows[-1] if rows else None
+
+    @property
     def num_parameters(self) -> int:
         """The exact number of parameters; tied ones count once."""
         return int(self._count(self.sizes))

@@ -86,8 +86,8 @@ class Readings:
         """Return the row of the matrix that multiplies the activation, and the dimension of its inputs."""
         inner = self.arch.family.per_expert_axes
         if self.tap.side == "routed":
-            rows = [row for row in self.arch.rows if row.axes & inner and len(row.dimensions) > 1 + row.is_stacked]
-            row = rows[-1]  # in every table, the last matrix of the experts multiplies their inner states
+            row = self.arch.expert_writer
+            assert row is not None, self.tap.module
             return row, next(i for i, dim in enumerate(row.dimensions) if inner & {f for part in dim for f in part})
         row = next(filter(self.tap.reads_input_of, self.arch.rows))
         return row, next(i for i, dim in enumerate(row.dimensions) if dim != (("hidden",),))

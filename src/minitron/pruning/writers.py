@@ -86,10 +86,11 @@ class ExpertWriters:
         """Return the experts' matrices of a layer, or None where there are no experts or their inputs are not cut."""
         teacher = cut.teacher
         axes = [axis for axis in teacher.family.per_expert_axes if axis in teacher.axes]
-        rows = [row for row, _ in tensors if row.axes & set(axes) and len(row.dimensions) > 1 + row.is_stacked]
-        if not rows or all(teacher.axis_size(axis) == cut.student.axis_size(axis) for axis in axes):
+        row = cut.student.expert_writer
+        is_here = any(other == row for other, _ in tensors)
+        if row is None or not is_here or all(teacher.axis_size(axis) == cut.student.axis_size(axis) for axis in axes):
             return None
-        return cls(cut, number, rows[-1], tensors, {}, {}, {})  # in every table, the last one writes the stream
+        return cls(cut, number, row, tensors, {}, {}, {})
 
     def watch(self, teacher: Layer) -> torch.utils.hooks.RemovableHandle:
         """Add to the moments whenever the teacher's experts run, until the returned handle is removed."""
