@@ -355,7 +355,7 @@ def test_no_space_in_the_middle(place: Place, refused: Run, monkeypatch: pytest.
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("minitron.pruning.save_file", full)
+    monkeypatch.setattr("minitron.pruning.importance.save_file", full)
     assert "no space left" in refused(*compress(place))
 
 
@@ -363,7 +363,7 @@ def test_no_space_as_safetensors_reports_it(place: Place, refused: Run, monkeypa
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("minitron.pruning.save_file", full)
+    monkeypatch.setattr("minitron.pruning.importance.save_file", full)
     assert "no space left" in refused(*compress(place))
 
 
