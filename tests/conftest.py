@@ -1,6 +1,11 @@
 """Tiny random models of every family, as the Hugging Face folders that the true pipeline reads."""
 
+import atexit
+import json
+import os
 import random
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,9 +16,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from minitron.evaluation import generation
+from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 
+# Several threads would cost time on tiny tensors, here and in the processes that tests start.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+# The tests use no network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Long continuations of tiny models would take a quarter of a run's time.
+generation.CONTINUATION_TOKENS = 4
 
 SIZES = {
     "vocab_size": 258,
@@ -156,6 +169,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Every family, and within it every row that a config can switch on or off."""
 
 
+MECHANISMS = (
+    "llama-tied",  # a gated MLP, RMSNorm, grouped queries, tied embeddings
+    "gpt2",  # a plain MLP, LayerNorm, transposed matrices with queries, keys and values in one, learned positions
+    "gpt_neox",  # queries, keys and values in one matrix head by head, parallel blocks, an output matrix of its own
+    "gemma2",  # norms after its blocks too, with an offset; soft-capped logits
+    "phi3",  # the MLP's gate in one matrix with what it gates
+    "gpt_oss",  # experts with biases in one tensor, sinks
+    "qwen3_moe",  # experts in some of the layers, norms of queries and keys
+    "mamba2",  # Mamba alone
+    "nemotron_h",  # layers of one kind each: Mamba, attention, a plain MLP, experts beside a shared one
+    "falcon_h1",  # attention and Mamba side by side, multipliers
+)
+"""A variant for each mechanism that families share: enough for what is built on their tables."""
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, then `<s>` and `</s>`, which it does not add by itself."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -166,12 +194,35 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def make_model(folder: Path, variant: str, seed: int = 0, **changes: Any) -> Path:
-    """Save a random model of a variant, its biases and norms random too, with a byte tokenizer."""
+def make_config(variant: str, **changes: Any) -> Any:
+    """Return the config of a variant."""
     model_type, flags = VARIANTS[variant]
     sizes = {"vocab_size": SIZES["vocab_size"]} if model_type == "gpt2" else SIZES
-    config = AutoConfig.for_model(model_type, **{**sizes, **flags, **changes})
-    torch.manual_seed(seed)
+    return AutoConfig.for_model(model_type, **{**sizes, **flags, **changes})
+
+
+def make_model(folder: Path, variant: str, seed: int = 0, **changes: Any) -> Path:
+    """Save a random model of a variant, its biases and norms random too, with a byte tokenizer.
+
+    It is a copy of the model that the first call with the same arguments has made.
+    """
+    torch.manual_seed(seed)  # of whatever follows, too
+    shutil.copytree(_made(variant, seed, json.dumps(changes, sort_keys=True)), folder, dirs_exist_ok=True)
+    return folder
+
+
+@cache
+def _made(variant: str, seed: int, changes: str) -> Path:
+    """Return the folder of a model, in which nothing may be changed."""
+    folder = Path(tempfile.mkdtemp(prefix=f"minitron-test-{variant}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        _save_random_model(folder, make_config(variant, **json.loads(changes)))
+    return folder
+
+
+def _save_random_model(folder: Path, config: Any) -> None:
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -184,24 +235,23 @@ def make_model(folder: Path, variant: str, seed: int = 0, **changes: Any) -> Pat
                 buffer.copy_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    return folder
+
+
+@cache
+def variant_arch(variant: str) -> Arch:
+    """Return the architecture of a variant without making its model."""
+    return Arch.from_config(make_config(variant).to_dict())
 
 
 @pytest.fixture(scope="session")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
-    """Gives the tiny model of a variant, made once for all tests, which only read it."""
-    folder = tmp_path_factory.mktemp("teachers")
-
-    @cache
-    def teacher(variant: str) -> Checkpoint:
-        return open_checkpoint(make_model(folder / variant, variant))
-
-    return teacher
+def teachers() -> Callable[[str], Checkpoint]:
+    """Return the tiny model of a variant, made once for all tests, which only read it."""
+    return cache(lambda variant: open_checkpoint(_made(variant, 0, "{}")))
 
 
 @pytest.fixture(params=VARIANTS)
 def teacher(request: pytest.FixtureRequest, teachers: Callable[[str], Checkpoint]) -> Checkpoint:
-    """A tiny model of each variant in turn."""
+    """A tiny model of each variant in turn; by indirect parametrisation, of other ones."""
     return teachers(request.param)
 
 
@@ -213,10 +263,10 @@ def model_folder(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
-    """Some 60 kB of pseudo-English."""
+    """Some 9 kB of pseudo-English."""
     rng = random.Random(0)
     words = ["".join(rng.choice("etaoinshrdlu") for _ in range(rng.randint(2, 8))) for _ in range(200)]
-    lines = [" ".join(rng.choice(words) for _ in range(12)) + "." for _ in range(1000)]
+    lines = [" ".join(rng.choice(words) for _ in range(12)) + "." for _ in range(150)]
     path = tmp_path / "text.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,8 @@ from minitron.recipe import PLAIN, Recipe, load_recipe
 from minitron.reports.html import write_report
 from minitron.verbs.bench import bench
 from minitron.verbs.evaluate import evaluate, evaluate_tasks
-from tests.conftest import make_model
+from tests.conftest import MECHANISMS, make_model
+from tests.processes import exit_code, kill_in, start
 
 LAYOUT = {
     "teacher", "calibration.safetensors", "importance.safetensors", "candidates.jsonl", "arch.json",
@@ -131,38 +130,26 @@ def test_a_finished_run_repeats_nothing(made: Path, monkeypatch: pytest.MonkeyPa
     assert before == {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*") if path.is_file()}
 
 
-# Kills its own process without warning once a stage has advanced often enough.
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from minitron import pipeline, progress
-from tests.test_compress import recipe
-
-stage, times, teacher, text, out = sys.argv[1], int(sys.argv[2]), *map(Path, sys.argv[3:])
-plain, seen = progress.Progress.advance, [0]
-
-def advance(self, units):
-    plain(self, units)
-    seen[0] += self.stage == stage
-    if seen[0] == times:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-progress.Progress.advance = advance
-pipeline.compress(recipe(teacher, text), out)
-"""
-
-KILLS = [
-    ("check teacher", 5), ("calibrate", 10), ("zero-shot", 5), ("candidate 2 of 3", 1), ("repair", 7), ("distill", 1),
-    ("distill", 9), ("distill", 16), ("evaluate teacher", 3), ("evaluate student", 3),
-]  # fmt: skip
+def compress_until_killed(stage: str, times: int, made: Path, out: Path) -> None:
+    kill_in(stage, times, signal.SIGKILL)
+    pipeline.compress(recipe(made / "model", made / "text.txt"), out)
 
 
-@pytest.mark.parametrize(("stage", "times"), KILLS, ids=[f"{stage}-{times}" for stage, times in KILLS])
-def test_a_killed_run_continues_to_the_same_bits(made: Path, tmp_path: Path, stage: str, times: int) -> None:
-    arguments = [stage, str(times), str(made / "model"), str(made / "text.txt"), str(tmp_path / "run")]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    assert not (tmp_path / "run" / "eval.json").exists() or stage.startswith("evaluate")
+# Each process continues what the one before left, and counts anew how often a stage advances.
+KILLS = {
+    "search": [("check teacher", 5), ("calibrate", 10), ("zero-shot", 5), ("candidate 2 of 3", 1), ("repair", 7)],
+    "distill": [("distill", 1), ("distill", 8), ("distill", 7)],
+    "evaluate": [("evaluate teacher", 3), ("evaluate student", 3)],
+}
+
+
+@pytest.mark.parametrize("part", KILLS)
+def test_a_killed_run_continues_to_the_same_bits(made: Path, tmp_path: Path, part: str) -> None:
+    for stage, times in KILLS[part]:
+        log = tmp_path / "log"
+        killed = start(compress_until_killed, stage, times, made, tmp_path / "run", log=log)
+        assert exit_code(killed) == -signal.SIGKILL, (stage, log.read_text()[-2000:])
+        assert not (tmp_path / "run" / "eval.json").exists() or stage.startswith("evaluate")
     pipeline.compress(recipe(made / "model", made / "text.txt"), tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == LAYOUT
     whole, continued = (load_file(run / "student" / "model.safetensors") for run in (made / "run", tmp_path / "run"))
