@@ -7,6 +7,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import tests.conftest  # noqa: F401 - for its settings
 from minitron.progress import Progress
 
 _FORKS = multiprocessing.get_context("forkserver")
@@ -16,7 +17,7 @@ _FORKS.set_forkserver_preload(["tests.preloaded"])
 def start(
     function: Callable[..., object], *arguments: Any, log: Path, environment: Mapping[str, str] | None = None
 ) -> BaseProcess:
-    """Start a function of a test module in a process of its own, with its standard output and error in the file `log`."""
+    """Start a function of a test module in a process of its own; standard output and error go to the file `log`."""
     process = _FORKS.Process(target=_run, args=(function, arguments, log, environment or {}))
     process.start()
     return process

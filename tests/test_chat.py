@@ -123,7 +123,7 @@ def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
-        pytest.skip("there is no Chromium")
+        pytest.skip("there is no Chromium: `make chromium` installs it where it can")
     with playwright.sync_playwright() as started:
         launched = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield launched
@@ -180,14 +180,14 @@ def test_on_the_page_both_answers_stream(speaker: TextGenerator, browser: Any) -
 
 def test_a_report_opens_without_a_network(browser: Any, tmp_path: Path, text_file: Path) -> None:
     from minitron import pipeline
-    from tests.test_compress import recipe
+    from tests.test_compress import QUICK, recipe
 
     odd = tmp_path / "<b>text & more"
     odd.mkdir()
     text = odd / "text.txt"
     text.write_text(text_file.read_text())
     teacher = make_model(odd / "model", "llama-tied")
-    pipeline.compress(recipe(teacher, text), tmp_path / "run")
+    pipeline.compress(recipe(teacher, text, **QUICK), tmp_path / "run")
     report = tmp_path / "run" / "report.html"
     assert report.stat().st_size < 6e6
     page, requests, errors = watched(browser)

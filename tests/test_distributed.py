@@ -2,11 +2,11 @@
 
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +29,7 @@ from minitron.model.language_model import Headless, load_model
 from minitron.recipe import DistillRecipe, IntermediateRecipe
 from minitron.runtime import Runtime
 from tests.conftest import make_model
+from tests.processes import exit_code, kill_in, start
 
 CPU = torch.device("cpu")
 ON_THE_WAY = ("embedding", "block_output", "mlp_input", "attention")
@@ -146,9 +147,14 @@ def test_layers_are_compiled_if_asked_for(models: tuple[Path, Path]) -> None:
 def test_two_processes_give_the_gradient_of_one(models: tuple[Path, Path], tmp_path: Path, of: Sequence[str]) -> None:
     script, out = tmp_path / "step.py", tmp_path / "grads.safetensors"
     script.write_text(STEP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*command, str(script), *map(str, models), str(out), *of], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    program = [str(script), *map(str, models), str(out), *of]
+    if of:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        done = subprocess.run([*torchrun, *program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    else:
+        codes, log = on_two_ranks(program, tmp_path / "log")
+        assert codes == [0, 0], log[-2000:]
     found = load_file(out)
     expected_gradients = gradients(models, 1, of=of)
     del expected_gradients["calls"]
@@ -163,31 +169,36 @@ def apart(one: Path, two: Path, start: Path) -> float:
     return float((between / way) ** 0.5)
 
 
-def on_two_ranks(command: list[str]) -> tuple[list[int], str]:
-    """What torchrun would start, without its agent: exit statuses, and what the first rank said.
+def run_program(arguments: list[str], kill_at: int | None = None) -> None:
+    """Run a program, or the command line for `minitron`, whose first rank is killed in a step of distillation."""
+    sys.argv = arguments
+    if kill_at is not None and os.environ.get("RANK", "0") == "0":
+        kill_in("distill", kill_at, signal.SIGKILL)
+    if arguments[0] == "minitron":
+        cli.main()
+    else:
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+def on_two_ranks(program: list[str], log: Path, kill_at: int | None = None) -> tuple[list[int], str]:
+    """Return the exit codes of two processes as torchrun would start them, and what they wrote.
 
     If one fails, both end.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1"}  # fmt: skip
-    with tempfile.TemporaryFile("w+") as said:
-        ranks = [
-            subprocess.Popen(
-                command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=subprocess.DEVNULL, stderr=said if rank == 0 else subprocess.DEVNULL,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        while any(rank.poll() is None for rank in ranks):
-            if any(rank.poll() for rank in ranks):
-                for rank in ranks:
-                    rank.kill()
-            time.sleep(0.05)
-        said.seek(0)
-        return [rank.returncode for rank in ranks], said.read()
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        start(run_program, program, kill_at, log=log, environment=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    while any(rank.is_alive() for rank in ranks):
+        if any(rank.exitcode for rank in ranks):
+            for rank in ranks:
+                rank.kill()
+        time.sleep(0.05)
+    return [exit_code(rank) for rank in ranks], log.read_text()
 
 
 def losses(folder: Path) -> torch.Tensor:
@@ -206,7 +217,7 @@ def test_two_processes_train_the_student_of_one(
     share: float,
     rtol: float,
 ) -> None:
-    options = ["--data", str(text_file), "--context", "32", "--tokens", "2560", "--device", "cpu", "--dtype", dtype]
+    options = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--device", "cpu", "--dtype", dtype]
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"distill: {{batch_size: 4, optimizer: {optimizer}{more}}}\nsearch: {{tokens: 256}}\n")
     one, two = (
@@ -214,29 +225,20 @@ def test_two_processes_train_the_student_of_one(
         for name in ("one", "two")
     )
     cli.app(one, standalone_mode=False)
-    statuses, said = on_two_ranks([sys.executable, "-m", "minitron", *two])
-    assert statuses == [0, 0], said[-2000:]
+    codes, log = on_two_ranks(["minitron", *two], tmp_path / "log")
+    assert codes == [0, 0], log[-2000:]
     assert apart(tmp_path / "one", tmp_path / "two", models[1]) < share
     expected = losses(tmp_path / "one")
-    assert len(expected) == 20
+    assert len(expected) == 10
     torch.testing.assert_close(losses(tmp_path / "two"), expected, rtol=rtol, atol=0)
 
 
-KILLED = """
-import os, signal, sys
-from minitron import cli, progress
+STOPPED = """
+import runpy, signal, sys
+from tests.processes import kill_in
 
-plain, seen = progress.Progress.advance, [0]
-number = getattr(signal, os.environ.get("KILLED_BY", "SIGKILL"))
-
-def advance(self, units):
-    plain(self, units)
-    seen[0] += self.stage == "distill"
-    if seen[0] == 4 and os.environ.get("RANK", "0") == "0":
-        os.kill(os.getpid(), number)
-
-progress.Progress.advance = advance
-cli.main()
+kill_in("distill", 4, int(sys.argv.pop(1)))
+runpy.run_module("minitron", run_name="__main__")
 """
 
 
@@ -247,13 +249,13 @@ cli.main()
 def test_a_run_that_is_told_to_stop_loses_nothing(
     models: tuple[Path, Path], tmp_path: Path, text_file: Path, name: str, status: int, more: str
 ) -> None:
-    (tmp_path / "killed.py").write_text(KILLED)
-    (tmp_path / "recipe.yaml").write_text(f"distill: {{batch_size: 4{more}}}")
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    (tmp_path / "recipe.yaml").write_text(f"distill: {{batch_size: 4{more}}}\nsearch: {{tokens: 256}}\n")
     given = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--recipe", str(tmp_path / "recipe.yaml")]
     verb = [*map(str, models)]
     stopped = subprocess.run(
-        [sys.executable, str(tmp_path / "killed.py"), "distill", *verb, str(tmp_path / "out"), *given],
-        capture_output=True, text=True, env={**os.environ, "KILLED_BY": name, "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(tmp_path / "stopped.py"), str(int(signal.Signals[name])), "distill", *verb,
+         str(tmp_path / "out"), *given], capture_output=True, text=True,
     )  # fmt: skip
     assert stopped.returncode == status
     assert stopped.stderr.splitlines()[-1] == "stopped, with everything saved: run the same command again to continue"
@@ -315,7 +317,6 @@ def test_a_run_killed_on_two_processes_continues_on_one(
     share: float,
     rtol: float,
 ) -> None:
-    (tmp_path / "killed.py").write_text(KILLED)
     recipe = tmp_path / "recipe.yaml"
     # Held-out perplexity is measured every other step, and a checkpoint follows every step.
     recipe.write_text(
@@ -324,8 +325,9 @@ def test_a_run_killed_on_two_processes_continues_on_one(
     verb = ["distill", *map(str, models)]
     options = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--device", "cpu",
                "--recipe", str(recipe)]  # fmt: skip
-    statuses, _ = on_two_ranks([sys.executable, str(tmp_path / "killed.py"), *verb, str(tmp_path / "two"), *options])
-    assert statuses[0] == -signal.SIGKILL
+    program = ["minitron", *verb, str(tmp_path / "two"), *options]
+    codes, log = on_two_ranks(program, tmp_path / "log", kill_at=4)
+    assert codes[0] == -signal.SIGKILL, log[-2000:]
     checkpoint = tmp_path / ".two.distill" / "checkpoint"
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 3
     assert all(path.suffix in {".safetensors", ".json"} for path in checkpoint.iterdir())

@@ -14,7 +14,7 @@ from minitron import pipeline
 from minitron.errors import UserError
 from minitron.reports.hub import push, require_valid_card
 from tests.conftest import make_model
-from tests.test_compress import recipe
+from tests.test_compress import QUICK, recipe
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (teacher / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A teacher\n")
     text = folder / "text.txt"
     text.write_text("\n".join(f"{i} times {i} is {i * i}." for i in range(2500)))
-    pipeline.compress(recipe(teacher, text), folder / "run")
+    pipeline.compress(recipe(teacher, text, **QUICK), folder / "run")
     return folder / "run"
 
 

@@ -21,7 +21,7 @@ from minitron.evaluation.peak_memory import peak_memory
 from minitron.evaluation.perplexity import measure_perplexity, next_token_nll
 from minitron.evaluation.speed import alternate, figures_of
 from minitron.harness.interface import Inputs
-from minitron.harness.lm_eval_model import load_lm
+from minitron.harness.lm_eval_model import load_lm, task_manager
 from minitron.harness.lm_eval_tasks import run_tasks
 from minitron.harness.local_files import tasks_data
 from minitron.harness.plan import plan_tasks
@@ -232,13 +232,15 @@ def test_tasks_from_local_files_are_what_lm_eval_gives(
 
     # Directly, from definitions written by hand.
     model = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
-    builtin = lm_eval.tasks.TaskManager().task_index["piqa"].yaml_path
+    builtin = task_manager().task_index["piqa"].yaml_path
     definition = tmp_path / "definition.yaml"
     definition.write_text(
         f"include: {builtin}\ntask: piqa_by_hand\ndataset_path: json\ndataset_name: null\ntraining_split: null\n"
         f"dataset_kwargs: {{data_files: {{validation: {tmp_path / 'items' / 'piqa.validation.jsonl'}}}}}\n"
     )
-    direct = lm_eval.simple_evaluate(model=model, tasks=[str(definition)], num_fewshot=0, bootstrap_iters=0)
+    direct = lm_eval.simple_evaluate(
+        model=model, tasks=[str(definition)], num_fewshot=0, bootstrap_iters=0, task_manager=task_manager()
+    )
     assert found["piqa"]["metrics"]["acc_norm"] == direct["results"]["piqa_by_hand"]["acc_norm,none"]
     assert found["piqa"]["metrics"]["acc"] == direct["results"]["piqa_by_hand"]["acc,none"]
 

@@ -3,6 +3,8 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,13 +50,28 @@ def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
         return HFLMWithProgress(pretrained=str(folder), device=device, dtype=dtype, batch_size=batch_size)
 
 
-@cache  # reads about a thousand files
-def task_manager(include: Path | None = None) -> Any:
-    """Return lm-eval's task manager, which reads lm-eval's definitions of tasks and those in the folder `include`."""
+@cache  # reads more than ten thousand files
+def task_manager() -> Any:
+    """Return lm-eval's task manager, which knows lm-eval's definitions of tasks."""
     lm_eval()
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=str(include) if include else None)
+    return TaskManager()
+
+
+@contextmanager
+def defined_in(folder: Path | None) -> Iterator[Any]:
+    """Yield the task manager of `task_manager`, where the definitions in `folder` replace lm-eval's own meanwhile."""
+    from lm_eval.tasks import TaskManager
+
+    index = task_manager().task_index
+    own = dict(index)
+    index.update(TaskManager(include_path=str(folder), include_defaults=False).task_index if folder else {})
+    try:
+        yield task_manager()
+    finally:
+        index.clear()
+        index.update(own)
 
 
 def lm_eval() -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from minitron.harness.interface import Inputs
 from minitron.harness.lm_eval_definitions import Task, local_definitions, truthful_rows
-from minitron.harness.lm_eval_model import lm_eval, task_manager
+from minitron.harness.lm_eval_model import defined_in, lm_eval, task_manager
 
 
 def _ifeval_requirement() -> str | None:
@@ -67,10 +67,10 @@ def run_tasks(model: Any, tasks: Sequence[Task], inputs: Inputs, seed: int) -> d
     if not tasks:
         return results
     with (
-        local_definitions(tasks, inputs.data, task_manager().task_index) as include,
+        local_definitions(tasks, inputs.data, task_manager().task_index) as folder,
+        defined_in(folder) as manager,
         warnings.catch_warnings(action="ignore"),
     ):
-        manager = task_manager(include)
         for task in tasks:
             model.stage = task.name
             evaluated = lm_eval().simple_evaluate(
