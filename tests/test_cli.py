@@ -141,10 +141,10 @@ def test_the_stages_one_after_the_other(verb: Verb, tmp_path: Path, text_file: P
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "search: {tokens: 256, zero_shot: 4, zero_shot_tokens: 64, probe_tokens: 64, shortlist: 2, distill_tokens: 0}\n"
-        "calibration: {tokens: 1k}\nevaluation: {tokens: 512}\ndistill: {batch_size: 1}\n"
+        "calibration: {tokens: 256}\nevaluation: {tokens: 512}\ndistill: {batch_size: 1}\n"
     )
     text = ("--data", text_file, "--context", "32", "--recipe", recipe)
-    verb("calibrate", teacher, tmp_path / "stats", *text, "--tokens", "1k")
+    verb("calibrate", teacher, tmp_path / "stats", *text, "--tokens", "256")
     assert set(load_file(tmp_path / "stats" / "importance.safetensors")) == {
         "hidden", "ffn", "query", "kv", "layer", "stream_moment",
     }  # fmt: skip

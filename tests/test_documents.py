@@ -83,7 +83,7 @@ def test_by_the_command_line(tmp_path: Path, text_file: Path, stored_too: bool) 
     lines = [line for line in text_file.read_text().splitlines() if line]
     (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
     for kind in ("joined", "apart"):
-        (tmp_path / f"{kind}.yaml").write_text(f"distill: {{documents: {kind}}}")
+        (tmp_path / f"{kind}.yaml").write_text(f"distill: {{documents: {kind}}}\nsearch: {{tokens: 64}}\n")
         more = ["--teacher-states", str(tmp_path / f"states-{kind}")] if stored_too else []
         given = ["distill", str(teacher), str(student), str(tmp_path / kind), "--data", str(tmp_path / "texts.jsonl"),
                  "--context", "32", "--tokens", "512", "--recipe", str(tmp_path / f"{kind}.yaml"), *more]  # fmt: skip

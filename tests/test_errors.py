@@ -110,7 +110,8 @@ def test_an_unknown_type_with_known_tensors_names_the_flag_that_tries_it(
     assert message.endswith("its tensors match the table of llama: try --family llama")
     quick = place.folder / "quick.yaml"
     quick.write_text(
-        "search: {zero_shot: 4, zero_shot_tokens: 64, probe_tokens: 64, shortlist: 2, distill_tokens: 64}\n"
+        "search: {tokens: 64, zero_shot: 2, zero_shot_tokens: 64, probe_tokens: 0, shortlist: 1, distill_tokens: 0}\n"
+        "calibration: {tokens: 256}\nevaluation: {tokens: 64}\n"
     )
     monkeypatch.setattr("sys.argv", ["minitron", *compress(place, "--family", "llama", "--recipe", str(quick))])
     with pytest.raises(SystemExit) as stopped:

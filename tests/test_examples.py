@@ -17,7 +17,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("examples")
     make_model(folder / "model", "llama-tied")
-    text = (f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}." for i in range(2000))
+    text = (f"{i} times {i} is {i * i}, and {i} plus {i} is {i + i}." for i in range(300))
     (folder / "text.txt").write_text("\n".join(text))
     return folder
 

@@ -56,8 +56,10 @@ def test_a_step_is_taken_only_where_all_is_finite(tmp_path: Path, loss: float) -
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
-def test_moments_of_eight_bits(tmp_path: Path) -> None:
+def test_moments_of_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They move weights nearly as whole ones do, and are the same when read back from a checkpoint."""
+    # torchao would compile its step for each shape of a weight, which takes a minute.
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
     checkpoint = open_checkpoint(make_model(tmp_path / "model", "llama-tied", hidden_size=96))
 
     def student_after(kind: str, steps: range, folder: Path | None = None) -> tuple[Headless, Any]:

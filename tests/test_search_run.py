@@ -4,8 +4,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from minitron.runtime import Runtime
 from minitron.session import Session
 from minitron.verbs.results import Shaped
 from tests.conftest import make_model
+from tests.processes import exit_code, start
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(CPU, torch.float32)
@@ -42,7 +41,7 @@ def settings(place: Path, **changes: Any) -> dict[str, Any]:
     return {
         "teacher": place / "model", "data": str(place / "text.txt"), "target_params": 0.7, "context": 32,
         "device": "cpu",
-        "calibration.tokens": "1k", "search.tokens": 128, "search.shortlist": 4, "search.zero_shot": 10,
+        "calibration.tokens": 256, "search.tokens": 128, "search.shortlist": 4, "search.zero_shot": 10,
         "search.zero_shot_tokens": 64, "search.probe_tokens": 64, "search.distill_tokens": 256,
         "distill.tokens": 512, "distill.batch_size": 2, "distill.learning_rate": 1e-3,
         "distill.checkpoint_seconds": 0.0, "evaluation.tokens": 256, **changes,
@@ -125,17 +124,15 @@ def without_speeds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.endswith("_seconds")} for row in rows]
 
 
-# Kills its own process with SIGKILL at the n-th call of a costly function.
-KILLED = """
-import sys
-from pathlib import Path
-from minitron.verbs.search import search
-from tests.test_search_run import note_calls, settings
+def search_in(place: Path, out: Path) -> None:
+    search(out=out, **settings(place))
 
-name, times, place, out = sys.argv[1], int(sys.argv[2]), *map(Path, sys.argv[3:])
-note_calls(setattr, out.with_name("calls"), name, times)
-search(out=out, **settings(place))
-"""
+
+def search_until_killed(name: str, times: int, place: Path, out: Path) -> None:
+    note_calls(setattr, out.with_name("calls"), name, times)
+    search(out=out, **settings(place))
+
+
 COSTLY = {"train": (trial.Trial, "__call__"), "compare": (zero_shot.ZeroShot, "__call__")}
 
 
@@ -157,42 +154,32 @@ def note_calls(patch: Any, log: Path, kill_in: str | None = None, times: int = 0
         patch(owner, attribute, noted)
 
 
-@pytest.mark.parametrize(("name", "times"), [("train", 3), ("compare", 6), ("train", 11)])
 def test_a_killed_search_continues_and_repeats_nothing_that_was_finished(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, times: int
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [name, str(times), str(place), str(tmp_path / "out")]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
-    before = (tmp_path / "calls").read_text().splitlines()
+    # In the third of 5 probes, in the sixth comparison, and in a trial after the first rung; each process continues.
+    for name, times in (("train", 3), ("compare", 6), ("train", 6)):
+        killed = start(search_until_killed, name, times, place, tmp_path / "out", log=tmp_path / "log")
+        assert exit_code(killed) == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
     note_calls(monkeypatch.setattr, tmp_path / "calls")
     search(out=tmp_path / "out", **settings(place))
     assert without_speeds(rows_of(tmp_path / "out")) == without_speeds(rows_of(place / "found"))
-    after = (tmp_path / "calls").read_text().splitlines()[len(before) :]
-    assert len(before) + len(after) == 5 + 10 + 4 + 2 + 1  # probes, compared, and at each rung
-    assert not set(before) & set(after)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == len(set(calls)) == 5 + 10 + 4 + 2 + 1  # probes, compared, and at each rung
 
 
 def test_candidates_are_split_among_processes(place: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    code = (
-        "import sys; from pathlib import Path; from minitron.verbs.search import search; "
-        "from tests.test_search_run import settings; search(out=sys.argv[2], **settings(Path(sys.argv[1])))"
-    )
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(place), str(tmp_path / "out")],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1",
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-            stderr=subprocess.PIPE,
-        )
+        start(search_in, place, tmp_path / "out", log=tmp_path / "log",
+              environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]  # fmt: skip
     for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-2000:]
+        assert exit_code(process) == 0, (tmp_path / "log").read_text()[-2000:]
     assert without_speeds(rows_of(tmp_path / "out")) == without_speeds(rows_of(place / "found"))
 
 
