@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -243,6 +243,16 @@ def variant_arch(variant: str) -> Arch:
     return Arch.from_config(make_config(variant).to_dict())
 
 
+def variants_that(are: Callable[[Arch], bool]) -> list[str]:
+    """Return the variants whose architecture passes a check: values of the parameter `teacher`."""
+    return [variant for variant in VARIANTS if are(variant_arch(variant))]
+
+
+def variants_by(choices: Collection[str], have: Callable[[Arch, str], bool]) -> list[tuple[str, str]]:
+    """Return the pairs of a variant and a choice that its architecture has: values of `teacher` and of the choice."""
+    return [(variant, choice) for variant in VARIANTS for choice in choices if have(variant_arch(variant), choice)]
+
+
 @pytest.fixture(scope="session")
 def teachers() -> Callable[[str], Checkpoint]:
     """Return the tiny model of a variant, made once for all tests, which only read it."""
@@ -251,7 +261,7 @@ def teachers() -> Callable[[str], Checkpoint]:
 
 @pytest.fixture(params=VARIANTS)
 def teacher(request: pytest.FixtureRequest, teachers: Callable[[str], Checkpoint]) -> Checkpoint:
-    """A tiny model of each variant in turn; by indirect parametrisation, of other ones."""
+    """Return a tiny model of each variant in turn; `parametrize` with `indirect` chooses the variants."""
     return teachers(request.param)
 
 

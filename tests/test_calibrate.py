@@ -21,6 +21,7 @@ from minitron.pruning.scores import SCORES, Importance, Score, score
 from minitron.pruning.selection import score_shape, select
 from minitron.recipe import CalibrationRecipe, Recipe
 from minitron.runtime import Runtime
+from tests.conftest import MECHANISMS
 
 CPU = torch.device("cpu")
 MINITRON = CalibrationRecipe()
@@ -323,6 +324,7 @@ def test_an_unknown_score_is_refused_before_any_work(key: str) -> None:
     require_scores(Recipe(teacher="none"))
 
 
+@pytest.mark.parametrize("teacher", MECHANISMS, indirect=True)
 def test_broken_activations_are_an_error(teacher: Checkpoint, blocks: Blocks) -> None:
     class Broken(Checkpoint):
         def tensor(self, name: str) -> Tensor:
@@ -334,6 +336,7 @@ def test_broken_activations_are_an_error(teacher: Checkpoint, blocks: Blocks) ->
         importance_of(broken, blocks)
 
 
+@pytest.mark.parametrize("teacher", MECHANISMS, indirect=True)
 def test_scores_do_not_depend_on_the_order_of_blocks_but_on_the_blocks(teacher: Checkpoint, blocks: Blocks) -> None:
     one = importance_of(teacher, blocks)
     turned = importance_of(teacher, Blocks(blocks.ids.flip(0), blocks.num_bytes))

@@ -21,7 +21,7 @@ from minitron.pruning.cut import Cut
 from minitron.pruning.depth import score_depth
 from minitron.pruning.selection import LAYER_BLOCKS, select
 from minitron.recipe import DepthRecipe
-from tests.conftest import byte_tokenizer
+from tests.conftest import MECHANISMS, byte_tokenizer
 from tests.test_trim import random_importance
 
 CPU = torch.device("cpu")
@@ -59,6 +59,7 @@ def damages(whole: Tensor, without: Tensor, blocks: Blocks) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("teacher", MECHANISMS, indirect=True)
 @pytest.mark.parametrize("score", ["perplexity", "kl", "logits_mse"])
 def test_a_layer_left_out_is_a_layer_never_there(teacher: Checkpoint, blocks: Blocks, score: Any) -> None:
     model = load_model(teacher, CPU, torch.float32)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minitron.data.blocks import Blocks
+from minitron.errors import UserError
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
@@ -21,7 +22,8 @@ from minitron.pruning.scores import Importance, score
 from minitron.pruning.selection import select
 from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
 from minitron.runtime import Runtime
-from tests.test_trim import CPU, CUTS, build, logits, random_importance
+from tests.conftest import MECHANISMS, variant_arch, variants_by, variants_that
+from tests.test_trim import CPU, CUTS, build, can_cut, logits, random_importance
 from tests.test_trim import cut_to as shape_cut
 
 RUNTIME = Runtime(CPU, torch.float32)
@@ -45,13 +47,19 @@ def sorted_for(
     return sort_teacher(teacher, importance, sizes, recipe=recipe, blocks=blocks, runtime=RUNTIME)
 
 
+def can_cut_everywhere_but_in_hidden(arch: Arch) -> bool:
+    """Return whether no product ties hidden to heads, and whether three layers are enough for one of each kind."""
+    try:
+        return bool(cut_everywhere_but_in_hidden(arch))
+    except UserError:
+        return False
+
+
+@pytest.mark.parametrize("teacher", variants_that(can_cut_everywhere_but_in_hidden), indirect=True)
 def test_a_beginning_of_the_sorted_teacher_is_the_pruned_model(
     teacher: Checkpoint, blocks: Blocks, input_ids: Tensor
 ) -> None:
-    try:
-        arch = cut_everywhere_but_in_hidden(teacher.arch)
-    except Exception as error:  # a product of hidden and heads
-        pytest.skip(str(error))
+    arch = cut_everywhere_but_in_hidden(teacher.arch)
     importance = random_importance(teacher.arch)
     expected = logits(build(teacher, arch, select(importance, teacher.arch, arch)), input_ids)
     found = logits(sorted_for(teacher, arch, importance, PLAIN, blocks).model(arch, RUNTIME), input_ids)
@@ -74,12 +82,15 @@ def narrower(arch: Arch) -> Arch:
     return arch.resized(hidden_size=36 if arch.family.demand and not arch._can_be_restated else 40)
 
 
-@pytest.mark.parametrize("rotate", [True, False])
+@pytest.mark.parametrize(
+    ("teacher", "rotate"),
+    [(variant, rotate) for variant in MECHANISMS for rotate in (True, False)
+     if not rotate or obstacle(variant_arch(variant)) is None],
+    indirect=["teacher"],
+)  # fmt: skip
 def test_hidden_is_rotated_and_its_norms_rescaled_as_in_the_pruned_model(
     teacher: Checkpoint, blocks: Blocks, input_ids: Tensor, rotate: bool
 ) -> None:
-    if rotate and obstacle(teacher.arch):
-        pytest.skip("the family cannot be rotated")
     arch = narrower(teacher.arch)
     recipe = PruneRecipe(rotate=rotate, refit=False)
     runtime, calibration = Runtime(CPU, torch.float32), CalibrationRecipe()
@@ -93,7 +104,9 @@ def test_hidden_is_rotated_and_its_norms_rescaled_as_in_the_pruned_model(
     assert (found - without).abs().max() > 5e-3
 
 
-@pytest.mark.parametrize("axis", ["ffn", "kv", "expert", "expert_ffn", "layer"])
+@pytest.mark.parametrize(
+    ("teacher", "axis"), variants_by(["ffn", "kv", "expert", "expert_ffn", "layer"], can_cut), indirect=["teacher"]
+)
 def test_candidates_are_views(teacher: Checkpoint, blocks: Blocks, axis: str) -> None:
     """Tensors that do not join several things in one dimension share the storage of the sorted teacher."""
     arch = shape_cut(teacher.arch, axis)

@@ -21,6 +21,7 @@ from minitron.pruning.scores import Importance, score
 from minitron.pruning.writers import correction
 from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
 from minitron.runtime import Runtime
+from tests.conftest import MECHANISMS
 from tests.test_trim import cut_everywhere, random_importance
 
 CPU = torch.device("cpu")
@@ -119,7 +120,8 @@ def test_a_rescaled_norm_puts_out_what_it_did(teachers: Callable[[str], Checkpoi
         torch.testing.assert_close(scale, torch.full_like(scale, float((share * 48 / 24).sqrt())), rtol=1e-4, atol=0)
 
 
-def test_every_family_starts_nearer_to_its_teacher(teacher: Checkpoint, blocks: Blocks) -> None:
+@pytest.mark.parametrize("teacher", MECHANISMS, indirect=True)
+def test_repairs_bring_a_student_nearer_to_its_teacher(teacher: Checkpoint, blocks: Blocks) -> None:
     importance, arch = importance_of(teacher, blocks), cut_everywhere(teacher.arch)
     model, distances = load_model(teacher, CPU, torch.float32), {}
     for name, recipe in {

@@ -15,6 +15,7 @@ from minitron.pruning.selection import select
 from minitron.recipe import PLAIN, CalibrationRecipe, Recipe
 from minitron.runtime import Runtime
 from minitron.session import Session
+from tests.conftest import MECHANISMS
 from tests.test_trim import cut_everywhere
 
 RUNTIME = Runtime(torch.device("cpu"), torch.float32)
@@ -30,6 +31,7 @@ def importance_of(teacher: Checkpoint, blocks: Blocks) -> Importance:
     return score(calibrate(teacher, blocks, recipe=RECIPE, runtime=RUNTIME), teacher, RECIPE)
 
 
+@pytest.mark.parametrize("teacher", MECHANISMS, indirect=True)
 def test_each_round_scores_what_the_last_one_left(teacher: Checkpoint, tmp_path: Path) -> None:
     ids = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(0))
     blocks = Blocks(ids, torch.ones_like(ids, dtype=torch.int32))

@@ -29,7 +29,7 @@ from minitron.reports.svg import side_by_side
 from minitron.runtime import Runtime
 from minitron.session import Session
 from minitron.verbs.results import Shaped
-from tests.conftest import make_model
+from tests.conftest import MECHANISMS, make_model
 from tests.processes import exit_code, start
 
 CPU = torch.device("cpu")
@@ -319,7 +319,8 @@ def test_speeds_are_measured_once_and_cached(place: Path, tmp_path: Path) -> Non
     assert other.cached(small) is None
 
 
-def test_every_family_can_be_timed(teacher: Checkpoint) -> None:
+@pytest.mark.parametrize("teacher", MECHANISMS, indirect=True)
+def test_every_mechanism_can_be_timed(teacher: Checkpoint) -> None:
     speed = measure_speed(load_model(teacher, CPU, torch.float32), batch=2, context=24)
     assert speed.prefill_seconds > 0
     assert speed.decode_seconds > 0

@@ -24,7 +24,7 @@ from minitron.pruning.cut import Cut, write_pruned
 from minitron.pruning.cut import cut_to as pruned_to
 from minitron.pruning.selection import Kept, score_shape, select
 from minitron.recipe import PLAIN
-from tests.conftest import VARIANTS, make_model
+from tests.conftest import VARIANTS, make_model, variants_by, variants_that
 
 CPU = torch.device("cpu")
 
@@ -67,23 +67,20 @@ def permuted(arch: Arch, axis: str) -> Kept:
 AXES_WITHIN_LAYERS = ["hidden", "ffn", "expert", "expert_ffn", "shared_ffn", "latent", "query", "kv", "mhead", "mchan"]
 
 
-def skip_without(arch: Arch, axis: str) -> None:
-    if axis not in arch.prunable_axes:
-        pytest.skip(f"{arch.model_type} does not prune {axis}")
+def prunes(arch: Arch, axis: str) -> bool:
+    return axis in arch.prunable_axes
 
 
-@pytest.mark.parametrize("axis", AXES_WITHIN_LAYERS)
+@pytest.mark.parametrize(("teacher", "axis"), variants_by(AXES_WITHIN_LAYERS, prunes), indirect=["teacher"])
 def test_permuting_an_axis_leaves_the_logits_unchanged(teacher: Checkpoint, axis: str, input_ids: Tensor) -> None:
-    skip_without(teacher.arch, axis)
     kept = permuted(teacher.arch, axis)
     assert not torch.equal(kept[axis], everything(teacher.arch)[axis])
     expected = logits(load_model(teacher, CPU, torch.float32), input_ids)
     torch.testing.assert_close(logits(build(teacher, teacher.arch, kept), input_ids), expected, atol=5e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("axis", AXES_WITHIN_LAYERS)
+@pytest.mark.parametrize(("teacher", "axis"), variants_by(AXES_WITHIN_LAYERS, prunes), indirect=["teacher"])
 def test_a_permutation_that_one_tensor_misses_changes_them(teacher: Checkpoint, axis: str, input_ids: Tensor) -> None:
-    skip_without(teacher.arch, axis)
     tensors = dict(Cut(teacher.arch, teacher.arch, permuted(teacher.arch, axis), teacher.tensor))
     missed, _ = along(teacher.arch, axis)
     tensors.update({name: teacher.tensor(name) for name in missed})
@@ -180,8 +177,8 @@ def mask_experts(moe: Any, experts: Tensor, ffn: Tensor) -> None:
         down[gone] = 0.0
 
 
-def cut_to(arch: Arch, cut: str) -> Arch:
-    """The shape of a cut; a family without the axis skips the test."""
+def sizes_of(arch: Arch, cut: str) -> dict[str, int]:
+    """Return the sizes that a cut changes, none where the family has no such axis."""
     prunable = {AXES[axis] for axis in arch.prunable_axes}
     sizes = {name: size for name, size in CUTS[cut].items() if name in prunable}
     if "num_hidden_layers" in sizes and arch.layer_counts:
@@ -193,9 +190,15 @@ def cut_to(arch: Arch, cut: str) -> Arch:
         sizes.pop("num_attention_heads", None)
     if arch.family.product and len({"mamba_num_heads", "mamba_head_dim"} & sizes.keys()) == 2:
         sizes.pop("mamba_head_dim")
-    if not sizes:
-        pytest.skip(f"{arch.model_type} does not prune {cut}")
-    return arch.resized(**sizes)
+    return sizes
+
+
+def can_cut(arch: Arch, cut: str) -> bool:
+    return bool(sizes_of(arch, cut))
+
+
+def cut_to(arch: Arch, cut: str) -> Arch:
+    return arch.resized(**sizes_of(arch, cut))
 
 
 def cut_everywhere(arch: Arch) -> Arch:
@@ -224,7 +227,7 @@ def along(arch: Arch, axis: str) -> tuple[list[str], int]:
     return [row.tensor_name(layer, expert) for expert in experts], dim
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(("teacher", "cut"), variants_by(CUTS, can_cut), indirect=["teacher"])
 def test_a_trimmed_student_is_its_masked_teacher(teacher: Checkpoint, cut: str, input_ids: Tensor) -> None:
     arch = cut_to(teacher.arch, cut)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
@@ -234,14 +237,13 @@ def test_a_trimmed_student_is_its_masked_teacher(teacher: Checkpoint, cut: str, 
     torch.testing.assert_close(logits(student, input_ids), expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("teacher", variants_that(lambda arch: not arch.family.is_centred), indirect=True)
 @torch.no_grad()
 def test_a_student_without_some_channels_is_a_teacher_whose_channels_are_zero(
     teacher: Checkpoint, input_ids: Tensor
 ) -> None:
     """Where norms do not subtract the mean; they see the zeros too, so weights and epsilon make up for them."""
     arch = teacher.arch
-    if arch.family.is_centred:
-        pytest.skip("a mean over fewer channels is another mean")
     is_bound = arch.family.product is not None
     student = arch.resized(hidden_size=36, mamba_head_dim=6) if is_bound else arch.resized(hidden_size=24)
     kept = select(random_importance(arch), arch, student)
@@ -265,7 +267,9 @@ def test_a_student_without_some_channels_is_a_teacher_whose_channels_are_zero(
     )
 
 
-@pytest.mark.parametrize("cut", ["layer", *(cut for cut in CUTS if cut in AXES and cut != "layer")])
+@pytest.mark.parametrize(
+    ("teacher", "cut"), variants_by([cut for cut in CUTS if cut in AXES], can_cut), indirect=["teacher"]
+)
 def test_a_student_trimmed_in_the_wrong_order_is_not(teacher: Checkpoint, cut: str, input_ids: Tensor) -> None:
     arch = cut_to(teacher.arch, cut)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
@@ -284,8 +288,8 @@ def test_a_student_trimmed_in_the_wrong_order_is_not(teacher: Checkpoint, cut: s
     assert (logits(student, input_ids) - expected).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("teacher", variants_that(lambda arch: prunes(arch, "kv")), indirect=True)
 def test_query_heads_are_ranked_inside_their_group_and_taken_equally(teacher: Checkpoint) -> None:
-    skip_without(teacher.arch, "kv")
     importance = random_importance(teacher.arch)
     importance["query"][0] = torch.tensor([9.0, 8.0, 1.0, 2.0, 4.0, 3.0])  # groups (0 1) (2 3) (4 5)
     kept = select(importance, teacher.arch, teacher.arch.resized(num_attention_heads=3))
