@@ -24,7 +24,7 @@ from kd_loss import memory_mb, spread
 
 from minitron.distillation import stored_teacher
 from minitron.distillation.objective import Objective
-from minitron.distillation.optimizers import make_optimizers, take_step
+from minitron.distillation.optimizers import make_optimizer, take_step
 from minitron.distillation.teacher import Live
 from minitron.model.config import student_config
 from minitron.model.language_model import Headless, load_model
@@ -105,11 +105,11 @@ def our_steps(session: Session, way: str, options: argparse.Namespace) -> Iterat
             teacher = stored_teacher(session, Path(folder) / "states", blocks, recipe)
         else:
             teacher = Live(load_model(session.teacher, session.runtime.device, session.runtime.dtype))
-        optimizers = make_optimizers(student, session.teacher.arch.resized(**SIZES), recipe, World())
+        optimizer = make_optimizer(student, recipe, World())
         for step in range(options.steps + 1):
             numbers = torch.arange(step * options.batch_size, (step + 1) * options.batch_size)
             loss, *_ = Objective(teacher, recipe, session.runtime).accumulate(student, blocks[numbers], numbers)
-            take_step(student, optimizers, 1e-4, 1.0, float(loss))
+            take_step(student, optimizer, 1e-4, 1.0, float(loss))
             yield
 
 

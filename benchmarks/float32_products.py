@@ -18,7 +18,7 @@ from kd_loss import spread
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minitron.distillation.fused import States, logit_loss
-from minitron.distillation.losses import forward_kl
+from minitron.distillation.losses import forward_kl_
 from minitron.model.language_model import Head, Headless
 
 WAYS = {"as torch takes them": "ieee", "oneDNN": "bf16"}
@@ -81,7 +81,7 @@ def make_step() -> Callable[[], object]:
     said = States(torch.randn(1, TOKENS, HIDDEN), Head(torch.randn(VOCAB, HIDDEN) / HIDDEN**0.5))
 
     def step() -> None:
-        student(ids, lambda hidden, head: logit_loss(hidden, head, said, forward_kl, TOKENS)).backward()
+        student(ids, lambda hidden, head: logit_loss(hidden, head, said, forward_kl_, TOKENS)).backward()
         student.zero_grad(set_to_none=True)
 
     return step

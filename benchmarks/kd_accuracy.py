@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minitron.distillation.fused import LossOptions, States, logit_loss
-from minitron.distillation.losses import forward_kl
+from minitron.distillation.losses import forward_kl_
 from minitron.model.language_model import Headless, load_model
 from minitron.model.source import open_teacher
 from minitron.recipe import Recipe
@@ -59,7 +59,7 @@ def ours(own: States, said: States, operands: torch.dtype | None = None) -> tupl
     """From states in bfloat16; their gradient is asked for in float32, so that its own rounding does not count."""
     states, head = own.hidden.float().requires_grad_(), own.head.weight.float().requires_grad_()
     num_tokens, precision = states.shape[:-1].numel(), LossOptions(operands=operands)
-    loss = logit_loss(states, type(own.head)(head), said, forward_kl, num_tokens, precision)
+    loss = logit_loss(states, type(own.head)(head), said, forward_kl_, num_tokens, precision)
     return gradients(loss, states, head)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from minitron.distillation.fused import States, logit_loss
-from minitron.distillation.losses import forward_kl
+from minitron.distillation.losses import forward_kl_
 from minitron.model.language_model import Head
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 def minitron() -> Loss:
     """Ours."""
     return lambda student, head, teacher, teacher_head: logit_loss(
-        student, Head(head), States(teacher, Head(teacher_head)), forward_kl, len(student)
+        student, Head(head), States(teacher, Head(teacher_head)), forward_kl_, len(student)
     )
 
 

@@ -12,7 +12,7 @@ from minitron import cli
 from minitron.data.blocks import Blocks
 from minitron.distillation.intermediate import compare_on_the_way
 from minitron.distillation.objective import Objective
-from minitron.distillation.optimizers import make_optimizers, take_step
+from minitron.distillation.optimizers import make_optimizer, take_step
 from minitron.distillation.teacher import Learning, Live
 from minitron.distillation.trainer import Trainer, batch_indices
 from minitron.errors import UserError
@@ -112,14 +112,14 @@ def test_a_teacher_that_learns_is_one_that_learnt_before_from_the_same_steps(
         model = load_model(pair[0], CPU, torch.float32)
         said = Learning(model, recipe.correction, 0, World())
         alone = Headless(model) if part is None else None
-        optimizers = make_optimizers(said.headless, said.arch, recipe, World())
+        optimizer = make_optimizer(said.headless, recipe, World())
         student = alone or Headless(load_model(pair[1], CPU, torch.float32))
         for step in range(4):
             numbers = batch_indices(step, 2, 6, 0)
             blocks = blocks_of(pair[0])[numbers]
             sums = Objective(None if alone else said, recipe, RUNTIME).accumulate(student, blocks, numbers)
             rows.append(float(sums[0 if alone else 2]))
-            take_step(said.headless, optimizers, 1e-3, 1.0, 1.0)
+            take_step(said.headless, optimizer, 1e-3, 1.0, 1.0)
             student.zero_grad()
     assert rows[:4] == pytest.approx(rows[4:], rel=1e-6)
     assert rows[0] > rows[3]

@@ -35,13 +35,10 @@ CPU = torch.device("cpu")
 ON_THE_WAY = ("embedding", "block_output", "mlp_input", "attention")
 WAYS = [
     ("adamw", "float32", ", correction: {trains: full}", 1e-3, 1e-5),
-    ("muon", "float32", "", 1e-2, 1e-4),
     ("adamw", "bfloat16", "", 0.1, 1e-2),
 ]
-"""With how near two processes come to one: in weights, as a share of the way that these went, and in losses.
-
-Muon orthogonalises in bfloat16, and Adam makes whole steps of the smallest gradients, rounded as they may be.
-"""
+"""With bounds on the difference between two processes and one: of weights, as a share of the distance that they moved,
+and of losses. Adam takes full steps along the smallest gradients, however they are rounded."""
 
 STEP = """
 import sys

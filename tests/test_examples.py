@@ -1,6 +1,7 @@
 """The examples run as they stand, on a tiny teacher in the place of SmolLM2."""
 
 import json
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,3 +53,11 @@ def test_the_notebook(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pruned, student = names["pruned"], names["student"]
     assert "<table>" in pruned._repr_html_()  # type: ignore[attr-defined]
     assert (student.student / "model.safetensors").exists()  # type: ignore[attr-defined]
+
+
+def test_a_loss_of_your_own(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "custom_loss.py"), run_name="__main__")
+    before, after = ([float(number) for number in re.findall(r"KL ([\d.]+)", line)]
+                     for line in capsys.readouterr().out.splitlines())  # fmt: skip
+    assert after[0] < 0.5 * before[0]
+    assert after[1] < before[1]

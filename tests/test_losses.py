@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from minitron.distillation.fused import Labels, LossOptions, States, TopTokens, logit_loss
-from minitron.distillation.losses import COMPARISONS, classes_of, comparison_of, forward_kl
+from minitron.distillation.losses import (
+    COMPARISONS,
+    Comparison,
+    classes_of_,
+    comparison_of,
+    differentiable,
+    forward_kl_,
+)
 from minitron.model.language_model import Head
 
 VOCAB, NUM_TOKENS = 53, 37
@@ -117,7 +124,7 @@ def test_soft_capped_logits(top_k: int | None) -> None:
 def test_classes_that_were_kept_are_as_good_as_logits(kind: str) -> None:
     given = problem()
     logits = given[2] @ given[3].T / 3.0
-    kept = TopTokens(*classes_of(logits, 5), VOCAB)
+    kept = TopTokens(*classes_of_(logits, 5), VOCAB)
 
     def of_kept(given: Problem) -> Tensor:
         comparison = comparison_of(kind, 0.3, of_classes=True)
@@ -233,4 +240,19 @@ def test_the_teacher_makes_no_tail_of_nothing() -> None:
     loss = comparison_of("forward_kl", top_k=4)(logits.clone(), gradient)
     assert float(loss.abs().max()) < 1e-12
     assert torch.isfinite(gradient).all()
-    assert forward_kl(logits.clone(), logits.clone()).abs().max() < 1e-12
+    assert forward_kl_(logits.clone(), logits.clone()).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("softcaps", [(None, None), (3.0, 5.0)])
+def test_a_plain_function_becomes_a_comparison(softcaps: tuple[float | None, float | None]) -> None:
+    def plain_kl(teacher: Tensor, student: Tensor) -> Tensor:
+        log_p, log_q = teacher.log_softmax(dim=-1), student.log_softmax(dim=-1)
+        return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+    def by(comparison: Comparison, given: Problem) -> Tensor:
+        outputs, options = States(given[2], Head(given[3], softcaps[1])), LossOptions(temperature=2.0, chunk_tokens=8)
+        return logit_loss(given[0], Head(given[1], softcaps[0]), outputs, comparison, NUM_TOKENS, options)
+
+    assert_equal(partial(by, differentiable(plain_kl)), partial(by, forward_kl_), problem())
+    with pytest.raises(AssertionError):  # the control: the other direction is another loss
+        assert_equal(partial(by, differentiable(lambda a, b: plain_kl(b, a))), partial(by, forward_kl_), problem())

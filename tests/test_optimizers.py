@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from minitron.distillation.checkpoint import load_checkpoint, save_checkpoint
-from minitron.distillation.optimizers import learning_rate, make_optimizers, make_state, take_step
+from minitron.distillation.optimizers import learning_rate, make_optimizer, make_state, take_step
 from minitron.errors import UserError
-from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import Headless, load_model
 from minitron.recipe import DistillRecipe
 from minitron.runtime import World
@@ -19,38 +19,26 @@ from tests.conftest import make_model
 CPU = torch.device("cpu")
 
 
-def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(teacher: Checkpoint) -> None:
-    student = Headless(load_model(teacher, CPU, torch.float32))
-    muon, adamw = make_optimizers(student, teacher.arch, DistillRecipe(optimizer="muon"), World())
-    assert isinstance(muon, torch.optim.Muon)
-    moved = [{id(p) for group in optimizer.param_groups for p in group["params"]} for optimizer in (muon, adamw)]
-    assert not moved[0] & moved[1]
-    for name, parameter in student.named_parameters():
-        is_matrix = parameter.ndim == 2 and any(part.isdigit() for part in name.split("."))
-        assert id(parameter) in moved[0 if is_matrix else 1], name
-
-
 def test_state_is_made_without_moving_anything(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
-    for kind in ("adamw", "muon"):
-        student = Headless(load_model(checkpoint, CPU, torch.float32))
-        optimizers = make_optimizers(student, checkpoint.arch, DistillRecipe(optimizer=kind, weight_decay=0.1), World())  # type: ignore[arg-type]
-        before = [parameter.detach().clone() for parameter in student.parameters()]
-        make_state(optimizers)
-        assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
-        assert all(any(parameter in optimizer.state for optimizer in optimizers) for parameter in student.parameters())
+    student = Headless(load_model(checkpoint, CPU, torch.float32))
+    optimizer = make_optimizer(student, DistillRecipe(weight_decay=0.1), World())
+    before = [parameter.detach().clone() for parameter in student.parameters()]
+    make_state(optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
+    assert all(parameter in optimizer.state for parameter in student.parameters())
 
 
 @pytest.mark.parametrize("loss", [1.0, float("inf")])
 def test_a_step_is_taken_only_where_all_is_finite(tmp_path: Path, loss: float) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
     student = Headless(load_model(checkpoint, CPU, torch.float32))
-    optimizers = make_optimizers(student, checkpoint.arch, DistillRecipe(), World())
+    optimizer = make_optimizer(student, DistillRecipe(), World())
     before = [parameter.detach().clone() for parameter in student.parameters()]
     for parameter in student.parameters():
         parameter.grad = torch.ones_like(parameter)
     num_parameters = sum(parameter.numel() for parameter in student.parameters())
-    assert take_step(student, optimizers, 1e-3, 1.0, loss) == pytest.approx(num_parameters**0.5)
+    assert take_step(student, optimizer, 1e-3, 1.0, loss) == pytest.approx(num_parameters**0.5)
     moved = [not torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True)]
     assert all(moved) if loss == 1.0 else not any(moved)
     assert all(parameter.grad is None for parameter in student.parameters())
@@ -64,22 +52,22 @@ def test_moments_of_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def student_after(kind: str, steps: range, folder: Path | None = None) -> tuple[Headless, Any]:
         student = Headless(load_model(checkpoint, CPU, torch.float32))
-        optimizers = make_optimizers(student, checkpoint.arch, DistillRecipe(optimizer=kind), World())  # type: ignore[arg-type]
+        optimizer = make_optimizer(student, DistillRecipe(optimizer=kind), World())  # type: ignore[arg-type]
         if folder:
-            assert load_checkpoint(folder, {"student": (student, optimizers)}, World()) == (steps.start, 0.5)
+            assert load_checkpoint(folder, {"student": (student, optimizer)}, World()) == (steps.start, 0.5)
         for step in steps:
             generator = torch.Generator().manual_seed(step)
             for parameter in student.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
-            take_step(student, optimizers, 1e-3, 1.0, 1.0)
-        return student, optimizers
+            take_step(student, optimizer, 1e-3, 1.0, 1.0)
+        return student, optimizer
 
     start, _ = student_after("adamw", range(0))
     whole, _ = student_after("adamw", range(6))
-    eight, optimizers = student_after("adamw8bit", range(3))
-    state = optimizers[0].state[eight.model.get_submodule("model.layers.0.mlp.down_proj").weight]
+    eight, optimizer = student_after("adamw8bit", range(3))
+    state = optimizer.state[eight.model.get_submodule("model.layers.0.mlp.down_proj").weight]
     assert {type(state[name]).__name__ for name in ("exp_avg", "exp_avg_sq")} == {"OptimState8bit"}
-    save_checkpoint(tmp_path, {"student": (eight, optimizers)}, 3, 0.5, World())
+    save_checkpoint(tmp_path, {"student": (eight, optimizer)}, 3, 0.5, World())
     resumed, _ = student_after("adamw8bit", range(3, 6), tmp_path)
     through, _ = student_after("adamw8bit", range(6))
     way, error = (
@@ -95,9 +83,9 @@ def test_moments_of_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_eight_bits_over_processes_are_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
-    with pytest.raises(UserError, match="adamw8bit runs in one process; accepted under torchrun: adamw, muon"):
-        make_optimizers(Headless(load_model(checkpoint, CPU, torch.float32)), checkpoint.arch,
-                        DistillRecipe(optimizer="adamw8bit"), World(0, 2))  # fmt: skip
+    student = Headless(load_model(checkpoint, CPU, torch.float32))
+    with pytest.raises(UserError, match="adamw8bit runs in one process; accepted under torchrun: adamw"):
+        make_optimizer(student, DistillRecipe(optimizer="adamw8bit"), World(0, 2))
 
 
 def test_schedules() -> None:

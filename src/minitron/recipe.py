@@ -271,9 +271,8 @@ class DistillRecipe(_Strict):
     """Share of the steps over which `schedule: wsd` decays."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises to its peak."""
-    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """AdamW; AdamW with moments of 8 bits, a quarter of the memory (needs torchao, in one process); or Muon for the
-    matrices of the layers and AdamW for the rest."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW; or AdamW with moments of 8 bits, a quarter of the memory (needs torchao, in one process)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
     weight_decay: float = Field(0.0, ge=0)

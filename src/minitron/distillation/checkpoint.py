@@ -1,4 +1,4 @@
-"""The state of a training run on disk: step, student and optimizer, to continue from at any number of ranks."""
+"""Saves and loads the state of a training: step, models and optimizers; any number of ranks can continue from it."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,51 +9,50 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-from minitron.distillation.optimizers import Optimizers, make_state
+from minitron.distillation.optimizers import make_state
 from minitron.files import empty_folder, partial_path, publish_folder, read_json, recover_folder, write_json
 from minitron.model.language_model import Headless
 from minitron.runtime import World
 
 CHECKPOINT_FILE_BYTES = 256 * 1024**2
 
-
-Trained = dict[str, tuple[Headless, Optimizers]]
-"""What is trained, by name: the student, and a teacher that learns as well."""
+Trained = dict[str, tuple[Headless, Optimizer]]
+"""The models that are trained, by name, each with its optimizer: the student, and a teacher that learns as well."""
 
 
 def _state(trained: Trained) -> Iterator[tuple[str, Tensor]]:
-    for who, (model, optimizers) in trained.items():
+    for role, (model, optimizer) in trained.items():
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
-                continue  # as it was when the run began
-            yield f"{who}.{name}", parameter.detach()
-            for optimizer in optimizers:
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    for inner, plain in _plain(value).items():
-                        yield f"optimizer.{who}.{name}.{key}{inner}", plain
+                continue  # unchanged since the run began
+            yield f"{role}.{name}", parameter.detach()
+            for key, value in optimizer.state.get(parameter, {}).items():
+                for inner, plain in _plain(value).items():
+                    yield f"optimizer.{role}.{name}.{key}{inner}", plain
 
 
 def _plain(value: Any) -> dict[str, Tensor]:
-    """A tensor, or those that one of eight bits is made of."""
+    """Return a tensor, or the tensors that a tensor of eight bits consists of."""
     if not hasattr(value, "__tensor_flatten__") or isinstance(value, DTensor):
         return {"": value}
     return {f".{inner}": getattr(value, inner) for inner in value.__tensor_flatten__()[0]}
 
 
 def save_checkpoint(work: Path, trained: Trained, step: int, weight: float, world: World) -> None:
-    """Write `work/checkpoint`, whole or not at all, with the step and the weight of the next step's intermediate loss.
+    """Write `work/checkpoint`, complete or not at all, with the step and the weight of the next intermediate loss.
 
-    Every rank must ask.
+    Every rank must call this function.
     """
-    # Safetensors within torch's distributed checkpoint: reading one back cannot execute code.
+    # Safetensors within torch's distributed checkpoint: reading it cannot execute code.
     state = dict(_state(trained))
     staging = partial_path(work / "checkpoint")
     if world.is_main:
         empty_folder(staging)
     world.barrier()
-    with warnings.catch_warnings(action="ignore"):  # it warns that one process saves for itself
-        writer = HuggingFaceStorageWriter(str(staging), _file_numbers(state), 1, True)  # 1 thread; a shard a rank
+    with warnings.catch_warnings(action="ignore"):  # torch warns that one process saves without others
+        writer = HuggingFaceStorageWriter(str(staging), _file_numbers(state), 1, True)  # 1 thread; one shard per rank
         state_dict_saver.save(state, storage_writer=writer, no_dist=world.size == 1)
     if world.is_main:
         write_json(staging / "state.json", {"step": step, "weight": weight})
@@ -62,7 +61,7 @@ def save_checkpoint(work: Path, trained: Trained, step: int, weight: float, worl
 
 
 def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
-    """Deal tensors out to files, counted from 1: the writer holds a copy of a whole file while it writes it."""
+    """Return the file of every tensor, counted from 1: the writer holds a copy of a whole file while it writes."""
     numbers, num_bytes = {}, 0
     for name, tensor in state.items():
         numbers[name] = 1 + num_bytes // CHECKPOINT_FILE_BYTES
@@ -71,14 +70,14 @@ def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
 
 
 def load_checkpoint(work: Path, trained: Trained, world: World) -> tuple[int, float] | None:
-    """Restore the last checkpoint, if there is one, and return the step it was taken after and that weight."""
+    """Restore the last checkpoint, if there is one; return its step and the weight of the next intermediate loss."""
     if world.is_main:
         recover_folder(work / "checkpoint")
     world.barrier()
     if not (work / "checkpoint").is_dir():
         return None
-    for _, optimizers in trained.values():
-        make_state(optimizers)
+    for _, optimizer in trained.values():
+        make_state(optimizer)
     with warnings.catch_warnings(action="ignore"):
         reader = HuggingFaceStorageReader(str(work / "checkpoint"))
         state_dict_loader.load(dict(_state(trained)), storage_reader=reader, no_dist=world.size == 1)

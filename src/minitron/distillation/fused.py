@@ -97,8 +97,8 @@ class LossOptions:
     """τ, by which logits are divided."""
     labels: Labels | None = None
     operands: torch.dtype | None = None
-    """bfloat16 to round the operands of matrix products, as autocast does in the layers. Products are summed in float32
-    all the same, so that logits are never rounded themselves."""
+    """bfloat16 to round the operands of matrix products, as autocast does in the layers. Products are summed in
+    float32, so that logits are never rounded themselves."""
     chunk_tokens: int | None = None
     """Tokens whose logits are held at a time; by default what `LOGITS_BYTES` holds. It changes the result by rounding
     only."""

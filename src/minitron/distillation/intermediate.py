@@ -1,8 +1,8 @@
-"""Intermediate losses: the student on its way through the layers, held against the teacher (Minitron, arXiv 2407.14679,
-section 3 and appendix A.4).
+"""Intermediate losses: compares student and teacher within the layers (Minitron, arXiv 2407.14679, section 3 and
+appendix A.4).
 
 With h the residual stream at some place, P one learned map from the student's width to the teacher's, shared by all
-places, and n the norm through which the teacher's next block sees its stream there, a token's loss is
+places, and n the norm through which the teacher's next block reads the stream there, a token's loss is
 
     1 − cos(n(P h_student), n(h_teacher))        or the mean over channels of the squared difference.
 
@@ -31,46 +31,54 @@ ROWS_AT_ONCE = 16_384
 
 @dataclass(frozen=True)
 class Side:
-    """A model, and where in it things are to be seen."""
+    """A model, and the places in it that can be compared."""
 
     model: Any
     arch: Arch
 
     def stream_before(self, layer: int) -> Point:
-        """The residual stream in front of a layer."""
+        """Return the residual stream before a layer."""
         return self._layer(layer), "input"
 
-    def stream_behind(self, layer: int) -> Point:
-        """The residual stream behind a layer."""
+    def stream_after(self, layer: int) -> Point:
+        """Return the residual stream after a layer."""
         return self._layer(layer), "output"
 
     def reader_before(self, layer: int) -> nn.Module:
-        """What the stream in front of a layer is read through: its first norm; the final norm behind the last one."""
+        """Return the norm that reads the stream before a layer: the layer's first norm; after the last layer, the final one."""
         if layer == self.arch.axis_size("layer"):
             return module_of(self.model, self.arch.family.final_norm)
         norms = self._norms(layer)
         return module_of(self.model, norms[0], layer) if norms else nn.Identity()
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
-        """The norm whose output enters the MLP or the experts of a layer."""
+        """Return the norm whose output enters the MLP or the experts of a layer."""
         rows = [row for row in self.arch.layer_rows(layer) if row.axes & {"ffn", "expert", "shared_ffn"}]
-        found = [norm for norm in self._norms(layer) if any(norm.is_read_by(row) for row in rows)]
-        return module_of(self.model, found[-1], layer) if found else None
+        norms = [norm for norm in self._norms(layer) if any(norm.is_read_by(row) for row in rows)]
+        return module_of(self.model, norms[-1], layer) if norms else None
 
     def heads(self, layer: int) -> list[tuple[Point, Segment]]:
-        """What makes queries, keys and values, and the axes that its outputs run along; one of several joined too."""
-        return [
-            ((module_of(self.model, row, layer), "output"), segment)
+        """Return the outputs that are queries, keys and values, each with the axes that it runs along.
+
+        An output that joins several of them appears once for each.
+        """
+        rows = [
+            row
             for row in self.arch.layer_rows(layer)
             if len(row.dimensions) == 2 and row.axes & {"query", "kv"} and "hidden" in row.axes
-            and not any(tap.reads_input_of(row) for tap in self.arch.taps)
-            for dimension in row.dimensions if dimension != (("hidden",),)
+        ]
+        return [
+            ((module_of(self.model, row, layer), "output"), segment)
+            for row in rows
+            if not any(tap.reads_input_of(row) for tap in self.arch.taps)
+            for dimension in row.dimensions
+            if dimension != (("hidden",),)
             for segment in dimension
-        ]  # fmt: skip
+        ]
 
     def _layer(self, number: int) -> nn.Module:
-        found: nn.Module = self.model.get_submodule(self.arch.family.layer_module(number))
-        return found
+        module: nn.Module = self.model.get_submodule(self.arch.family.layer_module(number))
+        return module
 
     def _norms(self, layer: int) -> list[Norm]:
         names = {row.name for row in self.arch.layer_rows(layer)}
@@ -79,7 +87,7 @@ class Side:
 
 @dataclass(frozen=True)
 class _Streams:
-    """A place where the streams are compared."""
+    """A place where residual streams are compared."""
 
     teacher: Point
     student: Point
@@ -87,7 +95,7 @@ class _Streams:
     kind: str
 
     def losses(self, teacher: Tensor, student: Tensor, projection: nn.Module) -> Tensor:
-        """(B, T), of streams (B, T, hidden)."""
+        """Return the losses (B, T) of streams (B, T, hidden)."""
         dtype = next(projection.parameters(), student).dtype
         wanted: Tensor = self.norm(teacher.to(dtype))
         found: Tensor = self.norm(projection(student.to(dtype)))
@@ -98,7 +106,7 @@ class _Streams:
 
 @dataclass(frozen=True)
 class _Relations:
-    """A place where the relations between tokens are compared, within heads of which both have equally many."""
+    """A place where the relations between tokens are compared, within an equal number of heads of both models."""
 
     teacher: Point
     student: Point
@@ -106,13 +114,13 @@ class _Relations:
     num_heads: int
 
     def losses(self, teacher: Tensor, student: Tensor, _: nn.Module) -> Tensor:
-        """(B, T), of queries, keys or values (B, T, width): see `relation_loss`."""
+        """Return the losses (B, T) of queries, keys or values (B, T, width): see `relation_loss`."""
         return relation_loss(teacher[..., self.columns[0]], student[..., self.columns[1]], self.num_heads)
 
 
 @dataclass
 class Intermediate:
-    """The places, and what was last seen there."""
+    """The places that are compared, and the activations that were last read there."""
 
     places: list[_Streams | _Relations]
     projection: nn.Module
@@ -120,7 +128,7 @@ class Intermediate:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Teacher and student are to run within."""
+        """Read the activations of the models that run within the block."""
         with (
             watching([place.teacher for place in self.places]) as teacher,
             watching([place.student for place in self.places]) as student,
@@ -130,7 +138,7 @@ class Intermediate:
         self.seen = [], []
 
     def loss(self, teaches: Tensor | None, num_tokens: int) -> Tensor:
-        """The sum over places and over the tokens that teach, (B, T), divided by `num_tokens`."""
+        """Return the sum over places and over the tokens `teaches` (B, T), None for all, divided by `num_tokens`."""
         total = []
         for place, teacher, student in zip(self.places, *self.seen, strict=True):
             losses = place.losses(teacher.detach(), student, self.projection)
@@ -139,20 +147,20 @@ class Intermediate:
 
 
 def relation_loss(teacher: Tensor, student: Tensor, num_heads: int) -> Tensor:
-    """KL of the student's relations from the teacher's, mean over heads: (B, T).
+    """Return the KL of the student's relations from the teacher's, mean over heads, (B, T).
 
-    Of queries, keys or values (B, T, width). A head's relations are softmax(A Aᵀ / √d) over the tokens up to each
-    one, A (T, d) being what the head has of them; all heads are joined and split anew into `num_heads` (MiniLMv2,
-    arXiv 2012.15828, section 3).
+    Teacher and student are queries, keys or values (B, T, width). A head's relations are softmax(A Aᵀ / √d) over the
+    tokens up to each one, A (T, d) being its activations; all heads are joined and split again into `num_heads`
+    (MiniLMv2, arXiv 2012.15828, section 3).
     """
-    of_teacher, of_student = _relations(teacher, num_heads), _relations(student, num_heads)
+    log_p, log_q = _relations(teacher, num_heads), _relations(student, num_heads)
     later = torch.ones(teacher.shape[1], teacher.shape[1], dtype=torch.bool, device=teacher.device).triu(1)
-    parts = of_teacher.exp() * (of_teacher - of_student)
+    parts = log_p.exp() * (log_p - log_q)
     return parts.masked_fill(later, 0).sum(dim=-1).mean(dim=1)
 
 
 def _relations(states: Tensor, num_heads: int) -> Tensor:
-    """Their logarithms, (B, heads, T, T); later tokens get next to nothing."""
+    """Return the logarithms of relations, (B, heads, T, T); later tokens have almost no probability."""
     heads = states.unflatten(-1, (num_heads, -1)).transpose(1, 2)  # (B, heads, T, d)
     heads = heads.to(torch.promote_types(heads.dtype, torch.float32))
     scores = heads @ heads.transpose(-1, -2) / heads.shape[-1] ** 0.5
@@ -168,12 +176,12 @@ def compare_on_the_way(
     recipe: IntermediateRecipe,
     device: torch.device,
 ) -> Intermediate:
-    """The places that the recipe names. Where widths differ the student gets a `projection`, trained beside its model.
+    """Return the places that the recipe names; where widths differ, the student gets a `projection`, trained as well.
 
-    It begins as the least-squares map from the student's embeddings to the teacher's.
+    The projection begins as the least-squares map from the student's embeddings to the teacher's.
 
     Raises:
-        UserError: the models have no such layers, or not what is to be compared in them.
+        UserError: the models lack these layers, or these layers lack what is compared.
     """
     here, there = Side(teacher, teacher_arch), Side(student.model, student_arch)
     depths = teacher_arch.axis_size("layer"), student_arch.axis_size("layer")
@@ -194,7 +202,7 @@ def compare_on_the_way(
     for number, other in pairs:
         if "block_output" in recipe.of:
             norm = here.reader_before(number + 1)
-            places.append(streams(here.stream_behind(number), there.stream_behind(other), norm))
+            places.append(streams(here.stream_after(number), there.stream_after(other), norm))
         if "mlp_input" in recipe.of:
             norms = here.mlp_norm(number), there.mlp_norm(other)
             if norms[0] is None or norms[1] is None:
@@ -233,7 +241,7 @@ def _relations_between(here: Side, there: Side, number: int, other: int) -> list
 
 @torch.no_grad()
 def _projection(teacher: Any, student: Any, dtype: torch.dtype) -> nn.Module:
-    """The linear map P of least Σ ‖P e_student − e_teacher‖² over the tokens that both have."""
+    """Return the linear map P with the least Σ ‖P e_student − e_teacher‖² over the tokens that both models have."""
     of_teacher, of_student = (model.get_input_embeddings().weight for model in (teacher, student))
     widths, device = (of_teacher.shape[1], of_student.shape[1]), of_student.device
     moment, cross = (torch.zeros(widths[1], n, dtype=torch.float64, device=device) for n in (widths[1], widths[0]))

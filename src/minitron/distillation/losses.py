@@ -1,9 +1,9 @@
-"""How far a student's next-token distribution is from its teacher's: pure functions of logits, with their gradients.
+"""Distances of a student's next-token distribution from its teacher's, with their gradients, computed in place.
 
-A `Comparison` takes the teacher's and the student's logits, (n, vocab) each, in float32 or better. It returns each
-token's loss, (n,), summed over the vocabulary, and leaves in the place of the student's logits the loss's gradient by
-these; what the teacher's place holds then is of no use. p is the teacher's softmax, q the student's. A temperature is
-the caller's matter.
+A `Comparison` takes the logits of teacher and student, (n, vocab) each, in float32 or better, and returns each token's
+loss, (n,), summed over the vocabulary. Both tensors are overwritten: `student` receives the gradient of the loss by the
+student's logits, `teacher` is scratch; hence the trailing underscores. p is the teacher's softmax, q the student's.
+Logits are already divided by the temperature. `differentiable` makes a comparison of a plain function.
 """
 
 import math
@@ -15,10 +15,28 @@ import torch
 from torch import Tensor
 
 Comparison = Callable[[Any, Tensor], Tensor]
+"""A function of teacher outputs and of the student's logits, which it overwrites; see the module's docstring."""
 
 
-def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """Σ p (log p − log q): what Minitron trains with (arXiv 2407.14679, section 3 and table 15)."""
+def differentiable(function: Callable[[Tensor, Tensor], Tensor]) -> Comparison:
+    """Make a comparison of a plain function (teacher logits, student logits), (n, vocab) each, → losses (n,).
+
+    The gradient is autograd's, for the tokens of one chunk at a time; the function must not change its arguments.
+    """
+
+    def comparison(teacher: Tensor, student: Tensor) -> Tensor:
+        with torch.enable_grad():
+            logits = student.detach().clone().requires_grad_()
+            losses = function(teacher, logits)
+            (gradient,) = torch.autograd.grad(losses.sum(), logits)
+        student.copy_(gradient)
+        return losses.detach()
+
+    return comparison
+
+
+def forward_kl_(teacher: Tensor, student: Tensor) -> Tensor:
+    """Compute Σ p (log p − log q), which Minitron trains with (arXiv 2407.14679, section 3 and table 15)."""
     log_p, log_q = _log_softmax_(teacher), _log_softmax_(student)
     p = log_p.exp()
     loss: Tensor = torch.linalg.vecdot(log_p.sub_(log_q), p)
@@ -26,8 +44,8 @@ def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
     return loss
 
 
-def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """Σ q (log q − log p): seeks one of the teacher's modes rather than all (MiniLLM, arXiv 2306.08543)."""
+def reverse_kl_(teacher: Tensor, student: Tensor) -> Tensor:
+    """Compute Σ q (log q − log p), which seeks one of the teacher's modes, not all (MiniLLM, arXiv 2306.08543)."""
     log_p, log_q = _log_softmax_(teacher), _log_softmax_(student)
     parts = log_p.neg_().add_(log_q)
     q = log_q.exp_()
@@ -36,9 +54,12 @@ def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
     return loss
 
 
-def jsd(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
-    """β Σ p (log p − log m) + (1 − β) Σ q (log q − log m) with m = βp + (1 − β)q (GKD, arXiv 2306.13649, section 2)."""
-    # From here on p and q carry their shares β and 1 − β, whose logarithms come off the sums again.
+def jsd_(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    """Compute β Σ p (log p − log m) + (1 − β) Σ q (log q − log m), m = βp + (1 − β)q.
+
+    This is the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, section 2).
+    """
+    # p and q carry their shares β and 1 − β from here; the logarithms of the shares are subtracted from the sums again.
     log_p, log_q = _log_softmax_(teacher).add_(math.log(beta)), _log_softmax_(student).add_(math.log(1 - beta))
     log_m = torch.logaddexp(log_p, log_q)
     of_teacher = log_p.exp()
@@ -51,16 +72,16 @@ def jsd(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
     return loss + of_student
 
 
-def mse(teacher: Tensor, student: Tensor) -> Tensor:
-    """Σ (s − t)² of the logits themselves."""
+def mse_(teacher: Tensor, student: Tensor) -> Tensor:
+    """Compute Σ (s − t)² of the student's logits s and the teacher's logits t."""
     difference = student.sub_(teacher)
     loss: Tensor = torch.linalg.vecdot(difference, difference)
     difference.mul_(2)
     return loss
 
 
-def cosine(teacher: Tensor, student: Tensor) -> Tensor:
-    """1 − cos(t, s) of the logits themselves."""
+def cosine_(teacher: Tensor, student: Tensor) -> Tensor:
+    """Compute 1 − cos(t, s) of the student's logits s and the teacher's logits t."""
     length = torch.linalg.vector_norm(student, dim=-1, keepdim=True).clamp_min(1e-12)
     towards = teacher.div_(torch.linalg.vector_norm(teacher, dim=-1, keepdim=True).clamp_min(1e-12))
     own = student.div_(length)
@@ -70,60 +91,60 @@ def cosine(teacher: Tensor, student: Tensor) -> Tensor:
     return loss
 
 
-def with_tail(teacher: Tensor, student: Tensor, comparison: Comparison, top_k: int) -> Tensor:
-    """A comparison over the teacher's k most likely tokens and, as one more class, all others together.
+def with_tail_(teacher: Tensor, student: Tensor, comparison: Comparison, top_k: int) -> Tensor:
+    """Compare over the teacher's k most likely tokens and, as one more class, all other tokens together.
 
-    Both distributions stay whole: unlike renormalising within the k, this sees probability that the student gives to
-    the others.
+    Both distributions stay complete: unlike a renormalisation over k tokens, this includes the probability that the
+    student assigns to other tokens.
     """
-    return against_classes(classes_of(teacher, top_k), student, comparison)
+    return against_classes_(classes_of_(teacher, top_k), student, comparison)
 
 
-def classes_of(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens (n, k), and logits (n, k + 1), the last that of all others; overwrites its argument."""
+def classes_of_(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return the k likeliest tokens (n, k), and logits (n, k + 1), the last of all other tokens; overwrite `logits`."""
     indices = logits.topk(top_k, dim=-1, sorted=False).indices
     return indices, _classes_(logits, indices)
 
 
-def against_classes(teacher: tuple[Tensor, Tensor], student: Tensor, comparison: Comparison) -> Tensor:
-    """A comparison with what `classes_of` gives, where no more of the teacher is known."""
+def against_classes_(teacher: tuple[Tensor, Tensor], student: Tensor, comparison: Comparison) -> Tensor:
+    """Compare with the result of `classes_of_`, where no more of the teacher is known."""
     indices, classes = teacher
     own = _classes_(student, indices)
     others = own[:, -1:].clone()
-    loss = comparison(classes, own)  # its gradient is in `own` now
+    loss = comparison(classes, own)  # `own` now holds its gradient
     # A class of many tokens has their logsumexp as its logit, whose gradient is the softmax among them.
     student.sub_(others).exp_().mul_(own[:, -1:]).scatter_(-1, indices, own[:, :-1])
     return loss
 
 
 def comparison_of(kind: str, beta: float = 0.5, top_k: int | None = None, of_classes: bool = False) -> Comparison:
-    """The comparison that a recipe describes; with `of_classes`, one whose teacher is given as `classes_of` gives it.
+    """Return the comparison that a recipe describes; with `of_classes`, for a teacher known by `classes_of_` only.
 
     Raises:
         KeyError: there is no such kind.
     """
-    found = partial(jsd, beta=beta) if kind == "jsd" else COMPARISONS[kind]
+    comparison = partial(jsd_, beta=beta) if kind == "jsd" else COMPARISONS[kind]
     if of_classes:
-        return partial(against_classes, comparison=found)
-    return found if top_k is None else partial(with_tail, comparison=found, top_k=top_k)
+        return partial(against_classes_, comparison=comparison)
+    return comparison if top_k is None else partial(with_tail_, comparison=comparison, top_k=top_k)
 
 
 COMPARISONS: dict[str, Comparison] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": partial(jsd, beta=0.5),
-    "mse": mse,
-    "cosine": cosine,
+    "forward_kl": forward_kl_,
+    "reverse_kl": reverse_kl_,
+    "jsd": partial(jsd_, beta=0.5),
+    "mse": mse_,
+    "cosine": cosine_,
 }
 
 
 def _classes_(logits: Tensor, indices: Tensor) -> Tensor:
-    """Those at `indices` and the logsumexp of the others; at `indices` the argument becomes −∞."""
+    """Return the logits at `indices` and the logsumexp of the others; set the logits at `indices` to −∞."""
     chosen = logits.gather(-1, indices)
     others = logits.scatter_(-1, indices, -torch.inf).logsumexp(dim=-1, keepdim=True)
     return torch.cat([chosen, others], dim=-1)
 
 
 def _log_softmax_(logits: Tensor) -> Tensor:
-    """Log-softmax, in place."""
+    """Compute the log-softmax in place."""
     return torch.log_softmax(logits, dim=-1, out=logits)

@@ -1,4 +1,4 @@
-"""What a training run writes down as it goes: `metrics.jsonl` always, TensorBoard and Weights & Biases if asked."""
+"""Records the figures of a training: always in `metrics.jsonl`, on request in TensorBoard and Weights & Biases."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 class Metrics:
-    """A row a step, appended as it happens; rows after the step resumed from are dropped.
+    """Appends one row per step to `metrics.jsonl`; a resumed training drops the rows after its checkpoint.
 
     Raises:
         UserError: a tracker is not installed.
@@ -38,15 +38,15 @@ class Metrics:
 
     @property
     def num_skipped_last(self) -> int:
-        """Steps skipped since the last good one."""
+        """The number of steps skipped since the last step that was taken."""
         return sum(1 for _ in takewhile(lambda row: "skipped" in row, reversed(self.rows)))
 
     def in_words(self) -> str:
-        """The last held-out perplexity, in words, and how many steps were skipped if any."""
-        found = [row["heldout_perplexity"] for row in self.rows if "heldout_perplexity" in row]
+        """Return the last held-out perplexity and the number of skipped steps, as text for the progress line."""
+        perplexities = [row["heldout_perplexity"] for row in self.rows if "heldout_perplexity" in row]
         num_skipped = sum("skipped" in row for row in self.rows)
         skipped = f" · {num_skipped} steps skipped" if num_skipped else ""
-        return f"{f' · held-out perplexity {found[-1]:.2f}' if found else ''}{skipped}"
+        return f"{f' · held-out perplexity {perplexities[-1]:.2f}' if perplexities else ''}{skipped}"
 
 
 def _tensorboard(work: Path) -> Callable[[Row], None]:

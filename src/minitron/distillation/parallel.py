@@ -1,4 +1,4 @@
-"""One process or many: what the training loop needs to know about torchrun, and FSDP2 around the student."""
+"""Shards models over the processes of torchrun with FSDP2, and lightens their layers."""
 
 from functools import partial
 
@@ -18,11 +18,11 @@ from minitron.runtime import World
 def shard(
     model: Headless, arch: Arch, world: World, device: torch.device, dtype: torch.dtype, is_teacher: bool = False
 ) -> None:
-    """Shard parameters, gradients and optimizer state over the ranks, layer by layer (FSDP2); `device` gets the shards.
+    """Shard parameters, gradients and optimizer state over the ranks, layer by layer (FSDP2); shards are on `device`.
 
-    Where a forward pass is in bfloat16, layers are gathered in it and their gradients summed in float32; what stands
-    outside the layers, the output matrix among it, is gathered as it is. A teacher's output matrix stays gathered,
-    since the student's loss reads it.
+    With a forward pass in bfloat16, layers are gathered in bfloat16 and their gradients summed in float32; tensors
+    outside the layers, such as the output matrix, are gathered in their own dtype. A teacher's output matrix stays
+    gathered, since the student's loss reads it.
     """
     if world.size == 1:
         return
@@ -38,7 +38,7 @@ def shard(
 
 
 def lighten(model: Headless, arch: Arch, recipe: DistillRecipe) -> None:
-    """Before `shard`: layers keep but their input for the backward pass, or are compiled, as the recipe says."""
+    """Let layers keep only their input for the backward pass, or compile them, as the recipe says; before `shard`."""
     for layer in layers_of(model, arch):
         if recipe.activation_checkpointing:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
@@ -47,12 +47,12 @@ def lighten(model: Headless, arch: Arch, recipe: DistillRecipe) -> None:
 
 
 def layers_of(model: Headless, arch: Arch) -> list[nn.Module]:
-    """The modules of the layers."""
+    """Return the modules of the layers, in order."""
     names = (arch.family.layer_module(layer) for layer in range(arch.axis_size("layer")))
     return [model.model.get_submodule(name) for name in names]
 
 
 def whole(parameter: nn.Parameter | Tensor) -> Tensor:
-    """A parameter as one plain tensor on this rank; every rank must ask."""
+    """Return a parameter as one plain tensor on this rank; every rank must call this function."""
     value = parameter.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained: all, those of its norms alone, or low-rank adapters beside its matrices."""
+"""Chooses the parameters of a model that are trained: all, those of its norms, or low-rank adapters of its matrices."""
 
 import re
 import warnings
@@ -16,10 +16,10 @@ from minitron.runtime import World
 def choose_parameters(
     model: Any, arch: Arch, recipe: DistillRecipe | CorrectionRecipe, seed: int, world: World
 ) -> Callable[[], None]:
-    """Freeze what the recipe's `trains` leaves out; what is returned makes a stock model of it after training.
+    """Freeze the parameters that the recipe's `trains` leaves out; return a function that ends the training.
 
-    Adapters (LoRA, arXiv 2106.09685) are those of peft, beside every linear map of the layers, and are merged into
-    these at the end.
+    The function makes a stock model again: adapters (LoRA, arXiv 2106.09685, by peft), which every linear map of the
+    layers has, are merged into the matrices.
 
     Raises:
         UserError: adapters over several processes, or without peft.
@@ -36,13 +36,13 @@ def choose_parameters(
         from peft import LoraConfig, LoraModel
     except ImportError as error:
         raise UserError("distill.trains lora needs peft: pip install 'minitron[lora]'") from error
-    # Fused Mamba kernels multiply by their output matrix themselves and would pass an adapter by.
-    unfit = [row.owner.rsplit("{i}.", 1)[-1] for row in arch.rows
-             if "mhead" in row.axes and row.dimensions[0] == (("hidden",),)]  # fmt: skip
+    # Fused Mamba kernels multiply by their output matrix themselves and would ignore an adapter.
+    mixers = [row for row in arch.rows if "mhead" in row.axes and row.dimensions[0] == (("hidden",),)]
+    excluded = [row.owner.rsplit("{i}.", 1)[-1] for row in mixers] or None
     config = LoraConfig(
-        r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear", exclude_modules=unfit or None
+        r=recipe.lora_rank, lora_alpha=2 * recipe.lora_rank, target_modules="all-linear", exclude_modules=excluded
     )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # of what it sets right itself
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):  # peft warns and corrects itself
         torch.manual_seed(seed)
         adapted = LoraModel(model, config, "default")
     return lambda: adapted.merge_and_unload() and None

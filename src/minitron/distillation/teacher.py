@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
 from minitron.distillation.fused import States, TeacherOutputs, TopTokens
-from minitron.distillation.losses import classes_of
+from minitron.distillation.losses import classes_of_
 from minitron.distillation.parameters import choose_parameters
 from minitron.errors import UserError
 from minitron.evaluation.perplexity import next_token_nll
@@ -171,7 +171,7 @@ class _Shards:
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         states, num_tokens = States(hidden, head).prepared(len(head.weight), dtype, dtype), hidden.shape[:-1].numel()
         parts = [
-            classes_of(
+            classes_of_(
                 states.rows(slice(start, start + CHUNK_TOKENS), self.recipe.temperature)(slice(None)), self.recipe.top_k
             )
             for start in range(0, num_tokens, CHUNK_TOKENS)

@@ -19,7 +19,7 @@ from minitron.distillation.checkpoint import Trained, load_checkpoint, save_chec
 from minitron.distillation.intermediate import Intermediate, compare_on_the_way
 from minitron.distillation.metrics import Metrics
 from minitron.distillation.objective import Objective
-from minitron.distillation.optimizers import learning_rate, make_optimizers, take_step
+from minitron.distillation.optimizers import learning_rate, make_optimizer, take_step
 from minitron.distillation.parallel import lighten, shard, whole
 from minitron.distillation.parameters import choose_parameters
 from minitron.distillation.teacher import Learning, Live, Teacher
@@ -101,10 +101,10 @@ class Trainer:
             lighten(self.teacher.headless, self.teacher.arch, recipe)
             teacher, arch = self.teacher.headless, self.teacher.arch
             shard(teacher, arch, runtime.world, runtime.device, runtime.dtype, is_teacher=True)
-        models: Trained = {"student": (headless, make_optimizers(headless, pruned.arch, recipe, runtime.world))}
+        models: Trained = {"student": (headless, make_optimizer(headless, recipe, runtime.world))}
         if isinstance(self.teacher, Learning):
-            optimizers = make_optimizers(self.teacher.headless, self.teacher.arch, recipe, runtime.world)
-            models["teacher"] = self.teacher.headless, optimizers
+            teacher = self.teacher.headless
+            models["teacher"] = teacher, make_optimizer(teacher, recipe, runtime.world)
         _Loop(self, student, models, Objective(self.teacher, recipe, runtime, intermediate)).run(until)
         return student
 
@@ -170,13 +170,13 @@ class _Loop:
     def _take_step(self, progress: Progress) -> None:
         """Take one step of the student, and of a teacher that learns; write a row of metrics."""
         recipe, train = self.trainer.recipe, self.trainer.train
-        headless, optimizers = self.models["student"]
+        headless, optimizer = self.models["student"]
         rate = learning_rate(self.step, self.num_steps, recipe)
         numbers = batch_indices(self.step, recipe.batch_size, len(train), self.trainer.runtime.seed)
         sums = self.objective.accumulate(headless, train[numbers], numbers, weight=self.weight)
         logits_loss, intermediate_loss, teacher_loss = self.trainer.runtime.world.sum(sums).tolist()
         loss = logits_loss + self.weight * intermediate_loss
-        norm = take_step(headless, optimizers, rate, recipe.max_grad_norm, loss)
+        norm = take_step(headless, optimizer, rate, recipe.max_grad_norm, loss)
         is_finite = math.isfinite(loss) and math.isfinite(norm)
         self.step += 1
         row: dict[str, Any] = {"step": self.step, "tokens": self.step * self.step_tokens, "learning_rate": rate}

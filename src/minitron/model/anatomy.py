@@ -189,7 +189,7 @@ class Tap:
     kind: str | None = None
     """The kind of layer that has the module; None for every kind."""
     choice: str | None = None
-    """A name that tells several taps of one axis apart; the recipe chooses the one that is scored."""
+    """A name that distinguishes several taps of one axis; the recipe chooses the one that is scored."""
     condition: str | None = None
     """The config booleans with which a model has the module: `A and not B`."""
 

@@ -95,7 +95,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def identity(self) -> str:
-        """Return the SHA-256 of config and the first entries of every tensor, which tells models apart quickly."""
+        """Return the SHA-256 of config and the first entries of every tensor, which quickly distinguishes models."""
         digest = sha256(self._config_text().encode())
         for name in sorted(self.tensors):
             with _named(self.tensors[name]):

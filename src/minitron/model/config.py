@@ -96,7 +96,7 @@ def config_values(path: Path, family: str | None = None) -> dict[str, Any]:
 def read_config(path: Path, family: str | None = None) -> Any:
     """Return transformers' config of a folder, or of a `config.json` by itself, with its defaults filled in.
 
-    `family` reads the file as another `model_type`. Code that a folder brings along (`auto_map`) is never run: every
+    `family` reads the file as another `model_type`. Code that a folder contains (`auto_map`) is never run: every
     supported family is native to transformers.
 
     Raises:

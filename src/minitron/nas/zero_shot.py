@@ -5,7 +5,7 @@ from torch import nn
 
 from minitron.data.blocks import Blocks
 from minitron.distillation.fused import logit_loss
-from minitron.distillation.losses import forward_kl
+from minitron.distillation.losses import forward_kl_
 from minitron.distillation.teacher import Teacher
 from minitron.model.arch import Arch
 from minitron.model.language_model import Headless
@@ -49,7 +49,7 @@ def divergence(model: nn.Module, blocks: Blocks, teacher_outputs: Teacher) -> fl
     for number, block in enumerate(blocks.split(1)):
         ids = block.ids.to(device)
         outputs = teacher_outputs(ids, torch.tensor([number]), None)
-        total += float(headless(ids, lambda hidden, head, of=outputs: logit_loss(hidden, head, of, forward_kl, 1)))
+        total += float(headless(ids, lambda hidden, head, of=outputs: logit_loss(hidden, head, of, forward_kl_, 1)))
     return total / blocks.num_tokens
 
 
