@@ -45,7 +45,7 @@ class Side:
         return self._layer(layer), "output"
 
     def reader_before(self, layer: int) -> nn.Module:
-        """Return the norm that reads the stream before a layer: its first norm; after the last layer, the final norm."""
+        """Return the norm that reads the stream before a layer: its first norm, or after all layers the final norm."""
         if layer == self.arch.axis_size("layer"):
             return module_of(self.model, self.arch.family.final_norm)
         norms = self._norms(layer)
