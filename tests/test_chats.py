@@ -1,4 +1,4 @@
-"""Chats: put into words by the tokenizer's template, and learnt where the assistant speaks."""
+"""Chats are written by the tokenizer's template, and only the assistant's tokens are learnt."""
 
 import json
 from pathlib import Path
@@ -27,8 +27,8 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}|{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-SAID = [("user", "Wie geht’s?"), ("assistant", "Très bien."), ("user", "ok"), ("assistant", "And you?")]
-MESSAGES = [{"role": role, "content": content} for role, content in SAID]
+TURNS = [("user", "Wie geht’s?"), ("assistant", "Très bien."), ("user", "ok"), ("assistant", "And you?")]
+MESSAGES = [{"role": role, "content": content} for role, content in TURNS]
 
 
 def tokenizer_with(template: str | None) -> Any:
@@ -37,16 +37,16 @@ def tokenizer_with(template: str | None) -> Any:
     return tokenizer
 
 
-def test_what_the_assistant_says_is_learnt() -> None:
+def test_the_assistants_tokens_are_learnt() -> None:
     tokenizer = tokenizer_with(TEMPLATE)
     [piece] = tokenise([Chat(tuple(MESSAGES))], tokenizer)
-    text = "".join(f"<{role}>{content}|" for role, content in SAID)
+    text = "".join(f"<{role}>{content}|" for role, content in TURNS)
     assert tokenizer.decode(piece.ids) == text
     assert int(piece.num_bytes.sum()) == len(text.encode())
     assert tokenizer.decode(piece.ids[piece.is_learnt]) == "Très bien.|And you?|"
 
 
-def test_texts_and_chats_lie_side_by_side() -> None:
+def test_texts_and_chats_can_be_mixed() -> None:
     tokenizer, chat = tokenizer_with(TEMPLATE), Chat(tuple(MESSAGES))
     pieces = list(tokenise(["plain", chat, "words"], tokenizer))
     alone = [piece for document in ("plain", chat, "words") for piece in tokenise([document], tokenizer)]
@@ -96,7 +96,7 @@ def chats() -> Blocks:
     return Blocks(ids, torch.ones(4, 24, dtype=torch.int32), torch.rand(4, 24, generator=generator) < 0.4)
 
 
-def test_only_these_are_measured(chats: Blocks, tmp_path: Path) -> None:
+def test_only_the_assistants_tokens_are_measured(chats: Blocks, tmp_path: Path) -> None:
     model = load_model(open_checkpoint(make_model(tmp_path, "llama-tied")), CPU, torch.float32)
     assert chats.is_learnt is not None
     with torch.no_grad():
@@ -110,7 +110,7 @@ def test_only_these_are_measured(chats: Blocks, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("label_weight", [0.0, 0.5])
-def test_only_these_are_learnt(chats: Blocks, tmp_path: Path, label_weight: float) -> None:
+def test_only_the_assistants_tokens_are_learnt(chats: Blocks, tmp_path: Path, label_weight: float) -> None:
     teacher = load_model(open_checkpoint(make_model(tmp_path / "teacher", "llama-tied")), CPU, torch.float64)
     student = load_model(open_checkpoint(make_model(tmp_path / "student", "llama-tied", 1)), CPU, torch.float64)
     recipe = DistillRecipe(batch_size=4, micro_batch_size=3, label_weight=label_weight)

@@ -1,4 +1,4 @@
-"""Documents, packing and splits: nothing lost, nothing seen twice, the same for the same seed."""
+"""Documents, packing and splits: no token is lost or used twice, and the seed decides the order."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ TEXTS = ["plain words here", "naïve café — 日本語 🙂 text", "  leading 
 
 
 def texts_of(data: Data, seed: int) -> list[str]:
-    """Documents that are all texts."""
+    """Return the documents that are texts."""
     return [document for document in read_documents(data, seed) if isinstance(document, str)]
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks of chats: what is asked, what is kept, how it is judged."""
+"""Benchmarks of chats and programs: prompts, cached answers and ratings."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's
 
 
 class Scripted(Answerer):
-    """Answers what a function says, and remembers what was asked."""
+    """Returns the answers of a function and records the requests."""
 
     def __init__(self, says: Callable[[Request], str], context: int = 2048) -> None:
         super().__init__(None, "scripted", 0)
@@ -55,14 +55,14 @@ def answerer(teachers: Callable[[str], Checkpoint]) -> Answerer:
     return Answerer(model, "tiny", seed=0)
 
 
-def test_answers_do_not_depend_on_what_else_is_asked(answerer: Answerer) -> None:
+def test_answers_do_not_depend_on_the_rest_of_the_batch(answerer: Answerer) -> None:
     requests = [Request([{"role": "user", "content": "count " * n}], 8) for n in (1, 7, 3, 5)]
     together = answerer.answers(requests)
     assert together == [answerer.answers([request])[0] for request in requests]
     assert len(set(together)) > 1
 
 
-def test_chats_are_put_in_the_words_of_the_template(answerer: Answerer) -> None:
+def test_chats_are_written_by_the_template(answerer: Answerer) -> None:
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "who?"}]
     assert answerer._prompt(messages) == ("System: be kind\n\nUser: who?\n\nAssistant:", ["\n\nUser:"])
     answerer.model.tokenizer.chat_template = TEMPLATE
@@ -75,7 +75,7 @@ def test_an_answer_that_cannot_fit_is_refused(answerer: Answerer) -> None:
 
 
 class Stand(BaseHTTPRequestHandler):
-    """An endpoint of chat completions: busy at first, then rates first turns with 8, second ones with 3."""
+    """An endpoint of chat completions that is busy at first and then rates first turns 8 and second turns 3."""
 
     asked: ClassVar[list[dict[str, Any]]] = []
     key = ""
@@ -114,7 +114,7 @@ def endpoint() -> Iterator[str]:
 
 @pytest.fixture
 def mt_data(tmp_path: Path) -> Path:
-    """Three questions, with prompts that show what they are filled with; the last line does not end."""
+    """Write three questions and prompts that show their fields; the files end without a line break."""
     folder = tmp_path / "mt"
     folder.mkdir()
     questions = [
@@ -165,7 +165,7 @@ def test_mt_bench(mt_data: Path, endpoint: str, tmp_path: Path, monkeypatch: pyt
 def test_a_judge_that_refuses_is_named(endpoint: str, mt_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="status 404: no such model"):
         Judge(endpoint, "unknown", wait=0.0).complete([{"role": "user", "content": "?"}])
-    assert len(Stand.asked) == 1  # no use in asking again
+    assert len(Stand.asked) == 1  # a refused request is not repeated
     found = mt_bench.run(
         Scripted(lambda _: "so"), Inputs(mt_data, judge=Judge(endpoint, "unknown", wait=0.0)), tmp_path / "out"
     )
@@ -265,7 +265,7 @@ def test_chatrag(tmp_path: Path) -> None:
 
 
 def test_bfcl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Questions and words are the leaderboard's; its command, which needs much else, is a stand-in."""
+    """Questions and prompts are the leaderboard's; a stand-in replaces its command, which needs many packages."""
     pytest.importorskip("bfcl_eval")
     command = tmp_path / "bin" / "bfcl"
     command.parent.mkdir()
@@ -296,13 +296,13 @@ def test_bfcl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["metrics"] == {"live": 50.0, "live_simple": 50.0}
     assert len(model.asked) == asked
     assert "--partial-eval" in (tmp_path / "out/asked").read_text()
-    shutil.rmtree(tmp_path / "out")  # as of a student whose answers were not to be kept, before its teacher's turn
+    shutil.rmtree(tmp_path / "out")  # as a temporary folder of a student's answers is, before the teacher's turn
     assert bfcl.run(model, Inputs(limit=2), tmp_path / "other")["metrics"] == found["metrics"]
     command.write_text("#!/bin/sh\necho no module named torch >&2\nexit 1\n")
     assert "failed (no module named torch)" in bfcl.run(model, Inputs(limit=2), tmp_path / "other")["note"]
 
 
-def test_what_cannot_be_asked_is_named(mt_data: Path, tmp_path: Path) -> None:
+def test_obstacles_are_named(mt_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     plan = plan_tasks(["minitron-instruct"], Inputs(mt_data), runs_code=False)
     assert "mt_bench" in plan.benchmarks
@@ -335,7 +335,7 @@ def test_what_cannot_be_asked_is_named(mt_data: Path, tmp_path: Path) -> None:
         ("print('\\ud800'.encode('utf-8', 'surrogatepass'))", True),
     ],
 )
-def test_programs_are_run_with_little_to_spend(program: str, is_right: bool) -> None:
+def test_programs_run_under_limits(program: str, is_right: bool) -> None:
     assert programs.passes(program) is is_right
 
 
@@ -351,7 +351,7 @@ TWICE = "def twice(x): return 2 * x"
 
 
 class Programmer(Scripted):
-    """Continues texts with what a function says."""
+    """Continues texts with the answers of a function."""
 
     def continuations(self, prompts: Any, stops: Any, max_new_tokens: int, stage: str = "") -> list[str]:
         self.prompts = list(prompts)

@@ -48,30 +48,30 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(teacher: Checkpoint, mon
 
 
 def renumbered(tokenizer: PreTrainedTokenizerFast, places: list[int]) -> PreTrainedTokenizerFast:
-    """The same tokens under other numbers: token i is number `places[i]`."""
-    told = json.loads(tokenizer.backend_tokenizer.to_str())
-    told["model"]["vocab"] = {word: places[i] for word, i in told["model"]["vocab"].items()}
-    for added in told["added_tokens"]:
+    """Return a copy of a tokenizer that gives token i the number `places[i]`."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["model"]["vocab"] = {word: places[i] for word, i in content["model"]["vocab"].items()}
+    for added in content["added_tokens"]:
         added["id"] = places[added["id"]]
-    backend = Tokenizer.from_str(json.dumps(told))
+    backend = Tokenizer.from_str(json.dumps(content))
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 def test_bits_per_byte_do_not_depend_on_how_a_tokenizer_numbers_its_tokens(
     teachers: Callable[[str], Checkpoint],
 ) -> None:
-    """Nor on how long its tokens are, in what they are counted against."""
+    """The bytes that they are divided by do not depend on the length of its tokens either."""
     texts = ["naïve café — 日本語 🙂 text, and plain words " * 8]
     plain = byte_tokenizer()
     places = torch.randperm(258, generator=torch.Generator().manual_seed(1))
     other = renumbered(plain, places.tolist())
-    model, turned = (load_model(teachers("llama"), torch.device("cpu"), torch.float32) for _ in range(2))
+    model, reordered = (load_model(teachers("llama"), torch.device("cpu"), torch.float32) for _ in range(2))
     for name in ("model.embed_tokens", "lm_head"):
-        weight = turned.get_submodule(name).weight.data
+        weight = reordered.get_submodule(name).weight.data
         weight.copy_(weight.clone()[places.argsort()])
     expected, found, mistaken = (
         measure_perplexity(one, pack(texts, Packing(tokenizer, 258, 32))).bits_per_byte
-        for one, tokenizer in ((model, plain), (turned, other), (model, other))
+        for one, tokenizer in ((model, plain), (reordered, other), (model, other))
     )
     assert found == pytest.approx(expected, rel=1e-6)
     assert mistaken != pytest.approx(expected, rel=1e-3)
@@ -105,7 +105,7 @@ def test_the_gradient_is_that_of_the_whole_logits(softcap: float | None, monkeyp
 
 
 @pytest.mark.parametrize("stride", [5, 8, 31])
-def test_sliding_windows_count_every_token_once_with_enough_in_front(stride: int) -> None:
+def test_sliding_windows_count_every_token_once_with_enough_context_before_it(stride: int) -> None:
     blocks = pack(["some words, naïvely joined " * 20], Packing(byte_tokenizer(), 258, 32))
     windows, text = blocks.sliding(stride), blocks.ids.flatten()
     counted: list[int] = []
@@ -120,7 +120,7 @@ def test_sliding_windows_count_every_token_once_with_enough_in_front(stride: int
     assert len(text) - len(counted) <= stride
 
 
-def test_sliding_is_the_loss_of_each_token_behind_a_window(teachers: Callable[[str], Checkpoint]) -> None:
+def test_sliding_is_the_loss_of_each_token_after_its_window(teachers: Callable[[str], Checkpoint]) -> None:
     model = load_model(teachers("llama"), torch.device("cpu"), torch.float32)
     blocks = pack(["some words, naïvely joined " * 6], Packing(byte_tokenizer(), 258, 32))
     text = blocks.ids.flatten()
@@ -183,7 +183,7 @@ def test_peak_memory_is_at_least_the_weights(teachers: Callable[[str], Checkpoin
 
 
 def items_of(folder: Path) -> None:
-    """A few items of two tasks, as their local files have them."""
+    """Write a few items of two tasks in the format of their local files."""
     folder.mkdir()
     endings = ["by hand.", "in a hat.", "on a mat.", "at once."]
     rows = [{"ind": i, "activity_label": "Cats", "ctx_a": "A cat sits", "ctx_b": "it", "ctx": "A cat sits it",
@@ -215,7 +215,7 @@ def test_truthfulqa_from_its_own_table(teachers: Callable[[str], Checkpoint], tm
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_tasks_from_local_files_are_what_lm_eval_gives(
+def test_tasks_from_local_files_equal_those_of_lm_eval(
     teachers: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm_eval = pytest.importorskip("lm_eval")
@@ -246,7 +246,7 @@ def test_tasks_from_local_files_are_what_lm_eval_gives(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_tasks_that_cannot_be_had_are_named(tmp_path: Path) -> None:
+def test_tasks_that_cannot_be_run_are_named(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     items_of(tmp_path / "items")
     inputs = Inputs(tmp_path / "items", limit=7)
