@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from minitron import pipeline
 from minitron.data.blocks import Packing, load_tokenizer, read_blocks
+from minitron.evaluation.speed import Speed
 from minitron.model.checkpoint import open_checkpoint
+from minitron.nas import speed
 from minitron.recipe import PLAIN, Recipe, load_recipe
 from minitron.reports.html import write_report
 from minitron.verbs.bench import bench
@@ -40,6 +43,18 @@ def recipe(teacher: Path, text: Path, **changes: Any) -> Recipe:
 
 QUICK = {"search.distill_tokens": 0, "search.zero_shot": 4, "search.shortlist": 1, "distill.tokens": 256}
 """Changes of the recipe for a run whose search and training are not looked at."""
+
+
+def equal_speed(model: Any, batch: int, context: int) -> Speed:
+    """Pretend that all shapes are equally fast: speed decides ties, and two measurements of it differ."""
+    return Speed(1.0, 1.0, batch, context)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def equal_speeds() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minitron.nas.speed.measure_speed", equal_speed)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +151,7 @@ def test_a_finished_run_repeats_nothing(made: Path, monkeypatch: pytest.MonkeyPa
 
 def compress_until_killed(stage: str, times: int, made: Path, out: Path) -> None:
     kill_in(stage, times, signal.SIGKILL)
+    speed.measure_speed = equal_speed  # type: ignore[attr-defined]
     pipeline.compress(recipe(made / "model", made / "text.txt"), out)
 
 

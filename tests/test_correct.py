@@ -173,7 +173,7 @@ def test_by_the_command_line_alongside(tmp_path: Path, text_file: Path) -> None:
     cli.app(["distill", *given], standalone_mode=False)
     assert "teacher_loss" in (tmp_path / "out" / "metrics.jsonl").read_text()
     assert (teacher / "model.safetensors").read_bytes() == before
-    with pytest.raises(UserError, match="correction changes the teacher as it runs along"):
+    with pytest.raises(UserError, match="correction trains the teacher; teacher_states holds"):
         cli.app(["distill", *given, "--overwrite", "--teacher-states", str(tmp_path / "st")], standalone_mode=False)
 
 

@@ -255,7 +255,9 @@ def test_missing_text(place: Place, refused: Run) -> None:
 
 def test_too_few_blocks(place: Place, refused: Run) -> None:
     place.text.write_text("a" * 70)
-    assert "gives 2 block(s) of 32 tokens; at least 3 are needed" in refused(*compress(place))
+    assert "has 2 block(s) of 32 tokens; training, held-out and evaluation need at least one each" in refused(
+        *compress(place)
+    )
 
 
 def test_out_is_not_a_run(place: Place, refused: Run) -> None:

@@ -84,6 +84,7 @@ class StandIn(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("HF_TOKEN", "hf_stand_in")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     server.address, server.calls, server.files, server.status = f"http://127.0.0.1:{server.server_port}", [], {}, 200
     Thread(target=server.serve_forever, daemon=True).start()
