@@ -28,7 +28,7 @@ SIZES = (
         Setting(f"num_{kind}_layers", f"num_{kind}_layers", f"Layers with {kind}, where layers differ.", int)
         for kind in sorted(set(KINDS.values()))
     ),
-)  # fmt: skip
+)
 
 
 @verb(TARGET._replace(help=f"{TARGET.help} Several (0.8,0.6,0.4) make a series."), *BUDGET, *TEXT, *TRAINING)

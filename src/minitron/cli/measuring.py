@@ -60,9 +60,15 @@ def evaluate(
             model, max_tokens=max_tokens, stride=stride, against=against, **settings
         )
     return imported("verbs.evaluate").evaluate_tasks(
-        model, tasks.split(","), limit=limit, tasks_data_folder=tasks_data, runs_code=run_code, answers=answers,
-        judge=(judge, judge_model) if judge else None, **settings,
-    )  # fmt: skip
+        model,
+        tasks.split(","),
+        limit=limit,
+        tasks_data_folder=tasks_data,
+        runs_code=run_code,
+        answers=answers,
+        judge=(judge, judge_model) if judge else None,
+        **settings,
+    )
 
 
 @verb(FAMILY, *MACHINE, has_recipe=False)

@@ -61,11 +61,10 @@ TARGET = Setting(
     "target_params", "target_params", "A share of the teacher (0.7), a count (94M, 4B) or a range (7.8B..8.5B)."
 )
 BUDGET = (
+    Setting("target_non_embedding_params", "budget.non_embedding_params", "Like --target-params, without embeddings."),
     Setting(
-        "target_non_embedding_params", "budget.non_embedding_params", "Like --target-params, without embeddings."
-    ),
-    Setting(
-        "target_active_params", "budget.active_params",
+        "target_active_params",
+        "budget.active_params",
         "Like --target-params, of the experts only those that a token is sent to.",
     ),
     Setting("memory", "budget.memory", "Of weights, KV cache and Mamba state: 20GiB, or a share of the teacher's."),
@@ -73,10 +72,11 @@ BUDGET = (
     Setting("latency", "budget.latency", "Most time per decoded token on this device: 0.7x the teacher's, or 40ms."),
     Setting("batch", "budget.batch", "Sequences that --memory, --throughput and --latency are for.", int, minimum=1),
     Setting(
-        "context", "context",
+        "context",
+        "context",
         "Tokens in a block; with --memory, --throughput or --latency, tokens of the sequences that are served (128k).",
     ),
-)  # fmt: skip
+)
 TRAINING = (
     Setting("tokens", "distill.tokens", "Tokens to distil on, such as 2M."),
     Setting("teacher_states", "distill.teacher_states", "Run the teacher once and keep its outputs in this folder."),
@@ -89,24 +89,30 @@ Plain = Annotated[bool, typer.Option("--plain", help="The papers' pruning: no ro
 
 RECIPE_OPTIONS = (
     inspect.Parameter(
-        "recipe", inspect.Parameter.KEYWORD_ONLY, default=None,
+        "recipe",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
         annotation=Annotated[
             Path | None,
             typer.Option("--recipe", help="A YAML recipe, or minitron-8b and the like; options override it."),
         ],
     ),
     inspect.Parameter(
-        "assignments", inspect.Parameter.KEYWORD_ONLY, default=[],
+        "assignments",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=[],
         annotation=Annotated[
             list[str],
             typer.Option("--set", metavar="KEY=VALUE", help="A key of the recipe: --set distill.loss=jsd; repeatable."),
         ],
     ),
-)  # fmt: skip
+)
 JSON = inspect.Parameter(
-    "as_json", inspect.Parameter.KEYWORD_ONLY, default=False,
+    "as_json",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
     annotation=Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")],
-)  # fmt: skip
+)
 
 
 def verb(

@@ -34,9 +34,13 @@ def distill(
 
     out, pruned = Path(out).absolute(), open_teacher(str(student))
     session = open_session(
-        recipe_from(recipe, teacher=teacher, **settings), out, "config.json", overwrite=overwrite,
-        inputs=(pruned.folder,), one_process=False,
-    )  # fmt: skip
+        recipe_from(recipe, teacher=teacher, **settings),
+        out,
+        "config.json",
+        overwrite=overwrite,
+        inputs=(pruned.folder,),
+        one_process=False,
+    )
     require_one_vocabulary(session.teacher, pruned)
     with resumable(session, out, "distill", [pruned.fingerprint()]) as work:
         distillation.distill(session, pruned, work / "student", work)

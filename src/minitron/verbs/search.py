@@ -32,9 +32,12 @@ def search(
 
     out = Path(out).absolute()
     session = open_session(
-        recipe_from(recipe, teacher=teacher, **settings), out, "candidates.jsonl", overwrite=overwrite,
+        recipe_from(recipe, teacher=teacher, **settings),
+        out,
+        "candidates.jsonl",
+        overwrite=overwrite,
         one_process=False,
-    )  # fmt: skip
+    )
     shapes, budget = nas.shapes_within(session)
     with resumable(session, out, "search", []) as work:
         world, scores = session.runtime.world, work / "importance.safetensors"
