@@ -256,3 +256,9 @@ def test_a_plain_function_becomes_a_comparison(softcaps: tuple[float | None, flo
     assert_equal(partial(by, differentiable(plain_kl)), partial(by, forward_kl_), problem())
     with pytest.raises(AssertionError):  # the control: the other direction is another loss
         assert_equal(partial(by, differentiable(lambda a, b: plain_kl(b, a))), partial(by, forward_kl_), problem())
+
+
+@pytest.mark.parametrize("function", [lambda _, student: student.mean(), lambda teacher, student: student - teacher])
+def test_a_plain_function_returns_one_loss_per_token(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"a loss of 3 tokens has shape \((3, 5)?\): not one per token"):
+        differentiable(function)(torch.zeros(3, 5), torch.ones(3, 5))

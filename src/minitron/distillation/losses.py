@@ -21,13 +21,17 @@ Comparison = Callable[[Any, Tensor], Tensor]
 def differentiable(function: Callable[[Tensor, Tensor], Tensor]) -> Comparison:
     """Make a comparison of a plain function (teacher logits, student logits), (n, vocab) each, → losses (n,).
 
-    The gradient is autograd's, for the tokens of one chunk at a time; the function must not change its arguments.
+    The gradient is autograd's, for the tokens of one chunk at a time; the function must not change its arguments. The
+    comparison raises a ValueError where the function does not return one loss per token: a mean over the tokens of a
+    chunk would depend on the size of chunks.
     """
 
     def comparison(teacher: Tensor, student: Tensor) -> Tensor:
         with torch.enable_grad():
             logits = student.detach().clone().requires_grad_()
             losses = function(teacher, logits)
+            if losses.shape != logits.shape[:1]:
+                raise ValueError(f"a loss of {len(logits)} tokens has shape {tuple(losses.shape)}: not one per token")
             (gradient,) = torch.autograd.grad(losses.sum(), logits)
         student.copy_(gradient)
         return losses.detach()
