@@ -34,8 +34,8 @@ from tests.processes import exit_code, kill_in, start
 CPU = torch.device("cpu")
 ON_THE_WAY = ("embedding", "block_output", "mlp_input", "attention")
 WAYS = [
-    ("adamw", "float32", ", correction: {trains: full}", 1e-3, 1e-5),
-    ("adamw", "bfloat16", "", 0.1, 1e-2),
+    ("float32", ", correction: {trains: full}", 1e-3, 1e-5),
+    ("bfloat16", "", 0.1, 1e-2),
 ]
 """With bounds on the difference between two processes and one: of weights, as a share of the distance that they moved,
 and of losses. Adam takes full steps along the smallest gradients, however they are rounded."""
@@ -203,12 +203,11 @@ def losses(folder: Path) -> torch.Tensor:
     return torch.tensor([row["loss"] for row in rows if "loss" in row])
 
 
-@pytest.mark.parametrize(("optimizer", "dtype", "more", "share", "rtol"), WAYS)
+@pytest.mark.parametrize(("dtype", "more", "share", "rtol"), WAYS)
 def test_two_processes_train_the_student_of_one(
     models: tuple[Path, Path],
     tmp_path: Path,
     text_file: Path,
-    optimizer: str,
     dtype: str,
     more: str,
     share: float,
@@ -216,7 +215,7 @@ def test_two_processes_train_the_student_of_one(
 ) -> None:
     options = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--device", "cpu", "--dtype", dtype]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"distill: {{batch_size: 4, optimizer: {optimizer}{more}}}\nsearch: {{tokens: 256}}\n")
+    recipe.write_text(f"distill: {{batch_size: 4{more}}}\nsearch: {{tokens: 256}}\n")
     one, two = (
         ["distill", *map(str, models), str(tmp_path / name), *options, "--recipe", str(recipe)]
         for name in ("one", "two")
@@ -303,22 +302,13 @@ def test_steps_without_a_finite_loss_are_skipped(
     assert [row["step"] - 1 for row in rows if "skipped" in row] == broken
 
 
-@pytest.mark.parametrize(("optimizer", "_", "more", "share", "rtol"), WAYS[:2])
+@pytest.mark.parametrize("more", [", correction: {trains: full}", ""])
 def test_a_run_killed_on_two_processes_continues_on_one(
-    models: tuple[Path, Path],
-    tmp_path: Path,
-    text_file: Path,
-    optimizer: str,
-    _: str,
-    more: str,
-    share: float,
-    rtol: float,
+    models: tuple[Path, Path], tmp_path: Path, text_file: Path, more: str
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     # Held-out perplexity is measured every other step, and a checkpoint follows every step.
-    recipe.write_text(
-        f"distill: {{batch_size: 4, checkpoint_seconds: 0, optimizer: {optimizer}{more}}}\nsearch: {{tokens: 256}}\n"
-    )
+    recipe.write_text(f"distill: {{batch_size: 4, checkpoint_seconds: 0{more}}}\nsearch: {{tokens: 256}}\n")
     verb = ["distill", *map(str, models)]
     options = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--device", "cpu",
                "--recipe", str(recipe)]  # fmt: skip
@@ -330,8 +320,8 @@ def test_a_run_killed_on_two_processes_continues_on_one(
     assert all(path.suffix in {".safetensors", ".json"} for path in checkpoint.iterdir())
     for name in ("two", "one"):
         cli.app([*verb, str(tmp_path / name), *options], standalone_mode=False)
-    assert apart(tmp_path / "one", tmp_path / "two", models[1]) < share
-    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=rtol, atol=0)
+    assert apart(tmp_path / "one", tmp_path / "two", models[1]) < 1e-3
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=0)
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert [json.loads(row)["step"] for row in rows[0]] == [json.loads(row)["step"] for row in rows[1]]
     assert not list(tmp_path.glob(".*"))
