@@ -13,8 +13,9 @@ from minitron.model.language_model import Headless
 
 def skewed_kl(teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
     """Compute KL(p ‖ 0.9 q + 0.1 p) of logits (n, vocab), a loss per token (n,) (DistiLLM, arXiv 2402.03898)."""
-    p, q = teacher.softmax(dim=-1), student.softmax(dim=-1)
-    return (p * (p.log() - (0.9 * q + 0.1 * p).log())).sum(dim=-1)
+    log_p, q = teacher.log_softmax(dim=-1), student.softmax(dim=-1)
+    p = log_p.exp()
+    return (p * (log_p - (0.9 * q + 0.1 * p).clamp_min(1e-30).log())).sum(dim=-1)
 
 
 def model(hidden_size: int) -> Headless:

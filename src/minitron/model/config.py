@@ -36,47 +36,28 @@ COMPANIONS = (
 )
 """Files that are copied from the teacher's folder to the student's: never code, never weights."""
 
-DTYPES = {"float32", "float16", "bfloat16"}
-ROPE_KEYS = {
-    "default": (set(), {"partial_rotary_factor"}),
-    "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
-    "yarn": (
-        {"factor", "original_max_position_embeddings"},
-        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-    ),
-}
-"""For kinds of rotary embedding, the keys that config classes require and those that they allow as well."""
-HARMLESS: Mapping[str, tuple[type, ...]] = {
-    name: types
-    for types, names in {
-        (str,): "model_type transformers_version hidden_act hidden_activation activation_function "
-        "mlp_hidden_act mamba_hidden_act mamba_ssm_cache_dtype summary_type",
-        (bool,): "use_cache attention_bias mlp_bias mamba_proj_bias tie_word_embeddings use_sliding_window "
-        "output_router_logits norm_topk_prob use_parallel_residual scale_attn_weights reorder_and_upcast_attn "
-        "scale_attn_by_inverse_layer_idx summary_use_proj summary_proj_to_labels residual_in_fp32 "
-        "rescale_prenorm_residual add_cross_attention mamba_norm_before_gate moe_shared_expert_overlap is_decoder "
-        "use_mamba_kernels",
-        (int,): "bos_token_id eos_token_id pad_token_id pretraining_tp max_window_layers query_pre_attn_scalar "
-        "chunk_size mamba_chunk_size num_logits_to_keep n_ctx max_position_embeddings n_shared_experts topk_group "
-        "original_max_position_embeddings no_rope_layer_interval sliding_window_pattern expand "
-        "num_nextn_predict_layers attention_head_dim num_query_groups time_step_rank mamba_expand",
-        (float,): "initializer_range init_std rms_norm_eps norm_eps layer_norm_eps layer_norm_epsilon time_step_min "
-        "time_step_max time_step_floor router_aux_loss_coef router_jitter_noise final_logit_softcapping "
-        "attn_logit_softcapping lm_head_multiplier embedding_multiplier key_multiplier attention_in_multiplier "
-        "attention_out_multiplier ssm_in_multiplier ssm_out_multiplier z_loss_coefficient swiglu_alpha swiglu_limit",
-        (int, float): "rope_theta rope_local_base_freq rotary_emb_base rotary_pct partial_rotary_factor "
-        "attention_dropout hidden_dropout classifier_dropout dropout layerdrop resid_pdrop embd_pdrop attn_pdrop "
-        "summary_first_dropout logits_scaling residual_multiplier attention_multiplier routed_scaling_factor",
-    }.items()
-    for name in names.split()
-}
-"""Entries that no size depends on, with the types that the config class of every family accepts for them."""
-LISTS = {"time_step_limit": 2, "mlp_multipliers": 2, "ssm_multipliers": 5}
-"""Lists of numbers that no size depends on, and their lengths."""
-NULLABLE = {"bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling", "rope_parameters", "dtype", "torch_dtype",
-            "final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention",
-            "summary_activation"}  # fmt: skip
-"""Entries without influence on sizes that may be null."""
+_NAMES = """
+    model_type transformers_version architectures auto_map quantization_config dtype torch_dtype use_cache
+    hidden_act hidden_activation activation_function mlp_hidden_act mamba_hidden_act mamba_ssm_cache_dtype
+    attention_bias mlp_bias mamba_proj_bias tie_word_embeddings output_router_logits norm_topk_prob is_decoder
+    use_parallel_residual scale_attn_weights reorder_and_upcast_attn scale_attn_by_inverse_layer_idx
+    summary_use_proj summary_proj_to_labels summary_type summary_activation summary_first_dropout residual_in_fp32
+    rescale_prenorm_residual add_cross_attention mamba_norm_before_gate use_mamba_kernels moe_shared_expert_overlap
+    use_sliding_window max_window_layers sliding_window_pattern bos_token_id eos_token_id pad_token_id
+    pretraining_tp query_pre_attn_scalar num_logits_to_keep n_ctx chunk_size mamba_chunk_size
+    max_position_embeddings original_max_position_embeddings no_rope_layer_interval n_shared_experts topk_group
+    expand mamba_expand num_nextn_predict_layers mtp_layers_block_type attention_head_dim num_query_groups
+    time_step_rank time_step_min time_step_max time_step_floor time_step_limit initializer_range init_std
+    rms_norm_eps norm_eps layer_norm_eps layer_norm_epsilon z_loss_coefficient router_aux_loss_coef
+    router_jitter_noise routed_scaling_factor swiglu_alpha swiglu_limit final_logit_softcapping
+    attn_logit_softcapping logits_scaling lm_head_multiplier embedding_multiplier key_multiplier
+    attention_multiplier residual_multiplier attention_in_multiplier attention_out_multiplier ssm_in_multiplier
+    ssm_out_multiplier ssm_multipliers mlp_multipliers rope_theta rope_scaling rope_parameters rope_local_base_freq
+    rotary_emb_base rotary_pct partial_rotary_factor attention_dropout hidden_dropout classifier_dropout dropout
+    layerdrop resid_pdrop embd_pdrop attn_pdrop
+"""
+HARMLESS = frozenset(_NAMES.split())
+"""Entries that no size depends on in any family."""
 
 
 def config_values(path: Path, family: str | None = None) -> dict[str, Any]:
@@ -147,17 +128,18 @@ def has_weights(path: Path) -> bool:
 def decided_values(stated: Mapping[str, Any], family: Family) -> dict[str, Any] | None:
     """Return the entries that sizes and memory depend on, or None where only transformers can tell them.
 
-    `stated` are the entries of the file. None is returned for an entry that is neither known nor `HARMLESS`, of another
-    type than expected, or missing without a constant default; for layers whose windows the config class computes; and
-    for a shape that the config class may refuse.
+    `stated` are the entries of the file. None is returned for an entry that is neither read nor `HARMLESS`, for one
+    that is read and of another type than expected or missing without a constant default, for layers whose windows the
+    config class computes, and for a shape that the config class may refuse.
     """
     names = _names_read(family)
     renamed = {AXES[axis] for axis, name in family.config_names.items() if name != AXES[axis]}
     if family.kinds:
         stated = family.kinds.listing(stated)
     stated = {name: value for name, value in stated.items() if name != "layer_types" or value is not None}
-    for name, value in stated.items():
-        if name not in names and (name in renamed or not _is_harmless(name, value, family)):
+    for name in stated:
+        is_remark = name.startswith("_")
+        if name not in names and (name in renamed or not (is_remark or name in HARMLESS | {*family.per_layer_lists})):
             return None
     values: dict[str, Any] = {"model_type": family.model_type}
     for name in names:
@@ -177,7 +159,8 @@ def decided_values(stated: Mapping[str, Any], family: Family) -> dict[str, Any] 
     except UserError:
         return None
     for name in family.per_layer_lists:
-        if name in stated and len(stated[name]) != arch.axis_size("layer"):
+        entries = stated.get(name, [])
+        if name in stated and not (isinstance(entries, list) and len(entries) == arch.axis_size("layer")):
             return None
     if values.get("layer_types") is None and family.window_period and "sliding_window_pattern" not in stated:
         values["layer_types"] = family.attention_kinds(arch.axis_size("layer"))
@@ -192,6 +175,8 @@ def _names_read(family: Family) -> dict[str, Any]:
     names |= {family.config_name(axis): _is_size for axis in axes}
     names |= {"sliding_window": _is_window, "layer_types": _is_attention_list}
     names |= dict.fromkeys(family.config_products, _is_size)
+    if family.window_period:
+        names["use_bidirectional_attention"] = _is_off  # on, it changes the windows
     if family.window_switch:
         names[family.window_switch] = _is_bool
     if family.product and family.product.ratio:
@@ -235,57 +220,12 @@ def _has_known_windows(arch: Arch, values: Mapping[str, Any]) -> bool:
     return kinds is None or not values["sliding_window"]
 
 
-def _is_harmless(name: str, value: Any, family: Family) -> bool:
-    """Whether an entry that is not read is one that the family's config class accepts and computes nothing from."""
-    if value is None:
-        return name in NULLABLE
-    if name.startswith("_") and not name.endswith(("_implementation", "_internal")):  # a remark, or where it is from
-        return type(value) in (str, int, float)
-    if name in {"rope_scaling", "rope_parameters"}:
-        return _is_plain_rope(value, family.rope_kinds)
-    if name in {"dtype", "torch_dtype"}:
-        return isinstance(value, str) and value in DTYPES
-    if name == "eos_token_id" and isinstance(value, list):
-        return _is_number_list(value)
-    if name == "mtp_layers_block_type":
-        return _is_kind_list(value)
-    if name in family.per_layer_lists:
-        return _is_number_list(value)
-    if name in LISTS:
-        return (
-            isinstance(value, list)
-            and all(type(one) is float or one == {"__float__": "Infinity"} for one in value)
-            and len(value) == LISTS[name]
-        )
-    if name == "architectures":
-        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-    if name in {"auto_map", "quantization_config"}:
-        return isinstance(value, dict)
-    if name == "use_bidirectional_attention":
-        return value is False
-    if name == "initializer_range":
-        return type(value) is float and 0 <= value <= 1
-    return type(value) in HARMLESS.get(name, ())
-
-
-def _is_plain_rope(value: Any, kinds: Container[str]) -> bool:
-    """Whether every config class of a family that accepts these kinds of rotary embedding accepts the entry."""
-    if not isinstance(value, dict):
-        return False
-    if value and value.keys() <= {"full_attention", "sliding_attention"}:
-        return all(_is_plain_rope(part, kinds) for part in value.values())
-    kind = value.get("rope_type", value.get("type"))
-    if not isinstance(kind, str) or kind not in ROPE_KEYS or kind not in kinds:
-        return False
-    numbers = {name: number for name, number in value.items() if name not in {"rope_type", "type", "truncate"}}
-    required, allowed = ROPE_KEYS[kind]
-    allowed = allowed | required | {"rope_theta", "llama_4_scaling_beta"}
-    are_numbers = all(type(number) in (int, float) and number > 0 for number in numbers.values())
-    return are_numbers and required <= numbers.keys() <= allowed
-
-
 def _is_bool(value: Any) -> bool:
     return type(value) is bool
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False
 
 
 def _is_size(value: Any) -> bool:

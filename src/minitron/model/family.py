@@ -129,8 +129,6 @@ class Family:
     """Whether a block's output is multiplied by a number from the config before it is added to the residual stream."""
     is_centred: bool = False
     """Whether its norms subtract the mean."""
-    rope_kinds: tuple[str, ...] = ("default", "llama3", "yarn")
-    """Kinds of rotary embedding that its config class accepts."""
     window_switch: str | None = None
     """A config boolean without which `sliding_window` has no effect."""
     window_period: int | None = None

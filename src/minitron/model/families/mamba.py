@@ -57,7 +57,6 @@ MAMBA2 = Family(
     layer="backbone.layers.{i}",
     grouped=GROUPED,
     config_names={"mhead": "num_heads", "mchan": "head_dim", "state": "state_size"},
-    rope_kinds=(),
     product=Product(("mhead", "mchan"), ratio="expand"),
     norms=parse_norms("""
         backbone.layers.{i}.norm    in_proj
@@ -140,7 +139,6 @@ NEMOTRON_H = Family(
         "sliding_window": None,
     },
     per_layer_lists=("layers_block_type",),
-    rope_kinds=(),
     left_behind="mtp.",
     student_values={"num_nextn_predict_layers": 0},
     kinds=LayerKinds(

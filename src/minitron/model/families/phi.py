@@ -25,5 +25,4 @@ PHI3 = Family(
         model.norm                                   lm_head
     """),
     config_defaults=PLAIN,
-    rope_kinds=("default",),
 )
