@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, log_softmax
 
 from minitron.errors import UserError
+from minitron.evaluation.agreement import kl_terms
 from minitron.model.anatomy import Norm, Segment
 from minitron.model.arch import Arch
 from minitron.model.language_model import Headless, Point, module_of, watching
@@ -155,8 +156,7 @@ def relation_loss(teacher: Tensor, student: Tensor, num_heads: int) -> Tensor:
     """
     log_p, log_q = _relations(teacher, num_heads), _relations(student, num_heads)
     later = torch.ones(teacher.shape[1], teacher.shape[1], dtype=torch.bool, device=teacher.device).triu(1)
-    parts = log_p.exp() * (log_p - log_q)
-    return parts.masked_fill(later, 0).sum(dim=-1).mean(dim=1)
+    return kl_terms(log_p, log_q).masked_fill(later, 0).sum(dim=-1).mean(dim=1)
 
 
 def _relations(states: Tensor, num_heads: int) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
 from minitron.model.language_model import Headless
@@ -48,8 +48,16 @@ def measure_agreement(
             logits = [head.logits(hidden[chunk]) for hidden, head in outputs]
             vocab = min(each.shape[-1] for each in logits)
             log_p, log_q = (each[:, :vocab].log_softmax(dim=-1) for each in logits)  # (chunk, vocab)
-            kl += float((log_p.exp() * (log_p - log_q)).sum())
+            kl += float(kl_terms(log_p, log_q).sum())
             agreed += int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum())
             counted += len(log_p)
         advance(block.num_tokens)
     return Agreement(kl / max(1, counted), agreed / max(1, counted))
+
+
+def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Return the terms p (log p − log q) of a KL divergence, from logarithms of probabilities of equal shape.
+
+    `distillation.losses.forward_kl_` computes the divergence in place, with its gradient, and rounds otherwise.
+    """
+    return log_p.exp() * (log_p - log_q)
