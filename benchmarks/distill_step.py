@@ -29,7 +29,6 @@ from minitron.distillation.teacher import Live
 from minitron.model.config import student_config
 from minitron.model.language_model import Headless, load_model
 from minitron.recipe import Recipe
-from minitron.runtime import World
 from minitron.session import Session
 
 SIZES = {"hidden_size": 448, "intermediate_size": 1152}
@@ -105,7 +104,7 @@ def our_steps(session: Session, way: str, options: argparse.Namespace) -> Iterat
             teacher = stored_teacher(session, Path(folder) / "states", blocks, recipe)
         else:
             teacher = Live(load_model(session.teacher, session.runtime.device, session.runtime.dtype))
-        optimizer = make_optimizer(student, recipe, World())
+        optimizer = make_optimizer(student, recipe)
         for step in range(options.steps + 1):
             numbers = torch.arange(step * options.batch_size, (step + 1) * options.batch_size)
             loss, *_ = Objective(teacher, recipe, session.runtime).accumulate(student, blocks[numbers], numbers)

@@ -91,7 +91,7 @@ def taught(folder: Path, teacher: Checkpoint, pruned: Checkpoint, recipe: Distil
     work.mkdir(parents=True, exist_ok=True)
     model = load_model(teacher, CPU, torch.float32)
     learns = recipe.correction.trains != "nothing"
-    said = Learning(model, recipe.correction, 0, World()) if learns else Live(model)
+    said = Learning(model, recipe.correction, 0) if learns else Live(model)
     Trainer(said, recipe, blocks, RUNTIME, work, blocks[:2]).distill(pruned, folder / "out")
     return open_checkpoint(folder / "out")
 
@@ -110,9 +110,9 @@ def test_a_teacher_that_learns_is_one_that_learnt_before_from_the_same_steps(
     rows = []
     for part in (recipe.correction, None):
         model = load_model(pair[0], CPU, torch.float32)
-        said = Learning(model, recipe.correction, 0, World())
+        said = Learning(model, recipe.correction, 0)
         alone = Headless(model) if part is None else None
-        optimizer = make_optimizer(said.headless, recipe, World())
+        optimizer = make_optimizer(said.headless, recipe)
         student = alone or Headless(load_model(pair[1], CPU, torch.float32))
         for step in range(4):
             numbers = batch_indices(step, 2, 6, 0)
@@ -129,7 +129,7 @@ def test_a_teacher_that_learns_is_one_that_learnt_before_from_the_same_steps(
 def test_a_student_teaches_its_teacher_nothing(pair: tuple[Checkpoint, Checkpoint], of: Any) -> None:
     """Whatever the student is held against, the teacher's gradient is that of its own cross-entropy."""
     recipe = DistillRecipe(batch_size=2, correction=CorrectionRecipe(trains="full"))
-    said = Learning(load_model(pair[0], CPU, torch.float32), recipe.correction, 0, World())
+    said = Learning(load_model(pair[0], CPU, torch.float32), recipe.correction, 0)
     student, alone = (Headless(load_model(checkpoint, CPU, torch.float32)) for checkpoint in (pair[1], pair[0]))
     between = None
     if of:

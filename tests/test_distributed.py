@@ -65,9 +65,10 @@ with joined_world(cpu) as world:
     between = compare_on_the_way(
         said.headless.model, open_checkpoint(teacher).arch, model, pruned.arch, IntermediateRecipe(of=sys.argv[4:]), cpu
     )
-    shard(model, pruned.arch, world, cpu, torch.float64)
-    shard(said.headless, said.arch, world, cpu, torch.float64, is_teacher=True)
-    recipe, runtime = DistillRecipe(batch_size=4, label_weight=0.5), Runtime(cpu, torch.float64, world=world)
+    runtime = Runtime(cpu, torch.float64, world=world)
+    shard(model, pruned.arch, runtime)
+    shard(said.headless, said.arch, runtime, is_teacher=True)
+    recipe = DistillRecipe(batch_size=4, label_weight=0.5)
     objective = Objective(said, recipe, runtime, between if between.places else None)
     loss = objective.accumulate(model, Blocks(ids, ids), torch.arange(4), weight=0.7)
     grads = {name: whole(p.grad).contiguous() for name, p in model.named_parameters()}

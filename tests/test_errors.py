@@ -423,10 +423,29 @@ def test_calibrating_on_padding(place: Place, refused: Run) -> None:
     assert "the calibration text holds only token 64: is it nothing but padding?" in message
 
 
-def test_distilling_in_float16(place: Place, refused: Run) -> None:
-    text = ("--data", str(place.text), "--context", "32", "--tokens", "256", "--dtype", "float16")
-    message = refused("distill", str(place.teacher), str(place.teacher), str(place.out), *text)
-    assert "too small for float16" in message
+@pytest.mark.parametrize(
+    ("option", "num_ranks", "message"),
+    [
+        ("--dtype=float16", 1, "too small for float16"),
+        ("--set=distill.top_k=258", 1, "distill.top_k 258 leaves no tail of 258 tokens"),
+        ("--set=distill.batch_size=3", 2, "distill.batch_size 3 cannot be split equally among 2 ranks"),
+        ("--set=distill.trains=lora", 2, "distill.trains lora runs in one process"),
+        ("--set=distill.correction.trains=lora", 2, "distill.correction.trains lora runs in one process"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused_before_any_work(
+    place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch, option: str, num_ranks: int, message: str
+) -> None:
+    def no_text(*_: Any) -> None:
+        raise AssertionError("text is read")
+
+    monkeypatch.setattr("minitron.session.read_splits", no_text)
+    monkeypatch.setenv("WORLD_SIZE", str(num_ranks))
+    text = ("--data", str(place.text), "--context", "32", "--tokens", "256", option)
+    assert message in refused("distill", str(place.teacher), str(place.teacher), str(place.out), *text)
+    assert message in refused("correct", str(place.teacher), str(place.out), *text)
+    if num_ranks == 1:
+        assert message in refused(*compress(place, option))
 
 
 def test_measuring_a_model_that_gives_nan(place: Place, refused: Run) -> None:

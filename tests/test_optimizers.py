@@ -9,6 +9,7 @@ import torch
 
 from minitron.distillation.checkpoint import load_checkpoint, save_checkpoint
 from minitron.distillation.optimizers import learning_rate, make_optimizer, make_state, take_step
+from minitron.distillation.trainer import require_trainable
 from minitron.errors import UserError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import Headless, load_model
@@ -22,7 +23,7 @@ CPU = torch.device("cpu")
 def test_state_is_made_without_moving_anything(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
     student = Headless(load_model(checkpoint, CPU, torch.float32))
-    optimizer = make_optimizer(student, DistillRecipe(weight_decay=0.1), World())
+    optimizer = make_optimizer(student, DistillRecipe(weight_decay=0.1))
     before = [parameter.detach().clone() for parameter in student.parameters()]
     make_state(optimizer)
     assert all(torch.equal(a, b) for a, b in zip(before, student.parameters(), strict=True))
@@ -33,7 +34,7 @@ def test_state_is_made_without_moving_anything(tmp_path: Path) -> None:
 def test_a_step_is_taken_only_where_all_is_finite(tmp_path: Path, loss: float) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
     student = Headless(load_model(checkpoint, CPU, torch.float32))
-    optimizer = make_optimizer(student, DistillRecipe(), World())
+    optimizer = make_optimizer(student, DistillRecipe())
     before = [parameter.detach().clone() for parameter in student.parameters()]
     for parameter in student.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -52,7 +53,7 @@ def test_moments_of_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     def student_after(kind: str, steps: range, folder: Path | None = None) -> tuple[Headless, Any]:
         student = Headless(load_model(checkpoint, CPU, torch.float32))
-        optimizer = make_optimizer(student, DistillRecipe(optimizer=kind), World())  # type: ignore[arg-type]
+        optimizer = make_optimizer(student, DistillRecipe(optimizer=kind))  # type: ignore[arg-type]
         if folder:
             assert load_checkpoint(folder, {"student": (student, optimizer)}, World()) == (steps.start, 0.5)
         for step in steps:
@@ -83,9 +84,10 @@ def test_moments_of_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_eight_bits_over_processes_are_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
-    student = Headless(load_model(checkpoint, CPU, torch.float32))
+    recipe = DistillRecipe(optimizer="adamw8bit")
     with pytest.raises(UserError, match="adamw8bit runs in one process; accepted under torchrun: adamw"):
-        make_optimizer(student, DistillRecipe(optimizer="adamw8bit"), World(0, 2))
+        require_trainable(recipe, checkpoint.arch, torch.float32, num_ranks=2)
+    require_trainable(recipe, checkpoint.arch, torch.float32, num_ranks=1)
 
 
 def test_schedules() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from minitron import nas
-from minitron.distillation import distill, stored_teacher
+from minitron.distillation import distill, require_trainable, stored_teacher
 from minitron.errors import UserError
 from minitron.evaluation import measure
 from minitron.files import read_json, require_space, write_json
@@ -48,6 +48,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False, *, larger: Path
         return dict(read_json(run.path("eval.json")))
     session = Session(recipe, larger)
     session.validate()
+    require_trainable(session, session.source.arch)
     shapes, budget = nas.shapes_within(session)
     _check(run, session, shapes)
     try:

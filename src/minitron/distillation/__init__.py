@@ -5,15 +5,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitron.data.blocks import Blocks
+from minitron.distillation import trainer
 from minitron.distillation.teacher import Learning, Live, Source, Teacher, stored
-from minitron.distillation.trainer import Trainer, require_trainable
+from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError
+from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model, read_head
 from minitron.recipe import DistillRecipe
+from minitron.runtime import num_ranks
 from minitron.session import Session
 
-__all__ = ["correct", "distill", "stored_teacher"]
+__all__ = ["correct", "distill", "require_trainable", "stored_teacher"]
 
 
 def distill(session: Session, pruned: Checkpoint, out: Path, work: Path) -> None:
@@ -22,11 +25,11 @@ def distill(session: Session, pruned: Checkpoint, out: Path, work: Path) -> None
     `work` receives `metrics.jsonl` and `checkpoint/`, from which an interrupted run continues.
 
     Raises:
-        UserError: see `Trainer.distill` and `stored_teacher`.
+        UserError: see `require_trainable`, `Trainer.distill` and `stored_teacher`.
         StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
     """
-    require_trainable(session.recipe.distill, pruned, session.runtime)
-    with _teacher_of(session, pruned) as teacher:
+    require_trainable(session, pruned.arch)
+    with _teacher_of(session) as teacher:
         _trainer(session, teacher, work).distill(pruned, out)
 
 
@@ -35,7 +38,23 @@ def correct(session: Session, out: Path, work: Path) -> None:
 
     A teacher that has not seen such text teaches it badly (teacher correction, arXiv 2408.11796, section 2).
     """
+    require_trainable(session, session.teacher.arch)
     _trainer(session, None, work).distill(session.teacher, out)
+
+
+def require_trainable(session: Session, student: Arch) -> None:
+    """Check what a training of a student of this shape would fail on; teacher and text are not read for it.
+
+    Verbs call this before their first work, with the number of processes that torchrun started.
+
+    Raises:
+        UserError: see `trainer.require_trainable`; or stored classes of the teacher hold tokens that the student lacks.
+    """
+    recipe = session.recipe.distill
+    trainer.require_trainable(recipe, student, session.runtime.dtype, num_ranks=num_ranks())
+    stores_classes = recipe.teacher_states is not None and recipe.stored == "top_k"
+    if stores_classes and student.axis_size("vocab") < session.teacher.arch.axis_size("vocab"):
+        raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
 
 
 def stored_teacher(session: Session, folder: Path, blocks: Blocks, recipe: DistillRecipe) -> Teacher:
@@ -56,16 +75,14 @@ def _trainer(session: Session, teacher: Teacher | None, work: Path) -> Trainer:
 
 
 @contextmanager
-def _teacher_of(session: Session, pruned: Checkpoint) -> Iterator[Teacher]:
+def _teacher_of(session: Session) -> Iterator[Teacher]:
     """Yield the teacher as the recipe describes it: in memory, learning from the text as well, or stored."""
     recipe, teacher, runtime = session.recipe.distill, session.teacher, session.runtime
     if recipe.correction.trains != "nothing":
         # A model of its own, since it changes: the session's stays as it is.
         model = load_model(teacher, runtime.loading_device, runtime.weights_dtype)
-        yield Learning(model, recipe.correction, runtime.seed, runtime.world)
+        yield Learning(model, recipe.correction, runtime.seed)
     elif recipe.teacher_states is not None:
-        if recipe.stored == "top_k" and pruned.arch.axis_size("vocab") < teacher.arch.axis_size("vocab"):
-            raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
         yield stored_teacher(session, Path(recipe.teacher_states), session.splits.train, recipe)
     elif runtime.loading_device != runtime.device:
         yield Live(load_model(teacher, runtime.loading_device, runtime.dtype))

@@ -9,23 +9,20 @@ from minitron.distillation.parallel import whole
 from minitron.errors import UserError
 from minitron.model.language_model import Headless
 from minitron.recipe import DistillRecipe
-from minitron.runtime import World
 
 
-def make_optimizer(student: Headless, recipe: DistillRecipe, world: World) -> torch.optim.Optimizer:
+def make_optimizer(student: Headless, recipe: DistillRecipe) -> torch.optim.Optimizer:
     """Return AdamW for all parameters that are trained.
 
     AdamW with moments of eight bits is torchao's and takes a quarter of the memory (arXiv 2110.02861).
 
     Raises:
-        UserError: AdamW with moments of eight bits without torchao, or over several processes.
+        UserError: moments of eight bits need torchao, which is not installed.
     """
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(trained, lr=0.0, fused=True, **options)
-    if world.size > 1:
-        raise UserError("distill.optimizer adamw8bit runs in one process; accepted under torchrun: adamw")
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:

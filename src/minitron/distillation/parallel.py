@@ -12,24 +12,22 @@ from torch.utils.checkpoint import checkpoint
 from minitron.model.arch import Arch
 from minitron.model.language_model import Headless
 from minitron.recipe import DistillRecipe
-from minitron.runtime import World
+from minitron.runtime import Runtime
 
 
-def shard(
-    model: Headless, arch: Arch, world: World, device: torch.device, dtype: torch.dtype, is_teacher: bool = False
-) -> None:
-    """Shard parameters, gradients and optimizer state over the ranks, layer by layer (FSDP2); shards are on `device`.
+def shard(model: Headless, arch: Arch, runtime: Runtime, *, is_teacher: bool = False) -> None:
+    """Shard parameters, gradients and optimizer state over the ranks, layer by layer (FSDP2), on the runtime's device.
 
     With a forward pass in bfloat16, layers are gathered in bfloat16 and their gradients summed in float32; tensors
     outside the layers, such as the output matrix, are gathered in their own dtype. A teacher's output matrix stays
     gathered, since the student's loss reads it.
     """
-    if world.size == 1:
+    if runtime.world.size == 1:
         return
-    mesh = init_device_mesh(device.type, (world.size,))
+    mesh = init_device_mesh(runtime.device.type, (runtime.world.size,))
     policy = MixedPrecisionPolicy()
-    if dtype == torch.bfloat16:
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    if runtime.dtype == torch.bfloat16:
+        policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers_of(model, arch):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # A student is resharded after every forward: after an evaluation, which has no backward, the optimizer must still

@@ -10,11 +10,10 @@ import torch
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.recipe import CorrectionRecipe, DistillRecipe
-from minitron.runtime import World
 
 
 def choose_parameters(
-    model: Any, arch: Arch, recipe: DistillRecipe | CorrectionRecipe, seed: int, world: World
+    model: Any, arch: Arch, recipe: DistillRecipe | CorrectionRecipe, seed: int
 ) -> Callable[[], None]:
     """Freeze the parameters that the recipe's `trains` leaves out; return a function that ends the training.
 
@@ -22,7 +21,7 @@ def choose_parameters(
     layers has, are merged into the matrices.
 
     Raises:
-        UserError: adapters over several processes, or without peft.
+        UserError: adapters need peft, which is not installed.
     """
     if recipe.trains == "norms":
         norms = "|".join(norm.module.replace("{i}", r"\d+") for norm in arch.family.norms)
@@ -30,8 +29,6 @@ def choose_parameters(
             parameter.requires_grad_(re.fullmatch(rf"[^.]+\.({norms})\.(weight|bias)", name) is not None)
     if recipe.trains != "lora":
         return lambda: None
-    if world.size > 1:
-        raise UserError("distill.trains lora runs in one process; accepted under torchrun: full, norms")
     try:
         from peft import LoraConfig, LoraModel
     except ImportError as error:

@@ -56,10 +56,10 @@ class Live:
 class Learning(Live):
     """A teacher that learns from the text itself while it teaches (arXiv 2408.11796, section 2)."""
 
-    def __init__(self, model: nn.Module, recipe: CorrectionRecipe, seed: int, world: World) -> None:
+    def __init__(self, model: nn.Module, recipe: CorrectionRecipe, seed: int) -> None:
         super().__init__(model)
         model.requires_grad_(True)
-        choose_parameters(model, self.arch, recipe, seed, world)
+        choose_parameters(model, self.arch, recipe, seed)
 
     def learn(self, ids: Tensor, positions: Tensor | None, targets: Tensor) -> tuple[States, Tensor]:
         """Return the last hidden states, and the sum of the cross-entropy with `targets` (B, T), for its gradient."""

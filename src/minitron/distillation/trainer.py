@@ -27,6 +27,7 @@ from minitron.errors import UserError
 from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import whole_folder
+from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, write_model
 from minitron.model.language_model import Headless, load_model
 from minitron.progress import Progress
@@ -76,7 +77,7 @@ class Trainer:
             UserError: see `require_trainable`; or ten steps in a row had no finite loss and gradient.
             StoppedError: SIGINT or SIGTERM arrived; the checkpoint is that of the last step.
         """
-        require_trainable(self.recipe, pruned, self.runtime)
+        require_trainable(self.recipe, pruned.arch, self.runtime.dtype, num_ranks=self.runtime.world.size)
         student = self.trained(pruned)
         student.finish()
         _write_student(student, out, self.runtime.world)
@@ -92,19 +93,17 @@ class Trainer:
         # Evaluation mode throughout: dropout has no place in matching another model's outputs.
         headless = Headless(load_model(pruned, runtime.loading_device, runtime.weights_dtype))
         intermediate = self._intermediate(headless, pruned)
-        student = Student(
-            headless, pruned, choose_parameters(headless.model, pruned.arch, recipe, runtime.seed, runtime.world)
-        )
+        student = Student(headless, pruned, choose_parameters(headless.model, pruned.arch, recipe, runtime.seed))
         lighten(headless, pruned.arch, recipe)
-        shard(headless, pruned.arch, runtime.world, runtime.device, runtime.dtype)
+        shard(headless, pruned.arch, runtime)
         if isinstance(self.teacher, Live):
             lighten(self.teacher.headless, self.teacher.arch, recipe)
             teacher, arch = self.teacher.headless, self.teacher.arch
-            shard(teacher, arch, runtime.world, runtime.device, runtime.dtype, is_teacher=True)
-        models: Trained = {"student": (headless, make_optimizer(headless, recipe, runtime.world))}
+            shard(teacher, arch, runtime, is_teacher=True)
+        models: Trained = {"student": (headless, make_optimizer(headless, recipe))}
         if isinstance(self.teacher, Learning):
             teacher = self.teacher.headless
-            models["teacher"] = teacher, make_optimizer(teacher, recipe, runtime.world)
+            models["teacher"] = teacher, make_optimizer(teacher, recipe)
         _Loop(self, student, models, Objective(self.teacher, recipe, runtime, intermediate)).run(until)
         return student
 
@@ -215,19 +214,23 @@ class _Loop:
         return figures
 
 
-def require_trainable(recipe: DistillRecipe, pruned: Checkpoint, runtime: Runtime) -> None:
-    """Check what would otherwise fail in the first step.
+def require_trainable(recipe: DistillRecipe, student: Arch, dtype: torch.dtype, *, num_ranks: int) -> None:
+    """Check what would otherwise fail in the first step, when teacher and text are read already.
 
     Raises:
-        UserError: the batch cannot be split among the ranks, `top_k` is the whole vocabulary, or the dtype is float16.
+        UserError: the batch cannot be split among the ranks, an option runs in one process only, `top_k` is the whole
+            vocabulary, or the dtype is float16.
     """
-    if recipe.batch_size % runtime.world.size:
-        raise UserError(
-            f"distill.batch_size {recipe.batch_size} cannot be split equally among {runtime.world.size} ranks"
-        )
-    if recipe.top_k is not None and recipe.top_k >= pruned.arch.axis_size("vocab"):
-        raise UserError(f"distill.top_k {recipe.top_k} leaves no tail of {pruned.arch.axis_size('vocab')} tokens")
-    if runtime.dtype == torch.float16:
+    if recipe.batch_size % num_ranks:
+        raise UserError(f"distill.batch_size {recipe.batch_size} cannot be split equally among {num_ranks} ranks")
+    if num_ranks > 1 and recipe.optimizer == "adamw8bit":
+        raise UserError("distill.optimizer adamw8bit runs in one process; accepted under torchrun: adamw")
+    for key, trains in (("trains", recipe.trains), ("correction.trains", recipe.correction.trains)):
+        if num_ranks > 1 and trains == "lora":
+            raise UserError(f"distill.{key} lora runs in one process; accepted under torchrun: full, norms")
+    if recipe.top_k is not None and recipe.top_k >= student.axis_size("vocab"):
+        raise UserError(f"distill.top_k {recipe.top_k} leaves no tail of {student.axis_size('vocab')} tokens")
+    if dtype == torch.float16:
         raise UserError("gradients of distillation are too small for float16; accepted: auto, float32, bfloat16")
 
 

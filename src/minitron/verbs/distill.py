@@ -42,6 +42,7 @@ def distill(
         one_process=False,
     )
     require_one_vocabulary(session.teacher, pruned)
+    distillation.require_trainable(session, pruned.arch)
     with resumable(session, out, "distill", [pruned.fingerprint()]) as work:
         distillation.distill(session, pruned, work / "student", work)
         publish_student(session, work, out)
