@@ -98,11 +98,11 @@ class _Streams:
     def losses(self, teacher: Tensor, student: Tensor, projection: nn.Module) -> Tensor:
         """Return the losses (B, T) of streams (B, T, hidden)."""
         dtype = next(projection.parameters(), student).dtype
-        wanted: Tensor = self.norm(teacher.to(dtype))
-        found: Tensor = self.norm(projection(student.to(dtype)))
+        target: Tensor = self.norm(teacher.to(dtype))
+        projected: Tensor = self.norm(projection(student.to(dtype)))
         if self.kind == "mse":
-            return (found - wanted).square().mean(dim=-1)
-        return 1 - cosine_similarity(found, wanted, dim=-1)
+            return (projected - target).square().mean(dim=-1)
+        return 1 - cosine_similarity(projected, target, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def compare_on_the_way(
     Raises:
         UserError: the models lack these layers, or these layers lack what is compared.
     """
-    here, there = Side(teacher, teacher_arch), Side(student.model, student_arch)
+    sides = Side(teacher, teacher_arch), Side(student.model, student_arch)
     depths = teacher_arch.axis_size("layer"), student_arch.axis_size("layer")
     pairs = recipe.layers or ((max(0, depths[0] - 3), max(0, depths[1] - 3)),)
     if wrong := [pair for pair in pairs if pair[0] >= depths[0] or pair[1] >= depths[1]]:
@@ -198,20 +198,20 @@ def compare_on_the_way(
 
     places: list[_Streams | _Relations] = []
     if "embedding" in recipe.of:
-        places.append(streams(here.stream_before(0), there.stream_before(0), here.reader_before(0)))
+        places.append(streams(sides[0].stream_before(0), sides[1].stream_before(0), sides[0].reader_before(0)))
     for number, other in pairs:
         if "block_output" in recipe.of:
-            norm = here.reader_before(number + 1)
-            places.append(streams(here.stream_after(number), there.stream_after(other), norm))
+            norm = sides[0].reader_before(number + 1)
+            places.append(streams(sides[0].stream_after(number), sides[1].stream_after(other), norm))
         if "mlp_input" in recipe.of:
-            norms = here.mlp_norm(number), there.mlp_norm(other)
+            norms = sides[0].mlp_norm(number), sides[1].mlp_norm(other)
             if norms[0] is None or norms[1] is None:
                 raise UserError(
                     f"distill.intermediate: mlp_input of layers {number}:{other}: no norm before an MLP there"
                 )
             places.append(streams((norms[0], "input"), (norms[1], "input"), norms[0]))
         if "attention" in recipe.of:
-            places += _relations_between(here, there, number, other)
+            places += _relations_between(sides, number, other)
     projection: nn.Module = nn.Identity()
     if any(isinstance(place, _Streams) for place in places):
         widths = teacher_arch.axis_size("hidden"), student_arch.axis_size("hidden")
@@ -221,20 +221,20 @@ def compare_on_the_way(
     return Intermediate(places, projection)
 
 
-def _relations_between(here: Side, there: Side, number: int, other: int) -> list[_Relations]:
-    found = here.heads(number), there.heads(other)
-    if not found[0] or len(found[0]) != len(found[1]):
+def _relations_between(sides: tuple[Side, Side], number: int, other: int) -> list[_Relations]:
+    heads = sides[0].heads(number), sides[1].heads(other)
+    if not heads[0] or len(heads[0]) != len(heads[1]):
         raise UserError(f"distill.intermediate: attention of layers {number}:{other}: no attention there")
     ends: tuple[dict[Any, int], dict[Any, int]] = ({}, {})
     places = []
-    for pair in zip(*found, strict=True):
+    for pair in zip(*heads, strict=True):
         columns = []
-        for side, end, (point, segment) in zip((here, there), ends, pair, strict=True):
+        for side, end, (point, segment) in zip(sides, ends, pair, strict=True):
             start = end.get(point, 0)
             end[point] = start + prod(f if isinstance(f, int) else side.arch.axis_size(f) for f in segment)
             columns.append(slice(start, end[point]))
         axis = next(f for f in pair[0][1] if f in {"query", "kv"})
-        num_heads = gcd(here.arch.axis_size(str(axis)), there.arch.axis_size(str(axis)))
+        num_heads = gcd(*(side.arch.axis_size(str(axis)) for side in sides))
         places.append(_Relations(pair[0][0], pair[1][0], (columns[0], columns[1]), num_heads))
     return places
 
@@ -242,12 +242,12 @@ def _relations_between(here: Side, there: Side, number: int, other: int) -> list
 @torch.no_grad()
 def _projection(teacher: Any, student: Any, dtype: torch.dtype) -> nn.Module:
     """Return the linear map P with the least Σ ‖P e_student − e_teacher‖² over the tokens that both models have."""
-    of_teacher, of_student = (model.get_input_embeddings().weight for model in (teacher, student))
-    widths, device = (of_teacher.shape[1], of_student.shape[1]), of_student.device
+    targets, inputs = (model.get_input_embeddings().weight for model in (teacher, student))
+    widths, device = (targets.shape[1], inputs.shape[1]), inputs.device
     moment, cross = (torch.zeros(widths[1], n, dtype=torch.float64, device=device) for n in (widths[1], widths[0]))
-    for start in range(0, min(len(of_teacher), len(of_student)), ROWS_AT_ONCE):
-        end = min(start + ROWS_AT_ONCE, len(of_teacher), len(of_student))
-        x, y = of_student[start:end].double(), of_teacher[start:end].to(device).double()
+    for start in range(0, min(len(targets), len(inputs)), ROWS_AT_ONCE):
+        end = min(start + ROWS_AT_ONCE, len(targets), len(inputs))
+        x, y = inputs[start:end].double(), targets[start:end].to(device).double()
         moment.addmm_(x.T, x)
         cross.addmm_(x.T, y)
     moment.diagonal().add_(1e-9 * moment.diagonal().mean())

@@ -51,10 +51,10 @@ def forward_kl_(teacher: Tensor, student: Tensor) -> Tensor:
 def reverse_kl_(teacher: Tensor, student: Tensor) -> Tensor:
     """Compute Σ q (log q − log p), which seeks one of the teacher's modes, not all (MiniLLM, arXiv 2306.08543)."""
     log_p, log_q = _log_softmax_(teacher), _log_softmax_(student)
-    parts = log_p.neg_().add_(log_q)
+    terms = log_p.neg_().add_(log_q)
     q = log_q.exp_()
-    loss = parts.mul_(q).sum(dim=-1)
-    q.mul_(-loss[:, None]).add_(parts)
+    loss = terms.mul_(q).sum(dim=-1)
+    q.mul_(-loss[:, None]).add_(terms)
     return loss
 
 
@@ -66,14 +66,14 @@ def jsd_(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
     # p and q carry their shares β and 1 − β from here; the logarithms of the shares are subtracted from the sums again.
     log_p, log_q = _log_softmax_(teacher).add_(math.log(beta)), _log_softmax_(student).add_(math.log(1 - beta))
     log_m = torch.logaddexp(log_p, log_q)
-    of_teacher = log_p.exp()
-    loss = log_p.sub_(log_m).mul_(of_teacher).sum(dim=-1) - beta * math.log(beta)
-    del of_teacher
-    parts = log_m.neg_().add_(log_q).sub_(math.log(1 - beta))
+    p = log_p.exp()
+    loss = log_p.sub_(log_m).mul_(p).sum(dim=-1) - beta * math.log(beta)
+    del p
+    terms = log_m.neg_().add_(log_q).sub_(math.log(1 - beta))
     q = log_q.exp_()
-    of_student = parts.mul_(q).sum(dim=-1)
-    q.mul_(of_student[:, None] / (beta - 1)).add_(parts)
-    return loss + of_student
+    student_loss = terms.mul_(q).sum(dim=-1)
+    q.mul_(student_loss[:, None] / (beta - 1)).add_(terms)
+    return loss + student_loss
 
 
 def mse_(teacher: Tensor, student: Tensor) -> Tensor:
@@ -87,10 +87,10 @@ def mse_(teacher: Tensor, student: Tensor) -> Tensor:
 def cosine_(teacher: Tensor, student: Tensor) -> Tensor:
     """Compute 1 − cos(t, s) of the student's logits s and the teacher's logits t."""
     length = torch.linalg.vector_norm(student, dim=-1, keepdim=True).clamp_min(1e-12)
-    towards = teacher.div_(torch.linalg.vector_norm(teacher, dim=-1, keepdim=True).clamp_min(1e-12))
-    own = student.div_(length)
-    cos = torch.linalg.vecdot(towards, own)[:, None]
-    own.mul_(cos).sub_(towards).div_(length)
+    target = teacher.div_(torch.linalg.vector_norm(teacher, dim=-1, keepdim=True).clamp_min(1e-12))
+    direction = student.div_(length)
+    cos = torch.linalg.vecdot(target, direction)[:, None]
+    direction.mul_(cos).sub_(target).div_(length)
     loss: Tensor = 1 - cos.squeeze(-1)
     return loss
 
@@ -112,12 +112,12 @@ def classes_of_(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def against_classes_(teacher: tuple[Tensor, Tensor], student: Tensor, comparison: Comparison) -> Tensor:
     """Compare with the result of `classes_of_`, where no more of the teacher is known."""
-    indices, classes = teacher
-    own = _classes_(student, indices)
-    others = own[:, -1:].clone()
-    loss = comparison(classes, own)  # `own` now holds its gradient
+    indices, teacher_classes = teacher
+    student_classes = _classes_(student, indices)
+    tail = student_classes[:, -1:].clone()
+    loss = comparison(teacher_classes, student_classes)  # `student_classes` now holds its gradient
     # A class of many tokens has their logsumexp as its logit, whose gradient is the softmax among them.
-    student.sub_(others).exp_().mul_(own[:, -1:]).scatter_(-1, indices, own[:, :-1])
+    student.sub_(tail).exp_().mul_(student_classes[:, -1:]).scatter_(-1, indices, student_classes[:, :-1])
     return loss
 
 
