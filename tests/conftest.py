@@ -282,7 +282,10 @@ def text_file(tmp_path: Path) -> Path:
     return path
 
 
+INPUT_IDS = torch.randint(0, SIZES["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
+"""Token ids longer than the variants' sliding windows."""
+
+
 @pytest.fixture
 def input_ids() -> torch.Tensor:
-    """Token ids (2, 40), longer than the variants' sliding windows."""
-    return torch.randint(0, SIZES["vocab_size"], (2, 40), generator=torch.Generator().manual_seed(1))
+    return INPUT_IDS.clone()

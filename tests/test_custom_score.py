@@ -1,16 +1,20 @@
 """The example of a custom importance score."""
 
 import re
-import subprocess
-import sys
+import runpy
 from pathlib import Path
+
+from tests.processes import exit_code, start
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "custom_score.py"
 
 
-def test_the_example_cuts_by_a_score_of_its_own() -> None:
-    printed = subprocess.run([sys.executable, str(EXAMPLE)], capture_output=True, text=True, check=True).stdout
-    teacher, *students = printed.splitlines()
+def test_the_example_cuts_by_a_score_of_its_own(tmp_path: Path) -> None:
+    # In a process of its own, since it adds to a table.
+    process = start(runpy.run_path, str(EXAMPLE), None, "__main__", log=tmp_path / "log")
+    assert exit_code(process) == 0, (tmp_path / "log").read_text()[-2000:]
+    printed = [line for line in (tmp_path / "log").read_text().splitlines() if ": perplexity " in line]
+    teacher, *students = printed
     assert re.fullmatch(r"teacher: perplexity \d+\.\d\d", teacher)
     lines = [re.fullmatch(r"(\w+): perplexity (\d+\.\d\d) before training, .* layer 0: \[(.*)\]", s) for s in students]
     assert all(lines)

@@ -345,9 +345,12 @@ def test_the_plot_shows_each_candidate_and_marks_the_chosen(place: Path) -> None
     assert "<script>" not in svg
 
 
+QUICK = {"search.zero_shot": 4, "search.shortlist": 1, "search.probe_tokens": 0, "search.distill_tokens": 0}
+
+
 @pytest.fixture(scope="module")
 def series(place: Path) -> Path:
-    pipeline.compress_series(recipe(place, target_params="0.85,0.7,0.55"), place / "series")
+    pipeline.compress_series(recipe(place, target_params="0.85,0.7,0.55", **QUICK), place / "series")
     return place / "series"
 
 
@@ -383,12 +386,12 @@ def test_a_member_starts_from_the_larger_one(series: Path, place: Path) -> None:
 def test_a_finished_member_is_not_made_again(series: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in series.rglob("student/*")}
     monkeypatch.setattr(pipeline, "compress", lambda *_, **__: pytest.fail("a member was made again"))
-    pipeline.compress_series(recipe(place, target_params="0.85,0.7,0.55"), series)
+    pipeline.compress_series(recipe(place, target_params="0.85,0.7,0.55", **QUICK), series)
     assert before == {path: path.stat().st_mtime_ns for path in series.rglob("student/*")}
 
 
 def test_members_may_be_taught_by_the_larger_one(place: Path, tmp_path: Path) -> None:
-    taught = recipe(place, target_params="0.85,0.7", **{"lineage.taught_by": "larger"})
+    taught = recipe(place, target_params="0.85,0.7", **QUICK, **{"lineage.taught_by": "larger"})
     pipeline.compress_series(taught, tmp_path / "series")
     record = json.loads((tmp_path / "series" / "0.7" / "run.json").read_text())
     assert record["sources"]["teacher"] == open_checkpoint(tmp_path / "series" / "0.85" / "student").fingerprint()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -24,7 +25,7 @@ from minitron.pruning.cut import Cut, write_pruned
 from minitron.pruning.cut import cut_to as pruned_to
 from minitron.pruning.selection import Kept, score_shape, select
 from minitron.recipe import PLAIN
-from tests.conftest import VARIANTS, make_model, variants_by, variants_that
+from tests.conftest import INPUT_IDS, VARIANTS, make_model, variants_by, variants_that
 
 CPU = torch.device("cpu")
 
@@ -42,6 +43,12 @@ def build(teacher: Checkpoint, arch: Arch, kept: Kept) -> Any:
 @torch.no_grad()
 def logits(model: Any, input_ids: Tensor) -> Tensor:
     return model(input_ids=input_ids).logits  # type: ignore[no-any-return]
+
+
+@cache
+def whole_logits(folder: Path) -> Tensor:
+    """Return the logits of a teacher, which several tests compare with."""
+    return logits(load_model(open_checkpoint(folder), CPU, torch.float32), INPUT_IDS)
 
 
 def everything(arch: Arch) -> Kept:
@@ -75,7 +82,7 @@ def prunes(arch: Arch, axis: str) -> bool:
 def test_permuting_an_axis_leaves_the_logits_unchanged(teacher: Checkpoint, axis: str, input_ids: Tensor) -> None:
     kept = permuted(teacher.arch, axis)
     assert not torch.equal(kept[axis], everything(teacher.arch)[axis])
-    expected = logits(load_model(teacher, CPU, torch.float32), input_ids)
+    expected = whole_logits(teacher.folder)
     torch.testing.assert_close(logits(build(teacher, teacher.arch, kept), input_ids), expected, atol=5e-4, rtol=1e-4)
 
 
@@ -86,7 +93,7 @@ def test_a_permutation_that_one_tensor_misses_changes_them(teacher: Checkpoint, 
     tensors.update({name: teacher.tensor(name) for name in missed})
     layers = list(range(teacher.arch.axis_size("layer")))
     model = build_model(student_config(teacher, teacher.arch, layers), tensors.items(), CPU)
-    expected = logits(load_model(teacher, CPU, torch.float32), input_ids)
+    expected = whole_logits(teacher.folder)
     assert (logits(model, input_ids) - expected).abs().max() > 1e-3
 
 
@@ -227,11 +234,19 @@ def along(arch: Arch, axis: str) -> tuple[list[str], int]:
     return [row.tensor_name(layer, expert) for expert in experts], dim
 
 
+@cache
+def masked_logits_of(folder: Path, cut: str) -> Tensor:
+    """Return the logits of a teacher that is masked to a cut of random importance, for the test and for its control."""
+    teacher = open_checkpoint(folder)
+    kept = select(random_importance(teacher.arch), teacher.arch, cut_to(teacher.arch, cut))
+    return masked_logits(teacher, kept, INPUT_IDS)
+
+
 @pytest.mark.parametrize(("teacher", "cut"), variants_by(CUTS, can_cut), indirect=["teacher"])
 def test_a_trimmed_student_is_its_masked_teacher(teacher: Checkpoint, cut: str, input_ids: Tensor) -> None:
     arch = cut_to(teacher.arch, cut)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
-    expected = masked_logits(teacher, kept, input_ids)
+    expected = masked_logits_of(teacher.folder, cut)
     student = build(teacher, arch, kept)
     assert sum(parameter.numel() for parameter in student.parameters()) == arch.num_parameters
     torch.testing.assert_close(logits(student, input_ids), expected, atol=2e-4, rtol=1e-4)
@@ -273,7 +288,7 @@ def test_a_student_without_some_channels_is_a_teacher_whose_channels_are_zero(
 def test_a_student_trimmed_in_the_wrong_order_is_not(teacher: Checkpoint, cut: str, input_ids: Tensor) -> None:
     arch = cut_to(teacher.arch, cut)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
-    expected = masked_logits(teacher, kept, input_ids)
+    expected = masked_logits_of(teacher.folder, cut)
     tensors = dict(Cut(teacher.arch, arch, kept, teacher.tensor))
     if cut == "layer":
         importance = random_importance(teacher.arch)
