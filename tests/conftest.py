@@ -19,10 +19,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from minitron.evaluation import generation
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.runtime import configure_backends
 
 # Several threads would cost time on tiny tensors, here and in the processes that tests start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# As the command line does, so that all tests and the processes that they start compute to equal bits.
+configure_backends()
 # The tests use no network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Long continuations of tiny models would take a quarter of a run's time.

@@ -253,8 +253,9 @@ def test_a_run_that_is_told_to_stop_loses_nothing(
     stopped = subprocess.run(
         [sys.executable, str(tmp_path / "stopped.py"), str(int(signal.Signals[name])), "distill", *verb,
          str(tmp_path / "out"), *given], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )  # fmt: skip
-    assert stopped.returncode == status
+    assert stopped.returncode == status, stopped.stderr
     assert stopped.stderr.splitlines()[-1] == "stopped, with everything saved: run the same command again to continue"
     assert json.loads((tmp_path / ".out.distill" / "checkpoint" / "state.json").read_text())["step"] == 4
     for out in ("out", "through"):

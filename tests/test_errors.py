@@ -198,12 +198,17 @@ def test_impossible_targets(place: Place, refused: Run, target: str, message: st
 @pytest.mark.parametrize(
     "changes",
     [{"hidden_size": "big"}, {"vocab_size": None}, {"num_attention_heads": 0}, {"num_hidden_layers": -1},
-     {"num_attention_heads": 5}, {"rope_parameters": 3}],
+     {"num_attention_heads": 5}],
 )  # fmt: skip
 def test_impossible_configs(place: Place, refused: Run, changes: dict[str, Any]) -> None:
     place.config(**changes)
     assert "config" in refused(*compress(place))
     assert "config" in refused("inspect", str(place.teacher / "config.json"))
+
+
+def test_an_impossible_entry_that_no_size_depends_on(place: Place, refused: Run) -> None:
+    place.config(rope_parameters=3)
+    assert "config" in refused(*compress(place))
 
 
 @pytest.mark.parametrize("index", [[], {"weight_map": 3}, {"weight_map": {"a": 1}}, {}])

@@ -106,7 +106,8 @@ def configure_backends() -> None:
 
     MKL, which PyTorch uses by default, takes about twice the time there. PyTorch gives products to oneDNN where these
     may round their operands to bfloat16. oneDNN rounds only with tile registers (AMX); without them its products are
-    float32 with MKL's errors (docs/studies/processors.md). On other machines nothing changes.
+    float32 with MKL's errors (docs/studies/processors.md). On other machines nothing changes. Results with and without
+    differ in their last bits: a run that was begun on the command line continues to equal bits only after this call.
     """
     processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # recent versions of torch have it
     if "AMD" in processor.get("cpu_name", "") and processor.get("avx512_f") and not processor.get("amx_tile"):
