@@ -32,6 +32,10 @@ def with_progress() -> Iterator[None]:
 def test_the_whole_job(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     out = place / "run"
     monkeypatch.setattr("sys.argv", ["whole_job.py", str(place / "model"), str(out), str(place / "text.txt")])
+    fewer = {"context": 32, "search.tokens": 128, "search.probe_tokens": 64, "search.distill_tokens": 128,
+             "distill.tokens": 256, "calibration.tokens": 256, "evaluation.tokens": 128}  # fmt: skip
+    compress = minitron.compress
+    monkeypatch.setattr(minitron, "compress", lambda *given, **settings: compress(*given, **settings | fewer))
     runpy.run_path(str(EXAMPLES / "whole_job.py"), run_name="__main__")
     printed = capsys.readouterr().out
     figures = json.loads((out / "eval.json").read_text())
