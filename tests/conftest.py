@@ -246,6 +246,13 @@ def variant_arch(variant: str) -> Arch:
     return Arch.from_config(make_config(variant).to_dict())
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep what tests cache out of the user's home, and what the user has cached out of the tests."""
+    for name in ("HF_DATASETS_CACHE", "MINITRON_CACHE"):
+        os.environ[name] = str(tmp_path_factory.mktemp("cache"))
+
+
 def variants_that(are: Callable[[Arch], bool]) -> list[str]:
     """Return the variants whose architecture passes a check: values of the parameter `teacher`."""
     return [variant for variant in VARIANTS if are(variant_arch(variant))]
