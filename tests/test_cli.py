@@ -223,6 +223,7 @@ def test_any_key_of_the_recipe_can_be_set(verb: Verb, tmp_path: Path, text_file:
         ("calibration.tokens", "--set 'calibration.tokens' is not KEY=VALUE"),
         ("calibration.tokns=1", "unknown key 'calibration.tokns', did you mean 'tokens'?"),
         ("seed=[1", "--set seed: '[1' is not a value"),
+        ("teacher=other", "--set teacher: this is an argument or option of the command"),
     ],
 )
 def test_what_cannot_be_set_is_named(

@@ -138,6 +138,8 @@ def verb(
             as_json = given.pop("as_json", False)
             arguments = {parameter.name: given.pop(parameter.name) for parameter in own}
             assigned = dict(_assignment(text) for text in given.pop("assignments", []))
+            if taken := assigned.keys() & {*arguments, "recipe"}:
+                raise UserError(f"--set {min(taken)}: this is an argument or option of the command, not a key to set")
             values = {setting.key: given.pop(setting.name) for setting in settings}
             # Options that are not given are None; what --set assigns may be None on purpose.
             chosen = {key: value for key, value in (given | values).items() if value is not None}

@@ -127,10 +127,9 @@ def read_arch(path: Path, teacher: Arch) -> Arch:
 
 
 def split_sizes(settings: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
-    """Split keyword arguments into sizes of a shape and keys of a recipe; what is None is left out."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    sizes = {name: int(value) for name, value in given.items() if name in SIZE_NAMES}
-    return sizes, {name: value for name, value in given.items() if name not in SIZE_NAMES}
+    """Split keyword arguments into sizes of a shape, without those that are None, and keys of a recipe."""
+    sizes = {name: int(settings[name]) for name in SIZE_NAMES if settings.get(name) is not None}
+    return sizes, {name: value for name, value in settings.items() if name not in SIZE_NAMES}
 
 
 def _config_or_folder(model: str | Path, family: str | None) -> Path:

@@ -1,5 +1,6 @@
 """What verbs return: small dataclasses that print as tables, also in a notebook, and turn into JSON."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from minitron.reports.figures import Rows, figures_table
 from minitron.reports.page import note, table
 
 
-class Result:
+class Result(ABC):
     """The base of all results."""
 
     def rows(self) -> Rows:
@@ -20,9 +21,9 @@ class Result:
         """Return the result as tables, each with a caption and a line below it, as the terminal prints them."""
         return [(self.rows(), "", "")]
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON, as `--json` prints it."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return str(self)
