@@ -143,7 +143,7 @@ def narrow(teacher: Checkpoint, size: int) -> tuple[Checkpoint, Tensor]:
             return value * 0 if is_norm and row.name.endswith("bias") else value
 
     return Narrow(
-        **{k: getattr(teacher, k) for k in ("folder", "config", "arch", "tensors", "is_unprefixed")}
+        **{k: getattr(teacher, k) for k in ("folder", "config", "arch", "tensors", "stored_names")}
     ), projector
 
 

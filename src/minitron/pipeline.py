@@ -50,6 +50,7 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False, *, larger: Path
     session.validate()
     require_trainable(session, session.source.arch)
     shapes, budget = nas.shapes_within(session)
+    session.require_one_reading()
     _check(run, session, shapes)
     try:
         run.begin()

@@ -151,6 +151,11 @@ def num_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main_process() -> bool:
+    """Return whether this is the first of the processes that torchrun started, also before they have joined."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextmanager
 def joined_world(device: torch.device) -> Iterator[World]:
     """Join the process group that torchrun set up, if there is one, and leave it afterwards."""

@@ -10,10 +10,11 @@ from typing import Any
 from minitron.data.blocks import Blocks, Packing, Splits, SplitTokens, load_tokenizer, read_splits
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.crosscheck import require_one_reading
 from minitron.model.language_model import load_model
 from minitron.model.source import open_teacher
 from minitron.recipe import Recipe
-from minitron.runtime import Runtime, joined_world, num_ranks, resolve_device, resolve_dtype
+from minitron.runtime import Runtime, is_main_process, joined_world, num_ranks, resolve_device, resolve_dtype
 
 DEFAULT_CONTEXT = 1024
 
@@ -40,6 +41,17 @@ class Session:
         if one_process:
             require_one_process()
         _ = self.source, self.runtime, self.context
+
+    def require_one_reading(self) -> None:
+        """Check that transformers loads the model that the family's table reads, before anything is cut or trained.
+
+        Of several processes, the main one checks.
+
+        Raises:
+            UserError: see `crosscheck.require_one_reading`.
+        """
+        if is_main_process():
+            require_one_reading(self.teacher)
 
     @cached_property
     def teacher(self) -> Checkpoint:

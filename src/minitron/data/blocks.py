@@ -14,6 +14,7 @@ from torch import Tensor
 from minitron.data.corpus import Document, read_documents
 from minitron.data.tokens import Array, TokenisedDocument, tokenise
 from minitron.errors import UserError
+from minitron.model.weights import is_pointer
 from minitron.progress import Progress
 from minitron.recipe import Data, data_in_words
 
@@ -232,20 +233,28 @@ def read_splits(data: Data, packing: Packing, tokens: SplitTokens) -> Splits:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a model folder.
+    """Load the tokenizer of a model folder; code that the folder holds is never run.
 
     Raises:
-        UserError: the folder has no tokenizer, or one without tokenizer.json, which cannot return the offsets of its
-            tokens in the text.
+        UserError: the folder has no tokenizer, one that needs code of its own, or one that cannot be converted to a
+            tokenizer.json, without which it cannot return the offsets of its tokens in the text.
     """
     from transformers import AutoTokenizer
 
+    for path in sorted(folder.glob("tokenizer*")):
+        if is_pointer(path):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions
-        raise UserError(
-            f"{folder} holds no tokenizer that can be loaded: {' '.join(str(error).split())[:200]}"
-        ) from error
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise UserError(
+                f"{folder}: the tokenizer needs Python code of its own, which is never run here: if tokenizer.json "
+                "holds all of it, remove auto_map from tokenizer_config.json and set tokenizer_class to "
+                "PreTrainedTokenizerFast; otherwise convert it once where you trust that code"
+            ) from error
+        raise UserError(f"{folder} holds no tokenizer that can be loaded: {reason[:200]}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: the tokenizer has no tokenizer.json; save it with a recent transformers first")
     tokenizer.model_max_length = int(1e30)  # documents may be longer than a context; blocks are cut afterwards

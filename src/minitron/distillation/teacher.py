@@ -24,8 +24,8 @@ from minitron.errors import UserError
 from minitron.evaluation.perplexity import next_token_nll
 from minitron.files import read_json, require_space, require_writable, whole_file, write_json
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import open_safetensors
 from minitron.model.language_model import Head, Headless, Readout
+from minitron.model.weights import open_safetensors
 from minitron.progress import Progress
 from minitron.recipe import CorrectionRecipe, DistillRecipe
 from minitron.runtime import World

@@ -1,26 +1,35 @@
 """A Hugging Face folder of safetensors: opened and checked without reading a weight, read and written by tensor."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minitron.errors import UserError
-from minitron.files import read_json
-from minitron.model.arch import Arch
-from minitron.model.config import COMPANIONS, PICKLES, read_config
+from minitron.model.arch import TIED, Arch
+from minitron.model.config import COMPANIONS, read_config
 from minitron.model.families import UnsupportedFamilyError, family_that_fits
+from minitron.model.weights import (
+    FLOATS,
+    is_ambiguous,
+    locate_tensors,
+    naming,
+    open_safetensors,
+    require_plain_weights,
+    require_unwrapped,
+)
 
 MAX_SHARD_BYTES = 2**29
+COMPARED_ENTRIES = 2**24
+"""The number of entries of two matrices that are compared at once."""
 MAPPED_BYTES = 2**28
 """Files are closed and opened again after this many bytes have been read."""
 
@@ -33,14 +42,14 @@ class Checkpoint:
     config: Any
     arch: Arch
     tensors: dict[str, Path]
-    is_unprefixed: bool = False
-    """Whether the names on disk lack the family's prefix, which `tensors` has."""
+    stored_names: dict[str, str] = field(default_factory=dict)
+    """The names in files of those of the `tensors` that have another name there."""
     _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
     _read: list[int] = field(default_factory=list, repr=False, compare=False)
 
     def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor, on the CPU, in the dtype in which it is stored."""
-        with _named(self.tensors[name]):
+        with naming(self.tensors[name]):
             value: torch.Tensor = self._open(self.tensors[name]).get_tensor(self._stored_name(name))
         # Files are mapped into memory: the pages that were read stay there until the file is closed.
         self._read.append(value.nbytes)
@@ -66,8 +75,25 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from the file's header alone."""
-        with _named(self.tensors[name]):
+        with naming(self.tensors[name]):
             return tuple(self._open(self.tensors[name]).get_slice(self._stored_name(name)).get_shape())
+
+    def stored_dtype(self, name: str) -> str:
+        """Return the dtype of a tensor as the file's header names it, such as `BF16`."""
+        with naming(self.tensors[name]):
+            return str(self._open(self.tensors[name]).get_slice(self._stored_name(name)).get_dtype())
+
+    def holds_equal(self, one: str, other: str) -> bool:
+        """Return whether two matrices are equal; some rows are read at a time, up to the first that differ."""
+        if self.shape(one) != self.shape(other):
+            return False
+        rows, columns = self.shape(one)
+        with naming(self.tensors[one]), naming(self.tensors[other]):
+            slices = [self._open(self.tensors[name]).get_slice(self._stored_name(name)) for name in (one, other)]
+            step = max(1, COMPARED_ENTRIES // columns)
+            return all(
+                torch.equal(slices[0][row : row + step], slices[1][row : row + step]) for row in range(0, rows, step)
+            )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -98,7 +124,7 @@ class Checkpoint:
         """Return the SHA-256 of config and the first entries of every tensor, which quickly distinguishes models."""
         digest = sha256(self._config_text().encode())
         for name in sorted(self.tensors):
-            with _named(self.tensors[name]):
+            with naming(self.tensors[name]):
                 part = self._open(self.tensors[name]).get_slice(self._stored_name(name))[:1]
             digest.update(part.flatten()[:16].contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -108,7 +134,7 @@ class Checkpoint:
         return json.dumps(config, sort_keys=True, default=str)
 
     def _stored_name(self, name: str) -> str:
-        return name.removeprefix(self.arch.family.prefix) if self.is_unprefixed else name
+        return self.stored_names.get(name, name)
 
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
@@ -119,7 +145,8 @@ class Checkpoint:
 def open_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
     """Open a Hugging Face folder and check every tensor against its family's table.
 
-    `family` reads it as another `model_type` than its config states.
+    `family` reads it as another `model_type` than its config states. Which file holds a tensor, which name it has, and
+    whether the output matrix is tied to the embeddings, is decided as transformers decides it.
 
     Raises:
         UserError: the config is missing or not supported, the weights are quantised, pickled, missing or damaged, a
@@ -129,19 +156,18 @@ def open_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
         config = read_config(folder, family)
     except UnsupportedFamilyError as error:
         hint = ""
-        if fitting := family_that_fits(set(_locate_tensors(folder))):
+        if fitting := family_that_fits(set(locate_tensors(folder))):
             hint = f"; its tensors match the table of {fitting.model_type}: try --family {fitting.model_type}"
         raise UserError(f"{error}{hint}") from error
-    if quantization := getattr(config, "quantization_config", None):
-        raise UserError(
-            f"{folder} holds quantised weights ({dict(quantization).get('quant_method', 'of unknown method')}); "
-            "convert them to bfloat16 first, or take an unquantised checkpoint"
-        )
-    arch = Arch.from_config(config.to_dict())
-    stored, prefix = _locate_tensors(folder), arch.family.prefix
-    is_unprefixed = bool(prefix) and not any(name.startswith(prefix) for name in stored)
-    tensors = {prefix + name: path for name, path in stored.items()} if is_unprefixed else stored
-    checkpoint = Checkpoint(folder, config, arch, tensors, is_unprefixed)
+    values = config.to_dict()
+    require_plain_weights(folder, values)
+    files = locate_tensors(folder, values.get("transformers_weights"))
+    if is_ambiguous(folder):
+        logging.warning("%s holds model.safetensors and an index of other files: the former is read", folder)
+    require_unwrapped(folder, files)
+    checkpoint = _matched(Checkpoint(folder, config, Arch.from_config(values), files))
+    if checkpoint.arch.flags.get(TIED):
+        checkpoint = _with_its_own_head(checkpoint)
     _check_against_table(checkpoint)
     return checkpoint
 
@@ -210,42 +236,52 @@ def _copy_companions(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def open_safetensors(path: Path) -> Any:
-    """Open a safetensors file.
+def _matched(checkpoint: Checkpoint) -> Checkpoint:
+    """Return the checkpoint with its tensors under the names of the table.
 
-    Raises:
-        UserError: the file is missing, truncated or corrupt.
+    Like transformers, it accepts names without the first part that most names of the family have (models saved without
+    their output matrix), and names that have it though the table's do not.
     """
-    with _named(path):
-        return safe_open(path, framework="pt")
+    family, folder = checkpoint.arch.family, checkpoint.folder
+    names: dict[str, str] = {}
+    for stored in checkpoint.tensors:
+        variants = (stored, family.prefix + stored, stored.removeprefix(family.prefix))
+        name = next((name for name in variants if family.match(name)), stored)
+        if name in names:
+            raise UserError(f"{folder} holds one tensor under two names: {names[name]} and {stored}")
+        names[name] = stored
+    renamed = {name: stored for name, stored in names.items() if name != stored}
+    return replace(
+        checkpoint,
+        tensors={name: checkpoint.tensors[stored] for name, stored in names.items()},
+        stored_names=renamed,
+    )
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is missing, truncated or corrupt: {error}") from error
+def _with_its_own_head(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint whose config ties the output matrix to the embeddings, as transformers loads it.
 
-
-def _locate_tensors(folder: Path) -> dict[str, Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        values = read_json(index)
-        weight_map = values.get("weight_map") if isinstance(values, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise UserError(f"{index} has no weight_map of tensor names to files")
-        return {name: folder / file for name, file in weight_map.items()}
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return dict.fromkeys(open_safetensors(single).keys(), single)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    if pickles:
-        raise UserError(
-            f"{folder} holds pickled weights ({pickles[0]}), which can execute code when loaded; "
-            "convert them to safetensors first (save_pretrained writes them)"
-        )
-    raise UserError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+    An output matrix that is stored too and differs from the embeddings stays, untied. Of the two matrices one may be
+    missing, and is the other one then.
+    """
+    untied = replace(checkpoint.arch, flags={**checkpoint.arch.flags, TIED: False})
+    embedding, output = untied.embedding.name, untied.output.name
+    if output not in checkpoint.tensors:
+        return checkpoint
+    if embedding not in checkpoint.tensors:
+        tensors = {**checkpoint.tensors, embedding: checkpoint.tensors[output]}
+        stored_names = {**checkpoint.stored_names, embedding: checkpoint.stored_names.get(output, output)}
+        return replace(checkpoint, tensors=tensors, stored_names=stored_names)
+    if checkpoint.holds_equal(embedding, output):
+        return checkpoint
+    logging.warning(
+        "%s: the config ties the output matrix to the embeddings, but the file holds another one (%s), which is kept, "
+        "as transformers keeps it",
+        checkpoint.folder,
+        output,
+    )
+    checkpoint.config.tie_word_embeddings = False
+    return replace(checkpoint, arch=Arch.from_config(checkpoint.config.to_dict()))
 
 
 def _check_against_table(checkpoint: Checkpoint) -> None:
@@ -253,7 +289,7 @@ def _check_against_table(checkpoint: Checkpoint) -> None:
     expected = dict(expected_shapes(arch))
     for name in list(checkpoint.tensors):
         if name not in expected and not _is_ignored(arch, name):
-            raise UserError(f"{folder}: no row of the {arch.model_type} table matches tensor {name}")
+            raise UserError(f"{folder}: {_why_unexpected(arch, name)}")
         if name not in expected:
             del checkpoint.tensors[name]
         elif checkpoint.shape(name) != expected[name]:
@@ -261,8 +297,35 @@ def _check_against_table(checkpoint: Checkpoint) -> None:
                 f"{folder}: tensor {name} has shape {list(checkpoint.shape(name))}, "
                 f"the config makes it {list(expected[name])}"
             )
+        elif (dtype := checkpoint.stored_dtype(name)) not in FLOATS:
+            raise UserError(
+                f"{folder}: tensor {name} is stored as {dtype}: quantised weights, which the config does not state; "
+                "convert them to bfloat16 first, or take an unquantised checkpoint"
+            )
     if missing := sorted(set(expected) - set(checkpoint.tensors)):
-        raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} of {len(expected)} are)")
+        raise UserError(
+            f"{folder}: {_why_missing(checkpoint, missing)} ({len(missing)} of {len(expected)} are missing)"
+        )
+
+
+def _why_unexpected(arch: Arch, name: str) -> str:
+    place, depth = arch.family.match(name), arch.axis_size("layer")
+    if place and place.layer is not None and place.layer >= depth:
+        return f"tensor {name} belongs to a layer beyond the {depth} layers that the config states"
+    return f"no row of the {arch.model_type} table matches tensor {name}"
+
+
+def _why_missing(checkpoint: Checkpoint, missing: list[str]) -> str:
+    """Name the reason for which tensors are missing: the last layers, the output matrix, or the first such tensor."""
+    arch = checkpoint.arch
+    layers = {place.layer for name in checkpoint.tensors if (place := arch.match(name)) and place.layer is not None}
+    stored, depth = max(layers, default=-1) + 1, arch.axis_size("layer")
+    lacking = {place.layer for name in missing if (place := arch.match(name))}
+    if stored < depth and lacking == set(range(stored, depth)):
+        return f"the config states {depth} layers, the weights hold the first {stored}"
+    if missing == [arch.output.name]:
+        return f"tensor {missing[0]} is missing: the model was saved without its output matrix, which the config unties"
+    return f"tensor {missing[0]} is missing"
 
 
 def _is_ignored(arch: Arch, name: str) -> bool:

@@ -14,14 +14,12 @@ from minitron.errors import UserError
 from minitron.files import read_json
 from minitron.model.anatomy import AXES, KINDS
 from minitron.model.arch import Arch
-from minitron.model.families import family_of
+from minitron.model.families import FAMILIES, family_of
 from minitron.model.family import Family
+from minitron.model.weights import PICKLES, explain_missing_config, is_pointer
 
 if TYPE_CHECKING:
     from minitron.model.checkpoint import Checkpoint
-
-PICKLES = {".bin", ".pt", ".pth", ".ckpt"}
-"""Suffixes of weight files that can execute code when loaded."""
 
 COMPANIONS = (
     "tokenizer*",
@@ -83,10 +81,19 @@ def read_config(path: Path, family: str | None = None) -> Any:
     Raises:
         UserError: there is no config, its `model_type` is not stated or not supported, or transformers refuses it.
     """
-    path, model_type = _file(path), _stated(path, family)[1]
+    return transformers_config(path, _stated(path, family)[1])
+
+
+def transformers_config(path: Path, model_type: str) -> Any:
+    """Return transformers' config of a folder or of a `config.json`, read as a `model_type` that transformers has.
+
+    Raises:
+        UserError: transformers refuses it.
+    """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PreTrainedConfig
 
+    path = _file(path)
     values, _ = PreTrainedConfig.get_config_dict(path)  # decodes what JSON has no number for, such as infinity
     for name in ("auto_map", "model_type"):
         values.pop(name, None)
@@ -94,6 +101,11 @@ def read_config(path: Path, family: str | None = None) -> Any:
         return AutoConfig.for_model(model_type, **values)
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def stated_model_type(folder: Path) -> str:
+    """Return the `model_type` that the config of a folder states."""
+    return str(read_json(_file(folder))["model_type"])
 
 
 def student_config(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) -> Any:
@@ -260,8 +272,18 @@ def _stated(path: Path, family: str | None) -> tuple[dict[str, Any], str]:
     """Return the entries of a config file, and the `model_type` to read it as."""
     path = _file(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist: not a Hugging Face model folder")
+        raise UserError(f"{path} does not exist: not a Hugging Face model folder{explain_missing_config(path.parent)}")
+    if is_pointer(path):
+        raise UserError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull there")
     values = read_json(path)
     if not isinstance(values, dict) or "model_type" not in values:
-        raise UserError(f"{path} does not say its model_type")
-    return values, family_of(family or str(values["model_type"])).model_type
+        raise UserError(f"{path} does not state its model_type")
+    model_type = family or str(values["model_type"])
+    text = values.get("text_config")
+    if isinstance(text, dict) and model_type not in FAMILIES:
+        raise UserError(
+            f"{path} is of a multimodal model ('{model_type}') around a text model "
+            f"('{text.get('model_type', 'of its default type')}'): save the text model as a checkpoint of its own "
+            "(docs/new-family.md) and take that"
+        )
+    return values, family_of(model_type).model_type

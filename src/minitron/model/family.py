@@ -111,8 +111,6 @@ class Family:
     """The ratio of ffn to hidden where the config does not state ffn."""
     product: Product | None = None
     """An equation that every shape must satisfy."""
-    prefix: str = ""
-    """The first part of most names, which some published checkpoints leave out."""
     left_behind: str = ""
     """The beginning of the names of tensors that transformers does not load; students are without them."""
     student_values: Mapping[str, Any] = field(default_factory=dict)
@@ -174,6 +172,11 @@ class Family:
     def layer_module(self, number: int) -> str:
         """Return the name in memory of the module of a layer."""
         return self.layer.replace("{i}", str(number))
+
+    @property
+    def prefix(self) -> str:
+        """The first part of most names in files, which models that were saved without their output matrix leave out."""
+        return self.rows[0].name.partition(".")[0] + "."
 
     @property
     def layer_list(self) -> str:

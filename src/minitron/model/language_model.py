@@ -90,7 +90,12 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
     transformers_logging.disable_progress_bar()
     with Progress(f"load {checkpoint.folder.name}"):
         model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.folder, config=checkpoint.config, dtype=dtype, local_files_only=True, use_safetensors=True
+            checkpoint.folder,
+            config=checkpoint.config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
         )
         return model.to(device).eval()
 
@@ -103,7 +108,8 @@ def build_model(
     state = dict(tensors)
     dtype = dtype or next(iter(state.values())).dtype
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).to(device).eval()
+    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, trust_remote_code=False)
+    return model.to(device).eval()
 
 
 def module_of(model: Any, part: Row | Norm, layer: int | None = None) -> nn.Module:

@@ -117,9 +117,11 @@ def _dequantise(path: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
     try:
-        family_of(AutoConfig.from_pretrained(**source).model_type)
-        model, loading = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, output_loading_info=True)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        family_of(AutoConfig.from_pretrained(**source, trust_remote_code=False).model_type)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
     except (ValueError, IndexError, KeyError, OSError, RuntimeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if missing := sorted(loading["missing_keys"]):

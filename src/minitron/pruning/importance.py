@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from minitron.data.blocks import load_tokenizer
 from minitron.errors import UserError
 from minitron.files import whole_file
-from minitron.model.checkpoint import Checkpoint, open_safetensors
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.weights import open_safetensors
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.depth import require_depth_score, score_depth
 from minitron.pruning.rotate import rotates

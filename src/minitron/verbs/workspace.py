@@ -22,11 +22,12 @@ def open_session(
     folders besides the teacher's that must not be inside `out`.
 
     Raises:
-        UserError: see `Session.validate`, `require_scores` and `require_new_folder`.
+        UserError: see `Session.validate`, `Session.require_one_reading`, `require_scores` and `require_new_folder`.
     """
     require_scores(recipe)
     session = Session(recipe)
     session.validate(one_process=one_process)
+    session.require_one_reading()
     require_new_folder(out, overwrite, mark, (session.teacher.folder, *inputs))
     return session
 

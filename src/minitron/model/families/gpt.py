@@ -57,7 +57,6 @@ GPT2 = Family(
     ffn_multiple=4,
     product=HEADS,
     is_centred=True,
-    prefix="transformer.",
 )
 
 GPT_NEOX = Family(
