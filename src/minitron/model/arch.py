@@ -298,6 +298,12 @@ class Arch:
         """Return this shape with the order of its layers, which are the kept layers of the teacher."""
         return replace(self, layers=tuple(teacher.layers[i] for i in kept) if teacher.layers else ())
 
+    def first_layers(self, smaller: "Arch") -> list[int]:
+        """Return the layers that stand for those that a cut to `smaller` keeps: the first ones, of each kind."""
+        if not self.layer_counts:
+            return list(range(smaller.axis_size("layer")))
+        return sorted(i for kind, count in smaller.layer_counts.items() for i in self.layer_numbers(kind)[:count])
+
     def depth_of(self, layers: tuple[str, ...]) -> dict[str, int]:
         """Return the sizes that state the depth of a model of these layers; of one layer where all are alike."""
         return {_kind_size(kind): layers.count(kind) for kind in self.layer_counts} | {AXES["layer"]: len(layers) or 1}

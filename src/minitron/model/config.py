@@ -5,7 +5,8 @@ states the defaults of the entries that sizes depend on. A file with anything bu
 by transformers, so that no size is ever a guess.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,7 +113,11 @@ def student_config(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) ->
     """Return the teacher's config with the sizes of `arch`; per-layer lists keep the entries of `kept_layers`.
 
     It has the teacher's `model_type`, unless that config class refuses the shape (`Arch.restatement`).
+
+    Raises:
+        UserError: the config class refuses the shape; the message names both.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -127,9 +132,34 @@ def student_config(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) ->
     if restatement := arch.restatement:
         values.update(restatement.values, model_type=restatement.restated_as)
         values.pop("architectures", None)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    model_type = values.pop("model_type")
+    try:
+        with _quiet_transformers():
+            config = AutoConfig.for_model(model_type, **values)
+    except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise UserError(f"a {model_type} model like the teacher cannot have {_cut_in_words(teacher, arch)}: {reason}") from error
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     return config
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence warnings of config classes while the block runs: the teacher's config has raised them already."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _cut_in_words(teacher: "Checkpoint", arch: Arch) -> str:
+    whole = teacher.arch.sizes
+    sizes = {name: size for name, size in arch.sizes.items() if size != whole.get(name)} or arch.sizes
+    return ", ".join(f"{name} {size}" for name, size in sizes.items())
 
 
 def has_weights(path: Path) -> bool:

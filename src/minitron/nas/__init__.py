@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from minitron.model.arch import Arch
+from minitron.nas.acceptance import shapes_within
 from minitron.nas.budget import Budget, budget_of
 from minitron.nas.estimate import meet_speed_limits
 from minitron.nas.probes import predict
-from minitron.nas.shapes import Shapes, removed_layers, shapes_within
+from minitron.nas.shapes import Shapes, removed_layers
 from minitron.nas.shortlist import make_short_list
 from minitron.nas.trial import choose, compete
 from minitron.nas.workspace import Workspace, chosen_before

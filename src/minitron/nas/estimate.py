@@ -40,7 +40,7 @@ def meet_speed_limits(workspace: Workspace, shapes: Shapes, budget: Budget) -> t
         raise UserError(f"budget.context {recipe.context} is above the {longest} tokens that the teacher was made for")
     assert speeds.reference is not None
     if workspace.world.is_main:
-        archs = [session.source.arch, *probes(shapes).values(), shapes[0], shapes[len(shapes) - 1]]
+        archs = [session.source.arch, *probes(shapes, workspace.acceptance).values(), shapes[0], shapes[len(shapes) - 1]]
         with workspace.timed("speed"), Progress("speed", len(archs) + 1, "shapes") as progress, speeds:
             speeds.reference.measure(teacher.arch)
             progress.advance(1)

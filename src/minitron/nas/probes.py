@@ -4,13 +4,14 @@ Losses of untrained shapes do not rank shapes as training does: what is repaired
 first, is not what is missed in the end (docs/studies/search.md). So each probe is distilled for a short while.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
+from minitron.nas.acceptance import Acceptance
 from minitron.nas.budget import SPEEDS
 from minitron.nas.candidates import Candidate
 from minitron.nas.shapes import Shapes
@@ -28,12 +29,16 @@ def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
     An interrupted search returns the candidates that it has written, with everything known about them.
     """
     if not workspace.has_candidates:
-        archs = probes(shapes)
+        archs = probes(shapes, workspace.acceptance)
         losses = _measure_probes(workspace, archs)
         expected = predicted(shapes, workspace.importance, {axis: (archs[axis], losses[axis]) for axis in archs})
         order = expected.argsort(kind="stable").tolist()
         candidates = []
-        for number, i in enumerate(differing(shapes, order, workspace.session.recipe.search.zero_shot)):
+        # Shapes were tried axis by axis (`Acceptance.of`); those that are offered are tried as they are.
+        chosen = differing(shapes, order, workspace.session.recipe.search.zero_shot)
+        if not (possible := [i for i in chosen if workspace.acceptance.accepts(shapes[i])]):
+            workspace.acceptance.require(shapes[chosen[0]])
+        for number, i in enumerate(possible):
             counts = {name: value for name, value in shapes.figures_of(i).items() if name not in SPEEDS}
             candidates.append(Candidate(number, shapes[i], counts, predicted_kl=float(expected[i])))
         workspace.save(candidates)
@@ -75,23 +80,35 @@ def _measure_probes(workspace: Workspace, archs: Mapping[str, Arch]) -> dict[str
     return losses
 
 
-def probes(shapes: Shapes) -> dict[str, Arch]:
+def probes(shapes: Shapes, acceptance: Acceptance | None = None) -> dict[str, Arch]:
     """Return the probe of each axis in which the shapes differ from the teacher: that axis alone about half way down.
 
-    Where the family or its config class does not allow a cut of one axis alone, the axes bound to it are cut as well.
+    Where the family or its config class does not allow a cut of one axis alone, the axes bound to it are cut as well,
+    or else one other axis; an axis that is cut in the probe of another one needs no probe.
     """
     teacher = shapes.teacher
-    archs: dict[str, Arch] = {}
-    for axis in teacher.prunable_axes:
-        if AXES[axis] not in shapes.sizes:
-            continue
+    axes = [axis for axis in teacher.prunable_axes if AXES[axis] in shapes.sizes]
+    cuts: dict[str, list[dict[str, int]]] = {}
+    for axis in axes:
         options = np.unique(_entries(shapes, axis))
-        for option in _from_the_middle(options[options < teacher.entries(axis)].tolist()):
-            sizes = _with_bound_axes(teacher, axis, int(option))
-            if teacher.expressible(sizes):
-                archs[axis] = teacher.resized(**sizes)
-                break
+        middle_first = _from_the_middle(options[options < teacher.entries(axis)].tolist())
+        cuts[axis] = [_with_bound_axes(teacher, axis, int(option)) for option in middle_first]
+    archs = {axis: arch for axis in axes if (arch := _first_possible(teacher, cuts[axis], acceptance))}
+    for axis in axes:
+        if not any(arch.axis_size(axis) < teacher.axis_size(axis) for arch in archs.values()):
+            pairs = (cut | other for cut in cuts[axis] for of in axes if of != axis for other in cuts[of])
+            if arch := _first_possible(teacher, pairs, acceptance):
+                archs[axis] = arch
     return archs
+
+
+def _first_possible(teacher: Arch, cuts: Iterable[dict[str, int]], acceptance: Acceptance | None) -> Arch | None:
+    for sizes in cuts:
+        if teacher.expressible(sizes):
+            arch = teacher.resized(**sizes)
+            if acceptance is None or acceptance.accepts(arch):
+                return arch
+    return None
 
 
 def _from_the_middle(options: Sequence[int]) -> list[int]:

@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 from minitron.errors import UserError, nearest
 from minitron.model.anatomy import AXES, AXIS_TABLE
 from minitron.model.arch import Arch
-from minitron.model.memory import attention_windows
-from minitron.nas.budget import COUNTS, Budget, Figures, budget_of, counted
+from minitron.nas.budget import COUNTS, Budget, Figures, counted
 from minitron.recipe import Factors, SearchRecipe, Span
-from minitron.session import Session
 
 SMALLEST_SHARE = 0.25
 """The smallest size of an axis, as a share of the teacher's."""
@@ -66,19 +64,6 @@ class Shapes:
     def figures_of(self, i: int) -> dict[str, Any]:
         """Return the figures of shape `i` as plain numbers."""
         return {name: values[i].item() for name, values in self.figures.items()}
-
-
-def shapes_within(session: Session) -> tuple[Shapes, Budget]:
-    """Return all shapes that fit the recipe's budget, and that budget, both without limits on speed.
-
-    Raises:
-        UserError: the recipe has no budget or several targets, the budget is not understood, or no shape fits it.
-    """
-    target = session.recipe.target_params
-    if isinstance(target, tuple):
-        raise UserError("several target_params make a series of students, which is what compress does; give one")
-    budget, windows = budget_of(session, target), attention_windows(session.source.config.to_dict())
-    return feasible(every_shape(session.source.arch, budget, session.recipe.search, windows), budget), budget
 
 
 def removed_layers(shapes: Shapes) -> set[int]:

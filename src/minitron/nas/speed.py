@@ -115,13 +115,8 @@ class Speeds:
 
 def _random_model(source: Checkpoint, arch: Arch, runtime: Runtime) -> Any:
     # Speed depends on the kinds of the layers alone, so the first layers of each kind stand for those kept.
-    config = student_config(source, arch, _first_layers(source.arch, arch))
+    config = student_config(source, arch, source.arch.first_layers(arch))
     with torch.random.fork_rng(devices=[]), torch.device(runtime.device):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=runtime.dtype).eval()
 
-
-def _first_layers(source: Arch, arch: Arch) -> list[int]:
-    if not arch.layer_counts:
-        return list(range(arch.axis_size("layer")))
-    return sorted(i for kind, count in arch.layer_counts.items() for i in source.layer_numbers(kind)[:count])

@@ -13,6 +13,7 @@ from minitron.distillation import stored_teacher
 from minitron.distillation.teacher import Teacher
 from minitron.files import read_json, write_json, write_jsonl
 from minitron.model.arch import Arch
+from minitron.nas.acceptance import Acceptance
 from minitron.nas.budget import Budget
 from minitron.nas.candidates import Candidate, read_candidates
 from minitron.nas.speed import Speeds
@@ -69,6 +70,11 @@ class Workspace:
         """Let the main process write the losses of the probes."""
         if self.world.is_main:
             write_json(self.work / "probes.json", losses)
+
+    @cached_property
+    def acceptance(self) -> Acceptance:
+        """Which shapes transformers accepts."""
+        return Acceptance(self.session.source)
 
     @cached_property
     def speeds(self) -> Speeds:

@@ -1,0 +1,104 @@
+"""Which shapes the config class of a teacher accepts, decided before any work.
+
+The table of a family states the conditions that its config class sets on every model (`Arch.expressible`). Some follow
+from a config's values instead: Phi-3 with longrope holds a factor for every pair of channels that it rotates, and takes
+their number from hidden and heads. So the student's config itself is made for the shapes that a search may offer.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minitron.errors import UserError
+from minitron.model.anatomy import AXES
+from minitron.model.arch import Arch
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.config import student_config
+from minitron.model.memory import attention_windows
+from minitron.nas.budget import Budget, budget_of
+from minitron.nas.shapes import Shapes, every_shape, feasible
+from minitron.session import Session
+
+RELATED = (("hidden", "query", "kv", "head_dim"), ("hidden", "mhead", "mchan"))
+"""Axes whose sizes a config class compares with each other; the sizes of all other axes are tried one by one."""
+
+
+@dataclass
+class Acceptance:
+    """Whether transformers accepts a shape of a teacher as a config; every answer is kept."""
+
+    source: Checkpoint
+    _refusals: dict[tuple[int, ...], str | None] = field(default_factory=dict, init=False, repr=False)
+
+    def refusal(self, arch: Arch) -> str | None:
+        """Return why the config class refuses a shape, or None."""
+        key = tuple(arch.sizes.values())
+        if key not in self._refusals:
+            try:
+                student_config(self.source, arch, self.source.arch.first_layers(arch))
+                self._refusals[key] = None
+            except UserError as error:
+                self._refusals[key] = str(error)
+        return self._refusals[key]
+
+    def accepts(self, arch: Arch) -> bool:
+        """Return whether the config class accepts a shape."""
+        return self.refusal(arch) is None
+
+    def require(self, arch: Arch) -> None:
+        """Raise `UserError` where the config class refuses a shape."""
+        if (refusal := self.refusal(arch)) is not None:
+            raise UserError(refusal)
+
+    def of(self, shapes: Shapes) -> Shapes:
+        """Return the shapes whose sizes are accepted; one config is made for each combination of related sizes.
+
+        Raises:
+            UserError: no shape is accepted.
+        """
+        groups = [[name for axis in axes if (name := AXES[axis]) in shapes.sizes] for axes in RELATED]
+        groups += [[name] for name in shapes.sizes if not any(name in group for group in groups)]
+        if not len(shapes):
+            return shapes
+        reason = None
+        for names in filter(None, groups):
+            _, firsts, positions = np.unique(_combinations(shapes, names), return_index=True, return_inverse=True)
+            refusals = [self.refusal(self._alone(shapes[int(i)], names)) for i in firsts]
+            reason = reason or next(filter(None, refusals), None)
+            shapes = shapes.at(np.array([refusal is None for refusal in refusals])[positions])
+            if not len(shapes):
+                raise UserError(f"search: transformers accepts no shape of the grid: {reason}")
+        return shapes
+
+    def _alone(self, shape: Arch, names: list[str]) -> Arch:
+        """Return the teacher cut in some sizes alone, or the shape itself where that cannot be."""
+        try:
+            return self.source.arch.resized(**{name: shape.sizes[name] for name in names})
+        except UserError:
+            return shape
+
+
+def shapes_within(session: Session) -> tuple[Shapes, Budget]:
+    """Return all shapes that fit the recipe's budget and that transformers accepts, and that budget.
+
+    Limits on speed are left out of both.
+
+    Raises:
+        UserError: the recipe has no budget or several targets, the budget is not understood, or no shape fits it.
+    """
+    target, source = session.recipe.target_params, session.source
+    if isinstance(target, tuple):
+        raise UserError("several target_params make a series of students, which is what compress does; give one")
+    budget, windows = budget_of(session, target), attention_windows(source.config.to_dict())
+    shapes = every_shape(source.arch, budget, session.recipe.search, windows)
+    return feasible(Acceptance(source).of(shapes), budget), budget
+
+
+def _combinations(shapes: Shapes, names: list[str]) -> NDArray[np.int64]:
+    """Return a number for every shape, (n,), equal where the sizes of these names are."""
+    numbers = np.zeros(len(shapes), dtype=np.int64)
+    for name in names:
+        sizes, positions = np.unique(shapes.sizes[name], return_inverse=True)
+        numbers = numbers * len(sizes) + positions
+    return numbers
