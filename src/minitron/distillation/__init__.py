@@ -1,12 +1,16 @@
 """Distillation: train a smaller model on the next-token distribution of a larger one, in one training loop."""
 
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from minitron.data.blocks import Blocks
 from minitron.distillation import trainer
-from minitron.distillation.teacher import Learning, Live, Source, Teacher, stored
+from minitron.distillation.teacher import Learning, Live, Source, Teacher, require_states_folder, stored
 from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError
 from minitron.model.arch import Arch
@@ -16,7 +20,10 @@ from minitron.recipe import DistillRecipe
 from minitron.runtime import num_ranks
 from minitron.session import Session
 
-__all__ = ["correct", "distill", "require_trainable", "stored_teacher"]
+__all__ = ["correct", "distill", "require_correctable", "require_trainable", "stored_teacher"]
+
+COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cc")
+"""Compilers of which `torch.compile` needs one."""
 
 
 def distill(session: Session, pruned: Checkpoint, out: Path, work: Path) -> None:
@@ -38,23 +45,36 @@ def correct(session: Session, out: Path, work: Path) -> None:
 
     A teacher that has not seen such text teaches it badly (teacher correction, arXiv 2408.11796, section 2).
     """
-    require_trainable(session, session.teacher.arch)
+    require_correctable(session)
     _trainer(session, None, work).distill(session.teacher, out)
 
 
-def require_trainable(session: Session, student: Arch) -> None:
+def require_trainable(session: Session, student: Arch, trial: DistillRecipe | None = None) -> None:
     """Check what a training of a student of this shape would fail on; teacher and text are not read for it.
 
-    Verbs call this before their first work, with the number of processes that torchrun started.
+    Verbs call this before their first work, with the number of processes that torchrun started. `trial` are the
+    settings of a search's trials, each of which runs in one process.
 
     Raises:
-        UserError: see `trainer.require_trainable`; or stored classes of the teacher hold tokens that the student lacks.
+        UserError: see `trainer.require_trainable`; the recipe asks for a package or a compiler that is missing; stored
+            classes of the teacher hold tokens that the student lacks; or `distill.teacher_states` is a folder of
+            something else.
     """
-    recipe = session.recipe.distill
-    trainer.require_trainable(recipe, student, session.runtime.dtype, num_ranks=num_ranks())
+    recipe = trial or session.recipe.distill
+    trainer.require_trainable(recipe, student, session.runtime.dtype, num_ranks=1 if trial else num_ranks())
+    _require_installed(recipe)
+    if recipe.teacher_states is not None:
+        require_states_folder(Path(recipe.teacher_states))
     stores_classes = recipe.teacher_states is not None and recipe.stored == "top_k"
     if stores_classes and student.axis_size("vocab") < session.teacher.arch.axis_size("vocab"):
         raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
+
+
+def require_correctable(session: Session) -> None:
+    """Check what a training of the session's teacher on the text would fail on; see `require_trainable`."""
+    if session.recipe.distill.intermediate.of:
+        raise UserError("distill.intermediate compares a student with a teacher; correct trains the teacher alone")
+    require_trainable(session, session.teacher.arch)
 
 
 def stored_teacher(session: Session, folder: Path, blocks: Blocks, recipe: DistillRecipe) -> Teacher:
@@ -67,6 +87,30 @@ def stored_teacher(session: Session, folder: Path, blocks: Blocks, recipe: Disti
     identity = {"teacher": session.teacher.fingerprint(), "blocks": blocks.fingerprint(), "dtype": str(runtime.dtype)}
     source = Source(identity, session.teacher_model, read_head(session.teacher, runtime.device, runtime.dtype))
     return stored(folder, source, blocks, recipe, runtime.world)
+
+
+def _require_installed(recipe: DistillRecipe) -> None:
+    """Check for the packages and the compiler that a training asks for.
+
+    Raises:
+        UserError: one is missing; the message says how to install it.
+    """
+    packages = {
+        "distill.trains lora needs peft: pip install 'minitron[lora]'": (
+            "peft",
+            "lora" in {recipe.trains, recipe.correction.trains},
+        ),
+        "distill.optimizer adamw8bit needs torchao: pip install 'minitron[8bit]'": (
+            "torchao",
+            recipe.optimizer == "adamw8bit",
+        ),
+    }
+    for message, (package, is_needed) in packages.items():
+        if is_needed and not (package in sys.modules or find_spec(package)):
+            raise UserError(message)
+    compilers = [name for name in (os.environ.get("CXX"), os.environ.get("CC"), *COMPILERS) if name]
+    if recipe.compile and not any(map(shutil.which, compilers)):
+        raise UserError("distill.compile needs a C++ compiler, such as g++, and there is none on PATH")
 
 
 def _trainer(session: Session, teacher: Teacher | None, work: Path) -> Trainer:

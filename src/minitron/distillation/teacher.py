@@ -191,12 +191,23 @@ class _Shards:
         return {name: part[row : row + 1] for name, part in self.opened[shard].items()}
 
 
+def require_states_folder(folder: Path) -> None:
+    """Check that a folder may hold stored teacher outputs, or holds some: it is new, empty or has their record.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if (folder / "states.json").exists() or not folder.exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise UserError(f"{folder} exists and holds no states.json: name another folder for the teacher's states")
+
+
 def _claim(folder: Path, record: dict[str, str]) -> None:
     """Write the record of a new folder, or check that the folder has this record."""
     mark = folder / "states.json"
     if not mark.exists():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists and holds no states.json: name another folder for the teacher's states")
+        require_states_folder(folder)
         require_writable(folder)
         write_json(mark, record)
     existing = read_json(mark)

@@ -138,7 +138,9 @@ def student_config(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) ->
             config = AutoConfig.for_model(model_type, **values)
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"a {model_type} model like the teacher cannot have {_cut_in_words(teacher, arch)}: {reason}") from error
+        raise UserError(
+            f"a {model_type} model like the teacher cannot have {_cut_in_words(teacher, arch)}: {reason}"
+        ) from error
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
     return config
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from minitron.model.arch import Arch
-from minitron.nas.acceptance import shapes_within
 from minitron.nas.budget import Budget, budget_of
 from minitron.nas.estimate import meet_speed_limits
+from minitron.nas.offer import check_shape, shapes_within, warn_of_engines
 from minitron.nas.probes import predict
 from minitron.nas.shapes import Shapes, removed_layers
 from minitron.nas.shortlist import make_short_list
@@ -13,9 +13,10 @@ from minitron.nas.trial import choose, compete
 from minitron.nas.workspace import Workspace, chosen_before
 from minitron.nas.zero_shot import compare_untrained
 from minitron.pruning.scores import Importance
+from minitron.pruning.selection import kept_layers
 from minitron.session import Session
 
-__all__ = ["budget_of", "removed_layers", "search", "shapes_within"]
+__all__ = ["budget_of", "check_shape", "removed_layers", "search", "shapes_within"]
 
 
 def search(session: Session, importance: Importance, shapes: Shapes, budget: Budget, folder: Path) -> Arch:
@@ -38,4 +39,7 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
     finalists = compete(workspace, candidates, short_list)
     chosen = choose(finalists)
     workspace.finish(candidates, chosen, budget, len(shapes))
+    if workspace.world.is_main:
+        source = session.source
+        warn_of_engines(source, chosen.arch, kept_layers(importance, source.arch, chosen.arch).tolist())
     return chosen.arch

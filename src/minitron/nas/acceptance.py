@@ -15,10 +15,7 @@ from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.config import student_config
-from minitron.model.memory import attention_windows
-from minitron.nas.budget import Budget, budget_of
-from minitron.nas.shapes import Shapes, every_shape, feasible
-from minitron.session import Session
+from minitron.nas.shapes import Shapes
 
 RELATED = (("hidden", "query", "kv", "head_dim"), ("hidden", "mhead", "mchan"))
 """Axes whose sizes a config class compares with each other; the sizes of all other axes are tried one by one."""
@@ -63,7 +60,7 @@ class Acceptance:
             return shapes
         reason = None
         for names in filter(None, groups):
-            _, firsts, positions = np.unique(_combinations(shapes, names), return_index=True, return_inverse=True)
+            _, firsts, positions = np.unique(combinations(shapes, names), return_index=True, return_inverse=True)
             refusals = [self.refusal(self._alone(shapes[int(i)], names)) for i in firsts]
             reason = reason or next(filter(None, refusals), None)
             shapes = shapes.at(np.array([refusal is None for refusal in refusals])[positions])
@@ -79,23 +76,7 @@ class Acceptance:
             return shape
 
 
-def shapes_within(session: Session) -> tuple[Shapes, Budget]:
-    """Return all shapes that fit the recipe's budget and that transformers accepts, and that budget.
-
-    Limits on speed are left out of both.
-
-    Raises:
-        UserError: the recipe has no budget or several targets, the budget is not understood, or no shape fits it.
-    """
-    target, source = session.recipe.target_params, session.source
-    if isinstance(target, tuple):
-        raise UserError("several target_params make a series of students, which is what compress does; give one")
-    budget, windows = budget_of(session, target), attention_windows(source.config.to_dict())
-    shapes = every_shape(source.arch, budget, session.recipe.search, windows)
-    return feasible(Acceptance(source).of(shapes), budget), budget
-
-
-def _combinations(shapes: Shapes, names: list[str]) -> NDArray[np.int64]:
+def combinations(shapes: Shapes, names: list[str]) -> NDArray[np.int64]:
     """Return a number for every shape, (n,), equal where the sizes of these names are."""
     numbers = np.zeros(len(shapes), dtype=np.int64)
     for name in names:

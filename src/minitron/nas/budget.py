@@ -95,9 +95,14 @@ def budget_of(session: Session, target: Target | None) -> Budget:
     """Return the budget of a session's recipe with `target` for all parameters; limits on speed are left out.
 
     Raises:
-        UserError: see `parse_budget`.
+        UserError: see `parse_budget`; or speed is limited for more tokens than the teacher was made for.
     """
     recipe, teacher = session.recipe, session.teacher
+    longest = getattr(teacher.config, "max_position_embeddings", None) or recipe.budget.context
+    if has_speed_limits(session) and recipe.budget.context > longest:
+        raise UserError(
+            f"budget.context {recipe.budget.context} is above the {longest} tokens that the teacher was made for"
+        )
     windows = attention_windows(teacher.config.to_dict())
     return parse_budget(target, recipe.budget, recipe.search.tolerance, teacher.arch, windows)
 
@@ -138,6 +143,9 @@ def parse_budget(
         for name, (option, value, parse) in options.items()
         if value is not None
     }
+    for option, value, read in (("throughput", budget.throughput, _rate), ("latency", budget.latency, _latency)):
+        if value is not None:
+            read(f"budget.{option} {value}", 1.0)
     if not limits and budget.throughput is None and budget.latency is None:
         raise UserError(
             "no budget: target_params is not given; accepted: a share of the teacher such as 0.7, a count such as "
@@ -197,15 +205,23 @@ def speed_limits(budget: BudgetRecipe, tolerance: float, teacher: Mapping[str, f
     prefill, decode = teacher["prefill_seconds"], teacher["decode_seconds"]
     if budget.throughput is not None:
         option, tokens = f"budget.throughput {budget.throughput}", budget.batch * budget.context
-        rate = _multiple(option, tokens / prefill, r"(tok(ens)?/s)?", {"": 1.0}, "1.5x or 900 tok/s")
+        rate = _rate(option, tokens / prefill)
         _require_below(option, tokens / rate, prefill, f"{tokens / prefill:,.0f} tokens/s")
         limits["prefill_seconds"] = Limit(tokens / rate * (1 - tolerance), tokens / rate)
     if budget.latency is not None:
         option = f"budget.latency {budget.latency}"
-        seconds = _multiple(option, decode, "us|ms|s", SECONDS, "40ms or 0.7x")
+        seconds = _latency(option, decode)
         _require_below(option, seconds, decode, f"{decode * 1e3:.3g} ms")
         limits["decode_seconds"] = Limit(seconds * (1 - tolerance), seconds)
     return limits
+
+
+def _rate(option: str, of_teacher: float) -> float:
+    return _multiple(option, of_teacher, r"(tok(ens)?/s)?", {"": 1.0}, "1.5x or 900 tok/s")
+
+
+def _latency(option: str, of_teacher: float) -> float:
+    return _multiple(option, of_teacher, "us|ms|s", SECONDS, "40ms or 0.7x")
 
 
 def _multiple(option: str, of_teacher: float, unit: str, scale: Mapping[str, float], example: str) -> float:

@@ -119,4 +119,3 @@ def _random_model(source: Checkpoint, arch: Arch, runtime: Runtime) -> Any:
     with torch.random.fork_rng(devices=[]), torch.device(runtime.device):
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, dtype=runtime.dtype).eval()
-

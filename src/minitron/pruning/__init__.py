@@ -6,14 +6,28 @@ from minitron.data.blocks import Blocks
 from minitron.files import whole_folder
 from minitron.model.arch import Arch
 from minitron.pruning.cut import cut_to, write_pruned
-from minitron.pruning.importance import measure_importance, read_importance, require_scores, write_importance
+from minitron.pruning.importance import (
+    measure_importance,
+    read_importance,
+    require_measurable,
+    require_scores,
+    write_importance,
+)
 from minitron.pruning.repair import repaired
 from minitron.pruning.rounds import score_in_rounds
 from minitron.pruning.scores import Importance
 from minitron.pruning.selection import select
 from minitron.session import Session
 
-__all__ = ["Importance", "measure_importance", "prune", "read_importance", "require_scores", "write_importance"]
+__all__ = [
+    "Importance",
+    "measure_importance",
+    "prune",
+    "read_importance",
+    "require_measurable",
+    "require_scores",
+    "write_importance",
+]
 
 
 def prune(session: Session, arch: Arch, importance: Importance, out: Path, *, blocks: Blocks | None = None) -> None:

@@ -6,6 +6,7 @@ Statistics are keyed by the module that was read, so that one file serves every 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -80,10 +81,20 @@ def calibrate(
             sums.add_moment(states.to(runtime.device))
     statistics = {key: value.double().cpu() for key, value in sums.by_key.items()}
     statistics[NUM_BLOCKS] = torch.tensor([len(blocks)])
-    for key, value in statistics.items():
-        if not torch.isfinite(value).all():
-            raise UserError(f"the teacher's activations at {key} hold NaN or infinity: its weights are broken")
+    if broken := [key for key, value in statistics.items() if not torch.isfinite(value).all()]:
+        _explain(checkpoint, broken[0], runtime)
     return statistics
+
+
+def _explain(checkpoint: Checkpoint, key: str, runtime: Runtime) -> NoReturn:
+    """Say why statistics are not finite: a weight is not, or products of finite weights overflow the dtype."""
+    for name in checkpoint.tensors:
+        checkpoint.checked_tensor(name)
+    accepted = {torch.float16: "bfloat16, float32", torch.float32: "float64"}.get(runtime.dtype, "float32")
+    raise UserError(
+        f"the teacher's activations at {key} overflow {runtime.dtype_name}, which holds numbers up to "
+        f"{torch.finfo(runtime.dtype).max:.3g}, though its weights are finite; accepted for --dtype: {accepted}"
+    )
 
 
 class _Sums:

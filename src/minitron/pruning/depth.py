@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
-from minitron.evaluation.multiple_choice import accuracy, read_items
+from minitron.evaluation.multiple_choice import Item, accuracy, read_items
 from minitron.evaluation.perplexity import next_token_nll
 from minitron.model.arch import Arch
 from minitron.model.language_model import Head, Headless, entering, leaving
@@ -52,12 +52,9 @@ def score_depth(
             block influence, or a task without its file.
     """
     require_depth_score(recipe)
-    if recipe.removal == "contiguous" and arch.layer_counts:
-        raise UserError(f"the layers of a {arch.model_type} are of several kinds: they cannot be removed as one block")
+    require_removable(arch, recipe)
     depth, deepest, removed = arch.axis_size("layer"), max(removed, default=0), removed - {0}
     if recipe.score == "block_influence":
-        if recipe.removal == "iterative":
-            raise UserError("block influence is measured once: depth.removal iterative needs another depth.score")
         return {LAYER_BLOCKS: _influence_of_blocks(model, arch, blocks, removed)}
     spans = [(start, count) for count in sorted(removed) for start in range(depth - count + 1)]
     trials = {"one_shot": depth, "iterative": sum(depth - n for n in range(deepest)), "contiguous": len(spans)}
@@ -83,14 +80,28 @@ def score_depth(
 
 
 def require_depth_score(recipe: DepthRecipe) -> None:
-    """Check that the score of depth that a recipe names exists.
+    """Check that the score of depth that a recipe names exists, suits its removal, and has its file.
 
     Raises:
-        UserError: it does not; the message lists those that do.
+        UserError: it does not; the message lists the scores that exist, or says what is missing.
     """
     accepted = ["block_influence", *DAMAGES]
     if recipe.score not in accepted:
         raise UserError(f"depth.score: unknown value '{recipe.score}'; accepted: {', '.join(accepted)}")
+    if recipe.score == "block_influence" and recipe.removal == "iterative":
+        raise UserError("block influence is measured once: depth.removal iterative needs another depth.score")
+    if recipe.score == "task":
+        _items(recipe)
+
+
+def require_removable(arch: Arch, recipe: DepthRecipe) -> None:
+    """Check that layers of a model can be removed as a recipe says.
+
+    Raises:
+        UserError: they are of several kinds, and the recipe removes them as one block.
+    """
+    if recipe.removal == "contiguous" and arch.layer_counts:
+        raise UserError(f"the layers of a {arch.model_type} are of several kinds: they cannot be removed as one block")
 
 
 def _influence_of_blocks(model: nn.Module, arch: Arch, blocks: Blocks, removed: set[int]) -> Tensor:
@@ -206,10 +217,14 @@ def _logits_mse(model: nn.Module, blocks: Blocks, *_: Any) -> Damage:
 
 
 def _task(model: nn.Module, _: Blocks, recipe: DepthRecipe, tokenizer: Any) -> Damage:
+    items = _items(recipe)
+    return lambda: -accuracy(model, tokenizer, items)
+
+
+def _items(recipe: DepthRecipe) -> list[Item]:
     if recipe.task is None:
         raise UserError("depth.score task needs depth.task, a jsonl file of items")
-    items = read_items(Path(recipe.task), recipe.items)
-    return lambda: -accuracy(model, tokenizer, items)
+    return read_items(Path(recipe.task), recipe.items)
 
 
 DAMAGES: dict[str, Callable[[nn.Module, Blocks, DepthRecipe, Any], Damage]] = {

@@ -10,7 +10,7 @@ from minitron.files import whole_file
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.weights import open_safetensors
 from minitron.pruning.calibrate import calibrate
-from minitron.pruning.depth import require_depth_score, score_depth
+from minitron.pruning.depth import require_depth_score, require_removable, score_depth
 from minitron.pruning.rotate import rotates
 from minitron.pruning.scores import Importance, require_width_scores, score
 from minitron.pruning.selection import score_shape
@@ -74,7 +74,18 @@ def read_importance(path: Path, teacher: Checkpoint) -> Importance:
     return importance
 
 
+def require_measurable(session: Session) -> None:
+    """Check that the model can be scored as the recipe says, before its text is read.
+
+    Raises:
+        UserError: the recipe asks for a rotation or a removal of layers that the family cannot have.
+    """
+    rotates(session.source.arch, session.recipe.prune)
+    require_removable(session.source.arch, session.recipe.depth)
+
+
 def _measure(session: Session, removed: set[int] | None) -> tuple[Statistics, Importance]:
+    require_measurable(session)
     blocks, recipe, source = session.calibration_blocks, session.recipe, session.source
     if len(tokens := blocks.ids.unique()) < 2:
         raise UserError(f"the calibration text holds only token {int(tokens)}: is it nothing but padding?")

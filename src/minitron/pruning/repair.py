@@ -44,17 +44,15 @@ def repaired(
     Raises:
         UserError: there are fewer calibration tokens than a refitted tensor has inputs, or activations are NaN.
     """
-    is_narrower = cut.student.axis_size("hidden") < cut.teacher.axis_size("hidden")
-    rescales = recipe.rescale_norms and is_narrower
-    refits = not is_narrower if recipe.refit is None else recipe.refit
+    rescales = recipe.rescale_norms and _is_narrower(cut.teacher, cut.student)
+    refits = _refits(cut.teacher, cut.student, recipe)
     if not rescales and not refits:
         with Progress("prune", cut.student.num_parameters, "parameters") as progress:
             for name, value in cut:
                 yield name, value
                 progress.advance(value.numel())
         return
-    if refits:
-        _require_tokens(cut, blocks)
+    require_tokens(cut.teacher, cut.student, recipe, blocks.num_tokens)
     recipe = recipe.model_copy(update={"rescale_norms": rescales, "refit": refits})
     walk, depth = _Walk(teacher, cut, blocks, recipe, runtime), cut.teacher.axis_size("layer")
     final_norm = cut.teacher.family.final_norm.weight_name()
@@ -85,11 +83,22 @@ def widest_input(teacher: Arch, student: Arch) -> int:
     )
 
 
-def _require_tokens(cut: Cut, blocks: Blocks) -> None:
-    if blocks.num_tokens < (widest := widest_input(cut.teacher, cut.student)):
-        raise UserError(
-            f"a refit of {widest} inputs needs at least as many calibration tokens; there are {blocks.num_tokens}"
-        )
+def require_tokens(teacher: Arch, student: Arch, recipe: PruneRecipe, num_tokens: int) -> None:
+    """Check that there are enough calibration tokens to repair a student as a recipe says.
+
+    Raises:
+        UserError: a tensor that is refitted has more inputs than there are tokens.
+    """
+    if _refits(teacher, student, recipe) and num_tokens < (widest := widest_input(teacher, student)):
+        raise UserError(f"a refit of {widest} inputs needs at least as many calibration tokens; there are {num_tokens}")
+
+
+def _refits(teacher: Arch, student: Arch, recipe: PruneRecipe) -> bool:
+    return not _is_narrower(teacher, student) if recipe.refit is None else recipe.refit
+
+
+def _is_narrower(teacher: Arch, student: Arch) -> bool:
+    return student.axis_size("hidden") < teacher.axis_size("hidden")
 
 
 class _Walk:

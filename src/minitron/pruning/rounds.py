@@ -33,8 +33,8 @@ def score_in_rounds(
         UserError: a shape in between cannot be made.
     """
     source, recipe, rounds = session.source, session.recipe.calibration, session.recipe.prune.rounds
-    for step in range(1, rounds):
-        cut = cut_to(_between(source.arch, target, step / rounds), source, importance, PLAIN)
+    for shape in shapes_between(source.arch, target, rounds):
+        cut = cut_to(shape, source, importance, PLAIN)
         with TemporaryDirectory(dir=folder) as place:
             write_pruned(source, cut, cut, Path(place))
             smaller = open_checkpoint(Path(place))
@@ -43,6 +43,15 @@ def score_in_rounds(
             axis: _in_teacher(value, axis, source.arch, importance[axis], cut.kept) for axis, value in scores.items()
         }
     return importance
+
+
+def shapes_between(teacher: Arch, target: Arch, rounds: int) -> list[Arch]:
+    """Return the shapes on the way from teacher to target that are cut and scored again in `rounds` equal steps.
+
+    Raises:
+        UserError: the family cannot have one of them.
+    """
+    return [_between(teacher, target, step / rounds) for step in range(1, rounds)]
 
 
 def _between(teacher: Arch, target: Arch, share: float) -> Arch:

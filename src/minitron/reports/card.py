@@ -7,6 +7,7 @@ from typing import Any
 
 from minitron.files import read_json, whole_file
 from minitron.model.arch import Arch
+from minitron.model.engines import ENGINES
 from minitron.recipe import data_in_words
 from minitron.reports.figures import Results, Rows, figures_table
 
@@ -46,14 +47,7 @@ inputs = tokenizer("The capital of France is", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-This is a stock Hugging Face checkpoint: every engine that runs {_model_class(folder)} runs it.
-
-```sh
-vllm serve PATH                                                   # vLLM
-python convert_hf_to_gguf.py PATH --outfile student.gguf          # llama.cpp: convert, then
-llama-cli -m student.gguf
-trtllm-serve PATH                                                 # TensorRT-LLM
-```
+This is a stock Hugging Face checkpoint of {_model_class(folder)}. {_engines(folder)}
 
 ## Limits
 
@@ -128,6 +122,21 @@ def _markdown(rows: Rows) -> str:
     head, *body = rows
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
+
+
+def _engines(folder: Path) -> str:
+    """Return which engines run the student and how, and which do not and why, as far as their sources were read."""
+    config = read_json(folder / "config.json")
+    running = [engine for engine in ENGINES if engine.runs(config)]
+    parts = []
+    if running:
+        read = " and ".join(engine.title for engine in running)
+        commands = "\n".join(engine.commands for engine in running)
+        parts.append(f"By the sources of {read}, it also runs there:\n\n```sh\n{commands}\n```")
+    for engine in ENGINES:
+        if reasons := engine.obstacles(config):
+            parts.append(f"{engine.title} does not run it as transformers does: {'; '.join(reasons.values())}.")
+    return "\n\n".join(parts)
 
 
 def _model_class(folder: Path) -> str:

@@ -21,7 +21,7 @@ def calibrate(
         UserError: an input cannot be used, or `out` may not be replaced.
     """
     from minitron.files import whole_folder
-    from minitron.pruning import write_importance
+    from minitron.pruning import require_measurable, write_importance
     from minitron.recipe import recipe_from
     from minitron.verbs.workspace import open_session
 
@@ -29,6 +29,7 @@ def calibrate(
     session = open_session(
         recipe_from(recipe, teacher=teacher, **settings), out, "importance.safetensors", overwrite=overwrite
     )
+    require_measurable(session)
     _ = session.splits  # reads the text before the folder is made
     with whole_folder(out) as staging:
         importance = write_importance(staging, session)

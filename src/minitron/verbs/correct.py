@@ -28,7 +28,7 @@ def correct(
     session = open_session(
         recipe_from(recipe, teacher=teacher, **settings), out, "config.json", overwrite=overwrite, one_process=False
     )
-    distillation.require_trainable(session, session.teacher.arch)
+    distillation.require_correctable(session)
     # "distill": the folder has carried this name since the first version, and interrupted runs continue from it.
     with resumable(session, out, "distill", [session.teacher.fingerprint()]) as work:
         distillation.correct(session, work / "student", work)

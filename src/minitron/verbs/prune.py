@@ -53,6 +53,8 @@ def prune(
         source.arch.require_prunable_to(chosen)
     else:
         shapes, budget = nas.shapes_within(session)
+    if chosen is not None:
+        nas.check_shape(session, chosen)
     require_space(out, source.num_bytes)
     removed = (
         nas.removed_layers(shapes) if chosen is None else {source.arch.axis_size("layer") - chosen.axis_size("layer")}

@@ -1,0 +1,89 @@
+"""The shapes that a search offers, and the check of a shape that is asked for; both before any work."""
+
+import logging
+
+import numpy as np
+
+from minitron.distillation import require_trainable
+from minitron.errors import UserError
+from minitron.model.anatomy import AXES
+from minitron.model.arch import Arch
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.config import student_config
+from minitron.model.engines import added_obstacles, order_obstacles
+from minitron.model.memory import attention_windows
+from minitron.nas.acceptance import RELATED, Acceptance, combinations
+from minitron.nas.budget import Budget, budget_of
+from minitron.nas.shapes import Shapes, every_shape, feasible
+from minitron.nas.trial import trial_recipe
+from minitron.pruning import require_measurable
+from minitron.pruning.repair import require_tokens
+from minitron.pruning.rounds import shapes_between
+from minitron.session import Session
+
+logger = logging.getLogger(__name__)
+
+
+def shapes_within(session: Session) -> tuple[Shapes, Budget]:
+    """Return all shapes that fit the recipe's budget and that transformers accepts, and that budget.
+
+    Limits on speed are left out of both.
+
+    Raises:
+        UserError: the recipe has no budget or several targets, the budget is not understood, or no shape fits it; or
+            something that the search would need later is missing (`require_measurable`, `require_trainable`).
+    """
+    target, source = session.recipe.target_params, session.source
+    if isinstance(target, tuple):
+        raise UserError("several target_params make a series of students, which is what compress does; give one")
+    require_measurable(session)
+    if session.recipe.search.distill_tokens:
+        require_trainable(session, source.arch, trial_recipe(session.recipe))
+    budget, windows = budget_of(session, target), attention_windows(source.config.to_dict())
+    shapes = every_shape(source.arch, budget, session.recipe.search, windows)
+    shapes = feasible(Acceptance(source).of(shapes), budget)
+    for line in _obstacles_of_all(source, shapes):
+        logger.warning("of no shape within the budget: %s", line)
+    return shapes, budget
+
+
+def check_shape(session: Session, shape: Arch) -> None:
+    """Check a shape that is asked for before any work, and warn of engines that will not run it.
+
+    Raises:
+        UserError: the config class refuses the shape or one on the way to it, or there are too few calibration tokens
+            to repair it.
+    """
+    source, recipe = session.source, session.recipe
+    acceptance = Acceptance(source)
+    for arch in (shape, *shapes_between(source.arch, shape, recipe.prune.rounds)):
+        acceptance.require(arch)
+    require_tokens(source.arch, shape, recipe.prune, recipe.calibration.tokens)
+    teacher = source.config.to_dict()
+    student = student_config(source, shape, source.arch.first_layers(shape)).to_dict()
+    lines = order_obstacles(teacher) if shape.axis_size("layer") < source.arch.axis_size("layer") else {}
+    for line in (lines | added_obstacles(teacher, student)).values():
+        logger.warning(line)
+
+
+def warn_of_engines(source: Checkpoint, shape: Arch, kept_layers: list[int]) -> None:
+    """Warn of engines that will not run a student of a shape with these layers of the teacher, though the teacher."""
+    student = student_config(source, shape, kept_layers).to_dict()
+    for line in added_obstacles(source.config.to_dict(), student).values():
+        logger.warning(line)
+
+
+def _obstacles_of_all(source: Checkpoint, shapes: Shapes) -> list[str]:
+    """Return a line for each engine that runs none of the shapes, by one shape for every combination of heads."""
+    teacher = source.config.to_dict()
+    largest_first = shapes.at(slice(None, None, -1))
+    names = [name for axis in RELATED[0] if (name := AXES[axis]) in shapes.sizes]
+    _, firsts = np.unique(combinations(largest_first, names), return_index=True)
+    common: dict[str, str] | None = None
+    for i in firsts[::-1]:
+        arch = largest_first[int(i)]
+        lines = added_obstacles(teacher, student_config(source, arch, source.arch.first_layers(arch)).to_dict())
+        common = lines if common is None else {name: line for name, line in common.items() if name in lines}
+        if not common:
+            break
+    return list((common or {}).values())
