@@ -1,17 +1,20 @@
 """The order of the stages in one run directory, and of several students in a series."""
 
+import logging
 import shutil
 import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
 from safetensors.torch import load_file
 
 from minitron import nas
 from minitron.distillation import distill, require_trainable, stored_teacher
 from minitron.errors import UserError
 from minitron.evaluation import measure
+from minitron.evaluation.speed import TURNS, speed_up
 from minitron.files import read_json, require_space, write_json
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
@@ -28,6 +31,7 @@ from minitron.run import Run, open_run
 from minitron.session import Session, require_one_process
 
 STATES = "teacher-states"
+logger = logging.getLogger(__name__)
 NUM_SAMPLES = 3
 """Texts that each model generates for the report."""
 
@@ -160,7 +164,28 @@ def _evaluate(run: Run, session: Session) -> dict[str, Any]:
             figures[name] = measure(model, checkpoint, blocks, stage=f"evaluate {name}", num_samples=NUM_SAMPLES)
             del model
             write_json(path, figures)
+    if "speed_up" not in figures["student"] and (ratios := _speed_up(run, session)):
+        figures["student"]["speed_up"] = ratios
+        write_json(path, figures)
     return dict(figures)
+
+
+def _speed_up(run: Run, session: Session) -> dict[str, float] | None:
+    """Time student and teacher in turn; None where the memory does not hold both, which is logged."""
+    runtime, context = session.runtime, session.splits.evaluation.context
+    checkpoints = open_checkpoint(run.path("student")), session.teacher
+    needed = sum(each.arch.num_parameters for each in checkpoints) * runtime.dtype.itemsize
+    free = runtime.free_memory
+    if free is not None and needed > free:
+        logger.warning(
+            "the speed-up is not measured: teacher and student take %s together, %s are free",
+            decimal(needed),
+            decimal(free),
+        )
+        return None
+    student, teacher = (load_model(each, runtime.device, runtime.dtype) for each in checkpoints)
+    with Progress("evaluate speed-up", TURNS + 1, "turns") as progress:
+        return speed_up(student, teacher, context, progress.advance)
 
 
 def _member(recipe: Recipe, target: str | float, run: Run, larger: Path | None) -> Recipe:

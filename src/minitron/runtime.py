@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -90,6 +91,15 @@ class Runtime:
     def weights_dtype(self) -> torch.dtype:
         """The dtype of weights that are trained: at least float32."""
         return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def free_memory(self) -> int | None:
+        """The bytes of the device's memory that are free, or that the system can free; None where it does not say."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        table = Path("/proc/meminfo")
+        entries = dict(line.split(":", 1) for line in table.read_text().splitlines()) if table.exists() else {}
+        return int(entries["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in entries else None
 
     @property
     def dtype_name(self) -> str:

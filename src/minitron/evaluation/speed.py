@@ -13,6 +13,8 @@ REPEATS = 3
 """The number of times that `measure_speed` runs."""
 DECODED_TOKENS = 8
 """The number of tokens that are decoded after each prefill."""
+TURNS = 5
+"""The number of turns in which `speed_up` times two models, after one to warm up."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,22 @@ def alternate(
                 speeds[name].append(speed)
             advance(1)
     return speeds
+
+
+@torch.no_grad()
+def speed_up(model: Any, other: Any, context: int, advance: Callable[[int], None] = lambda _: None) -> dict[str, float]:
+    """Return how many times as fast as `other` a model reads `context` tokens: median, lowest and highest ratio.
+
+    Both take turns, one forward pass each, and each ratio divides the times of one turn. `advance` is called with 1
+    after each turn.
+    """
+    ratios = []
+    for turn in range(TURNS + 1):
+        of_other, of_model = (_timed(each, _prompt(each, 1, context), {})[0] for each in (other, model))
+        if turn:
+            ratios.append(of_other / of_model)
+        advance(1)
+    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "turns": TURNS}
 
 
 def figures_of(speeds: Mapping[str, list[Speed]], peaks: Mapping[str, int]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from minitron.model.arch import Arch
 from minitron.nas.budget import Budget, budget_of
 from minitron.nas.estimate import meet_speed_limits
-from minitron.nas.offer import check_shape, shapes_within, warn_of_engines
+from minitron.nas.offer import check_shape, shapes_within, warn_of_engines, warn_of_order
 from minitron.nas.probes import predict
 from minitron.nas.shapes import Shapes, removed_layers
 from minitron.nas.shortlist import make_short_list
@@ -16,7 +16,7 @@ from minitron.pruning.scores import Importance
 from minitron.pruning.selection import kept_layers
 from minitron.session import Session
 
-__all__ = ["budget_of", "check_shape", "removed_layers", "search", "shapes_within"]
+__all__ = ["budget_of", "check_shape", "removed_layers", "search", "shapes_within", "warn_of_order"]
 
 
 def search(session: Session, importance: Importance, shapes: Shapes, budget: Budget, folder: Path) -> Arch:

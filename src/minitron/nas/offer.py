@@ -1,6 +1,8 @@
 """The shapes that a search offers, and the check of a shape that is asked for; both before any work."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -66,8 +68,15 @@ def check_shape(session: Session, shape: Arch) -> None:
         logger.warning(line)
 
 
+def warn_of_order(source: Checkpoint, shape: Arch, config: Mapping[str, Any]) -> None:
+    """Warn of engines that will not run a pruned model of this config for the order of the layers that it has kept."""
+    in_order = student_config(source, shape, source.arch.first_layers(shape)).to_dict()
+    for line in added_obstacles(in_order, config).values():
+        logger.warning(line)
+
+
 def warn_of_engines(source: Checkpoint, shape: Arch, kept_layers: list[int]) -> None:
-    """Warn of engines that will not run a student of a shape with these layers of the teacher, though the teacher."""
+    """Warn of engines that run the teacher, but will not run a student of this shape with these of its layers."""
     student = student_config(source, shape, kept_layers).to_dict()
     for line in added_obstacles(source.config.to_dict(), student).values():
         logger.warning(line)

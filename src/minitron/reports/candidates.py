@@ -30,7 +30,8 @@ class _Axis(NamedTuple):
 def draw_candidates(rows: list[Row], search: dict[str, Any]) -> list[Picture]:
     """Draw untrained candidates by size, and distilled ones by size and by speed after equally many tokens.
 
-    Where no candidate was distilled, untrained candidates are drawn by speed, if any was timed. Every picture shows the
+    Where no candidate was distilled, untrained candidates are drawn by speed, if any was timed. Speeds are left out
+    where they do not compare (`speeds_compare`). Every picture shows the
     Pareto front: the candidates that no other one beats in both quantities.
     """
     distilled, timed = [row for row in rows if row["distilled_kl"]], [row for row in rows if row["prefill_seconds"]]
@@ -46,11 +47,16 @@ def draw_candidates(rows: list[Row], search: dict[str, Any]) -> list[Picture]:
     if distilled:
         tokens = min(min(map(int, row["distilled_kl"])) for row in distilled)
         title = f"after {tokens:,} tokens of distillation"
-        for axis in (by_size, by_speed):
+        for axis in (by_size, by_speed) if speeds_compare(search) else (by_size,):
             pictures.append(_draw_panel(title, distilled, axis, lambda row: float(row["distilled_kl"][str(tokens)])))
-    elif timed:
+    elif timed and speeds_compare(search):
         pictures.append(_draw_panel("untrained", timed, by_speed, _untrained_kl))
     return pictures
+
+
+def speeds_compare(search: dict[str, Any]) -> bool:
+    """Return whether the speeds of a search compare: whether each shape was timed in turn with the teacher."""
+    return search.get("teacher_speed") is not None
 
 
 def last_kl(row: Row) -> float:

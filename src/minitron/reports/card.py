@@ -9,7 +9,7 @@ from minitron.files import read_json, whole_file
 from minitron.model.arch import Arch
 from minitron.model.engines import ENGINES
 from minitron.recipe import data_in_words
-from minitron.reports.figures import Results, Rows, figures_table
+from minitron.reports.figures import Results, Rows, figures_table, speed_up_conditions
 
 
 def write_card(run: Path, record: dict[str, Any], teacher: Arch, student: Arch, results: Results) -> None:
@@ -108,8 +108,8 @@ def _conditions(record: dict[str, Any], results: Results) -> str:
     return (
         f"Measured on {student['num_tokens']:,} tokens of `{data_in_words(recipe['data'])}` that no other stage has "
         f"seen, in blocks of {student['context']} tokens, seed {recipe['seed']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}. Speeds were measured there too, on the machine that made it."
-    )
+        f"transformers {versions['transformers']}. {speed_up_conditions(student)}"
+    ).rstrip()
 
 
 def _shapes(teacher: Arch, student: Arch) -> str:

@@ -3,14 +3,13 @@
 from typing import Any
 
 Results = dict[str, dict[str, Any]]
-"""What `eval.json` holds: figures by model."""
+"""What `eval.json` holds: figures by model, of which tokens per second are not compared: see `speed_up_in_words`."""
 Rows = list[list[str]]
 LABELS = {
     "num_parameters": "parameters",
     "num_non_embedding_parameters": "parameters without embeddings",
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
-    "tokens_per_second": "tokens/s, forward pass",
 }
 RETAINED = {"perplexity": "perplexity retained", "bits_per_byte": "bits per byte retained"}
 """Figures of which less is better: the student retains the teacher's figure divided by its own."""
@@ -26,9 +25,33 @@ def figures_table(results: Results) -> Rows:
         for key, label in RETAINED.items():
             share = results["teacher"][key] / results["student"][key]
             rows.append([label, *("" if name != "student" else f"{share:.1%}" for name in names)])
-        speed_up = results["student"]["tokens_per_second"] / results["teacher"]["tokens_per_second"]
-        rows.append(["speed-up", *("" if name != "student" else f"{speed_up:.2f}×" for name in names)])
+        if speed_up := speed_up_in_words(results["student"]):
+            rows.append(["speed-up", *("" if name != "student" else speed_up for name in names)])
     return rows
+
+
+def speed_up_in_words(student: dict[str, Any]) -> str:
+    """Return how much faster than its teacher a student is, with the range; empty where they were not timed in turn.
+
+    The tokens per second of models that were measured one after the other are no comparison: what else the machine did
+    changed in between.
+    """
+    return ratio_in_words(student["speed_up"]) if "speed_up" in student else ""
+
+
+def speed_up_conditions(student: dict[str, Any]) -> str:
+    """Return how a speed-up was measured; empty where it was not."""
+    if "speed_up" not in student:
+        return ""
+    return (
+        f"The speed-up is the median ratio of {student['speed_up']['turns']} turns, with the range: in each, teacher "
+        f"and student read {student['context']} tokens in one forward pass, on the machine that made the student."
+    )
+
+
+def ratio_in_words(ratio: dict[str, float]) -> str:
+    """Return the median of some ratios, and their range."""
+    return f"{ratio['median']:.2f}× ({ratio['low']:.2f}–{ratio['high']:.2f})"
 
 
 def tasks_table(record: dict[str, Any]) -> Rows:
@@ -74,7 +97,7 @@ def bench_table(record: dict[str, Any]) -> Rows:
             memory = f"{row[key]['peak_memory'] / 2**20:,.0f} MiB"
             rows.append([str(row["batch"]), f"{row['context']:,}", name, *speeds, memory])
         if ratios := row.get("speed_up"):
-            cells = [f"{ratio['median']:.2f}× ({ratio['low']:.2f}–{ratio['high']:.2f})" for ratio in ratios.values()]
+            cells = [ratio_in_words(ratio) for ratio in ratios.values()]
             memory_ratio = row["model"]["peak_memory"] / row["against"]["peak_memory"]
             rows.append(["", "", "ratio", *cells, "", f"{memory_ratio:.2f}×"])
     return rows

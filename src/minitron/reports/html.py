@@ -10,7 +10,7 @@ from minitron.errors import UserError
 from minitron.files import read_jsonl
 from minitron.model.anatomy import AXES, SIZE_NAMES
 from minitron.recipe import data_in_words
-from minitron.reports.candidates import Row, draw_candidates, last_kl
+from minitron.reports.candidates import Row, draw_candidates, last_kl, speeds_compare
 from minitron.reports.charts import draw_curves, draw_layer_importance, draw_shape, heatmaps
 from minitron.reports.figures import (
     LABELS,
@@ -18,6 +18,8 @@ from minitron.reports.figures import (
     bench_table,
     figures_table,
     format_figure,
+    speed_up_conditions,
+    speed_up_in_words,
     tasks_conditions,
     tasks_table,
 )
@@ -94,7 +96,7 @@ def _conditions(run: RunFiles, prefix: str = "") -> str:
     measured, record = run.results["student"], run.record
     return note(
         f"{prefix}{measured['num_tokens']:,} tokens of {data_in_words(record['recipe']['data'])} that no other stage "
-        f"has seen, context {measured['context']}, seed {record['seed']}."
+        f"has seen, context {measured['context']}, seed {record['seed']}. {speed_up_conditions(measured)}".rstrip()
     )
 
 
@@ -124,34 +126,42 @@ def _search(run: RunFiles) -> str:
     shown.sort(key=lambda row: (-max(map(int, row["distilled_kl"]), default=0), last_kl(row)))
     chosen = next((i for i, row in enumerate(shown) if row["chosen"]), None)
     pictures = panels(draw_candidates(rows, search))
-    return pictures + table(_candidates_table(shown), chosen, "dense") + note(_search_conditions(search))
+    lines = _candidates_table(shown, speeds_compare(search))
+    return pictures + table(lines, chosen, "dense") + note(_search_conditions(search))
 
 
-def _candidates_table(rows: list[Row]) -> list[list[str]]:
+def _candidates_table(rows: list[Row], with_speeds: bool) -> list[list[str]]:
     names = [name for name in SIZE_NAMES if name in rows[0]["arch"]]
     tokens = sorted({int(tokens) for row in rows for tokens in row["distilled_kl"]})
     trained = [f"{number:,} tokens" for number in tokens]
-    lines = [["parameters", *names, "predicted", "untrained", *trained, "prefill ms", "token ms"]]
+    lines = [
+        ["parameters", *names, "predicted", "untrained", *trained, *(["prefill ms", "token ms"] if with_speeds else [])]
+    ]
     for row in rows:
         sizes = [f"{row['arch'][name]:,}" for name in names]
         untrained = [f"{row['predicted_kl']:.3f}", f"{row['zero_shot_kl']:.3f}"]
         losses = [f"{kl:.4f}" if (kl := row["distilled_kl"].get(str(number))) else "" for number in tokens]
         speeds = [f"{row[key] * 1e3:.3g}" if row[key] else "" for key in ("prefill_seconds", "decode_seconds")]
-        lines.append([f"{row['num_parameters']:,}", *sizes, *untrained, *losses, *speeds])
+        lines.append([f"{row['num_parameters']:,}", *sizes, *untrained, *losses, *(speeds if with_speeds else [])])
     return lines
 
 
 def _search_conditions(search: dict[str, Any]) -> str:
     speed, compared, distilled = search["speed_of"], search["compared"], search["distilled"]
     seconds = ", ".join(f"{part.replace('_', '-')} {value:,.0f}" for part, value in search["seconds"].items())
+    speeds = (
+        f"Speeds, in turn with the teacher: prefill of {speed['batch']} × {speed['context']:,} tokens, and one token "
+        f"after them, on {speed['device']} in {speed['dtype']}. "
+        if speeds_compare(search)
+        else ""
+    )
     probes = ", ".join(f"{AXES[axis]} {kl:.3f}" for axis, kl in search["probes"].items())
     return (
         f"KL to the teacher in nats per token: untrained on {compared['tokens_each']:,} held-out tokens, then on "
         f"{search['heldout_tokens']:,}, context {search['context']}, seed {search['seed']}. Of {search['feasible']:,} "
         f"shapes within the budget, {compared['shapes']:,} were compared untrained and {distilled['shapes']:,} "
         f"distilled, on {distilled['tokens']:,} tokens in all. KL after cutting one axis about halfway: {probes}. "
-        f"Speeds: prefill of {speed['batch']} × {speed['context']:,} tokens, and one token after them, on "
-        f"{speed['device']} in {speed['dtype']}. Seconds: {seconds}."
+        f"{speeds}Seconds: {seconds}."
     )
 
 
@@ -188,6 +198,9 @@ def _compared_figures(runs: dict[str, RunFiles]) -> str:
     for key, label in LABELS.items():
         students = [format_figure(figures["student"][key]) for figures in results.values()]
         rows.append([label, format_figure(teacher[key]), *students])
+    speed_ups = [speed_up_in_words(figures["student"]) for figures in results.values()]
+    if any(speed_ups):
+        rows.append(["speed-up over its own teacher", "", *speed_ups])
     return table(rows)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from minitron.files import read_json
 from minitron.recipe import data_in_words
 from minitron.reports.charts import draw_curves
-from minitron.reports.figures import LABELS, format_figure
+from minitron.reports.figures import LABELS, format_figure, speed_up_in_words
 from minitron.reports.page import note, stacked, table, write_page
 from minitron.reports.run_files import RunFiles
 
@@ -44,6 +44,9 @@ def _figures_table(students: dict[str, RunFiles]) -> list[list[str]]:
         if key == "num_parameters":
             shares = [f"{figures[key] / teacher[key]:.1%}" for figures in models]
             rows.append(["share of the teacher", *shares])
+    speed_ups = [speed_up_in_words(run.results["student"]) for run in students.values()]
+    if any(speed_ups):
+        rows.append(["speed-up over its own teacher", "", *speed_ups])
     return rows
 
 

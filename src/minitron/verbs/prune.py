@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from minitron.errors import UserError
-from minitron.files import require_space
+from minitron.files import read_json, require_space
 from minitron.verbs.results import Shaped
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def prune(
         source.arch.require_prunable_to(chosen)
     else:
         shapes, budget = nas.shapes_within(session)
-    if chosen is not None:
+    if is_given := chosen is not None:
         nas.check_shape(session, chosen)
     require_space(out, source.num_bytes)
     removed = (
@@ -64,4 +64,6 @@ def prune(
         with TemporaryDirectory() as folder:
             chosen = nas.search(session, scores, shapes, budget, Path(folder))
     pruning.prune(session, chosen, scores, out)
+    if is_given:
+        nas.warn_of_order(source, chosen, read_json(out / "config.json"))
     return Shaped(out, chosen)
