@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -451,6 +452,61 @@ def test_what_cannot_be_distilled_is_refused_before_any_work(
     assert message in refused("correct", str(place.teacher), str(place.out), *text)
     if num_ranks == 1:
         assert message in refused(*compress(place, option))
+
+
+@pytest.mark.parametrize(
+    ("variant", "options", "message"),
+    [
+        ("llama-tied", ("--dtype=float16",), "too small for float16"),
+        ("llama-tied", ("--set=budget.latency=soon",), "budget.latency 'soon' is not understood"),
+        ("llama-tied", ("--set=depth.score=task",), "depth.score task needs depth.task"),
+        ("llama-tied", ("--set=depth.removal=iterative",), "block influence is measured once"),
+        ("nemotron_h", ("--set=depth.removal=contiguous",), "are of several kinds"),
+        ("gemma2", ("--set=prune.rotate=true",), "can be permuted but not rotated"),
+        ("llama-tied", ("--set=distill.trains=lora",), "distill.trains lora needs peft"),
+        ("llama-tied", ("--set=distill.optimizer=adamw8bit",), "distill.optimizer adamw8bit needs torchao"),
+        ("llama-tied", ("--set=distill.compile=true",), "distill.compile needs a C++ compiler"),
+        ("llama-tied", ("--set=distill.teacher_states=TEXT",), "holds no states.json"),
+    ],
+)
+def test_what_a_run_would_need_later_is_checked_before_any_work(
+    place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch, variant: str, options: tuple[str, ...], message: str
+) -> None:
+    def no_text(*_: Any) -> None:
+        raise AssertionError("text is read")
+
+    monkeypatch.setattr("minitron.session.read_splits", no_text)
+    monkeypatch.setattr("minitron.distillation.find_spec", lambda _: None)
+    monkeypatch.setattr("minitron.distillation.sys", SimpleNamespace(modules={}))
+    monkeypatch.setattr("minitron.distillation.shutil.which", lambda _: None)
+    teacher = make_model(place.folder / "teacher", variant)
+    given = [option.replace("TEXT", str(place.text)) for option in options]
+    assert message in refused(*compress(place, *given, teacher=teacher))
+    settings = ["--target-params", "0.6", "--context", "32", "--data", str(place.text)]
+    assert message in refused("search", str(teacher), str(place.out), *settings, *given)
+
+
+def test_speed_for_more_tokens_than_the_teacher_was_made_for(place: Place) -> None:
+    settings: dict[str, Any] = {"target_params": 0.6, "context": 32, "budget": {"throughput": "2x", "context": 4096}}
+    with pytest.raises(minitron.UserError, match="context 4096 is above the 256 tokens"):
+        minitron.search(place.teacher, place.out, data="absent.txt", **settings)
+
+
+def test_correcting_with_losses_that_need_a_student(place: Place, refused: Run) -> None:
+    arguments = ("correct", str(place.teacher), str(place.out), "--data", str(place.text), "--context", "32")
+    message = refused(*arguments, "--set=distill.intermediate.of=[embedding]")
+    assert "correct trains the teacher alone" in message
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [(1e4, "overflow float16"), (float("nan"), "_proj.weight holds NaN or infinity")],
+)
+def test_calibrating_beyond_the_dtype(place: Place, refused: Run, scale: float, message: str) -> None:
+    names = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("up", "down")]
+    place.tensors(lambda tensors: [tensors[name].mul_(scale) for name in names])
+    arguments = ("calibrate", str(place.teacher), str(place.out), "--data", str(place.text), "--context", "32")
+    assert message in refused(*arguments, "--dtype=float16")
 
 
 def test_measuring_a_model_that_gives_nan(place: Place, refused: Run) -> None:

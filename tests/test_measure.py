@@ -19,7 +19,7 @@ from minitron.errors import UserError
 from minitron.evaluation.agreement import measure_agreement
 from minitron.evaluation.peak_memory import peak_memory
 from minitron.evaluation.perplexity import measure_perplexity, next_token_nll
-from minitron.evaluation.speed import alternate, figures_of
+from minitron.evaluation.speed import TURNS, alternate, figures_of, speed_up
 from minitron.harness.interface import Inputs
 from minitron.harness.lm_eval_model import load_lm, task_manager
 from minitron.harness.lm_eval_tasks import run_tasks
@@ -173,6 +173,11 @@ def test_models_are_timed_in_turn() -> None:
     figures = figures_of(found, {"a": 1, "b": 2})
     assert 1.5 < figures["speed_up"]["prefill"]["median"] < 4
     assert figures["speed_up"]["prefill"]["low"] <= figures["speed_up"]["prefill"]["median"]
+    order.clear()
+    ratio = speed_up(Timed("a", 0.002), Timed("b", 0.006), context=4)
+    assert order == ["b", "a"] * (1 + TURNS)
+    assert 1.5 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    assert ratio["turns"] == TURNS
     assert figures["a"]["time_to_first_token"] == pytest.approx(8 / figures["a"]["prefill_tokens_per_second"])
 
 

@@ -10,6 +10,7 @@ import pytest
 from minitron.errors import UserError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.reports.charts import draw_curves, draw_shape
+from minitron.reports.figures import figures_table
 from minitron.reports.html import write_comparison, write_report
 from minitron.reports.svg import Picture, Plot
 from tests.conftest import make_model
@@ -53,6 +54,28 @@ def test_axes_have_ticks_within_their_range() -> None:
         assert len(texts) > 4
         assert plot.place(0.0, 1.0) == (plot.left, plot.top + plot.height)
         assert plot.place(high, high) == (plot.left + plot.width, plot.top)
+
+
+@pytest.mark.parametrize("speed_up", [None, {"median": 1.234, "low": 1.18, "high": 1.31, "turns": 5}])
+def test_speeds_are_compared_where_they_were_taken_in_turn(tmp_path: Path, speed_up: dict[str, float] | None) -> None:
+    figures: dict[str, Any] = {"num_parameters": 4, "num_non_embedding_parameters": 2, "perplexity": 2.0, "bits_per_byte": 1.0,
+               "tokens_per_second": 123.0, "num_tokens": 9, "context": 9}  # fmt: skip
+    student = {**figures, "tokens_per_second": 971.0} | ({"speed_up": speed_up} if speed_up else {})
+    results: dict[str, Any] = {"teacher": figures, "pruned": figures, "student": student}
+    text = str(figures_table(results))
+    assert ("speed-up" in text) == (speed_up is not None)
+    assert ("1.23× (1.18–1.31)" in text) == (speed_up is not None)
+    assert "971" not in text
+    assert "7.89" not in text
+    record = {"recipe": {"teacher": "t", "data": "wiki"}, "seed": 0, "sources": {}, "stages": {}}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(json.dumps(record))
+        (tmp_path / name / "eval.json").write_text(json.dumps(results))
+    write_comparison([tmp_path / "one", tmp_path / "two"], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert ("speed-up over its own teacher" in page) == (speed_up is not None)
+    assert "971" not in page
 
 
 def test_runs_that_are_not_finished_are_reported_and_compared(tmp_path: Path) -> None:

@@ -54,19 +54,32 @@ class Acceptance:
         Raises:
             UserError: no shape is accepted.
         """
-        groups = [[name for axis in axes if (name := AXES[axis]) in shapes.sizes] for axes in RELATED]
-        groups += [[name] for name in shapes.sizes if not any(name in group for group in groups)]
         if not len(shapes):
             return shapes
+        related = [[name for axis in axes if (name := AXES[axis]) in shapes.sizes] for axes in RELATED]
+        groups = [names for names in related if not any(set(names) < set(other) for other in related)]
+        groups += [[name] for name in shapes.sizes if not any(name in group for group in groups)]
         reason = None
         for names in filter(None, groups):
-            _, firsts, positions = np.unique(combinations(shapes, names), return_index=True, return_inverse=True)
-            refusals = [self.refusal(self._alone(shapes[int(i)], names)) for i in firsts]
+            numbers = combinations(shapes, names)
+            _, firsts, positions = np.unique(numbers, return_index=True, return_inverse=True)
+            lasts = len(numbers) - 1 - np.unique(numbers[::-1], return_index=True)[1]
+            pairs = zip(firsts.tolist(), lasts.tolist(), strict=True)
+            refusals = [self._refusal_of_all(shapes, names, pair) for pair in pairs]
             reason = reason or next(filter(None, refusals), None)
             shapes = shapes.at(np.array([refusal is None for refusal in refusals])[positions])
             if not len(shapes):
                 raise UserError(f"search: transformers accepts no shape of the grid: {reason}")
         return shapes
+
+    def _refusal_of_all(self, shapes: Shapes, names: list[str], examples: tuple[int, int]) -> str | None:
+        """Return why some sizes are refused, alone and in examples: in one shape, another size may be the reason."""
+        reason, first = None, shapes[examples[0]]
+        for arch in (self._alone(first, names), first, shapes[examples[1]]):
+            if (refusal := self.refusal(arch)) is None:
+                return None
+            reason = reason or refusal
+        return reason
 
     def _alone(self, shape: Arch, names: list[str]) -> Arch:
         """Return the teacher cut in some sizes alone, or the shape itself where that cannot be."""

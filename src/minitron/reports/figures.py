@@ -33,7 +33,7 @@ def figures_table(results: Results) -> Rows:
 def speed_up_in_words(student: dict[str, Any]) -> str:
     """Return how much faster than its teacher a student is, with the range; empty where they were not timed in turn.
 
-    The tokens per second of models that were measured one after the other are no comparison: what else the machine did
+    The tokens per second of models that were measured one after the other do not compare: what else the machine did
     changed in between.
     """
     return ratio_in_words(student["speed_up"]) if "speed_up" in student else ""
