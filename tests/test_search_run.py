@@ -293,7 +293,7 @@ def test_a_machine_that_slows_down_changes_no_shape_that_is_timed_in_turn_with_t
 
 def test_an_estimate_tells_embeddings_from_weights_of_layers(place: Path, tmp_path: Path) -> None:
     """In a prefill, weights of layers take time and embeddings take none; the control counts both equally."""
-    session = Session(recipe(place, target_params=None, **{"budget.throughput": "1.1x"}))
+    session = Session(recipe(place, target_params=None, **{"budget.throughput": "1.1x", "budget.context": 32}))
     teacher, shapes = open_checkpoint(place / "model"), shapes_within(session)[0]
     speeds = Speeds(teacher, Serving(1, 32), RUNTIME, tmp_path / "speeds.jsonl")
     exact = {i: 1e-6 * shapes[i].num_non_embedding_parameters for i in range(0, len(shapes), max(1, len(shapes) // 40))}
@@ -337,7 +337,11 @@ def test_the_plot_shows_each_candidate_and_marks_the_chosen(place: Path) -> None
     rows, summary = rows_of(place / "found"), json.loads((place / "found" / "search.json").read_text())
     svg = side_by_side(draw_candidates(rows, summary)).svg()
     assert svg == (place / "found" / "candidates.svg").read_text()
-    assert svg.count("<circle") == 10 + 4 + 4 + 3 * 2  # untrained; by size; by speed; in the legends
+    assert svg.count("<circle") == 10 + 4 + 2 * 2  # untrained; by size; in the legends
+    assert svg.count('r="6"') == 2 + 2
+    in_turn = {**summary, "teacher_speed": {"prefill_seconds": 1.0, "decode_seconds": 1.0}}
+    svg = side_by_side(draw_candidates(rows, in_turn)).svg()
+    assert svg.count("<circle") == 10 + 4 + 4 + 3 * 2  # as well by speed
     assert svg.count('r="6"') == 3 + 3
     rows[0]["arch"]["hidden_size"] = "<script>"
     svg = side_by_side(draw_candidates(rows, summary)).svg()

@@ -1,5 +1,6 @@
 """Times how fast a model reads a prompt and generates tokens, on the device that holds it."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,8 @@ REPEATS = 3
 """The number of times that `measure_speed` runs."""
 DECODED_TOKENS = 8
 """The number of tokens that are decoded after each prefill."""
+SHORTEST_TURN = 0.05
+"""Seconds of a turn of `speed_up`: an interruption is a large share of less."""
 TURNS = 5
 """The number of turns in which `speed_up` times two models, after one to warm up."""
 
@@ -70,20 +73,26 @@ def alternate(
     return speeds
 
 
-@torch.no_grad()
 def speed_up(model: Any, other: Any, context: int, advance: Callable[[int], None] = lambda _: None) -> dict[str, float]:
     """Return how many times as fast as `other` a model reads `context` tokens: median, lowest and highest ratio.
 
-    Both take turns, one forward pass each, and each ratio divides the times of one turn. `advance` is called with 1
-    after each turn.
+    Both take turns, and each ratio divides the times of one turn, of as many forward passes as `other` needs for
+    `SHORTEST_TURN`. `advance` is called with 1 after each turn.
     """
-    ratios = []
-    for turn in range(TURNS + 1):
-        of_other, of_model = (_timed(each, _prompt(each, 1, context), {})[0] for each in (other, model))
-        if turn:
-            ratios.append(of_other / of_model)
+    warm_up = _seconds(other, context, 1), _seconds(model, context, 1)
+    advance(1)
+    passes, ratios = max(1, math.ceil(SHORTEST_TURN / warm_up[0])), []
+    for _ in range(TURNS):
+        of_other, of_model = (_seconds(each, context, passes) for each in (other, model))
+        ratios.append(of_other / of_model)
         advance(1)
     return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios), "turns": TURNS}
+
+
+@torch.no_grad()
+def _seconds(model: Any, context: int, passes: int) -> float:
+    ids = _prompt(model, 1, context)
+    return sum(_timed(model, ids, {})[0] for _ in range(passes))
 
 
 def figures_of(speeds: Mapping[str, list[Speed]], peaks: Mapping[str, int]) -> dict[str, Any]:
