@@ -5,6 +5,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from minitron.data.blocks import Packing, load_tokenizer, read_blocks
 from minitron.evaluation.speed import Speed
 from minitron.model.checkpoint import open_checkpoint
 from minitron.nas import speed
-from minitron.recipe import PLAIN, Recipe, load_recipe
+from minitron.recipe import PLAIN, Recipe, load_recipe, validate
 from minitron.reports.html import write_report
+from minitron.runtime import Runtime
+from minitron.session import Session
 from minitron.verbs.bench import bench
 from minitron.verbs.evaluate import evaluate, evaluate_tasks
 from tests.conftest import MECHANISMS, make_model
@@ -93,6 +96,19 @@ def test_the_figures_are_those_of_the_files(made: Path) -> None:
     assert again["perplexity"] == results["student"]["perplexity"]
     assert again["bits_per_byte"] == results["student"]["bits_per_byte"]
     assert again["perplexity"] != pytest.approx(results["pruned"]["perplexity"])
+    ratio = results["student"]["speed_up"]
+    assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+
+
+@pytest.mark.parametrize("free", [None, 0])
+def test_the_speed_up_is_left_out_where_memory_does_not_hold_both_models(
+    made: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free: int | None
+) -> None:
+    monkeypatch.setattr(Runtime, "free_memory", free)
+    run: Any = SimpleNamespace(path=lambda name: made / "run" / name)
+    session = Session(validate(Recipe, json.loads((made / "run" / "run.json").read_text())["recipe"], "run.json"))
+    assert (pipeline._speed_up(run, session) is None) == (free == 0)
+    assert ("the speed-up is not measured" in caplog.text) == (free == 0)
 
 
 @pytest.mark.filterwarnings("ignore")
