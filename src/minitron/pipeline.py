@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from safetensors.torch import load_file
 
 from minitron import nas
-from minitron.distillation import distill, require_trainable, stored_teacher
+from minitron.distillation import distill, require_trainable, stored_teacher, warn_of_repetition
 from minitron.errors import UserError
 from minitron.evaluation import measure
 from minitron.evaluation.speed import TURNS, speed_up
@@ -132,6 +132,7 @@ def _check(run: Run, session: Session, shapes: Shapes) -> None:
     if session.larger:
         run.bind("larger", session.source.fingerprint())
     run.bind("data", session.splits.fingerprint())
+    warn_of_repetition(session)
     if run.is_begun:
         return
     # Pruned model and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.

@@ -361,8 +361,8 @@ class Recipe(_Strict):
     family: str | None = None
     """Read the teacher as a model of this `model_type`, whatever its config says. None uses the config's."""
     data: Data = "wiki"
-    """Text: a txt, jsonl or parquet file or glob, a hub data set, or the built-in `wiki`; or a mixture that maps
-    sources to weights, by characters."""
+    """Text: a file of text, JSON, CSV, parquet or Arrow, a folder or a glob of such files, a hub data set
+    (`org/name:config:split`), or the built-in `wiki`; or a mixture that maps sources to weights, by characters."""
     context: int | None = Field(None, ge=2)
     """Tokens in a block. None takes 1,024, or the longest context of the teacher if that is shorter."""
     seed: int = Field(0, ge=0, lt=2**32)

@@ -54,7 +54,7 @@ MACHINE = (
 )
 TEXT = (
     FAMILY,
-    Setting("data", "data", "A txt, jsonl or parquet file or glob, a hub data set, or the built-in wiki."),
+    Setting("data", "data", "A text, JSON, CSV or parquet file, a folder, a glob, a hub data set, or wiki (built in)."),
     *MACHINE,
 )
 TARGET = Setting(

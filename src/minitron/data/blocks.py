@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minitron.data.corpus import Document, read_documents
-from minitron.data.tokens import Array, TokenisedDocument, tokenise
+from minitron.data.chats import Array
+from minitron.data.corpus import read_documents
+from minitron.data.rows import Document
+from minitron.data.tokens import TokenisedDocument, tokenise
 from minitron.errors import UserError
 from minitron.model.weights import is_pointer
 from minitron.progress import Progress
@@ -96,6 +98,20 @@ class Blocks:
         """The number of tokens in all blocks."""
         return self.ids.numel()
 
+    def require_targets(self, purpose: str) -> None:
+        """Check that there is a token to predict; in chats, only those of answers are.
+
+        `purpose` names the blocks in the message.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not (self.targets >= 0).any():
+            raise UserError(
+                f"{purpose}: {len(self)} block(s) of {self.context} tokens hold nothing that the assistant answers, so "
+                "there is nothing to learn or to measure; accepted: texts, or chats with turns of the role assistant"
+            )
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the tokens, of the marks of learnt tokens, and of the marks of documents' starts."""
         digest = sha256(self.ids.numpy().tobytes())
@@ -150,7 +166,7 @@ def read_blocks(data: Data, packing: Packing, max_tokens: int | None = None) -> 
     """Read, tokenise and pack the documents of `data`, up to `max_tokens` tokens of them.
 
     Raises:
-        UserError: see `read_documents` and `pack`; also when the text is shorter than one block.
+        UserError: see `read_documents`, `pack` and `require_targets`; also when the text is shorter than one block.
     """
     max_blocks = None if max_tokens is None else max(1, max_tokens // packing.context)
     total = None if max_blocks is None else max_blocks * packing.context
@@ -160,6 +176,7 @@ def read_blocks(data: Data, packing: Packing, max_tokens: int | None = None) -> 
         raise UserError(
             f"data '{data_in_words(data)}' is shorter than one block of {packing.context} tokens: lower --context"
         )
+    blocks.require_targets(f"data '{data_in_words(data)}'")
     return blocks
 
 
@@ -173,7 +190,7 @@ def pack(
 
     Raises:
         UserError: the tokenizer returns a token that the model does not have; or there are chats, and the tokenizer
-            has no chat template or one that rewrites earlier turns.
+            has no chat template or one that refuses a chat.
     """
     context = packing.context
     parts: list[TokenisedDocument] = []
@@ -215,7 +232,8 @@ def read_splits(data: Data, packing: Packing, tokens: SplitTokens) -> Splits:
     others.
 
     Raises:
-        UserError: see `read_blocks`; also when there are fewer than three blocks, one for each split.
+        UserError: see `read_blocks`; also when there are fewer than three blocks, one for each split, or when the
+            blocks of a split hold no token to predict.
     """
     context = packing.context
     wanted = [max(1, count // context) for count in (tokens.evaluation, tokens.heldout, tokens.train)]
@@ -229,7 +247,10 @@ def read_splits(data: Data, packing: Packing, tokens: SplitTokens) -> Splits:
     num_evaluation, num_heldout = min(wanted[0], most), min(wanted[1], most)
     first_train = num_evaluation + num_heldout
     measured = replace(blocks[:first_train], starts=None)
-    return Splits(measured[:num_evaluation], measured[num_evaluation:], blocks[first_train:])
+    splits = Splits(measured[:num_evaluation], measured[num_evaluation:], blocks[first_train:])
+    for name in ("evaluation", "heldout", "train"):
+        getattr(splits, name).require_targets(f"data '{data_in_words(data)}', split {name}")
+    return splits
 
 
 def load_tokenizer(folder: Path) -> Any:

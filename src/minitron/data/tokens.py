@@ -6,10 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from minitron.data.corpus import Chat, Document
-from minitron.errors import UserError
-
-Array = np.ndarray[Any, Any]
+from minitron.data.chats import Array, transcript
+from minitron.data.rows import Document
 
 
 @dataclass(frozen=True)
@@ -25,9 +23,9 @@ def tokenise(batch: list[Document], tokenizer: Any) -> Iterator[TokenisedDocumen
     """Tokenise documents, in their order.
 
     Raises:
-        UserError: there are chats, and the tokenizer has no chat template or one that rewrites earlier turns.
+        UserError: there are chats, and the tokenizer has no chat template or one that refuses a chat.
     """
-    items = [document if isinstance(document, str) else _transcript(document, tokenizer) for document in batch]
+    items = [document if isinstance(document, str) else transcript(document, tokenizer) for document in batch]
     texts = [item for item in items if isinstance(item, str)]
     encoded = iter(_encoded(texts, tokenizer, adds_special_tokens=True)) if texts else iter(())
     for item in items:
@@ -40,42 +38,6 @@ def tokenise(batch: list[Document], tokenizer: Any) -> Iterator[TokenisedDocumen
         else:
             [(ids, ends)] = _encoded([item.text], tokenizer, adds_special_tokens=False)
             yield TokenisedDocument(ids, _bytes_per_token(item.text, ends), item.is_learnt(ends))
-
-
-@dataclass(frozen=True)
-class _Transcript:
-    """A chat as text, with the spans of the assistant's turns as character offsets (start, end)."""
-
-    text: str
-    spans: list[tuple[int, int]]
-
-    def is_learnt(self, ends: Array) -> Array:
-        """Return whether each token, given by the offset at which it ends, belongs to the assistant."""
-        inside = np.zeros(len(ends), dtype=bool)
-        for start, end in self.spans:
-            inside |= (ends > start) & (ends <= end)
-        return inside
-
-
-def _transcript(chat: Chat, tokenizer: Any) -> _Transcript:
-    if not tokenizer.chat_template:
-        raise UserError("the data holds chats, but the tokenizer has no chat template: use texts, or another model")
-    messages = list(chat.messages)
-
-    def written(count: int, adds_prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=adds_prompt))
-
-    text, spans = written(len(messages), False), []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before, through = written(i, True), written(i + 1, False)
-            if not (text.startswith(before) and text.startswith(through)):
-                raise UserError(
-                    "the tokenizer's chat template rewrites earlier turns, so that the assistant's turns cannot be "
-                    "found in a chat: use texts, or another model"
-                )
-            spans.append((len(before), len(through)))
-    return _Transcript(text, spans)
 
 
 def _encoded(texts: list[str], tokenizer: Any, adds_special_tokens: bool) -> Iterator[tuple[Array, Array]]:

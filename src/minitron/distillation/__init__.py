@@ -1,10 +1,12 @@
 """Distillation: train a smaller model on the next-token distribution of a larger one, in one training loop."""
 
+import logging
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,11 +18,20 @@ from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model, read_head
-from minitron.recipe import DistillRecipe
+from minitron.recipe import DistillRecipe, data_in_words
 from minitron.runtime import num_ranks
 from minitron.session import Session
 
-__all__ = ["correct", "distill", "require_correctable", "require_trainable", "stored_teacher"]
+__all__ = [
+    "correct",
+    "distill",
+    "require_correctable",
+    "require_trainable",
+    "stored_teacher",
+    "warn_of_repetition",
+]
+
+logger = logging.getLogger(__name__)
 
 COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cc")
 """Compilers of which `torch.compile` needs one."""
@@ -75,6 +86,22 @@ def require_correctable(session: Session) -> None:
     if session.recipe.distill.intermediate.of:
         raise UserError("distill.intermediate compares a student with a teacher; correct trains the teacher alone")
     require_trainable(session, session.teacher.arch)
+
+
+def warn_of_repetition(session: Session) -> None:
+    """Warn, once for each text, that a training is longer than the text and therefore repeats it."""
+    recipe, train = session.recipe.distill, session.splits.train
+    tokens = trainer.num_steps_of(recipe, train.context) * recipe.batch_size * train.context
+    if session.runtime.world.is_main and tokens > train.num_tokens:
+        _warn_once(
+            f"data '{data_in_words(session.recipe.data)}' has {train.num_tokens:,} training tokens: distill.tokens "
+            f"{recipe.tokens:,} reads them {tokens / train.num_tokens:.3g} times"
+        )
+
+
+@cache  # the members of a series have one text
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def stored_teacher(session: Session, folder: Path, blocks: Blocks, recipe: DistillRecipe) -> Teacher:

@@ -35,7 +35,11 @@ def measure_agreement(
     """Run the blocks through both models, one block at a time; `advance` receives the number of tokens done.
 
     If one vocabulary is padded to a greater length, only the tokens that both models have are compared.
+
+    Raises:
+        UserError: the blocks hold no token to predict, see `Blocks.require_targets`.
     """
+    blocks.require_targets("agreement")
     models, device = [Headless(teacher), Headless(model)], next(model.parameters()).device
     kl, agreed, counted = 0.0, 0, 0
     for block in blocks.split(1):
@@ -52,7 +56,7 @@ def measure_agreement(
             agreed += int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum())
             counted += len(log_p)
         advance(block.num_tokens)
-    return Agreement(kl / max(1, counted), agreed / max(1, counted))
+    return Agreement(kl / counted, agreed / counted)
 
 
 def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:

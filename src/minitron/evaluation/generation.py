@@ -76,9 +76,16 @@ class TextGenerator:
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def prompt(self, messages: list[dict[str, str]]) -> Tensor:
-        """Return token ids (1, T) of the whole chat, or of the last message alone without a chat template."""
+        """Return token ids (1, T) of the whole chat, or of the last message alone without a chat template.
+
+        Raises:
+            UserError: the template refuses the chat.
+        """
         if self.has_chat_template:
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            try:
+                text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            except Exception as error:  # a template is a program, which can raise anything
+                raise UserError(f"the chat template refuses this chat: {error}") from error
             encoding = self.tokenizer(text, return_tensors="pt", add_special_tokens=False)
         else:
             encoding = self.tokenizer(messages[-1]["content"], return_tensors="pt")
@@ -89,7 +96,7 @@ class TextGenerator:
         """Yield the completion as it grows; closing the iterator stops the model.
 
         Raises:
-            UserError: the prompt is empty, or leaves no room for a completion.
+            UserError: the template refuses the chat; the prompt is empty, or leaves no room for a completion.
         """
         ids = self.prompt(messages)
         if not ids.numel():

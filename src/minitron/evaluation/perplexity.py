@@ -42,8 +42,9 @@ def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int]
     """Run the blocks through a causal language model, one at a time; `advance` receives the number of tokens done.
 
     Raises:
-        UserError: a logit is NaN.
+        UserError: a logit is NaN; or the blocks hold no token to predict, see `Blocks.require_targets`.
     """
+    blocks.require_targets("perplexity")
     headless = model if isinstance(model, Headless) else Headless(model)
     device = next(model.parameters()).device
     nll = torch.zeros((), dtype=torch.float64, device=device)
@@ -54,7 +55,7 @@ def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int]
     if torch.isnan(nll):
         raise UserError("the model's logits are NaN: its weights are broken, or the dtype is too small for it")
     is_counted = blocks.targets >= 0
-    mean = float(nll) / max(1, num_tokens := int(is_counted.sum()))
+    mean = float(nll) / (num_tokens := int(is_counted.sum()))
     seconds = time.perf_counter() - started
     return Perplexity(
         perplexity=math.exp(min(mean, 700.0)),

@@ -199,7 +199,8 @@ class _Layer(nn.Module):
 def _loss(model: nn.Module, blocks: Blocks, *_: Any) -> Damage:
     headless, device = Headless(model), next(model.parameters()).device
     batches = list(zip(blocks.ids.to(device).split(1), blocks.targets.to(device).split(1), strict=True))
-    num_predicted = max(1, int((blocks.targets >= 0).sum()))
+    blocks.require_targets("calibration.depth.tokens")
+    num_predicted = int((blocks.targets >= 0).sum())
     return lambda: (
         sum(float(headless(ids, partial(next_token_nll, targets=targets))) for ids, targets in batches) / num_predicted
     )

@@ -31,6 +31,7 @@ def correct(
     distillation.require_correctable(session)
     # "distill": the folder has carried this name since the first version, and interrupted runs continue from it.
     with resumable(session, out, "distill", [session.teacher.fingerprint()]) as work:
+        distillation.warn_of_repetition(session)
         distillation.correct(session, work / "student", work)
         publish_student(session, work, out)
     return Shaped(out, session.teacher.arch)

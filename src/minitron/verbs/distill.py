@@ -44,6 +44,7 @@ def distill(
     require_one_vocabulary(session.teacher, pruned)
     distillation.require_trainable(session, pruned.arch)
     with resumable(session, out, "distill", [pruned.fingerprint()]) as work:
+        distillation.warn_of_repetition(session)
         distillation.distill(session, pruned, work / "student", work)
         publish_student(session, work, out)
     return Shaped(out, pruned.arch)

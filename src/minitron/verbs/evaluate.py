@@ -27,7 +27,7 @@ def evaluate(
     predict one token. For a run directory, the student is measured against its teacher.
 
     Raises:
-        UserError: the stride is above the context, or the models do not share a tokenizer.
+        UserError: the stride is above the context, the models do not share a tokenizer, or there is nothing to measure.
     """
     from minitron.data.blocks import read_blocks
     from minitron.evaluation import measure
@@ -48,6 +48,7 @@ def evaluate(
         if not 0 < stride < session.context:
             raise UserError(f"--stride {stride}: accepted: 1 to {session.context - 1}, below the context")
         blocks = blocks.sliding(stride)
+        blocks.require_targets(f"--stride {stride}")
     with session.teacher_model() as measured:
         figures = measure(measured, checkpoint, blocks, stage="evaluate")
         if other is not None:

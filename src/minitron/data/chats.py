@@ -1,0 +1,236 @@
+"""Writes chats by a tokenizer's chat template, and finds the assistant's answers in what it wrote."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from textwrap import shorten
+from typing import Any
+
+import numpy as np
+
+from minitron.errors import UserError
+
+Array = np.ndarray[Any, Any]
+Message = dict[str, Any]
+"""A turn: `role` and `content`, and whatever else a template may read, such as `tool_calls`."""
+
+PLACEHOLDER = "\ue000\ue000"
+"""Stands in the place of an answer; its character is for private use, so that no answer begins or ends with it."""
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""The tag with which a template marks what the assistant generates."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, as a chat template takes it."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Any, ...] | None = None
+    """The tools that the assistant may call, each with a JSON schema of its arguments."""
+    options: Message = field(default_factory=dict)
+    """Further variables of the template, such as `enable_thinking`."""
+    where: str = field(default="", compare=False)
+    """File and line, or data set and row, for error messages."""
+
+    def __len__(self) -> int:
+        return sum(len(message.get("content") or "") for message in self.messages)
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A chat as text, with the spans of the assistant's turns as character offsets (start, end)."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+    def is_learnt(self, ends: Array) -> Array:
+        """Return whether each token, given by the offset at which it ends, belongs to the assistant."""
+        inside = np.zeros(len(ends), dtype=bool)
+        for start, end in self.spans:
+            inside |= (ends > start) & (ends <= end)
+        return inside
+
+
+class RefusedError(Exception):
+    """A chat template raised an error; the message is the template's."""
+
+
+def transcript(chat: Chat, tokenizer: Any) -> Transcript:
+    """Write a chat and find the assistant's turns in it, each with the tokens that end the turn.
+
+    The turns are those between `generation` marks where the template has them, and otherwise what the template adds
+    when a turn is added to the chat. Where the template writes a turn otherwise once another one follows (Qwen3 drops
+    its thinking), the turn is what changes in the whole chat when the answer is replaced by a placeholder. A system
+    turn that the template refuses becomes the beginning of the user's next turn.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or it refuses the chat.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"data {chat.where} is a chat, but the tokenizer has no chat template: use texts, or another model"
+        )
+    plainer = replace(chat, messages=tuple(_plainer(chat.messages)))
+    try:
+        try:
+            return _Writer(chat, tokenizer).transcript()
+        except RefusedError:
+            if plainer == chat:
+                raise
+            return _Writer(plainer, tokenizer).transcript()
+    except RefusedError as error:
+        roles = ", ".join([message["role"] for message in chat.messages[:6]] + ["…"] * (len(chat.messages) > 6))
+        raise UserError(f"data {chat.where}: the chat template refuses a chat of turns {roles}: {error}") from error
+
+
+def written(tokenizer: Any, messages: list[Message], *, adds_prompt: bool = False, **options: Any) -> str:
+    """Return messages as the tokenizer's chat template writes them, with `adds_prompt` up to the next answer.
+
+    Raises:
+        RefusedError: the template raises an error, for instance about a system turn.
+    """
+    with _refusals():
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=adds_prompt, **options)
+        )
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a template is a program, which can raise anything
+        raise RefusedError(shorten(str(error) or type(error).__name__, 300, placeholder=" …")) from error
+
+
+def _plainer(messages: tuple[Message, ...]) -> Iterator[Message]:
+    """Yield messages as a template of few features takes them.
+
+    Every system turn stands before the content of the user's turn that follows it, and every turn has a content.
+    """
+    system: Message | None = None
+    for message in ({"content": "", **message} for message in messages):
+        if system and message["role"] == "user":
+            message["content"] = f"{system['content']}\n\n{message['content']}"
+        elif system:
+            yield system
+        system = message if message["role"] == "system" else None
+        if not system:
+            yield message
+    if system:
+        yield system
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """One chat and the template that writes it."""
+
+    chat: Chat
+    tokenizer: Any
+
+    def transcript(self) -> Transcript:
+        with _refusals():
+            template = self.tokenizer.get_chat_template(tools=self._tools)
+        if GENERATION.search(template) and (marked := self._marked(template)).spans:
+            return marked
+        messages = list(self.chat.messages)
+        text, spans, position = self._written(messages), [], 0
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start, end = self._span(text, messages, i)
+                start = max(start, position)
+                if start < end:  # else the template leaves this turn out
+                    spans.append((start, end))
+                    position = end
+        return Transcript(text, spans)
+
+    @property
+    def _tools(self) -> list[Any] | None:
+        return list(self.chat.tools) if self.chat.tools else None
+
+    def _written(self, messages: list[Message], *, adds_prompt: bool = False) -> str:
+        options = {"tools": self._tools, **self.chat.options}
+        return written(self.tokenizer, messages, adds_prompt=adds_prompt, **options)
+
+    def _marked(self, template: str) -> Transcript:
+        """Return the chat with the spans that the template marks as generated."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        present = [{key: value for key, value in m.items() if value is not None} for m in self.chat.messages]
+        variables = {**self.tokenizer.special_tokens_map, **self.chat.options}
+        with _refusals():
+            [text], [spans] = render_jinja_template(
+                [present], self._tools, chat_template=template, return_assistant_tokens_mask=True, **variables
+            )
+        return Transcript(text, [(start, end) for start, end in spans if start < end])
+
+    def _span(self, text: str, messages: list[Message], number: int) -> tuple[int, int]:
+        """Return where turn `number` begins and ends in the whole text; an empty span if it is left out."""
+        start = self._length_if_prefix(text, messages[:number], adds_prompt=True)
+        end = self._length_if_prefix(text, messages[: number + 1])
+        if start is not None and end is not None:
+            return start, end
+        first, last = self._changed(text, messages, number)
+        if first >= last:
+            return first, first
+        return first if start is None else start, last + self._closing(text[last:], messages[: number + 1])
+
+    def _length_if_prefix(self, text: str, messages: list[Message], *, adds_prompt: bool = False) -> int | None:
+        try:
+            part = self._written(messages, adds_prompt=adds_prompt)
+        except RefusedError:  # a part of a chat may be refused where the whole is not
+            return None
+        return len(part) if text.startswith(part) else None
+
+    def _changed(self, text: str, messages: list[Message], number: int) -> tuple[int, int]:
+        """Return the span of the text that changes when the answer of turn `number` is replaced."""
+        other = self._written_without(messages, number)
+        if other == text:
+            return 0, 0
+        first = _common(text, other)
+        shortest = min(len(text), len(other)) - first
+        return first, len(text) - min(shortest, _common(text[::-1], other[::-1]))
+
+    def _written_without(self, messages: list[Message], number: int) -> str:
+        """Return the chat with a placeholder for an answer and all that belongs to it; its tool calls may stay."""
+        answer = messages[number]
+        plain = {"role": "assistant", "content": PLACEHOLDER}
+        before, after = messages[:number], messages[number + 1 :]
+        try:
+            return self._written([*before, plain, *after])
+        except RefusedError:  # the template may refuse the output of a tool that was not called
+            return self._written([*before, _with_placeholders(answer), *after])
+
+    def _closing(self, rest: str, messages: list[Message]) -> int:
+        """Return how many characters of `rest`, which follows an answer, end the turn: mostly one special token.
+
+        They are what the template writes after the answer where the chat ends there. If it writes another token there
+        (gpt-oss: `<|return|>` for `<|end|>`), they are the special token with which `rest` begins.
+        """
+        try:
+            alone, other = self._written(messages), self._written_without(messages, len(messages) - 1)
+        except RefusedError:
+            return 0
+        closing = alone[len(alone) - _common(alone[::-1], other[::-1]) :]
+        for ending in (closing, closing.rstrip()):
+            if rest.startswith(ending):
+                return len(ending)
+        special = (str(token) for token in self.tokenizer.added_tokens_decoder.values())
+        return max((len(token) for token in special if rest.startswith(token)), default=0)
+
+
+def _with_placeholders(answer: Message) -> Message:
+    """Return an answer that calls the same tools, with placeholders for its texts and the tools' arguments."""
+    changed: Message = {key: PLACEHOLDER if key == "content" else value for key, value in answer.items()}
+    calls = [call.get("function", call) for call in answer.get("tool_calls", [])]
+    if calls:
+        arguments = {PLACEHOLDER: PLACEHOLDER}
+        changed["tool_calls"] = [{"type": "function", "function": call | {"arguments": arguments}} for call in calls]
+    return changed
+
+
+def _common(one: str, other: str) -> int:
+    """Return the number of characters with which both texts begin."""
+    differing = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differing, min(len(one), len(other)))
