@@ -1,8 +1,9 @@
 """Writes chats by a tokenizer's chat template, and finds the assistant's answers in what it wrote."""
 
+import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from textwrap import shorten
 from typing import Any
@@ -30,6 +31,8 @@ class Chat:
     """The tools that the assistant may call, each with a JSON schema of its arguments."""
     options: Message = field(default_factory=dict)
     """Further variables of the template, such as `enable_thinking`."""
+    in_parts: bool = False
+    """Hand contents to the template as parts, which templates of models for images expect."""
     where: str = field(default="", compare=False)
     """File and line, or data set and row, for error messages."""
 
@@ -53,7 +56,7 @@ class Transcript:
 
 
 class RefusedError(Exception):
-    """A chat template raised an error; the message is the template's."""
+    """A chat template raised an error, or left out what matters; the message states the reason."""
 
 
 def transcript(chat: Chat, tokenizer: Any) -> Transcript:
@@ -71,17 +74,15 @@ def transcript(chat: Chat, tokenizer: Any) -> Transcript:
         raise UserError(
             f"data {chat.where} is a chat, but the tokenizer has no chat template: use texts, or another model"
         )
-    plainer = replace(chat, messages=tuple(_plainer(chat.messages)))
-    try:
+    refusals: list[RefusedError] = []
+    for form in _forms(chat):
         try:
-            return _Writer(chat, tokenizer).transcript()
-        except RefusedError:
-            if plainer == chat:
-                raise
-            return _Writer(plainer, tokenizer).transcript()
-    except RefusedError as error:
-        roles = ", ".join([message["role"] for message in chat.messages[:6]] + ["…"] * (len(chat.messages) > 6))
-        raise UserError(f"data {chat.where}: the chat template refuses a chat of turns {roles}: {error}") from error
+            return _Writer(form, tokenizer).transcript()
+        except RefusedError as error:
+            refusals.append(error)
+    roles = ", ".join([message["role"] for message in chat.messages[:6]] + ["…"] * (len(chat.messages) > 6))
+    _, reason, *_ = refusals
+    raise UserError(f"data {chat.where}: the chat template cannot write a chat of turns {roles}: {reason}") from reason
 
 
 def written(tokenizer: Any, messages: list[Message], *, adds_prompt: bool = False, **options: Any) -> str:
@@ -104,11 +105,15 @@ def _refusals() -> Iterator[None]:
         raise RefusedError(shorten(str(error) or type(error).__name__, 300, placeholder=" …")) from error
 
 
-def _plainer(messages: tuple[Message, ...]) -> Iterator[Message]:
-    """Yield messages as a template of few features takes them.
+def _forms(chat: Chat) -> list[Chat]:
+    """Return a chat as it is, and then as other templates take it; the second form asks for the fewest features."""
+    plainer = replace(chat, messages=tuple(_plainer(chat.messages)))
+    with_json = replace(plainer, messages=tuple(_with_arguments(m, json.dumps) for m in plainer.messages))
+    return [chat, plainer, with_json, replace(plainer, in_parts=True)]
 
-    Every system turn stands before the content of the user's turn that follows it, and every turn has a content.
-    """
+
+def _plainer(messages: tuple[Message, ...]) -> Iterator[Message]:
+    """Yield messages with every system turn put before the user's turn that follows it, and a content in every turn."""
     system: Message | None = None
     for message in ({"content": "", **message} for message in messages):
         if system and message["role"] == "user":
@@ -122,6 +127,22 @@ def _plainer(messages: tuple[Message, ...]) -> Iterator[Message]:
         yield system
 
 
+def _with_arguments(message: Message, write: Callable[[Any], Any]) -> Message:
+    """Return a turn with `write` applied to the arguments of each tool call."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {**call, "function": {**function, "arguments": write(function.get("arguments"))}}
+        for call, function in _calls(message)
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _calls(message: Message) -> list[tuple[Message, Message]]:
+    """Return the tool calls of a turn, each with the function that it names."""
+    return [(call, call.get("function", call)) for call in message.get("tool_calls", [])]
+
+
 @dataclass(frozen=True)
 class _Writer:
     """One chat and the template that writes it."""
@@ -133,9 +154,11 @@ class _Writer:
         with _refusals():
             template = self.tokenizer.get_chat_template(tools=self._tools)
         if GENERATION.search(template) and (marked := self._marked(template)).spans:
+            self._require_answers(marked.text)
             return marked
         messages = list(self.chat.messages)
         text, spans, position = self._written(messages), [], 0
+        self._require_answers(text)
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 start, end = self._span(text, messages, i)
@@ -145,23 +168,37 @@ class _Writer:
                     position = end
         return Transcript(text, spans)
 
+    def _require_answers(self, text: str) -> None:
+        """Check that answers and tool calls are written, so that a template which reads other keys is noticed."""
+        answers = [message for message in self.chat.messages if message["role"] == "assistant"]
+        ends = [words[-1] for message in answers if (words := message.get("content", "").split())]
+        names = [str(function.get("name")) for message in answers for _, function in _calls(message)]
+        for what, words in (("what the assistant answers", ends), ("the tools that the assistant calls", names)):
+            if words and not any(word in text for word in words):
+                raise RefusedError(f"it leaves out {what}")
+
     @property
     def _tools(self) -> list[Any] | None:
         return list(self.chat.tools) if self.chat.tools else None
 
     def _written(self, messages: list[Message], *, adds_prompt: bool = False) -> str:
         options = {"tools": self._tools, **self.chat.options}
-        return written(self.tokenizer, messages, adds_prompt=adds_prompt, **options)
+        return written(self.tokenizer, self._given(messages), adds_prompt=adds_prompt, **options)
+
+    def _given(self, messages: list[Message]) -> list[Message]:
+        if not self.chat.in_parts:
+            return messages
+        return [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
     def _marked(self, template: str) -> Transcript:
         """Return the chat with the spans that the template marks as generated."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        present = [{key: value for key, value in m.items() if value is not None} for m in self.chat.messages]
+        messages = self._given(list(self.chat.messages))
         variables = {**self.tokenizer.special_tokens_map, **self.chat.options}
         with _refusals():
             [text], [spans] = render_jinja_template(
-                [present], self._tools, chat_template=template, return_assistant_tokens_mask=True, **variables
+                [messages], self._tools, chat_template=template, return_assistant_tokens_mask=True, **variables
             )
         return Transcript(text, [(start, end) for start, end in spans if start < end])
 
@@ -208,26 +245,23 @@ class _Writer:
         They are what the template writes after the answer where the chat ends there. If it writes another token there
         (gpt-oss: `<|return|>` for `<|end|>`), they are the special token with which `rest` begins.
         """
-        try:
+        with suppress(RefusedError):
             alone, other = self._written(messages), self._written_without(messages, len(messages) - 1)
-        except RefusedError:
-            return 0
-        closing = alone[len(alone) - _common(alone[::-1], other[::-1]) :]
-        for ending in (closing, closing.rstrip()):
-            if rest.startswith(ending):
-                return len(ending)
+            closing = alone[len(alone) - _common(alone[::-1], other[::-1]) :]
+            for ending in (closing, closing.rstrip()):
+                if rest.startswith(ending):
+                    return len(ending)
         special = (str(token) for token in self.tokenizer.added_tokens_decoder.values())
         return max((len(token) for token in special if rest.startswith(token)), default=0)
 
 
 def _with_placeholders(answer: Message) -> Message:
-    """Return an answer that calls the same tools, with placeholders for its texts and the tools' arguments."""
-    changed: Message = {key: PLACEHOLDER if key == "content" else value for key, value in answer.items()}
-    calls = [call.get("function", call) for call in answer.get("tool_calls", [])]
-    if calls:
-        arguments = {PLACEHOLDER: PLACEHOLDER}
-        changed["tool_calls"] = [{"type": "function", "function": call | {"arguments": arguments}} for call in calls]
-    return changed
+    """Return an answer that calls the same tools, with placeholders for its content and the tools' arguments."""
+    content = {"content": PLACEHOLDER} if "content" in answer else {}
+    return _with_arguments(
+        {**answer, **content},
+        lambda given: dict.fromkeys(given, PLACEHOLDER) if isinstance(given, dict) else PLACEHOLDER,
+    )
 
 
 def _common(one: str, other: str) -> int:

@@ -99,7 +99,7 @@ def _chat(turns: Any, row: Row, where: str) -> Chat:
     tools, options = _parsed(row.get("tools")), _parsed(row.get("chat_template_kwargs"))
     if not (tools is None or isinstance(tools, list)) or not (options is None or isinstance(options, dict)):
         raise UserError(f"data {where}: accepted are a list of 'tools' and a mapping 'chat_template_kwargs'")
-    return Chat(tuple(messages), tuple(tools) if tools else None, options or {}, where)
+    return Chat(tuple(messages), tuple(tools) if tools else None, options or {}, where=where)
 
 
 def _message(turn: Any, where: str) -> Message:
