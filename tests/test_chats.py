@@ -128,9 +128,9 @@ CALLS = (  # as Qwen2.5 and Llama 3.1: arguments are a mapping
 )
 CALLS_IN_JSON = (  # as DeepSeek-V3: arguments are text, a content is required, and tools answer calls alone
     "{% for m in messages %}{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
-    "{{ raise_exception('no call') }}{% endif %}<{{ m.role }}>{{ m['content'] + '' }}"
+    "{{ raise_exception('no call') }}{% endif %}<{{ m.role }}>{% if loop.last %}!{% endif %}{{ m['content'] + '' }}"
     "{% for c in m.tool_calls or [] %}{{ c.function.name + '=' + c.function.arguments }}{% endfor %}"
-    "{% if loop.last %}!{% endif %}|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    "|{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 ONLY_PARTS = (  # as SmolVLM
     "{% for m in messages %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}{% endfor %}|{% endfor %}"
@@ -149,7 +149,7 @@ LEARNT: dict[str, tuple[str, list[dict[str, Any]], list[str]]] = {
     "a system turn is folded": (STRICT, SYSTEM_TURNS, ["Très bien.|"]),
     "the assistant begins": (TEMPLATE, MESSAGES[1:], ["Très bien.|", "And you?|"]),
     "tool calls": (CALLS, TOOL_TURNS, ["clock(UTC)|", "It is noon.|"]),
-    "tool calls in JSON": (CALLS_IN_JSON, TOOL_TURNS, ['clock={"zone": "UTC"}|', "It is noon.!|"]),
+    "tool calls in JSON": (CALLS_IN_JSON, TOOL_TURNS, ['clock={"zone": "UTC"}|', "It is noon.|"]),
     "a template of parts": (ONLY_PARTS, MESSAGES, ["Très bien.|", "And you?|"]),
 }
 

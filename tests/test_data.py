@@ -1,8 +1,14 @@
 """Documents, packing and splits: no token is lost or used twice, and the seed decides the order."""
 
+import bz2
+import csv
+import gzip
+import io
 import json
-from collections.abc import Callable
+import lzma
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -10,8 +16,10 @@ import pytest
 
 from minitron.data.blocks import Packing, SplitTokens, pack, read_blocks, read_splits
 from minitron.data.corpus import read_documents
+from minitron.distillation import _warn_once, warn_of_repetition
 from minitron.errors import UserError
-from minitron.recipe import Data, data_in_words, load_recipe
+from minitron.recipe import Data, Recipe, data_in_words, load_recipe
+from minitron.session import Session
 from tests.conftest import byte_tokenizer
 
 TEXTS = ["plain words here", "naïve café — 日本語 🙂 text", "  leading and trailing  ", "line\nbreaks\n\nkept"]
@@ -67,13 +75,139 @@ def test_the_seed_decides_the_order(tmp_path: Path) -> None:
     assert sorted(texts_of(str(path), 0)) == sorted(texts_of(str(path), 1))
 
 
-def test_every_format_gives_the_same_documents(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text, "id": 1}) for text in TEXTS))
-    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "rows.parquet")
-    for i, text in enumerate(TEXTS):
-        (tmp_path / f"{i}.txt").write_text(text, encoding="utf-8")
-    for source in ("rows.jsonl", "rows.parquet", "*.txt"):
-        assert sorted(texts_of(str(tmp_path / source), 0)) == sorted(TEXTS)
+def _compressed(data: bytes) -> dict[str, bytes]:
+    zstd = pyarrow.compress(data, codec="zstd", asbytes=True)
+    return {"gz": gzip.compress(data), "bz2": bz2.compress(data), "xz": lzma.compress(data), "zst": zstd}
+
+
+def _write_formats(folder: Path, texts: list[str | None]) -> list[str]:
+    """Write texts, None being null, as files of every kind; return the names of the files."""
+    rows = [{"id": number, "text": text} for number, text in enumerate(texts)]
+    lines = "\n".join(map(json.dumps, rows))
+    files = {
+        "rows.jsonl": lines.encode(),
+        "bom.jsonl": lines.encode("utf-8-sig"),
+        "utf-16.jsonl": lines.encode("utf-16"),
+        "rows.ndjson": lines.encode(),
+        "rows.JSONL": lines.encode(),
+        "lines.json": lines.encode(),
+        "array.json": json.dumps(rows, indent=1).encode("utf-8-sig"),
+        "line.json": json.dumps(rows).encode(),
+        "strings.json": json.dumps(texts).encode(),
+        "pretty.json": "\n\n".join(json.dumps(row, indent=2) for row in rows).encode(),
+        **{f"rows.jsonl.{kind}": data for kind, data in _compressed(lines.encode()).items()},
+        **{f"bom.json.{kind}": data for kind, data in _compressed(json.dumps(rows).encode("utf-8-sig")).items()},
+    }
+    for name, delimiter in (("rows.csv", ","), ("rows.tsv", "\t")):
+        table = io.StringIO()
+        csv.writer(table, delimiter=delimiter).writerows([["id", "text"], *([row["id"], row["text"]] for row in rows)])
+        files[name] = files[f"bom-{name}"] = table.getvalue().encode("utf-8-sig")
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    table = pyarrow.Table.from_pylist(rows)
+    as_bytes = pyarrow.table({"text": [None if text is None else text.encode() for text in texts]})
+    pyarrow.parquet.write_table(table, folder / "rows.parquet")
+    pyarrow.parquet.write_table(as_bytes, folder / "bytes.parquet")
+    for name, writer in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with writer(folder / name, table.schema) as sink:
+            sink.write_table(table)
+    return [path.name for path in folder.iterdir()]
+
+
+def test_every_format_gives_the_same_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minitron.data.readers.PIECE_CHARACTERS", 7)
+    names = _write_formats(tmp_path, [None, *TEXTS, None])
+    assert len(names) > 20
+    for name in names:
+        assert texts_of(str(tmp_path / name), 0) == texts_of(str(tmp_path / "rows.jsonl"), 0), name
+    assert sorted(texts_of(str(tmp_path / "rows.jsonl"), 0)) == sorted(TEXTS)
+
+
+def test_every_encoding_of_a_text_gives_the_same_documents(tmp_path: Path) -> None:
+    text = "\n".join(TEXTS)
+    files = {"a.txt": text.encode(), "bom.txt": text.encode("utf-8-sig"), "utf-16.txt": text.encode("utf-16")}
+    files |= {f"a.txt.{kind}": data for kind, data in _compressed(text.encode()).items()}
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        assert texts_of(str(tmp_path / name), 0) == [text], name
+
+
+def test_a_folder_is_its_readable_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    texts = {"b/2.txt": "two", "b/1.txt.gz": "one", "a.jsonl": '"zero"', "README.md": "x", ".cache/x.txt": "x"}
+    for name, text in (texts | {"dataset_info.json": "{}", "b/_SUCCESS": "", "b/model.bin": "x"}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    assert sorted(texts_of(str(tmp_path), 0)) == ["one", "two", "zero"]
+    assert sorted(texts_of(f"{tmp_path}/b*", 0)) == ["one", "two"]
+    assert not caplog.records
+    (tmp_path / "data").mkdir()
+    for split in ("train-00000-of-00001", "test-00000-of-00001", "validation"):
+        pyarrow.parquet.write_table(pyarrow.table({"text": [split]}), tmp_path / "data" / f"{split}.parquet")
+    assert texts_of(str(tmp_path / "data"), 0) == ["train-00000-of-00001"]
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "1 of 3 files are read, those of the split train"
+    ]
+
+
+@pytest.mark.parametrize("columns", [("content",), ("document", "id"), ("text", "content"), ("text", "messages")])
+def test_a_column_of_text_is_found(tmp_path: Path, columns: tuple[str, ...]) -> None:
+    row = {name: "words" if name == columns[0] else None for name in columns}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    assert texts_of(str(tmp_path / "a.jsonl"), 0) == texts_of(str(tmp_path / "a.parquet"), 0) == ["words"]
+
+
+HUB_ERRORS: dict[str, tuple[str, Exception, str]] = {
+    "config": (
+        "org/name",
+        ValueError("Config name is missing.\nPick one of: ['en', 'de']"),
+        r"missing. Pick one of: \['en'",
+    ),
+    "split": (
+        "org/name:en:validation",
+        ValueError("Unknown split"),
+        "org/name:en:validation' is neither .*Unknown split",
+    ),
+    "script": ("org/name", RuntimeError("Dataset scripts are no longer supported"), "scripts are no longer"),
+    "gated": ("org/name::test", FileNotFoundError("is a gated dataset on the Hub"), "gated dataset"),
+    "of no common kind": ("org/name", Exception("Connection reset"), "Connection reset"),
+    "without a message": ("org/name", TimeoutError(), "TimeoutError"),
+}
+
+
+@pytest.mark.parametrize("case", HUB_ERRORS)
+def test_what_the_hub_library_states_is_passed_on(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, error, message = HUB_ERRORS[case]
+    asked: list[tuple[Any, Any, Any]] = []
+
+    def load(path: str, config: str | None, *, split: str, streaming: bool) -> Iterator[dict[str, Any]]:
+        asked.append((path, config, split))
+        raise error
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(UserError, match=message):
+        texts_of(name, 0)
+    _, config, split = [*name.split(":"), "", ""][:3]
+    assert asked == [("org/name", config or None, split or "train")]
+
+
+def test_rows_of_the_hub_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "a", "id": None}, {"text": None, "id": 1}, {"text": "b", "id": 2}]
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **kwargs: rows)
+    assert sorted(texts_of("org/name:config:split", 0)) == ["a", "b"]
+    with pytest.raises(UserError, match="accepted on the hub: org/name, org/name:config and org/name:config:split"):
+        texts_of("org/name:a:b:c", 0)
+
+
+def test_a_text_that_is_repeated_is_named_once(
+    text_file: Path, model_folder: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    _warn_once.cache_clear()
+    for tokens, warnings in ((1_000, 0), (1_000_000, 1), (1_000_000, 1)):
+        values = {"teacher": str(model_folder()), "data": str(text_file), "context": 32, "distill": {"tokens": tokens}}
+        warn_of_repetition(Session(Recipe.model_validate(values | {"search": {"tokens": 64}})))
+        assert len(caplog.records) == warnings
+    assert "training tokens: distill.tokens 1,000,000 reads them" in caplog.text
 
 
 def test_a_mixture_keeps_its_weights_all_the_way(tmp_path: Path) -> None:
@@ -106,7 +240,7 @@ def test_a_token_that_the_model_lacks_is_named(text_file: Path) -> None:
 
 
 def test_a_long_text_is_shuffled_through_a_bounded_buffer(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minitron.data.corpus.PIECE_CHARACTERS", 500)
+    monkeypatch.setattr("minitron.data.readers.PIECE_CHARACTERS", 500)
     whole = texts_of(str(text_file), 0)
     monkeypatch.setattr("minitron.data.corpus.BUFFER_CHARACTERS", 5_000)
     bounded = texts_of(str(text_file), 0)
@@ -122,28 +256,80 @@ def test_a_name_with_brackets_is_a_file(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "none.txt", "does not exist"),
+    "a missing folder": (lambda folder: folder / "none", "does not exist"),
+    "a missing folder with a name of the hub": (lambda _: Path("my/data"), "neither a file or folder here .* hub data"),
     "empty": (lambda folder: _written(folder / "empty.txt", ""), "is empty"),
     "blank": (lambda folder: _written(folder / "blank.txt", "\n\n  \n"), "is empty"),
+    "nulls alone": (lambda folder: _written(folder / "a.jsonl", '{"text": null}'), "is empty"),
     "binary": (lambda folder: _binary(folder / "b.txt"), "is not text|is not UTF-8"),
     "zero bytes": (lambda folder: _written(folder / "z.txt", "a\0b"), "zero bytes"),
+    "another encoding": (
+        lambda folder: _written(folder / "a.txt", "one\ncaf\xe9 two\n", "latin-1"),
+        "a.txt:2 is not UTF-8 text: invalid continuation byte",
+    ),
+    "another encoding of a compressed file": (
+        lambda folder: _written(folder / "a.jsonl.gz", '{"text": "one"}\n{"text": "caf\xe9"}', "latin-1"),
+        "a.jsonl.gz:2 is not UTF-8 text",
+    ),
+    "not compressed": (lambda folder: _written(folder / "a.zst", "x").rename(folder / "a.txt.zst"), "cannot be read:"),
+    "cut off": (lambda folder: _cut_off(folder / "a.txt.gz"), "cannot be read: Compressed file ended"),
     "not json": (lambda folder: _written(folder / "a.jsonl", "{"), "a.jsonl:1 is not valid JSON"),
+    "a broken line": (
+        lambda folder: _written(folder / "a.jsonl", '{"text": "x"}\n' * 39 + '{"text": "the file ends he'),
+        "a.jsonl:40 is not valid JSON: Unterminated string starting at column 10",
+    ),
+    "a broken array": (
+        lambda folder: _written(folder / "a.json", '[\n{"text": "x"},\n{"text" "y"}]'),
+        "a.json:3 is not",
+    ),
+    "an array that does not end": (lambda folder: _written(folder / "a.json", '["x",\n'), "a.json:2 is not valid JSON"),
     "no text field": (
         lambda folder: _written(folder / "a.jsonl", '{"body": "x"}'),
-        "no 'text' field, nor 'messages' with role and content; it has body",
+        "a.jsonl:1 has no column .* has body",
     ),
+    "no text column": (
+        lambda folder: _written(folder / "a.csv", "id,body\n1,x"),
+        "a.csv:2 has no column .* has id, body",
+    ),
+    "no text column of a table": (lambda folder: _parquet(folder / "a.parquet", body="x"), "has no column .* has body"),
+    "two columns of text": (
+        lambda folder: _parquet(folder / "a.parquet", content="x", document="y"),
+        "has no column that is read: .*; it has content, document",
+    ),
+    "a number": (
+        lambda folder: _written(folder / "a.jsonl", '\n{"text": 3}'),
+        "a.jsonl:2: column 'text' holds a number",
+    ),
+    "too many fields": (lambda folder: _written(folder / "a.csv", "id,text\n1,a,b"), "a.csv:2 has more fields than"),
     "not parquet": (lambda folder: _written(folder / "a.parquet", "x"), "is not a parquet file"),
+    "not arrow": (lambda folder: _written(folder / "a.arrow", "words" * 9), "is not an Arrow file|cannot be read"),
+    "a pointer": (
+        lambda folder: _written(folder / "a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "a.txt is a pointer of Git LFS",
+    ),
     "unknown kind": (lambda folder: _written(folder / "a.pdf", "x"), "cannot read '.pdf' files; accepted: .txt"),
     "one of several unknown": (
         lambda folder: _written(folder / "a.txt", "x").with_name("*") if _written(folder / "b.pdf", "x") else folder,
         "b.pdf: cannot read '.pdf' files",
     ),
-    "folder": (lambda folder: folder, "is a folder: name its files, such as"),
+    "an empty folder": (lambda folder: folder, "is a folder without a file that can be read; accepted: .txt"),
     "short": (lambda folder: _written(folder / "s.txt", "too short"), "shorter than one block of 64 tokens"),
 }
 
 
-def _written(path: Path, text: str) -> Path:
-    path.write_text(text)
+def _parquet(path: Path, **row: str) -> Path:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    return path
+
+
+def _cut_off(path: Path) -> Path:
+    path.write_bytes(gzip.compress(b"words " * 99)[:-9])
+    return path
+
+
+def _written(path: Path, text: str, encoding: str = "utf-8") -> Path:
+    data = text.encode(encoding)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
 
 
