@@ -75,7 +75,7 @@ def test_every_format_gives_the_same_chats(tmp_path: Path) -> None:
         assert found == [Chat(tuple(MESSAGES[:2])), Chat(tuple(MESSAGES))]
 
 
-TOOL_TURNS = [
+TOOL_TURNS: list[dict[str, Any]] = [
     {"role": "user", "content": "Time?"},
     {
         "role": "assistant",
@@ -92,7 +92,7 @@ THOUGHTS = [
     {"role": "user", "content": "Bye"},
     {"role": "assistant", "content": "<think>Oh</think> Good bye. "},
 ]
-AS_PARTS = [
+AS_PARTS: list[dict[str, Any]] = [
     {"role": role, "content": [{"type": "text", "text": content[:3]}, {"type": "text", "text": content[3:]}]}
     for role, content in TURNS
 ]

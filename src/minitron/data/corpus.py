@@ -86,9 +86,7 @@ def _files_of(folder: Path) -> list[Path]:
         raise UserError(f"data {folder} is a folder without a file that can be read; accepted: {kinds()}")
     training = [path for path in files if _is_for_training(path.relative_to(folder))]
     if training and len(training) < len(files):
-        logger.warning(
-            "data %s: only the %d of %d files of the split train are read", folder, len(training), len(files)
-        )
+        logger.warning("data %s: %d of %d files are read, those of the split train", folder, len(training), len(files))
     return training or files
 
 
