@@ -81,7 +81,7 @@ def transcript(chat: Chat, tokenizer: Any) -> Transcript:
         except RefusedError as error:
             refusals.append(error)
     roles = ", ".join([message["role"] for message in chat.messages[:6]] + ["…"] * (len(chat.messages) > 6))
-    _, reason, *_ = refusals
+    *_, reason, _ = refusals
     raise UserError(f"data {chat.where}: the chat template cannot write a chat of turns {roles}: {reason}") from reason
 
 
@@ -105,19 +105,23 @@ def _refusals() -> Iterator[None]:
         raise RefusedError(shorten(str(error) or type(error).__name__, 300, placeholder=" …")) from error
 
 
-def _forms(chat: Chat) -> list[Chat]:
-    """Return a chat as it is, and then as other templates take it; the second form asks for the fewest features."""
-    plainer = replace(chat, messages=tuple(_plainer(chat.messages)))
-    with_json = replace(plainer, messages=tuple(_with_arguments(m, json.dumps) for m in plainer.messages))
-    return [chat, plainer, with_json, replace(plainer, in_parts=True)]
+def _forms(chat: Chat) -> Iterator[Chat]:
+    """Yield a chat as it is, and then as other templates take it; the last but one asks for the fewest features."""
+    yield chat
+    complete = [{"content": "", **message} for message in chat.messages]
+    yield replace(chat, messages=tuple(complete))
+    yield replace(chat, messages=tuple(_with_arguments(message, json.dumps) for message in complete))
+    folded = replace(chat, messages=tuple(_folded(complete)))
+    yield folded
+    yield replace(folded, in_parts=True)
 
 
-def _plainer(messages: tuple[Message, ...]) -> Iterator[Message]:
-    """Yield messages with every system turn put before the user's turn that follows it, and a content in every turn."""
+def _folded(messages: list[Message]) -> Iterator[Message]:
+    """Yield messages with every system turn put before the content of the user's turn that follows it."""
     system: Message | None = None
-    for message in ({"content": "", **message} for message in messages):
+    for message in messages:
         if system and message["role"] == "user":
-            message["content"] = f"{system['content']}\n\n{message['content']}"
+            message = {**message, "content": f"{system['content']}\n\n{message['content']}"}
         elif system:
             yield system
         system = message if message["role"] == "system" else None
