@@ -257,7 +257,7 @@ def test_a_run_that_is_told_to_stop_loses_nothing(
     )  # fmt: skip
     assert stopped.returncode == status, stopped.stderr
     assert stopped.stderr.splitlines()[-1] == "stopped, with everything saved: run the same command again to continue"
-    assert json.loads((tmp_path / ".out.distill" / "checkpoint" / "state.json").read_text())["step"] == 4
+    assert json.loads((tmp_path / "out" / ".minitron-distill" / "checkpoint" / "state.json").read_text())["step"] == 4
     for out in ("out", "through"):
         cli.app(["distill", *verb, str(tmp_path / out), *given], standalone_mode=False)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
@@ -317,7 +317,7 @@ def test_a_run_killed_on_two_processes_continues_on_one(
     program = ["minitron", *verb, str(tmp_path / "two"), *options]
     codes, log = on_two_ranks(program, tmp_path / "log", kill_at=4)
     assert codes[0] == -signal.SIGKILL, log[-2000:]
-    checkpoint = tmp_path / ".two.distill" / "checkpoint"
+    checkpoint = tmp_path / "two" / ".minitron-distill" / "checkpoint"
     assert json.loads((checkpoint / "state.json").read_text())["step"] == 3
     assert all(path.suffix in {".safetensors", ".json"} for path in checkpoint.iterdir())
     for name in ("two", "one"):

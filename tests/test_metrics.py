@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minitron.data.blocks import Packing, load_tokenizer, pack
-from minitron.distillation.metrics import Metrics
+from minitron.distillation.metrics import Metrics, require_trackers
 from minitron.errors import UserError
 from minitron.evaluation.generation import greedy_continuation
 from minitron.model.checkpoint import Checkpoint
@@ -66,11 +66,36 @@ def test_trackers_get_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.setitem(sys.modules, "wandb", None)
+def test_a_tracker_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    require_trackers(("json",))
+    monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=f"{name} is not installed: pip install {name}"):
-        Metrics(tmp_path, 0, (name,), World())
+        require_trackers((name,))
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2])
+def test_a_tracker_that_fails_is_left_out_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_rows: int
+) -> None:
+    seen: list[int] = []
+
+    def log(figures: dict[str, float], step: int) -> None:
+        if len(seen) == num_rows - 1:
+            raise ConnectionError("no route to host")
+        seen.append(step)
+
+    def init(**_: Any) -> SimpleNamespace:
+        if num_rows == 0:
+            raise ConnectionError("no route to host")
+        return SimpleNamespace(log=log)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    metrics = Metrics(tmp_path, 0, ("wandb",), World())
+    for row in ROWS:
+        metrics.add(**row)
+    assert seen == list(range(num_rows - 1))
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == ROWS
+    assert caplog.text.count("in wandb could not be made: no route to host") == 1
 
 
 def test_a_continuation_is_the_likeliest_one(teacher: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

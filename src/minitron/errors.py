@@ -1,4 +1,8 @@
-"""Exceptions that end a run with a message instead of a traceback."""
+"""Exceptions that end a run with a message instead of a traceback, and failures that do not end it."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -14,6 +18,18 @@ class StoppedError(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__("stopped, with everything saved: run the same command again to continue")
         self.signal_number = signal_number
+
+
+@contextmanager
+def courtesy(what: str) -> Iterator[None]:
+    """Let a failure of the block be a warning: what it makes accompanies a result, which is whole without it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, StoppedError):
+        raise
+    except BaseException as error:  # panics of Rust libraries derive from it directly
+        reason = " ".join(str(error).split())[:300]
+        logging.warning(f"{what} could not be made: {reason or type(error).__name__}")
 
 
 def nearest(word: str, accepted: list[str]) -> str:

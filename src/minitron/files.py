@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,9 +60,9 @@ def publish_folder(staging: Path, path: Path) -> None:
         # The old folder is renamed before it is removed, so that a kill at any moment leaves one of the two complete.
         replaced = _replaced_path(path)
         shutil.rmtree(replaced, ignore_errors=True)
-        os.replace(path, replaced)
+        shutil.move(path, replaced)  # copies where overlayfs cannot rename a folder of a lower layer
         os.replace(staging, path)
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)
     else:
         os.replace(staging, path)
 
@@ -69,13 +70,17 @@ def publish_folder(staging: Path, path: Path) -> None:
 def apply_umask(path: Path) -> None:
     """Give a file, or a folder with all that it holds, the permissions of the user's umask.
 
-    Some libraries (safetensors among them) write files that only their owner can read, under any umask.
+    Some libraries (safetensors among them) write files that only their owner can read, under any umask. A folder keeps
+    its setgid and sticky bits; file systems without permissions refuse the change, and need none.
     """
     umask = os.umask(0)
     os.umask(umask)
     for each in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        if not each.is_symlink():
-            each.chmod((0o777 if each.is_dir() else 0o666) & ~umask)
+        mode = each.lstat().st_mode
+        if not stat.S_ISLNK(mode):
+            wanted = (0o777 if stat.S_ISDIR(mode) else 0o666) & ~umask
+            with suppress(OSError):
+                each.chmod(stat.S_IMODE(mode) & ~0o777 | wanted)
 
 
 def recover_folder(path: Path) -> None:
@@ -154,29 +159,6 @@ def require_space(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < num_bytes:
         raise UserError(f"no space left for {folder}: it needs about {decimal(num_bytes)}, {decimal(free)} are free")
-
-
-def require_new_folder(path: Path, overwrite: bool, mark: str, inputs: tuple[Path, ...] = ()) -> None:
-    """Check that `path` may become a new folder.
-
-    A folder that is not empty may be replaced only if `overwrite` is true, if it holds the file `mark` that results
-    of this kind have, and if none of the `inputs` is this folder or inside it.
-
-    Raises:
-        UserError: it may not, or `path` cannot be written.
-    """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} exists and is not a folder")
-    if path.exists() and any(path.iterdir()):
-        if not overwrite:
-            raise UserError(f"{path} exists and is not empty: choose another folder or pass --overwrite")
-        if not (path / mark).exists():
-            raise UserError(
-                f"{path} holds no {mark}: --overwrite only replaces results of this kind; remove it yourself"
-            )
-        if inside := [folder for folder in inputs if folder.absolute().is_relative_to(path.absolute())]:
-            raise UserError(f"{path} contains {inside[0]}, which is one of the inputs: choose another folder")
-    require_writable(path)
 
 
 def require_writable(path: Path) -> None:

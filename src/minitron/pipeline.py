@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from minitron import nas
 from minitron.distillation import distill, require_trainable, stored_teacher, warn_of_repetition
-from minitron.errors import UserError
+from minitron.errors import UserError, courtesy
 from minitron.evaluation import measure
 from minitron.evaluation.speed import TURNS, speed_up
 from minitron.files import read_json, require_space, write_json
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.checkpoint import open_checkpoint
+from minitron.model.config import config_values
 from minitron.model.language_model import load_model
 from minitron.nas.shapes import Shapes
 from minitron.progress import Progress
@@ -27,7 +28,7 @@ from minitron.recipe import Recipe
 from minitron.reports.card import write_card
 from minitron.reports.html import write_report
 from minitron.reports.series import write_series_report
-from minitron.run import Run, open_run
+from minitron.run import Run, open_run, teacher_of
 from minitron.session import Session, require_one_process
 
 STATES = "teacher-states"
@@ -47,46 +48,57 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False, *, larger: Path
     """
     require_one_process()
     require_scores(recipe)
-    run = open_run(out, recipe, overwrite)
-    if run.is_finished and run.path("report.html").exists():
-        return dict(read_json(run.path("eval.json")))
-    session = Session(recipe, larger)
+    with open_run(out, recipe, overwrite) as run:
+        if not run.is_finished:
+            _take_stages(run, Session(recipe, larger))
+        _accompany(run)
+        run.publish()
+    return dict(read_json(run.path("eval.json")))
+
+
+def _take_stages(run: Run, session: Session) -> None:
+    """Run the stages that are not done."""
     session.validate()
     require_trainable(session, session.source.arch)
     shapes, budget = nas.shapes_within(session)
     session.require_one_reading()
     _check(run, session, shapes)
-    try:
-        run.begin()
-        _link_teacher(run, session.teacher)
-        if not run.is_done("calibrate"):
-            with run.stage("calibrate"):
-                write_importance(out, session, nas.removed_layers(shapes))
-        importance = load_file(run.path("importance.safetensors"))
-        if not run.is_done("search"):
-            with run.stage("search"):
-                write_json(run.path("arch.json"), nas.search(session, importance, shapes, budget, out).to_dict())
-        source = session.source.arch
-        arch = Arch.from_dict(read_json(run.path("arch.json")), source)
-        if not run.is_done("prune"):
-            with run.stage("prune"):
-                run.record["kept_layers"] = kept_layers(importance, source, arch).tolist()
-                prune(session, arch, importance, run.path("pruned"))
-        if not run.is_done("distill"):
-            with run.stage("distill"):
-                _record_resumption(run, session)
-                distill(session, open_checkpoint(run.path("pruned")), run.path("student"), work=out)
-        shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
-        if not run.is_done("evaluate"):
-            with run.stage("evaluate"):
-                figures = _evaluate(run, session)
-                student = open_checkpoint(run.path("student")).arch
-                write_card(out, run.record, session.teacher.arch, student, figures)
-        if not run.path("report.html").exists():
-            write_report(out)
-    finally:
-        run.clean()
-    return dict(read_json(run.path("eval.json")))
+    run.begin()
+    run.link_teacher(session.teacher.folder)
+    if not run.is_done("calibrate"):
+        with run.stage("calibrate"):
+            write_importance(run.folder, session, nas.removed_layers(shapes))
+    importance = load_file(run.path("importance.safetensors"))
+    if not run.is_done("search"):
+        with run.stage("search"):
+            write_json(run.path("arch.json"), nas.search(session, importance, shapes, budget, run.folder).to_dict())
+    source = session.source.arch
+    arch = Arch.from_dict(read_json(run.path("arch.json")), source)
+    if not run.is_done("prune"):
+        with run.stage("prune"):
+            run.record["kept_layers"] = kept_layers(importance, source, arch).tolist()
+            prune(session, arch, importance, run.path("pruned"))
+    if not run.is_done("distill"):
+        with run.stage("distill"):
+            _record_resumption(run, session)
+            distill(session, open_checkpoint(run.path("pruned")), run.path("student"), work=run.folder)
+    shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
+    if not run.is_done("evaluate"):
+        with run.stage("evaluate"):
+            _evaluate(run, session)
+            run.path("report.html").unlink(missing_ok=True)  # a page that was written while the run was under way
+
+
+def _accompany(run: Run) -> None:
+    """Write the model card and the report of a finished run where they are missing; a failure is a warning."""
+    if not (run.path("student") / "README.md").exists():
+        with courtesy("the model card"):
+            teacher = Arch.from_config(config_values(teacher_of(run.folder), run.record["recipe"]["family"]))
+            student = open_checkpoint(run.path("student")).arch
+            write_card(run.folder, run.record, teacher, student, read_json(run.path("eval.json")))
+    if not run.path("report.html").exists():
+        with courtesy("report.html"):
+            write_report(run.folder)
 
 
 def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, Any]:
@@ -103,11 +115,10 @@ def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
     assert isinstance(targets, tuple)
     require_scores(recipe)
     _require_falling(targets, Session(recipe))
-    run = open_run(out, recipe, overwrite)
-    run.begin()
     figures: dict[str, Any] = {}
     larger: Path | None = None
-    try:
+    with open_run(out, recipe, overwrite) as run:
+        run.begin()
         for target in targets:
             name = str(target)
             member = _member(recipe, target, run, larger)
@@ -118,9 +129,9 @@ def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
             figures[name] = read_json(run.path(name) / "eval.json")
             larger = run.path(name) / "student"
         shutil.rmtree(run.path(STATES), ignore_errors=True)
-        write_series_report(out)
-    finally:
-        run.clean()
+        with courtesy("report.html"):
+            write_series_report(run.folder)
+        run.publish()
     return figures
 
 
@@ -137,12 +148,6 @@ def _check(run: Run, session: Session, shapes: Shapes) -> None:
         return
     # Pruned model and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.
     require_space(run.folder, 2 * session.teacher.num_bytes + 2 * 12 * largest)
-
-
-def _link_teacher(run: Run, teacher: Checkpoint) -> None:
-    link = run.path("teacher")
-    if not link.is_symlink():
-        link.symlink_to(teacher.folder.absolute(), target_is_directory=True)
 
 
 def _record_resumption(run: Run, session: Session) -> None:

@@ -1,5 +1,8 @@
 """The run directory: records its recipe, the state of its stages, and the versions and inputs of its results."""
 
+import glob
+import logging
+import os
 import platform
 import shutil
 import time
@@ -11,7 +14,8 @@ from typing import Any
 
 from minitron import __version__
 from minitron.errors import UserError
-from minitron.files import PARTIAL, missing_parents, read_json, remove_empty, require_writable, write_json
+from minitron.files import PARTIAL, read_json, write_json
+from minitron.output import Output, visible
 from minitron.recipe import Recipe
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets")
@@ -24,19 +28,41 @@ STAGES = ("calibrate", "search", "prune", "distill", "evaluate")
 
 
 class Run:
-    """An open run directory. Nothing is created on disk before `begin`."""
+    """An open run directory; no file of the run is created before `begin`.
 
-    def __init__(self, folder: Path, recipe: Recipe, replaces: bool = False) -> None:
-        self.folder, self.recipe = folder, recipe
-        self._replaces = replaces
-        self._is_new, self._missing_parents = replaces or not folder.exists(), missing_parents(folder)
-        self.record: dict[str, Any] = {
+    A run that replaces another lies in a hidden folder of that one's run directory until it is finished.
+    """
+
+    def __init__(self, output: Output, recipe: Recipe, *, replaces: bool = False) -> None:
+        self._output, self._replaces = output, replaces
+        self.folder = output.hidden("overwrite") if replaces else output.path
+        self._fresh: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
             "seed": recipe.seed,
             "versions": versions(),
             "sources": {},
             "stages": {},
         }
+        self.record, self._is_new = self._fresh, not self.is_begun
+        if self.is_begun:
+            self._continue()
+
+    def _continue(self) -> None:
+        """Read the record of a run that has begun; a replacement with another recipe is begun again.
+
+        Raises:
+            UserError: the record is not one of a run, or of another recipe.
+        """
+        record = read_json(self.record_path)
+        if not isinstance(record, dict) or not {"recipe", "sources", "stages"} <= set(record):
+            raise UserError(f"{self.record_path} is not the record of a run: choose another folder")
+        difference = _first_difference(record["recipe"], self._fresh["recipe"])
+        if difference and not self._replaces:
+            raise UserError(
+                f"{self.folder} belongs to another recipe ({difference}): choose another folder or pass --overwrite"
+            )
+        if not difference:
+            self.record = {**record, "versions": versions()}
 
     @property
     def is_finished(self) -> bool:
@@ -45,13 +71,13 @@ class Run:
 
     @property
     def is_begun(self) -> bool:
-        """Whether the run is on disk and is not going to be replaced."""
-        return self.record_path.exists() and not self._replaces
+        """Whether the run is on disk."""
+        return self.record_path.is_file()
 
     @property
     def record_path(self) -> Path:
         """Path of `run.json`."""
-        return self.folder / "run.json"
+        return self.folder / RUN_RECORD
 
     def path(self, name: str) -> Path:
         """Return the path of a file or folder of the run."""
@@ -82,17 +108,21 @@ class Run:
     def bind(self, source: str, fingerprint: str) -> None:
         """Record the fingerprint of an input, or check it against the one recorded when the run was started.
 
+        A replacement is begun again with the present input.
+
         Raises:
             UserError: the input has changed since.
         """
-        if self.record["sources"].setdefault(source, fingerprint) != fingerprint:
+        if self.record["sources"].setdefault(source, fingerprint) == fingerprint:
+            return
+        if not self._replaces:
             raise UserError(f"{self.folder} was started with a different {source} of this name: pass --overwrite")
+        self.record = {**self._fresh, "sources": {source: fingerprint}}
 
     def begin(self) -> None:
-        """Create the folder, replacing an earlier run if asked to; call it after the inputs are checked."""
-        if self._replaces:
-            shutil.rmtree(self.folder)
-            self._replaces = False
+        """Create the folder; call it after the inputs are checked."""
+        if self._replaces and not self.record["stages"]:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.save()
 
@@ -100,44 +130,92 @@ class Run:
         """Write `run.json`."""
         write_json(self.record_path, self.record)
 
-    def clean(self) -> None:
-        """Remove half-written (hidden) files, and the folder too if this run created it and finished no stage."""
-        if not self.folder.is_dir() or self._replaces:
+    def link_teacher(self, teacher: Path) -> None:
+        """Let `teacher` in the run be a link to the teacher's folder, or its path where no link can be made.
+
+        Within a series, the link to a larger student is relative: it is valid after the series has been moved.
+        """
+        link, target, series = self.path("teacher"), teacher.resolve(), self.folder.resolve().parent
+        if link.is_symlink() or link.exists():
             return
-        for path in self.folder.glob(".*"):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        holds_runs = any((path / "run.json").exists() for path in self.folder.iterdir())
+        if (series / RUN_RECORD).is_file() and target.is_relative_to(series):
+            target = Path(os.path.relpath(target, self.folder.resolve()))
+        try:
+            link.symlink_to(target, target_is_directory=True)
+        except OSError:
+            link.write_text(f"{target}\n", encoding="utf-8")
+
+    def publish(self) -> None:
+        """Bring a finished replacement to the place of the run that it replaces."""
+        if self._replaces:
+            self._output.publish(self.folder)
+            self.folder, self._replaces = self._output.path, False
+
+    def clean(self) -> None:
+        """Remove half-written files, and the files of a run that was started here and finished no stage."""
+        if not self.is_begun:
+            return
+        for path in self.folder.glob(f".*{PARTIAL}"):
+            _remove(path)
+        holds_runs = any((path / RUN_RECORD).exists() for path in self.folder.iterdir())
         if self._is_new and not holds_runs and not any(self.is_done(stage) for stage in self.record["stages"]):
-            shutil.rmtree(self.folder)
-            remove_empty(self._missing_parents)
+            for path in visible(self.folder):
+                _remove(path)
+            if self._replaces:
+                shutil.rmtree(self.folder)
 
 
-def open_run(folder: Path, recipe: Recipe, overwrite: bool) -> Run:
-    """Start a run in a new or empty folder, or continue the run of an equal recipe.
+@contextmanager
+def open_run(folder: Path, recipe: Recipe, overwrite: bool) -> Iterator[Run]:
+    """Start a run in a new or empty folder, or continue the run of an equal recipe, and hold the folder's lock.
+
+    With `overwrite`, a run that is there is replaced once the new one is finished and published; an unfinished
+    replacement with equal recipe and inputs is continued.
 
     Raises:
-        UserError: the folder holds the run of another recipe or other files, or cannot be written.
+        UserError: the folder holds the run of another recipe or other files, cannot be written, or is being written.
     """
-    require_writable(folder)
-    run = Run(folder, recipe)
-    if not folder.exists() or all(path.name.endswith(PARTIAL) for path in folder.iterdir()):
-        return run
-    if overwrite:
-        if not run.record_path.is_file():
-            raise UserError(f"{folder} holds no run.json: --overwrite only replaces runs; remove the folder yourself")
-        return Run(folder, recipe, replaces=True)
-    if not run.record_path.is_file():
-        raise UserError(f"{folder} exists and is not a run of minitron: choose another folder")
-    record = read_json(run.record_path)
-    if not isinstance(record, dict) or not {"recipe", "sources", "stages"} <= set(record):
-        raise UserError(f"{run.record_path} is not the record of a run: choose another folder")
-    if difference := _first_difference(record["recipe"], run.record["recipe"]):
-        raise UserError(f"{folder} belongs to another recipe ({difference}): choose another folder or pass --overwrite")
-    run.record = {**record, "versions": versions()}
-    return run
+    output = Output(folder, RUN_RECORD)
+    output.require_folder()
+    was_replaced = output.is_unsettled  # the command before this one was killed while it replaced the run
+    with output.held():
+        has_run = (folder / RUN_RECORD).is_file()
+        if not output.is_empty and not has_run:
+            raise UserError(
+                f"{folder} holds no run.json: --overwrite only replaces runs; remove the folder yourself"
+                if overwrite
+                else f"{folder} exists and is not a run of minitron: choose another folder"
+            )
+        replaces = overwrite and has_run and not was_replaced
+        if replaces:
+            output.require_outside(local_inputs(recipe))
+        elif (unfinished := output.hidden("overwrite")).is_dir():
+            logging.warning(f"{unfinished} holds an unfinished run, which --overwrite continues")
+        run = Run(output, recipe, replaces=replaces)
+        try:
+            yield run
+        finally:
+            run.clean()
+
+
+def local_inputs(recipe: Recipe) -> tuple[Path, ...]:
+    """Return the paths on this machine that a recipe names as its teacher and as its data."""
+    named = [recipe.teacher, *([recipe.data] if isinstance(recipe.data, str) else recipe.data)]
+    paths = [Path(name).expanduser() for name in named]
+    return tuple(path for path in paths if path.exists() or glob.has_magic(path.name))
+
+
+def teacher_of(run: Path) -> Path:
+    """Return the folder of a run directory's teacher."""
+    link = run / "teacher"
+    return run / link.read_text(encoding="utf-8").strip() if link.is_file() else link
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def versions() -> dict[str, str]:

@@ -1,12 +1,13 @@
 """Records the figures of a training: always in `metrics.jsonl`, on request in TensorBoard and Weights & Biases."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import UserError
+from minitron.errors import UserError, courtesy
 from minitron.files import read_jsonl, write_jsonl
 from minitron.runtime import World
 
@@ -16,14 +17,16 @@ Row = dict[str, Any]
 class Metrics:
     """Appends one row per step to `metrics.jsonl`; a resumed training drops the rows after its checkpoint.
 
-    Raises:
-        UserError: a tracker is not installed.
+    A tracker that fails is left out from then on, with a warning.
     """
 
     def __init__(self, work: Path, step: int, trackers: tuple[str, ...], world: World) -> None:
         self.path, self.is_main = work / "metrics.jsonl", world.is_main
         self.rows = [row for row in read_jsonl(self.path) if row["step"] <= step] if step else []
-        self.trackers = [TRACKERS[name](work) for name in trackers] if world.is_main else []
+        self.trackers: dict[str, Callable[[Row], None]] = {}
+        for name in trackers if world.is_main else ():
+            with courtesy(f"distill.trackers: curves in {name}"):
+                self.trackers[name] = TRACKERS[name](work)
         if self.is_main:
             write_jsonl(self.path, self.rows)
 
@@ -33,8 +36,11 @@ class Metrics:
         if self.is_main:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        for track in self.trackers:
-            track(row)
+        for name, track in list(self.trackers.items()):
+            del self.trackers[name]
+            with courtesy(f"distill.trackers: further curves in {name}"):
+                track(row)
+                self.trackers[name] = track
 
     @property
     def num_skipped_last(self) -> int:
@@ -49,11 +55,20 @@ class Metrics:
         return f"{f' · held-out perplexity {perplexities[-1]:.2f}' if perplexities else ''}{skipped}"
 
 
+def require_trackers(names: tuple[str, ...]) -> None:
+    """Check that trackers are installed, without importing them.
+
+    Raises:
+        UserError: one is not.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"distill.trackers: {name} is not installed: pip install {name}")
+
+
 def _tensorboard(work: Path) -> Callable[[Row], None]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("distill.trackers: tensorboard is not installed: pip install tensorboard") from error
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(work / "tensorboard"))
 
     def track(row: Row) -> None:
@@ -67,10 +82,8 @@ def _tensorboard(work: Path) -> Callable[[Row], None]:
 
 
 def _wandb(work: Path) -> Callable[[Row], None]:
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("distill.trackers: wandb is not installed: pip install wandb") from error
+    import wandb
+
     run = wandb.init(project="minitron", dir=str(work))
     return lambda row: run.log(_figures(row), step=row["step"])
 

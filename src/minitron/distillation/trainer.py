@@ -17,13 +17,13 @@ from torch import Tensor
 from minitron.data.blocks import Blocks, load_tokenizer
 from minitron.distillation.checkpoint import Trained, load_checkpoint, save_checkpoint
 from minitron.distillation.intermediate import Intermediate, compare_on_the_way
-from minitron.distillation.metrics import Metrics
+from minitron.distillation.metrics import Metrics, require_trackers
 from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import learning_rate, make_optimizer, take_step
 from minitron.distillation.parallel import lighten, shard, whole
 from minitron.distillation.parameters import choose_parameters
 from minitron.distillation.teacher import Learning, Live, Teacher
-from minitron.errors import UserError
+from minitron.errors import UserError, courtesy
 from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import whole_folder
@@ -210,7 +210,8 @@ class _Loop:
             figures: dict[str, Any] = {"heldout_perplexity": measure_perplexity(headless, heldout).perplexity}
             if self.trainer.runtime.world.size == 1 and (folder / "tokenizer.json").exists():
                 prompt = heldout.ids[:1, :PROMPT_TOKENS]
-                figures["sample"] = greedy_continuation(headless.model, load_tokenizer(folder), prompt)
+                with courtesy("generated text"):
+                    figures["sample"] = greedy_continuation(headless.model, load_tokenizer(folder), prompt)
         return figures
 
 
@@ -219,7 +220,7 @@ def require_trainable(recipe: DistillRecipe, student: Arch, dtype: torch.dtype, 
 
     Raises:
         UserError: the batch cannot be split among the ranks, an option runs in one process only, `top_k` is the whole
-            vocabulary, or the dtype is float16.
+            vocabulary, a tracker is not installed, or the dtype is float16.
     """
     if recipe.batch_size % num_ranks:
         raise UserError(f"distill.batch_size {recipe.batch_size} cannot be split equally among {num_ranks} ranks")
@@ -230,6 +231,7 @@ def require_trainable(recipe: DistillRecipe, student: Arch, dtype: torch.dtype, 
             raise UserError(f"distill.{key} lora runs in one process; accepted under torchrun: full, norms")
     if recipe.top_k is not None and recipe.top_k >= student.axis_size("vocab"):
         raise UserError(f"distill.top_k {recipe.top_k} leaves no tail of {student.axis_size('vocab')} tokens")
+    require_trackers(recipe.trackers)
     if dtype == torch.float16:
         raise UserError("gradients of distillation are too small for float16; accepted: auto, float32, bfloat16")
 

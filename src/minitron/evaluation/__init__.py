@@ -3,6 +3,7 @@
 from typing import Any
 
 from minitron.data.blocks import Blocks, load_tokenizer
+from minitron.errors import courtesy
 from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.checkpoint import Checkpoint
@@ -20,9 +21,10 @@ def measure(model: Any, checkpoint: Checkpoint, blocks: Blocks, *, stage: str, n
     with Progress(stage, blocks.num_tokens) as progress:
         figures = measure_perplexity(model, blocks, progress.advance).to_dict()
     if num_samples:
-        tokenizer = load_tokenizer(checkpoint.folder)
-        prompts = blocks.ids[:num_samples, :PROMPT_TOKENS].split(1)
-        figures["samples"] = [greedy_continuation(model, tokenizer, prompt) for prompt in prompts]
+        with courtesy("generated text"):
+            tokenizer = load_tokenizer(checkpoint.folder)
+            prompts = blocks.ids[:num_samples, :PROMPT_TOKENS].split(1)
+            figures["samples"] = [greedy_continuation(model, tokenizer, prompt) for prompt in prompts]
     return {
         "num_parameters": checkpoint.arch.num_parameters,
         "num_non_embedding_parameters": checkpoint.arch.num_non_embedding_parameters,

@@ -5,18 +5,20 @@ import re
 from pathlib import Path
 from typing import Any
 
+from minitron.errors import courtesy
 from minitron.files import read_json, whole_file
 from minitron.model.arch import Arch
 from minitron.model.engines import ENGINES
 from minitron.recipe import data_in_words
 from minitron.reports.figures import Results, Rows, figures_table, speed_up_conditions
+from minitron.run import teacher_of
 
 
 def write_card(run: Path, record: dict[str, Any], teacher: Arch, student: Arch, results: Results) -> None:
     """Write `README.md` into the student's folder of a run, from what its `run.json` and `eval.json` hold."""
     recipe, folder = record["recipe"], run / "student"
     text = f"""---
-{_metadata(record, results, run / "teacher")}
+{_metadata(record, results, teacher_of(run))}
 ---
 
 # {_name(recipe)}, {student.num_parameters / 1e6:,.1f} M parameters
@@ -71,11 +73,8 @@ def _name(recipe: dict[str, Any]) -> str:
 def _metadata(record: dict[str, Any], results: Results, teacher: Path) -> str:
     """Return the YAML that the Hub reads: licence and language of the teacher, figures of `eval.json`."""
     from huggingface_hub import EvalResult, ModelCardData
-    from huggingface_hub.repocard import metadata_load
 
-    recipe, student, readme = record["recipe"], results["student"], teacher / "README.md"
-    teacher_metadata: dict[str, Any] = (metadata_load(readme) if readme.is_file() else None) or {}
-    inherited = {"license", "license_name", "license_link", "language"} & teacher_metadata.keys()
+    recipe, student = record["recipe"], results["student"]
     sources = [recipe["data"]] if isinstance(recipe["data"], str) else list(recipe["data"])
     dataset = {
         "dataset_name": data_in_words(recipe["data"]),
@@ -84,7 +83,7 @@ def _metadata(record: dict[str, Any], results: Results, teacher: Path) -> str:
         "dataset_args": {"context": student["context"], "num_tokens": student["num_tokens"], "seed": recipe["seed"]},
     }
     card = ModelCardData(
-        **{key: teacher_metadata[key] for key in sorted(inherited)},
+        **_inherited(teacher / "README.md"),
         base_model=recipe["teacher"] if _is_hub_id(recipe["teacher"]) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -97,6 +96,19 @@ def _metadata(record: dict[str, Any], results: Results, teacher: Path) -> str:
         ],
     )
     return str(card.to_yaml(line_break="\n")).strip()
+
+
+def _inherited(readme: Path) -> dict[str, Any]:
+    """Return licence and language of a teacher's card, as far as they can be read."""
+    from huggingface_hub.repocard import metadata_load
+
+    metadata: Any = None
+    if readme.is_file():
+        with courtesy(f"{readme}: the licence and language of the model card"):
+            metadata = metadata_load(readme)
+    keys = ("language", "license", "license_link", "license_name")
+    values = {key: metadata[key] for key in keys if key in metadata} if isinstance(metadata, dict) else {}
+    return {key: value for key, value in values.items() if isinstance(value, (str, list))}
 
 
 def _is_hub_id(name: str) -> bool:

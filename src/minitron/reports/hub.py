@@ -1,5 +1,6 @@
 """Uploads a student to the Hugging Face Hub."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ def push(folder: Path, repo: str, *, private: bool = False, endpoint: str | None
     student = folder / "student" if (folder / "run.json").is_file() else folder
     if not (student / "config.json").is_file():
         raise UserError(f"{student} holds no model yet")
-    require_valid_card(student)
+    if (student / "README.md").is_file():
+        require_valid_card(student)
+    else:
+        logging.warning(f"{student} holds no README.md: the hub will show no model card")
     api = HfApi(endpoint=endpoint)
     try:
         api.create_repo(repo, private=private, exist_ok=True)

@@ -12,6 +12,7 @@ from minitron.errors import UserError
 from minitron.files import read_json, read_jsonl
 from minitron.model.arch import Arch
 from minitron.model.config import config_values
+from minitron.run import teacher_of
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,10 @@ class RunFiles:
     def archs(self) -> tuple[Arch, Arch] | None:
         """Teacher and student; None before a shape is found."""
         sizes = self.read("arch.json")
-        if sizes is None or not (self.folder / "teacher").exists():
+        folder = teacher_of(self.folder)
+        if sizes is None or not folder.exists():
             return None
-        teacher = Arch.from_config(config_values(self.folder / "teacher", self.record["recipe"].get("family")))
+        teacher = Arch.from_config(config_values(folder, self.record["recipe"].get("family")))
         return teacher, Arch.from_dict(sizes, teacher)
 
     @cached_property

@@ -20,17 +20,16 @@ def calibrate(
     Raises:
         UserError: an input cannot be used, or `out` may not be replaced.
     """
-    from minitron.files import whole_folder
+    from minitron.output import Output
     from minitron.pruning import require_measurable, write_importance
     from minitron.recipe import recipe_from
     from minitron.verbs.workspace import open_session
 
-    out = Path(out).absolute()
-    session = open_session(
-        recipe_from(recipe, teacher=teacher, **settings), out, "importance.safetensors", overwrite=overwrite
-    )
+    output = Output(Path(out).absolute(), "importance.safetensors")
+    session = open_session(recipe_from(recipe, teacher=teacher, **settings), output, overwrite=overwrite)
     require_measurable(session)
     _ = session.splits  # reads the text before the folder is made
-    with whole_folder(out) as staging:
-        importance = write_importance(staging, session)
-    return Calibrated(out, {axis: list(scores.shape) for axis, scores in importance.items()})
+    with output.work("calibrate") as work:
+        importance = write_importance(work, session)
+        output.publish(work)
+    return Calibrated(output.path, {axis: list(scores.shape) for axis, scores in importance.items()})

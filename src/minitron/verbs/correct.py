@@ -21,17 +21,17 @@ def correct(
         UserError: the training cannot be done.
     """
     from minitron import distillation
+    from minitron.output import Output
     from minitron.recipe import recipe_from
     from minitron.verbs.workspace import open_session, publish_student, resumable
 
-    out = Path(out).absolute()
+    output = Output(Path(out).absolute(), "config.json")
     session = open_session(
-        recipe_from(recipe, teacher=teacher, **settings), out, "config.json", overwrite=overwrite, one_process=False
+        recipe_from(recipe, teacher=teacher, **settings), output, overwrite=overwrite, one_process=False
     )
     distillation.require_correctable(session)
-    # "distill": the folder has carried this name since the first version, and interrupted runs continue from it.
-    with resumable(session, out, "distill", [session.teacher.fingerprint()]) as work:
+    with resumable(session, output, "correct", [session.teacher.fingerprint()]) as work:
         distillation.warn_of_repetition(session)
         distillation.correct(session, work / "student", work)
-        publish_student(session, work, out)
-    return Shaped(out, session.teacher.arch)
+        publish_student(session, work, output)
+    return Shaped(output.path, session.teacher.arch)

@@ -20,7 +20,7 @@ def distill(
 ) -> Shaped:
     """Train the model `student` on the outputs of a teacher and write a Hugging Face folder at `out`.
 
-    An interrupted run with equal inputs continues from its last checkpoint, in a hidden folder beside `out`. Under
+    An interrupted run with equal inputs continues from its last checkpoint, in a hidden folder within `out`. Under
     torchrun the models are sharded with FSDP2. See `calibrate` for `settings`.
 
     Raises:
@@ -28,23 +28,23 @@ def distill(
     """
     from minitron import distillation
     from minitron.model.source import open_teacher
+    from minitron.output import Output
     from minitron.recipe import recipe_from
     from minitron.session import require_one_vocabulary
     from minitron.verbs.workspace import open_session, publish_student, resumable
 
-    out, pruned = Path(out).absolute(), open_teacher(str(student))
+    output, pruned = Output(Path(out).absolute(), "config.json"), open_teacher(str(student))
     session = open_session(
         recipe_from(recipe, teacher=teacher, **settings),
-        out,
-        "config.json",
+        output,
         overwrite=overwrite,
         inputs=(pruned.folder,),
         one_process=False,
     )
     require_one_vocabulary(session.teacher, pruned)
     distillation.require_trainable(session, pruned.arch)
-    with resumable(session, out, "distill", [pruned.fingerprint()]) as work:
+    with resumable(session, output, "distill", [pruned.fingerprint()]) as work:
         distillation.warn_of_repetition(session)
         distillation.distill(session, pruned, work / "student", work)
-        publish_student(session, work, out)
-    return Shaped(out, pruned.arch)
+        publish_student(session, work, output)
+    return Shaped(output.path, pruned.arch)

@@ -33,6 +33,7 @@ def prune(
         UserError: several of these are given, or the shape cannot be cut out of the teacher.
     """
     from minitron import nas, pruning
+    from minitron.output import Output
     from minitron.pruning import measure_importance, read_importance
     from minitron.recipe import recipe_from
     from minitron.verbs.inspect import plan, read_arch, split_sizes
@@ -43,8 +44,8 @@ def prune(
         raise UserError("give sizes, --arch or --target-params, not several of them")
     if out is None:
         return plan(teacher, sizes, arch, settings.get("family"))
-    out = Path(out).absolute()
-    session = open_session(recipe_from(recipe, teacher=teacher, **settings), out, "config.json", overwrite=overwrite)
+    output = Output(Path(out).absolute(), "config.json")
+    session = open_session(recipe_from(recipe, teacher=teacher, **settings), output, overwrite=overwrite)
     source, chosen = session.source, None
     if arch:
         chosen = read_arch(Path(arch), source.arch)
@@ -55,15 +56,17 @@ def prune(
         shapes, budget = nas.shapes_within(session)
     if is_given := chosen is not None:
         nas.check_shape(session, chosen)
-    require_space(out, source.num_bytes)
+    require_space(output.path, source.num_bytes)
     removed = (
         nas.removed_layers(shapes) if chosen is None else {source.arch.axis_size("layer") - chosen.axis_size("layer")}
     )
-    scores = read_importance(Path(importance), source) if importance else measure_importance(session, removed)
-    if chosen is None:
-        with TemporaryDirectory() as folder:
-            chosen = nas.search(session, scores, shapes, budget, Path(folder))
-    pruning.prune(session, chosen, scores, out)
-    if is_given:
-        nas.warn_of_order(source, chosen, read_json(out / "config.json"))
-    return Shaped(out, chosen)
+    with output.work("prune") as work:
+        scores = read_importance(Path(importance), source) if importance else measure_importance(session, removed)
+        if chosen is None:
+            with TemporaryDirectory() as folder:
+                chosen = nas.search(session, scores, shapes, budget, Path(folder))
+        pruning.prune(session, chosen, scores, work / "pruned")
+        if is_given:
+            nas.warn_of_order(source, chosen, read_json(work / "pruned" / "config.json"))
+        output.publish(work / "pruned")
+    return Shaped(output.path, chosen)

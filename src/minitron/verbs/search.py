@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minitron.files import whole_folder, write_json
+from minitron.errors import courtesy
+from minitron.files import empty_folder, write_json
 from minitron.verbs.results import Shaped
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def search(
 ) -> Shaped:
     """Write `arch.json`, `candidates.jsonl`, `search.json` and a plot for a teacher and a budget into the folder `out`.
 
-    An interrupted search with equal inputs continues from a hidden folder beside `out`. Under torchrun, candidates
+    An interrupted search with equal inputs continues from a hidden folder within `out`. Under torchrun, candidates
     are split among the processes. See `calibrate` for `settings`.
 
     Raises:
@@ -25,30 +26,30 @@ def search(
     from safetensors.torch import load_file
 
     from minitron import nas
+    from minitron.output import Output
     from minitron.pruning import write_importance
     from minitron.recipe import recipe_from
     from minitron.reports.candidates import write_candidates_picture
     from minitron.verbs.workspace import open_session, resumable
 
-    out = Path(out).absolute()
+    output = Output(Path(out).absolute(), "candidates.jsonl")
     session = open_session(
-        recipe_from(recipe, teacher=teacher, **settings),
-        out,
-        "candidates.jsonl",
-        overwrite=overwrite,
-        one_process=False,
+        recipe_from(recipe, teacher=teacher, **settings), output, overwrite=overwrite, one_process=False
     )
     shapes, budget = nas.shapes_within(session)
-    with resumable(session, out, "search", []) as work:
+    with resumable(session, output, "search", []) as work:
         world, scores = session.runtime.world, work / "importance.safetensors"
         if world.is_main and not scores.exists():
             write_importance(work, session, nas.removed_layers(shapes))
         world.barrier()
         arch = nas.search(session, load_file(scores), shapes, budget, work)
         if world.is_main:
-            with whole_folder(out) as staging:
-                for name in ("candidates.jsonl", "search.json"):
-                    shutil.copyfile(work / name, staging / name)
-                write_json(staging / "arch.json", arch.to_dict())
-                write_candidates_picture(staging)
-    return Shaped(out, arch)
+            found = work / "found"
+            empty_folder(found)
+            for name in ("candidates.jsonl", "search.json"):
+                shutil.copyfile(work / name, found / name)
+            write_json(found / "arch.json", arch.to_dict())
+            with courtesy("candidates.svg"):
+                write_candidates_picture(found)
+            output.publish(found)
+    return Shaped(output.path, arch)

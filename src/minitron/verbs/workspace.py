@@ -6,35 +6,35 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minitron.errors import UserError
-from minitron.files import empty_folder, parents_of, publish_folder, read_json, require_new_folder, write_json
+from minitron.files import empty_folder, read_json, write_json
+from minitron.output import Output
 from minitron.pruning import require_scores
 from minitron.recipe import Recipe
-from minitron.run import RUN_RECORD
+from minitron.run import RUN_RECORD, local_inputs, teacher_of
 from minitron.session import Session
 
 
 def open_session(
-    recipe: Recipe, out: Path, mark: str, *, overwrite: bool, inputs: tuple[Path, ...] = (), one_process: bool = True
+    recipe: Recipe, out: Output, *, overwrite: bool, inputs: tuple[Path, ...] = (), one_process: bool = True
 ) -> Session:
     """Open the recipe's session, once its result may go to `out`.
 
-    `mark` is a file that every result of this kind holds, so that `overwrite` replaces nothing else; `inputs` are
-    folders besides the teacher's that must not be inside `out`.
+    `inputs` are folders besides the teacher's that must not be inside a result that is replaced.
 
     Raises:
-        UserError: see `Session.validate`, `Session.require_one_reading`, `require_scores` and `require_new_folder`.
+        UserError: see `Session.validate`, `Session.require_one_reading`, `require_scores` and `Output.require_usable`.
     """
     require_scores(recipe)
     session = Session(recipe)
     session.validate(one_process=one_process)
+    out.require_usable(overwrite, (session.teacher.folder, *inputs, *local_inputs(recipe)))
     session.require_one_reading()
-    require_new_folder(out, overwrite, mark, (session.teacher.folder, *inputs))
     return session
 
 
 @contextmanager
-def resumable(session: Session, out: Path, verb: str, sources: list[str]) -> Iterator[Path]:
-    """Yield a hidden folder beside `out` from which an interrupted verb continues.
+def resumable(session: Session, out: Output, verb: str, sources: list[str]) -> Iterator[Path]:
+    """Yield a hidden folder within `out` from which an interrupted verb continues, and hold the lock of `out`.
 
     The folder is emptied when it belongs to other inputs: another recipe, teacher, text, or other `sources`. While
     the block runs, the session's runtime is one of the processes that torchrun started.
@@ -43,8 +43,8 @@ def resumable(session: Session, out: Path, verb: str, sources: list[str]) -> Ite
         "recipe": session.recipe.model_dump(mode="json"),
         "sources": [session.teacher.fingerprint(), *sources, session.splits.fingerprint()],
     }
-    work = out.with_name(f".{out.name}.{verb}")
-    with parents_of(out), session.joined() as runtime:
+    work = out.hidden(verb)
+    with out.held(), session.joined() as runtime:
         world, record = runtime.world, work / RUN_RECORD
         if world.is_main and not (record.exists() and read_json(record) == identity):
             empty_folder(work)
@@ -65,14 +65,14 @@ def resumable(session: Session, out: Path, verb: str, sources: list[str]) -> Ite
                 shutil.rmtree(work, ignore_errors=True)
 
 
-def publish_student(session: Session, work: Path, out: Path) -> None:
+def publish_student(session: Session, work: Path, out: Output) -> None:
     """Move the finished student to its place, with the curves of its training beside the weights."""
     if not session.runtime.world.is_main:
         return
     shutil.copyfile(work / "metrics.jsonl", work / "student" / "metrics.jsonl")
     if (work / "tensorboard").exists():
         shutil.copytree(work / "tensorboard", work / "student" / "tensorboard")
-    publish_folder(work / "student", out)
+    out.publish(work / "student")
 
 
 def run_directory(recipe: Recipe) -> Path | None:
@@ -92,4 +92,4 @@ def student_of(recipe: Recipe, against: str | None) -> tuple[Recipe, str | None]
         return recipe, against
     if not (run / "student").is_dir():
         raise UserError(f"{run} has no student yet")
-    return recipe.model_copy(update={"teacher": str(run / "student")}), against or str(run / "teacher")
+    return recipe.model_copy(update={"teacher": str(run / "student")}), against or str(teacher_of(run))
