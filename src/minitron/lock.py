@@ -5,7 +5,6 @@ network file systems keep it on each machine by itself, or lack it; there the fi
 holder renews. The `filelock` package offers the kernel's lock without a record of the holder.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -79,7 +78,11 @@ def _acquire(path: Path, mine: Holder) -> int:
 
 
 def _lock_of_kernel(path: Path, descriptor: int) -> bool:
-    """Take the kernel's lock, and return whether it exists on this file system."""
+    """Take the kernel's lock, and return whether it exists on this system and file system."""
+    try:
+        import fcntl  # Windows has none
+    except ImportError:
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
