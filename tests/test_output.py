@@ -243,6 +243,24 @@ def test_a_run_is_replaced_once_the_new_one_is_finished(
     assert (run / "teacher").samefile(first / "model")
 
 
+def test_a_series_that_has_replaced_another_names_its_members_by_their_places(first: Path, tmp_path: Path) -> None:
+    series, old = tmp_path / "series", recipe(first / "model", first / "text.txt")
+    for overwrite in (False, True):
+        with open_run(series, old, overwrite) as run:
+            run.begin()
+            run.record["stages"]["calibrate"] = {"state": "done"}
+            for name, teacher in (("0.7", first / "model"), ("0.5", run.path("0.7") / "student")):
+                with open_run(run.path(name), recipe(teacher, first / "text.txt"), False) as member:
+                    member.begin()
+                    member.path("student").mkdir()
+                    member.link_teacher(teacher)
+                    member.record["stages"]["calibrate"] = {"state": "done"}
+            assert overwrite == ("minitron-overwrite" in (run.path("0.5") / RUN_RECORD).read_text())
+            run.publish()
+    assert json.loads((series / "0.5" / RUN_RECORD).read_text())["recipe"]["teacher"] == str(series / "0.7" / "student")
+    assert teacher_of(series / "0.5").samefile(series / "0.7" / "student")
+
+
 def test_a_run_does_not_replace_its_own_inputs(first: Path, tmp_path: Path) -> None:
     shutil.copytree(first / "run", tmp_path / "run", symlinks=True)
     with pytest.raises(UserError, match="which is one of the inputs"):

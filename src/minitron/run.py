@@ -14,7 +14,7 @@ from typing import Any
 
 from minitron import __version__
 from minitron.errors import UserError
-from minitron.files import PARTIAL, read_json, write_json
+from minitron.files import PARTIAL, read_json, whole_file, write_json
 from minitron.output import Output, visible
 from minitron.recipe import Recipe
 
@@ -146,8 +146,16 @@ class Run:
             link.write_text(f"{target}\n", encoding="utf-8")
 
     def publish(self) -> None:
-        """Bring a finished replacement to the place of the run that it replaces."""
+        """Bring a finished replacement to the place of the run that it replaces.
+
+        Members of a series name each other by paths, which are changed to those that hold from then on.
+        """
         if self._replaces:
+            for name in (RUN_RECORD, "report.html", "README.md"):
+                for path in self.folder.rglob(name):
+                    text = path.read_text(encoding="utf-8").replace(str(self.folder), str(self._output.path))
+                    with whole_file(path) as staging:
+                        staging.write_text(text, encoding="utf-8")
             self._output.publish(self.folder)
             self.folder, self._replaces = self._output.path, False
 
