@@ -12,6 +12,7 @@ from torch.nn import functional
 from minitron.distillation.fused import Labels, LossOptions, States, TopTokens, logit_loss
 from minitron.distillation.losses import (
     COMPARISONS,
+    UNSCALED,
     Comparison,
     classes_of_,
     comparison_of,
@@ -21,6 +22,7 @@ from minitron.distillation.losses import (
 from minitron.model.language_model import Head
 
 VOCAB, NUM_TOKENS = 53, 37
+OF_PROBABILITIES = [kind for kind in COMPARISONS if kind not in {"mse", "cosine"}]
 Problem = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -37,8 +39,12 @@ def fused(given: Problem, kind: str = "forward_kl", temperature: float = 1.0, to
           num_tokens: int = NUM_TOKENS, **more: object) -> Tensor:  # fmt: skip
     student, head, teacher, teacher_head = given
     of_teacher, comparison = States(teacher, Head(teacher_head, softcaps[1])), comparison_of(kind, beta, top_k)
-    options = LossOptions(temperature=temperature, **more)  # type: ignore[arg-type]
+    options = options_of(kind, temperature, **more)
     return logit_loss(student, Head(head, softcaps[0]), of_teacher, comparison, num_tokens, options)
+
+
+def options_of(kind: str, temperature: float, **more: object) -> LossOptions:
+    return LossOptions(temperature, scales=kind not in UNSCALED, **more)  # type: ignore[arg-type]
 
 
 def divergence(kind: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
@@ -50,18 +56,22 @@ def divergence(kind: str, log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def naive(given: Problem, kind: str, temperature: float, top_k: int | None, beta: float = 0.3) -> Tensor:
-    """All tokens at once, by torch and autograd, averaged over tokens, times the squared temperature."""
+    """All tokens at once, by torch and autograd, averaged over tokens; KL and MSE of logits times τ²."""
     student, head, teacher, teacher_head = given
     s, t = student @ head.T / temperature, teacher @ teacher_head.T / temperature
     if kind == "mse":
         return (s - t).square().sum(dim=-1).mean() * temperature**2
     if kind == "cosine":
-        return (1 - functional.cosine_similarity(s, t, dim=-1)).mean() * temperature**2
+        return (1 - functional.cosine_similarity(s, t, dim=-1)).mean()
     p, q = t.softmax(dim=-1), s.softmax(dim=-1)
     if top_k is not None:
         indices = p.topk(top_k, dim=-1).indices
         p, q = (torch.cat([of, 1 - of.sum(dim=-1, keepdim=True)], dim=-1)
                 for of in (p.gather(-1, indices), q.gather(-1, indices)))  # fmt: skip
+    if kind == "probability_mse":
+        return (p - q).square().sum(dim=-1).mean()
+    if kind == "probability_cosine":
+        return (1 - functional.cosine_similarity(p, q, dim=-1)).mean()
     return divergence(kind, p.log(), q.log(), beta) * temperature**2
 
 
@@ -79,7 +89,11 @@ def assert_equal(found: Callable[[Problem], Tensor], expected: Callable[[Problem
 @pytest.mark.parametrize("chunk_tokens", [1, 8, 256])
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize(
-    ("kind", "top_k"), [*((kind, None) for kind in COMPARISONS), *product(["forward_kl", "reverse_kl", "jsd"], [1, 5])]
+    ("kind", "top_k"),
+    [
+        *((kind, None) for kind in COMPARISONS),
+        *product(OF_PROBABILITIES, [1, 5]),
+    ],
 )
 def test_fused_equals_naive(kind: str, top_k: int | None, temperature: float, chunk_tokens: int) -> None:
     assert_equal(
@@ -101,6 +115,44 @@ def test_float32_is_as_exact_as_float32_can_be(kind: str) -> None:
     assert abs(float(loss.detach() / wanted.detach()) - 1) < 1e-6
     for grad, exact_grad in zip(gradients(loss, given), gradients(wanted, exact), strict=True):
         assert float((grad - exact_grad).norm() / exact_grad.norm()) < 1e-6
+
+
+def of_one_token(kind: str, teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """The paper's Loss(p(x_t, τ), p(x_s, τ)) with p(x_i, τ) = exp(x_i / τ) / Σ_j exp(x_j / τ), sum after sum."""
+    p, q = ([(x / temperature).exp() / sum((y / temperature).exp() for y in logits) for x in logits]
+            for logits in (teacher, student))  # fmt: skip
+    if kind == "probability_mse":
+        return sum(((b - a) ** 2 for a, b in zip(p, q, strict=True)), torch.zeros((), dtype=torch.float64))
+    products = [sum((a * b for a, b in zip(*pair, strict=True)), torch.zeros((), dtype=torch.float64))
+                for pair in ((p, q), (p, p), (q, q))]  # fmt: skip
+    return 1 - products[0] / (products[1] * products[2]).sqrt()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("kind", ["probability_mse", "probability_cosine"])
+def test_losses_of_probabilities_are_the_papers(kind: str, temperature: float) -> None:
+    def by_the_paper(given: Problem) -> Tensor:
+        s, t = given[0] @ given[1].T, given[2] @ given[3].T
+        return sum(of_one_token(kind, t[k], s[k], temperature) for k in range(NUM_TOKENS)) / NUM_TOKENS  # type: ignore[return-value]
+
+    given = problem()
+    assert_equal(
+        lambda given: logit_loss(given[0], Head(given[1]), States(given[2], Head(given[3])), COMPARISONS[kind],
+                                 NUM_TOKENS, options_of(kind, temperature)), by_the_paper, given,
+    )  # fmt: skip
+    # The control: the logits' own, and another temperature.
+    expected = float(by_the_paper(given).detach())
+    others = [fused(given, kind.removeprefix("probability_"), temperature), fused(given, kind, 1.1 * temperature)]
+    assert all(abs(float(other.detach()) - expected) > 1e-4 for other in others)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "probability_cosine", "probability_mse"])
+def test_only_some_losses_keep_the_size_of_their_gradients(kind: str) -> None:
+    """A cosine lies between 0 and 2 at any temperature; the factor τ² = 9 of the others would exceed that."""
+    given = problem()
+    assert 0 < float(fused(given, kind, 3.0).detach()) < 2
+    wrong = naive(given, kind, 3.0, None).detach() * 9
+    assert abs(float(fused(given, kind, 3.0).detach() - wrong)) > 1e-3
 
 
 def test_kinds_differ() -> None:

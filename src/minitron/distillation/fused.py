@@ -95,6 +95,9 @@ class LossOptions:
 
     temperature: float = 1.0
     """τ, by which logits are divided."""
+    scales: bool = True
+    """Whether the comparison is multiplied by τ², which keeps the size of its gradients (Hinton et al., arXiv
+    1503.02531, section 2)."""
     labels: Labels | None = None
     operands: torch.dtype | None = None
     """bfloat16 to round the operands of matrix products, as autocast does in the layers. Products are summed in
@@ -114,9 +117,9 @@ def logit_loss(
 ) -> Tensor:
     """Return `τ²/num_tokens · Σ_tokens comparison + weight/num_labels · Σ_labels cross-entropy`, a scalar.
 
-    The comparison is of logits divided by τ; τ² keeps the size of its gradients (Hinton et al., arXiv 1503.02531,
-    section 2). The counts are those over all ranks and accumulation steps, so that the parts of a batch add up. Where
-    one of two vocabularies is padded to be longer, the tokens that both have are compared.
+    The comparison is of logits divided by τ; τ² is left out where the options do not scale. The counts are those over
+    all ranks and accumulation steps, so that the parts of a batch add up. Where one of two vocabularies is padded to be
+    longer, the tokens that both have are compared.
 
     Args:
         student: (…, student hidden) last hidden states; the gradient flows into them.
@@ -129,6 +132,21 @@ def logit_loss(
     Forward and gradients never hold tokens × vocabulary: gradients are formed chunk by chunk in the forward pass and
     kept at the size of the inputs. The result can be differentiated once.
     """
+    return logit_losses(student, head, teacher, comparison, num_tokens, options)[0]
+
+
+def logit_losses(
+    student: Tensor,
+    head: Head,
+    teacher: TeacherOutputs,
+    comparison: Comparison,
+    num_tokens: int,
+    options: LossOptions | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return what `logit_loss` returns, and each token's part of it without labels, (…).
+
+    No gradient flows through the parts.
+    """
     options = options or LossOptions()
     if options.chunk_tokens is None:
         fitting = LOGITS_BYTES[student.device.type] // (4 * head.weight.shape[0])
@@ -136,8 +154,8 @@ def logit_loss(
     if options.labels is not None:
         options = replace(options, labels=replace(options.labels, tokens=options.labels.tokens.flatten()))
     task = _Task(teacher, comparison, num_tokens, options, head.softcap)
-    result: Tensor = _LogitLoss.apply(student.flatten(0, -2), head.weight, task)
-    return result
+    total, each = _LogitLoss.apply(student.flatten(0, -2), head.weight, task)
+    return total, each.view(student.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -150,31 +168,37 @@ class _Task:
     options: LossOptions
     softcap: float | None
 
-    def compare_(self, logits: Tensor, teacher_rows: Any, labels: Tensor | None) -> Tensor:
+    @property
+    def scale(self) -> float:
+        """The factor of the comparison of one token."""
+        return (self.options.temperature**2 if self.options.scales else 1.0) / self.num_tokens
+
+    def compare_(self, logits: Tensor, teacher_rows: Any, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the part of the loss that some rows of logits (n, vocab) make up; replace the rows by its gradient.
 
-        The gradient is with respect to the result of the product, before the soft-cap. `labels` are the rows' own (n,).
+        Also returned are the rows' comparisons (n,), unscaled. The gradient is with respect to the result of the
+        product, before the soft-cap. `labels` are the rows' own (n,).
         """
         temperature = self.options.temperature
         soft_capped(logits, self.softcap, in_place=True)
         # d cap(x)/dx = 1 − (cap(x)/c)²
         slope = (logits / self.softcap).square_().neg_().add_(1) if self.softcap else None
         label_loss = None if labels is None else _cross_entropy(logits, labels)
-        losses = self.comparison(teacher_rows, _divide_(logits, temperature))
-        total = losses.double().sum() * (temperature**2 / self.num_tokens)
-        logits.mul_(temperature / self.num_tokens)
+        losses = self.comparison(teacher_rows, _divide_(logits, temperature)).double()
+        total = losses.sum() * self.scale
+        logits.mul_(self.scale / temperature)
         if label_loss is not None and self.options.labels is not None:
             weight = self.options.labels.weight / self.options.labels.num_labels
             total += label_loss[0].double().sum() * weight
             logits.add_(label_loss[1], alpha=weight)
         if slope is not None:
             logits.mul_(slope)
-        return total
+        return total, losses
 
 
 class _LogitLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, weight: Tensor, task: _Task) -> Tensor:
+    def forward(ctx: Any, student: Tensor, weight: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
         """`student` is (N, student hidden), `weight` (vocab, student hidden)."""
         dtype = torch.promote_types(student.dtype, torch.float32)
         vocab, options = min(len(weight), task.teacher.vocab), task.options
@@ -183,6 +207,7 @@ class _LogitLoss(torch.autograd.Function):
         grad_student = torch.empty_like(student) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
+        each = torch.empty(len(student), dtype=torch.float64, device=student.device)
         num_chunks = max(1, -(-len(student) // (options.chunk_tokens or FEWEST_TOKENS)))
         chunk_tokens = max(1, -(-len(student) // num_chunks))  # chunks of equal size, but for rounding
         # Buffers are allocated once: fresh memory from the operating system is expensive on a CPU.
@@ -199,14 +224,17 @@ class _LogitLoss(torch.autograd.Function):
             for first in range(0, len(logits), num_rows):
                 rows = slice(first, first + num_rows)
                 row_labels = None if chunk_labels is None else chunk_labels[rows]
-                total += task.compare_(logits[rows], teacher_rows(rows), row_labels)
+                added, each[part][rows] = task.compare_(logits[rows], teacher_rows(rows), row_labels)
+                total += added
             gradient = logits
             if grad_student is not None:
                 grad_student[part] = _product(gradient, matrix).to(grad_student.dtype)
             if grad_weight is not None:
                 _add_product_(grad_weight[:vocab], gradient.T, states)
         ctx.gradients = grad_student, grad_weight if grad_weight is None else grad_weight.to(weight.dtype)
-        return total.to(dtype)
+        each *= task.scale
+        ctx.mark_non_differentiable(each)
+        return total.to(dtype), each
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> Any:

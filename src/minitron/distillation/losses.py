@@ -95,6 +95,18 @@ def cosine_(teacher: Tensor, student: Tensor) -> Tensor:
     return loss
 
 
+def of_probabilities_(teacher: Tensor, student: Tensor, comparison: Comparison) -> Tensor:
+    """Compare p and q instead of logits: Σ (q − p)² or 1 − cos(p, q), as Minitron writes MSE and cosine (section 3).
+
+    The mean over the vocabulary in place of the sum would divide the squared error by a constant.
+    """
+    p, q = torch.softmax(teacher, dim=-1, out=teacher), torch.softmax(student, dim=-1, out=student)
+    kept = q.clone()
+    loss = comparison(p, q)  # `q` now holds the gradient by the probabilities
+    q.sub_(torch.linalg.vecdot(q, kept)[:, None]).mul_(kept)
+    return loss
+
+
 def with_tail_(teacher: Tensor, student: Tensor, comparison: Comparison, top_k: int) -> Tensor:
     """Compare over the teacher's k most likely tokens and, as one more class, all other tokens together.
 
@@ -139,7 +151,11 @@ COMPARISONS: dict[str, Comparison] = {
     "jsd": partial(jsd_, beta=0.5),
     "mse": mse_,
     "cosine": cosine_,
+    "probability_mse": partial(of_probabilities_, comparison=mse_),
+    "probability_cosine": partial(of_probabilities_, comparison=cosine_),
 }
+UNSCALED = frozenset({"cosine", "probability_mse", "probability_cosine"})
+"""Losses that are not multiplied by τ². The cosine of logits does not depend on τ, and the papers write no factor."""
 
 
 def _classes_(logits: Tensor, indices: Tensor) -> Tensor:
