@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from minitron import cli
 from minitron.data.blocks import Blocks
+from minitron.distillation.correction import recipe_of_correction
 from minitron.distillation.intermediate import compare_on_the_way
 from minitron.distillation.objective import Objective
-from minitron.distillation.optimizers import make_optimizer, take_step
+from minitron.distillation.optimizers import learning_rate, make_optimizer, take_step
 from minitron.distillation.teacher import Learning, Live
 from minitron.distillation.trainer import Trainer, batch_indices
 from minitron.errors import UserError
@@ -118,7 +119,7 @@ def test_a_teacher_that_learns_is_one_that_learnt_before_from_the_same_steps(
             numbers = batch_indices(step, 2, 6, 0)
             blocks = blocks_of(pair[0])[numbers]
             sums = Objective(None if alone else said, recipe, RUNTIME).accumulate(student, blocks, numbers)
-            rows.append(float(sums[0 if alone else 2]))
+            rows.append(float(sums[0 if alone else 3]))
             take_step(said.headless, optimizer, 1e-3, 1.0, 1.0)
             student.zero_grad()
     assert rows[:4] == pytest.approx(rows[4:], rel=1e-6)
@@ -136,7 +137,7 @@ def test_a_student_teaches_its_teacher_nothing(pair: tuple[Checkpoint, Checkpoin
         arches = pair[0].arch, pair[1].arch
         between = compare_on_the_way(said.headless.model, arches[0], student, arches[1], IntermediateRecipe(of=of), CPU)
     blocks = blocks_of(pair[0])[:2]
-    Objective(said, recipe, RUNTIME, between).accumulate(student, blocks, torch.arange(2), weight=1.0)
+    Objective(said, recipe, RUNTIME, between).accumulate(student, blocks, torch.arange(2))
     Objective(None, recipe, RUNTIME).accumulate(alone, blocks, torch.arange(2))
     for found, expected in zip(said.headless.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(found.grad, expected.grad)
@@ -185,3 +186,70 @@ def test_by_the_command_line(tmp_path: Path, text_file: Path) -> None:
     assert all(not torch.equal(before[name], after[name]) for name in before)
     assert (tmp_path / "out" / "metrics.jsonl").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_the_settings_are_the_papers() -> None:
+    """120 warm-up steps, a fifth of the peak, the least rate and the schedule of the teacher's own training."""
+    original = {"learning_rate": 3e-4, "min_learning_rate": 3e-5, "schedule": "wsd"}
+    given = DistillRecipe(learning_rate=7e-4, correction={"original": original})  # type: ignore[arg-type]
+    found = recipe_of_correction(given, 15_000)
+    rates = [learning_rate(step, 15_000, found) for step in range(15_000)]
+    assert rates[119] == pytest.approx(3e-4 / 5)
+    assert rates[119:12_001] == pytest.approx([max(rates)] * 11_882)
+    assert rates[118] < rates[119]
+    assert rates[-1] == pytest.approx(3e-5, rel=1e-3)
+    # Short trainings warm up in proportion; what is given stays.
+    assert [recipe_of_correction(given, steps).warmup_steps for steps in (40, 2_400, 9_000)] == [2, 120, 120]
+    plain = DistillRecipe(learning_rate=7e-4, warmup_ratio=0.1)
+    assert recipe_of_correction(plain, 100) == plain
+    # The control: a distillation with these settings has none of this.
+    assert max(learning_rate(step, 15_000, given) for step in range(15_000)) == 7e-4
+    assert learning_rate(119, 15_000, given) < 7e-4
+
+
+@pytest.mark.parametrize(
+    ("given", "rate"),
+    [({}, 1e-4), ({"learning_rate": 2e-4}, 2e-4), ({"original": {"learning_rate": 3e-4}}, 3e-4 / 5)],
+)
+def test_a_teacher_that_learns_while_it_teaches_has_a_rate(
+    pair: tuple[Checkpoint, Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: Any, rate: float
+) -> None:
+    rates = []
+
+    def noted(model: Headless, optimizer: Any, rate: float, *rest: Any) -> float:
+        rates.append(rate)
+        return take_step(model, optimizer, rate, *rest)
+
+    monkeypatch.setattr("minitron.distillation.trainer.take_step", noted)
+    correction = CorrectionRecipe(trains="norms", **given)
+    taught(tmp_path, *pair, DistillRecipe(tokens=24 * 4, batch_size=2, correction=correction))
+    assert max(rates[1::2]) == pytest.approx(rate)
+    assert max(rates[::2]) == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ("correction: {learning_rate: 1.0e-4, original: {learning_rate: 3.0e-4}}", "a fifth of which is the rate, not"),
+        ("correction: {original: {learning_rate: 1.0e-4, min_learning_rate: 5.0e-5}}", "5e-05 is above the peak"),
+        ("warmup_steps: 2", r"warmup_steps 2 takes all 2 steps of the training; accepted: fewer"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_any_work(
+    tmp_path: Path, text_file: Path, given: str, complaint: str
+) -> None:
+    teacher = make_model(tmp_path / "teacher", "llama-tied")
+    (tmp_path / "recipe.yaml").write_text(f"distill: {{{given}}}")
+    options = [
+        "--data",
+        str(text_file),
+        "--context",
+        "32",
+        "--tokens",
+        "512",
+        "--recipe",
+        str(tmp_path / "recipe.yaml"),
+    ]
+    with pytest.raises(UserError, match=complaint):
+        cli.app(["correct", str(teacher), str(tmp_path / "out"), *options], standalone_mode=False)
+    assert not (tmp_path / "out").exists()

@@ -70,7 +70,7 @@ with joined_world(cpu) as world:
     shard(said.headless, said.arch, runtime, is_teacher=True)
     recipe = DistillRecipe(batch_size=4, label_weight=0.5)
     objective = Objective(said, recipe, runtime, between if between.places else None)
-    loss = objective.accumulate(model, Blocks(ids, ids), torch.arange(4), weight=0.7)
+    loss = objective.accumulate(model, Blocks(ids, ids), torch.arange(4))
     grads = {name: whole(p.grad).contiguous() for name, p in model.named_parameters()}
     grads["loss"] = world.sum(loss)
     if world.is_main:
@@ -104,7 +104,7 @@ def gradients(
     student.model.layers[1].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     lighten(headless, arches[1], recipe)
     objective = Objective(Live(teacher), recipe, Runtime(CPU, torch.float64), between if of else None)
-    loss = objective.accumulate(headless, Blocks(ids, ids), torch.arange(num_blocks), weight=0.7)
+    loss = objective.accumulate(headless, Blocks(ids, ids), torch.arange(num_blocks))
     grads = {name: parameter.grad for name, parameter in headless.named_parameters() if parameter.grad is not None}
     return {**grads, "loss": loss, "calls": torch.tensor(len(calls))}
 

@@ -55,7 +55,7 @@ def test_moments_of_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         student = Headless(load_model(checkpoint, CPU, torch.float32))
         optimizer = make_optimizer(student, DistillRecipe(optimizer=kind))  # type: ignore[arg-type]
         if folder:
-            assert load_checkpoint(folder, {"student": (student, optimizer)}, World()) == (steps.start, 0.5)
+            assert load_checkpoint(folder, {"student": (student, optimizer)}, World()) == steps.start
         for step in steps:
             generator = torch.Generator().manual_seed(step)
             for parameter in student.parameters():
@@ -68,7 +68,7 @@ def test_moments_of_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     eight, optimizer = student_after("adamw8bit", range(3))
     state = optimizer.state[eight.model.get_submodule("model.layers.0.mlp.down_proj").weight]
     assert {type(state[name]).__name__ for name in ("exp_avg", "exp_avg_sq")} == {"OptimState8bit"}
-    save_checkpoint(tmp_path, {"student": (eight, optimizer)}, 3, 0.5, World())
+    save_checkpoint(tmp_path, {"student": (eight, optimizer)}, 3, World())
     resumed, _ = student_after("adamw8bit", range(3, 6), tmp_path)
     through, _ = student_after("adamw8bit", range(6))
     way, error = (
@@ -103,3 +103,18 @@ def test_schedules() -> None:
     for rates in (cosine, stable):
         assert all(a >= b for a, b in pairwise(rates[10:]))
         assert 0.1 < rates[-1] < 0.14
+
+
+def test_a_warm_up_is_a_number_of_steps_or_a_share() -> None:
+    def rates(num_steps: int, **given: Any) -> list[float]:
+        recipe = DistillRecipe(learning_rate=1.0, **given)
+        return [learning_rate(step, num_steps, recipe) for step in range(num_steps)]
+
+    for given, warm_up in (({"warmup_steps": 30}, 30), ({"warmup_ratio": 0.2}, 40), ({}, 10), ({"warmup_steps": 0}, 1)):
+        found = rates(200, **given)
+        assert found[:warm_up] == [(step + 1) / warm_up for step in range(warm_up)]
+        assert found[warm_up] == 1.0 > found[warm_up + 1]
+    assert rates(200, warmup_steps=30)[:30] == rates(100, warmup_steps=30)[:30]
+    assert rates(200, warmup_ratio=0.2)[:20] != rates(100, warmup_ratio=0.2)[:20]
+    with pytest.raises(ValueError, match="give warmup_ratio or warmup_steps, not both"):
+        rates(200, warmup_steps=30, warmup_ratio=0.05)

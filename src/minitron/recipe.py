@@ -220,32 +220,56 @@ class SearchRecipe(_Strict):
 class IntermediateRecipe(_Strict):
     """Losses inside the layers, in addition to the loss of the logits; the teacher has to run during training."""
 
-    of: tuple[Literal["embedding", "block_output", "mlp_input", "attention"], ...] = ()
-    """What is compared: embeddings, outputs of layers, inputs of MLPs, attention relations; nothing by default.
-    Embeddings and layer outputs help where much depth was cut (Minitron, arXiv 2407.14679, tables 17 and 18)."""
+    of: tuple[Literal["embedding", "block_output", "mlp_input", "attention"], ...] | None = None
+    """What is compared: embeddings, outputs of layers, inputs of MLPs, attention relations. None compares embeddings
+    and layer outputs where the student lacks a quarter of the teacher's layers or more and the teacher runs during
+    training, and nothing else (Minitron, arXiv 2407.14679, tables 17 and 18); `[]` compares nothing."""
     layers: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], ...] | None = None
     """Pairs of a teacher's and a student's layer, counted from 0. None compares the third layer from the end of
     each."""
     loss: Literal["cosine", "mse"] = "cosine"
     """Distance between hidden states: 1 − cosine similarity, or squared error. Attention has a distance of its own."""
+    norms: Literal["own", "teacher"] = "own"
+    """Which norm hidden states have passed: each model's own, after which the projection follows, as in the paper; or
+    the teacher's for both, after the projection."""
     weight: float | None = Field(None, gt=0)
-    """Weight of the sum of these losses. None sets the weight at every step, such that at the step before they would
-    have equalled the loss of the logits."""
+    """Weight of the sum of these losses. None weights them in every block of text such that they add as much as the
+    loss of the logits there, without the label loss (the paper's dynamic α)."""
+
+
+class OriginalTraining(_Strict):
+    """How the teacher itself was trained, as far as it is known; teacher correction follows it (arXiv 2408.11796,
+    section 2)."""
+
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate, of which correction takes a fifth."""
+    min_learning_rate: float | None = Field(None, ge=0)
+    """Learning rate at the end, at which `minitron correct` ends as well. None ends at
+    `distill.min_learning_rate_ratio` of the peak."""
+    schedule: Literal["cosine", "wsd"] | None = None
+    """Schedule of `minitron correct`. None takes `distill.schedule`."""
 
 
 class CorrectionRecipe(_Strict):
-    """Training of the teacher on the text while it teaches, which needs the teacher to run during training.
-
-    `minitron correct` trains the teacher beforehand instead, which was better in docs/studies/distillation.md.
-    """
+    """Training of the teacher on the text: while it teaches, which needs the teacher to run during training, or
+    beforehand by `minitron correct`, which was better in docs/studies/distillation.md."""
 
     trains: Literal["nothing", "full", "norms", "lora"] = "nothing"
-    """Which weights of the teacher are trained: none, all, those of the norms, or low-rank adapters. The trained
-    teacher is not kept."""
+    """Which weights of the teacher are trained while it teaches: none, all, those of the norms, or low-rank adapters.
+    The trained teacher is not kept."""
     lora_rank: int = Field(16, ge=1)
     """Rank of the adapters, with `trains: lora`."""
-    learning_rate: float = Field(1e-4, gt=0)
-    """Peak learning rate of the teacher, which follows the student's schedule."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of the teacher; while it teaches, it follows the student's schedule. None takes a fifth of the
+    `original` one; if that is not given either, 1e-4 while it teaches, and `distill.learning_rate` in `minitron
+    correct`."""
+    original: OriginalTraining = OriginalTraining()
+
+    @model_validator(mode="after")
+    def _has_one_rate(self) -> "CorrectionRecipe":
+        if self.learning_rate is not None and self.original.learning_rate is not None:
+            raise ValueError("give learning_rate, or original.learning_rate, a fifth of which is the rate, not both")
+        return self
 
 
 class DistillRecipe(_Strict):
@@ -269,8 +293,11 @@ class DistillRecipe(_Strict):
     """Learning rate at the end, as a share of the peak."""
     decay_ratio: float = Field(0.2, gt=0, le=1)
     """Share of the steps over which `schedule: wsd` decays."""
-    warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises to its peak."""
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises to its peak. None takes `warmup_steps`, or without them
+    0.05; in `minitron correct` at most 120 steps."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Number of steps over which the learning rate rises to its peak, in place of a share of the steps."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW; or AdamW with moments of 8 bits, a quarter of the memory (needs torchao, in one process)."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -284,9 +311,11 @@ class DistillRecipe(_Strict):
     end (needs peft)."""
     lora_rank: int = Field(16, ge=1)
     """Rank of the adapters, with `trains: lora`."""
-    loss: Literal["forward_kl", "reverse_kl", "jsd", "mse", "cosine"] = "forward_kl"
-    """Distance between the teacher's and the student's distribution, or between their logits
-    (`distillation.losses`)."""
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "mse", "cosine", "probability_mse", "probability_cosine"] = (
+        "forward_kl"
+    )
+    """Distance between the teacher's and the student's distribution, or between their logits (`mse`, `cosine`); see
+    `distillation.losses`."""
     temperature: float = Field(1.0, gt=0)
     """Divisor of both models' logits before the softmax."""
     beta: float = Field(0.5, gt=0, lt=1)
@@ -319,7 +348,9 @@ class DistillRecipe(_Strict):
     """Seconds between checkpoints; they change no result."""
 
     @model_validator(mode="after")
-    def _top_k_fits(self) -> "DistillRecipe":
+    def _options_fit(self) -> "DistillRecipe":
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("give warmup_ratio or warmup_steps, not both")
         if self.stored == "top_k" and self.top_k is None:
             raise ValueError("stored: top_k needs top_k, the number of tokens to store")
         if self.top_k is not None and self.loss in {"mse", "cosine"}:

@@ -12,14 +12,16 @@ from pathlib import Path
 
 from minitron.data.blocks import Blocks
 from minitron.distillation import trainer
+from minitron.distillation.correction import recipe_of_correction
+from minitron.distillation.intermediate import kinds_compared
 from minitron.distillation.teacher import Learning, Live, Source, Teacher, require_states_folder, stored
-from minitron.distillation.trainer import Trainer
+from minitron.distillation.trainer import Trainer, num_steps_of
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model, read_head
 from minitron.recipe import DistillRecipe, data_in_words
-from minitron.runtime import num_ranks
+from minitron.runtime import is_main_process, num_ranks
 from minitron.session import Session
 
 __all__ = [
@@ -46,18 +48,26 @@ def distill(session: Session, pruned: Checkpoint, out: Path, work: Path) -> None
         UserError: see `require_trainable`, `Trainer.distill` and `stored_teacher`.
         StoppedError: SIGINT or SIGTERM arrived; the last step is saved.
     """
+    recipe = session.recipe.distill
     require_trainable(session, pruned.arch)
+    is_deep_cut = bool(kinds_compared(recipe.intermediate, session.teacher.arch, pruned.arch))
+    if is_deep_cut and recipe.teacher_states is not None and is_main_process():
+        logger.warning(
+            "a quarter of the layers or more were cut: losses of embeddings and layer outputs would help, and need the "
+            "teacher in memory, not its stored states (distill.teacher_states, lineage.stores_states)"
+        )
     with _teacher_of(session) as teacher:
-        _trainer(session, teacher, work).distill(pruned, out)
+        _trainer(session, teacher, recipe, work).distill(pruned, out)
 
 
 def correct(session: Session, out: Path, work: Path) -> None:
     """Train the session's teacher itself on the text and write a Hugging Face folder at `out`; see `distill`.
 
-    A teacher that has not seen such text teaches it badly (teacher correction, arXiv 2408.11796, section 2).
+    A teacher that has not seen such text teaches it badly (teacher correction, arXiv 2408.11796, section 2). Learning
+    rate and warm-up follow the paper, see `recipe_of_correction`.
     """
     require_correctable(session)
-    _trainer(session, None, work).distill(session.teacher, out)
+    _trainer(session, None, _recipe_of_correction(session), work).distill(session.teacher, out)
 
 
 def require_trainable(session: Session, student: Arch, trial: DistillRecipe | None = None) -> None:
@@ -74,6 +84,12 @@ def require_trainable(session: Session, student: Arch, trial: DistillRecipe | No
     recipe = trial or session.recipe.distill
     trainer.require_trainable(recipe, student, session.runtime.dtype, num_ranks=1 if trial else num_ranks())
     _require_installed(recipe)
+    num_steps = num_steps_of(recipe, session.context)
+    if recipe.warmup_steps and recipe.warmup_steps >= num_steps:
+        raise UserError(
+            f"distill.warmup_steps {recipe.warmup_steps} takes all {num_steps} steps of the training; accepted: fewer, "
+            "or distill.warmup_ratio"
+        )
     if recipe.teacher_states is not None:
         require_states_folder(Path(recipe.teacher_states))
     stores_classes = recipe.teacher_states is not None and recipe.stored == "top_k"
@@ -86,6 +102,7 @@ def require_correctable(session: Session) -> None:
     if session.recipe.distill.intermediate.of:
         raise UserError("distill.intermediate compares a student with a teacher; correct trains the teacher alone")
     require_trainable(session, session.teacher.arch)
+    _recipe_of_correction(session)
 
 
 def warn_of_repetition(session: Session) -> None:
@@ -140,9 +157,14 @@ def _require_installed(recipe: DistillRecipe) -> None:
         raise UserError("distill.compile needs a C++ compiler, such as g++, and there is none on PATH")
 
 
-def _trainer(session: Session, teacher: Teacher | None, work: Path) -> Trainer:
+def _recipe_of_correction(session: Session) -> DistillRecipe:
+    recipe = session.recipe.distill
+    return recipe_of_correction(recipe, num_steps_of(recipe, session.context))
+
+
+def _trainer(session: Session, teacher: Teacher | None, recipe: DistillRecipe, work: Path) -> Trainer:
     splits = session.splits
-    return Trainer(teacher, session.recipe.distill, splits.train, session.runtime, work, splits.heldout)
+    return Trainer(teacher, recipe, splits.train, session.runtime, work, splits.heldout)
 
 
 @contextmanager

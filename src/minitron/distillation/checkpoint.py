@@ -40,11 +40,8 @@ def _plain(value: Any) -> dict[str, Tensor]:
     return {f".{inner}": getattr(value, inner) for inner in value.__tensor_flatten__()[0]}
 
 
-def save_checkpoint(work: Path, trained: Trained, step: int, weight: float, world: World) -> None:
-    """Write `work/checkpoint`, complete or not at all, with the step and the weight of the next intermediate loss.
-
-    Every rank must call this function.
-    """
+def save_checkpoint(work: Path, trained: Trained, step: int, world: World) -> None:
+    """Write `work/checkpoint`, complete or not at all, with the step; every rank must call this function."""
     # Safetensors within torch's distributed checkpoint: reading it cannot execute code.
     state = dict(_state(trained))
     staging = partial_path(work / "checkpoint")
@@ -55,7 +52,7 @@ def save_checkpoint(work: Path, trained: Trained, step: int, weight: float, worl
         writer = HuggingFaceStorageWriter(str(staging), _file_numbers(state), 1, True)  # 1 thread; one shard per rank
         state_dict_saver.save(state, storage_writer=writer, no_dist=world.size == 1)
     if world.is_main:
-        write_json(staging / "state.json", {"step": step, "weight": weight})
+        write_json(staging / "state.json", {"step": step})
         publish_folder(staging, work / "checkpoint")
     world.barrier()
 
@@ -69,17 +66,16 @@ def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
-def load_checkpoint(work: Path, trained: Trained, world: World) -> tuple[int, float] | None:
-    """Restore the last checkpoint, if there is one; return its step and the weight of the next intermediate loss."""
+def load_checkpoint(work: Path, trained: Trained, world: World) -> int:
+    """Restore the last checkpoint, if there is one, and return its step; without one return 0."""
     if world.is_main:
         recover_folder(work / "checkpoint")
     world.barrier()
     if not (work / "checkpoint").is_dir():
-        return None
+        return 0
     for _, optimizer in trained.values():
         make_state(optimizer)
     with warnings.catch_warnings(action="ignore"):
         reader = HuggingFaceStorageReader(str(work / "checkpoint"))
         state_dict_loader.load(dict(_state(trained)), storage_reader=reader, no_dist=world.size == 1)
-    state = read_json(work / "checkpoint" / "state.json")
-    return int(state["step"]), float(state["weight"])
+    return int(read_json(work / "checkpoint" / "state.json")["step"])

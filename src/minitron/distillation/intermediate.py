@@ -2,11 +2,13 @@
 appendix A.4).
 
 With h the residual stream at some place, P one learned map from the student's width to the teacher's, shared by all
-places, and n the norm through which the teacher's next block reads the stream there, a token's loss is
+places, and n the norm through which a model's next block reads the stream there, a token's loss is
 
-    1 − cos(n(P h_student), n(h_teacher))        or the mean over channels of the squared difference.
+    1 − cos(P n_student(h_student), n_teacher(h_teacher))        each model's own norm, as the paper has it, or
+    1 − cos(n_teacher(P h_student), n_teacher(h_teacher))        the teacher's norm for both,
 
-The student's own norm takes no part: its weights may stand for other channels, or for none (`pruning.rotate`).
+or the mean over channels of the squared difference. In the second, the student's own norm takes no part: after a
+rotation its weights stand for no channel of the teacher (`pruning.rotate`).
 """
 
 from collections.abc import Iterator
@@ -28,6 +30,10 @@ from minitron.model.language_model import Headless, Point, module_of, watching
 from minitron.recipe import IntermediateRecipe
 
 ROWS_AT_ONCE = 16_384
+DEEP_CUT = 0.75
+"""The share of the teacher's layers, at most which a student has whose depth was cut a lot."""
+OF_DEEP_CUT = ("embedding", "block_output")
+"""What is compared where depth was cut a lot: the best of the paper's table 17."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class _Streams:
     teacher: Point
     student: Point
     norm: nn.Module
+    """The norm that both streams pass here; the identity where they were read after the models' own norms."""
     kind: str
 
     def losses(self, teacher: Tensor, student: Tensor, projection: nn.Module) -> Tensor:
@@ -138,13 +145,35 @@ class Intermediate:
             yield
         self.seen = [], []
 
-    def loss(self, teaches: Tensor | None, num_tokens: int) -> Tensor:
-        """Return the sum over places and over the tokens `teaches` (B, T), None for all, divided by `num_tokens`."""
+    def losses(self, teaches: Tensor | None, num_tokens: int) -> Tensor:
+        """Return each block's loss (B,).
+
+        It is the sum over places and over the tokens `teaches` (B, T), None for all, divided by `num_tokens`.
+        """
         total = []
         for place, teacher, student in zip(self.places, *self.seen, strict=True):
             losses = place.losses(teacher.detach(), student, self.projection)
-            total.append((losses if teaches is None else losses[teaches]).sum())
-        return torch.stack(total).sum() / num_tokens
+            total.append((losses if teaches is None else losses.masked_fill(~teaches, 0)).sum(dim=-1))
+        return torch.stack(total).sum(dim=0) / num_tokens
+
+
+def dynamic_weights(of_logits: Tensor, intermediate: Tensor) -> Tensor:
+    """Return α = L_logits / L_is of each block (B,), a constant in the gradient; 0 where the blocks' L_is is 0.
+
+    The paper writes both losses of one sequence, so that a step does not depend on how its blocks are split among
+    forward passes and processes.
+    """
+    intermediate = intermediate.detach()
+    ratio = of_logits.to(intermediate) / intermediate
+    return ratio.masked_fill(intermediate == 0, 0)
+
+
+def kinds_compared(recipe: IntermediateRecipe, teacher: Arch, student: Arch) -> tuple[str, ...]:
+    """Return what is compared: what the recipe names, or without that `OF_DEEP_CUT` where depth was cut a lot."""
+    if recipe.of is not None:
+        return recipe.of
+    is_deep_cut = student.axis_size("layer") <= DEEP_CUT * teacher.axis_size("layer")
+    return OF_DEEP_CUT if is_deep_cut else ()
 
 
 def relation_loss(teacher: Tensor, student: Tensor, num_heads: int) -> Tensor:
@@ -178,7 +207,8 @@ def compare_on_the_way(
 ) -> Intermediate:
     """Return the places that the recipe names; where widths differ, the student gets a `projection`, trained as well.
 
-    The projection begins as the least-squares map from the student's embeddings to the teacher's.
+    The projection begins as the least-squares map from the student's embeddings to the teacher's, or between what
+    their first norms make of the embeddings, where each model's own norms are compared.
 
     Raises:
         UserError: the models lack these layers, or these layers lack what is compared.
@@ -193,30 +223,39 @@ def compare_on_the_way(
         )
     dtype = torch.promote_types(next(student.parameters()).dtype, torch.float32)
 
-    def streams(teacher: Point, student: Point, norm: nn.Module) -> _Streams:
-        return _Streams(teacher, student, deepcopy(norm).to(device, dtype).requires_grad_(False), recipe.loss)
+    def streams(points: tuple[Point, Point], norms: tuple[nn.Module, nn.Module]) -> _Streams:
+        if recipe.norms == "own":
+            after = [
+                point if isinstance(norm, nn.Identity) else (norm, "output")
+                for point, norm in zip(points, norms, strict=True)
+            ]
+            return _Streams(after[0], after[1], nn.Identity(), recipe.loss)
+        return _Streams(*points, deepcopy(norms[0]).to(device, dtype).requires_grad_(False), recipe.loss)
 
+    first_norms = sides[0].reader_before(0), sides[1].reader_before(0)
     places: list[_Streams | _Relations] = []
-    if "embedding" in recipe.of:
-        places.append(streams(sides[0].stream_before(0), sides[1].stream_before(0), sides[0].reader_before(0)))
+    kinds = recipe.of or ()
+    if "embedding" in kinds:
+        places.append(streams((sides[0].stream_before(0), sides[1].stream_before(0)), first_norms))
     for number, other in pairs:
-        if "block_output" in recipe.of:
-            norm = sides[0].reader_before(number + 1)
-            places.append(streams(sides[0].stream_after(number), sides[1].stream_after(other), norm))
-        if "mlp_input" in recipe.of:
+        if "block_output" in kinds:
+            readers = sides[0].reader_before(number + 1), sides[1].reader_before(other + 1)
+            places.append(streams((sides[0].stream_after(number), sides[1].stream_after(other)), readers))
+        if "mlp_input" in kinds:
             norms = sides[0].mlp_norm(number), sides[1].mlp_norm(other)
             if norms[0] is None or norms[1] is None:
                 raise UserError(
                     f"distill.intermediate: mlp_input of layers {number}:{other}: no norm before an MLP there"
                 )
-            places.append(streams((norms[0], "input"), (norms[1], "input"), norms[0]))
-        if "attention" in recipe.of:
+            places.append(streams(((norms[0], "input"), (norms[1], "input")), (norms[0], norms[1])))
+        if "attention" in kinds:
             places += _relations_between(sides, number, other)
     projection: nn.Module = nn.Identity()
     if any(isinstance(place, _Streams) for place in places):
         widths = teacher_arch.axis_size("hidden"), student_arch.axis_size("hidden")
         if widths[0] != widths[1]:
-            projection = _projection(teacher, student.model, dtype)
+            before = first_norms if recipe.norms == "own" else (nn.Identity(), nn.Identity())
+            projection = _projection(teacher, student.model, dtype, before)
             student.add_module("projection", projection)
     return Intermediate(places, projection)
 
@@ -240,14 +279,17 @@ def _relations_between(sides: tuple[Side, Side], number: int, other: int) -> lis
 
 
 @torch.no_grad()
-def _projection(teacher: Any, student: Any, dtype: torch.dtype) -> nn.Module:
-    """Return the linear map P with the least Σ ‖P e_student − e_teacher‖² over the tokens that both models have."""
+def _projection(teacher: Any, student: Any, dtype: torch.dtype, norms: tuple[nn.Module, nn.Module]) -> nn.Module:
+    """Return the linear map P with the least Σ ‖P e_student − e_teacher‖² over the tokens that both models have.
+
+    e are the embeddings after a model's entry of `norms`.
+    """
     targets, inputs = (model.get_input_embeddings().weight for model in (teacher, student))
     widths, device = (targets.shape[1], inputs.shape[1]), inputs.device
     moment, cross = (torch.zeros(widths[1], n, dtype=torch.float64, device=device) for n in (widths[1], widths[0]))
     for start in range(0, min(len(targets), len(inputs)), ROWS_AT_ONCE):
         end = min(start + ROWS_AT_ONCE, len(targets), len(inputs))
-        x, y = inputs[start:end].double(), targets[start:end].to(device).double()
+        y, x = (norm(rows[start:end]).to(device).double() for norm, rows in zip(norms, (targets, inputs), strict=True))
         moment.addmm_(x.T, x)
         cross.addmm_(x.T, y)
     moment.diagonal().add_(1e-9 * moment.diagonal().mean())

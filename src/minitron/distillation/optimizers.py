@@ -10,6 +10,9 @@ from minitron.errors import UserError
 from minitron.model.language_model import Headless
 from minitron.recipe import DistillRecipe
 
+WARMUP_RATIO = 0.05
+"""The share of the steps over which the learning rate rises, where a recipe gives neither a share nor a number."""
+
 
 def make_optimizer(student: Headless, recipe: DistillRecipe) -> torch.optim.Optimizer:
     """Return AdamW for all parameters that are trained.
@@ -64,13 +67,20 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
+def num_warmup_steps(num_steps: int, recipe: DistillRecipe) -> int:
+    """Return the number of steps over which the learning rate rises: as given, or a share of all steps."""
+    if recipe.warmup_steps is not None:
+        return recipe.warmup_steps
+    return round((WARMUP_RATIO if recipe.warmup_ratio is None else recipe.warmup_ratio) * num_steps)
+
+
 def learning_rate(step: int, num_steps: int, recipe: DistillRecipe) -> float:
     """Return the learning rate of a step: linear warm-up to the peak, then a cosine to `min_learning_rate_ratio` of it.
 
     The schedule `wsd` (warm-up, stable, decay; MiniCPM, arXiv 2404.06395, section 4) stays at the peak until the last
     `decay_ratio` of the steps, and falls in a straight line over those.
     """
-    warmup = max(1, round(recipe.warmup_ratio * num_steps))
+    warmup = max(1, num_warmup_steps(num_steps, recipe))
     if step < warmup:
         return recipe.learning_rate * (step + 1) / warmup
     low = recipe.min_learning_rate_ratio

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from minitron.data.blocks import Blocks, load_tokenizer
 from minitron.distillation.checkpoint import Trained, load_checkpoint, save_checkpoint
-from minitron.distillation.intermediate import Intermediate, compare_on_the_way
+from minitron.distillation.correction import RATE_WHILE_TEACHING, correction_rate
+from minitron.distillation.intermediate import Intermediate, compare_on_the_way, kinds_compared
 from minitron.distillation.metrics import Metrics, require_trackers
 from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import learning_rate, make_optimizer, take_step
@@ -108,12 +109,16 @@ class Trainer:
         return student
 
     def _intermediate(self, student: Headless, pruned: Checkpoint) -> Intermediate | None:
-        if not self.recipe.intermediate.of:
-            return None
+        recipe = self.recipe.intermediate
         if not isinstance(self.teacher, Live):
-            raise UserError("distill.intermediate needs the teacher in memory, not stored teacher outputs")
+            if recipe.of:
+                raise UserError("distill.intermediate needs the teacher in memory, not stored teacher outputs")
+            return None
         model, arch = self.teacher.headless.model, self.teacher.arch
-        return compare_on_the_way(model, arch, student, pruned.arch, self.recipe.intermediate, self.runtime.device)
+        if not (kinds := kinds_compared(recipe, arch, pruned.arch)):
+            return None
+        recipe = recipe.model_copy(update={"of": kinds})
+        return compare_on_the_way(model, arch, student, pruned.arch, recipe, self.runtime.device)
 
 
 @dataclass
@@ -125,16 +130,13 @@ class _Loop:
     models: Trained
     objective: Objective
     step: int = 0
-    weight: float = 0.0
-    """The weight of the next step's intermediate loss."""
     metrics: Metrics = field(init=False)
 
     def run(self, until: int | None) -> None:
         """Take steps up to `until`, by default all; save checkpoints on the way and when asked to stop."""
         trainer, world = self.trainer, self.trainer.runtime.world
         last = self.num_steps if until is None else until
-        start = 0, trainer.recipe.intermediate.weight or 0.0
-        self.step, self.weight = load_checkpoint(trainer.work, self.models, world) or start
+        self.step = load_checkpoint(trainer.work, self.models, world)
         self.metrics = Metrics(trainer.work, self.step, trainer.recipe.trackers, world)
         tokens = last * self.step_tokens
         with (
@@ -151,7 +153,7 @@ class _Loop:
                 if self.step < self.num_steps and (
                     is_due or world.agree(time.monotonic() - saved_at >= trainer.recipe.checkpoint_seconds)
                 ):
-                    save_checkpoint(trainer.work, self.models, self.step, self.weight, world)
+                    save_checkpoint(trainer.work, self.models, self.step, world)
                     saved_at = time.monotonic()
                 if self.step < last and is_stopping:
                     request.stop()
@@ -172,20 +174,18 @@ class _Loop:
         headless, optimizer = self.models["student"]
         rate = learning_rate(self.step, self.num_steps, recipe)
         numbers = batch_indices(self.step, recipe.batch_size, len(train), self.trainer.runtime.seed)
-        sums = self.objective.accumulate(headless, train[numbers], numbers, weight=self.weight)
-        logits_loss, intermediate_loss, teacher_loss = self.trainer.runtime.world.sum(sums).tolist()
-        loss = logits_loss + self.weight * intermediate_loss
+        sums = self.objective.accumulate(headless, train[numbers], numbers)
+        loss, intermediate_loss, added_loss, teacher_loss = self.trainer.runtime.world.sum(sums).tolist()
         norm = take_step(headless, optimizer, rate, recipe.max_grad_norm, loss)
         is_finite = math.isfinite(loss) and math.isfinite(norm)
         self.step += 1
         row: dict[str, Any] = {"step": self.step, "tokens": self.step * self.step_tokens, "learning_rate": rate}
         row |= {"loss": loss, "grad_norm": norm} if is_finite else {"skipped": f"loss {loss}, gradient {norm}"}
-        if self.objective.intermediate:
-            row |= {"intermediate_loss": intermediate_loss, "intermediate_weight": self.weight}
-            if is_finite and intermediate_loss and recipe.intermediate.weight is None:
-                self.weight = logits_loss / intermediate_loss
+        if self.objective.intermediate and is_finite:
+            weight = added_loss / intermediate_loss if intermediate_loss else 0.0
+            row |= {"intermediate_loss": intermediate_loss, "intermediate_weight": weight}
         if "teacher" in self.models:
-            share = recipe.correction.learning_rate / recipe.learning_rate
+            share = correction_rate(recipe.correction, RATE_WHILE_TEACHING) / recipe.learning_rate
             take_step(*self.models["teacher"], rate * share, recipe.max_grad_norm, teacher_loss)
             row["teacher_loss"] = teacher_loss
         progress.advance(self.step_tokens)

@@ -78,7 +78,8 @@ def trial_recipe(recipe: Recipe) -> DistillRecipe:
         "schedule": "wsd",
         "decay_ratio": 0.5,
         "trackers": (),
-        "intermediate": IntermediateRecipe(),
+        "warmup_steps": None,  # a number of the long training's steps
+        "intermediate": IntermediateRecipe(of=()),
         "correction": CorrectionRecipe(),
     }
     if recipe.distill.teacher_states is None:
