@@ -56,6 +56,7 @@ def prune(
     out: Annotated[Path | None, typer.Argument(help="The folder to make.", resolve_path=True)] = None,
     arch: Annotated[Path | None, typer.Option(help="An arch.json instead of sizes.")] = None,
     importance: Annotated[Path | None, typer.Option(help="A folder that calibrate wrote, instead of --data.")] = None,
+    random: Annotated[bool, typer.Option("--random", help="Random weights in place of the teacher's.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out; needs no weights.")] = False,
     plain: Plain = False,
     overwrite: Overwrite = False,
@@ -68,7 +69,7 @@ def prune(
         return plan(teacher, split_sizes(settings)[0], arch, settings.get("family"))
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
-    settings |= _preset(plain) | {"arch": arch, "importance": importance}
+    settings |= _preset(plain) | {"arch": arch, "importance": importance, "random": random}
     return imported("verbs.prune").prune(teacher, out, overwrite=overwrite, **settings)
 
 

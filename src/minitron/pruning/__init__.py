@@ -13,6 +13,7 @@ from minitron.pruning.importance import (
     require_scores,
     write_importance,
 )
+from minitron.pruning.random_start import write_random
 from minitron.pruning.repair import repaired
 from minitron.pruning.rounds import score_in_rounds
 from minitron.pruning.scores import Importance
@@ -27,6 +28,7 @@ __all__ = [
     "require_measurable",
     "require_scores",
     "write_importance",
+    "write_random",
 ]
 
 

@@ -19,6 +19,7 @@ def prune(
     *,
     arch: str | Path | None = None,
     importance: str | Path | None = None,
+    random: bool = False,
     recipe: "RecipeSource" = None,
     overwrite: bool = False,
     **settings: Any,
@@ -27,7 +28,8 @@ def prune(
 
     The shape is given by sizes among the `settings` (`hidden_size=448`), by an `arch.json`, or by a budget
     (`target_params=0.7`), within which the best shape is searched for. Importance is read from a folder that
-    `calibrate` wrote, or measured on the recipe's data. Other `settings` are keys of the recipe.
+    `calibrate` wrote, or measured on the recipe's data. Other `settings` are keys of the recipe. With `random` a model
+    of that shape is written whose weights are random, which pruned models are compared with.
 
     Raises:
         UserError: several of these are given, or the shape cannot be cut out of the teacher.
@@ -61,12 +63,17 @@ def prune(
         nas.removed_layers(shapes) if chosen is None else {source.arch.axis_size("layer") - chosen.axis_size("layer")}
     )
     with output.work("prune") as work:
-        scores = read_importance(Path(importance), source) if importance else measure_importance(session, removed)
+        scores: pruning.Importance = {}
+        if importance:
+            scores = read_importance(Path(importance), source)
+        elif not (random and is_given):
+            scores = measure_importance(session, removed)
         if chosen is None:
             with TemporaryDirectory() as folder:
                 chosen = nas.search(session, scores, shapes, budget, Path(folder))
-        pruning.prune(session, chosen, scores, work / "pruned")
+        write = pruning.write_random if random else pruning.prune
+        write(session, chosen, scores, work / "pruned")
         if is_given:
             nas.warn_of_order(source, chosen, read_json(work / "pruned" / "config.json"))
         output.publish(work / "pruned")
-    return Shaped(output.path, chosen)
+    return Shaped(output.path, chosen, random_seed=session.runtime.seed if random else None)

@@ -107,6 +107,8 @@ class Shaped(Result):
 
     out: Path
     arch: Arch
+    random_seed: int | None = None
+    """The seed of weights that are random instead of a teacher's."""
 
     @property
     def student(self) -> Path:
@@ -115,7 +117,8 @@ class Shaped(Result):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the folder, the sizes, and the exact parameter count that follows from them."""
-        return {"out": str(self.out), "num_parameters": self.arch.num_parameters, "arch": self.arch.to_dict()}
+        seed = {} if self.random_seed is None else {"random_seed": self.random_seed}
+        return {"out": str(self.out), "num_parameters": self.arch.num_parameters, "arch": self.arch.to_dict(), **seed}
 
 
 @dataclass(frozen=True, repr=False)
