@@ -160,6 +160,17 @@ def test_the_card_says_what_a_reader_needs(made: Path) -> None:
         assert needed in card
 
 
+def test_the_report_states_how_depth_was_cut_and_what_the_papers_prefer(made: Path) -> None:
+    run, depths = made / "run", []
+    text = (run / "report.html").read_text()
+    for name in ("teacher", "student"):
+        depths.append(json.loads((run / name / "config.json").read_text())["num_hidden_layers"])
+    removed = f"{depths[0] - depths[1]} of {depths[0]} layers were removed."
+    assert (f"All {depths[0]} layers were kept." in text) == (depths[0] == depths[1])
+    assert (removed in text) == (depths[0] > depths[1])
+    assert "prefer cutting width to cutting depth in models of up to 15 B parameters" in text
+
+
 def test_a_finished_run_repeats_nothing(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (made / "run").rglob("*") if path.is_file()}
     monkeypatch.setattr("minitron.session.open_teacher", lambda _: pytest.fail("the teacher was opened again"))

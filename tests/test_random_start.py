@@ -1,4 +1,4 @@
-"""A student's shape with random weights, the baseline of the papers' tables 1, 11 and 14."""
+"""A student's shape with random weights, the baseline of the papers' tables 1 and 11 (14 at NeurIPS)."""
 
 import json
 from pathlib import Path

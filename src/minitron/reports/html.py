@@ -27,6 +27,8 @@ from minitron.reports.page import note, panels, stacked, table, write_page
 from minitron.reports.run_files import RunFiles
 
 NUM_UNTRAINED_SHOWN = 12
+PREFERS_WIDTH = 16 * 10**9
+"""Parameters up to which the papers prefer cutting width: their "15B" has 15.6 billion (arXiv 2407.14679, table 5)."""
 LATER_MEASUREMENTS = (
     ("Benchmarks", "tasks.json", tasks_table, tasks_conditions),
     ("Speed", "bench.json", bench_table, bench_conditions),
@@ -76,7 +78,7 @@ def _sections(run: RunFiles) -> Iterator[tuple[str, str]]:
     for heading, file, rows, conditions in LATER_MEASUREMENTS:
         if measured := run.read(file):
             yield heading, table(rows(measured)) + note(conditions(measured))
-    yield "Shape", draw_shape(*run.archs, run.kept_layers).svg() if run.archs else ""
+    yield "Shape", _shape(run)
     yield "Importance", _importance(run)
     yield "Search", _search(run)
     yield "Distillation", stacked(draw_curves({"student": run.metrics}, run.resumed_at))
@@ -98,6 +100,21 @@ def _conditions(run: RunFiles, prefix: str = "") -> str:
         f"{prefix}{measured['num_tokens']:,} tokens of {data_in_words(record['recipe']['data'])} that no other stage "
         f"has seen, context {measured['context']}, seed {record['seed']}. {speed_up_conditions(measured)}".rstrip()
     )
+
+
+def _shape(run: RunFiles) -> str:
+    """Return the shape, how many layers were kept, and what the papers prefer where a search chose the shape."""
+    if not run.archs:
+        return ""
+    teacher, student = run.archs
+    depth, kept = teacher.axis_size("layer"), student.axis_size("layer")
+    text = f"{depth - kept} of {depth} layers were removed." if kept < depth else f"All {depth} layers were kept."
+    if teacher.num_parameters <= PREFERS_WIDTH and run.read("search.json"):
+        text += (
+            " The Minitron papers prefer cutting width to cutting depth in models of up to 15 B parameters; the search "
+            "compared shapes of both kinds, and decided by what it measured."
+        )
+    return draw_shape(teacher, student, run.kept_layers).svg() + note(text)
 
 
 def _importance(run: RunFiles) -> str:
