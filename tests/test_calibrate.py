@@ -253,7 +253,7 @@ def test_wanda_scores_neurons_by_weights_times_activation_norm(
     teacher = teachers(variant)
     model, arch = reference_model(teacher), teacher.arch
     importance, by_activation = (
-        importance_of(teacher, blocks, CalibrationRecipe(ffn_scores=name)) for name in ("wanda", "activation")
+        importance_of(teacher, blocks, CalibrationRecipe(ffn_scores=name)) for name in ("wanda", "input_of_second")
     )
     taps = [tap for tap in arch.family.taps if tap.axes[0] in {"ffn", "expert_ffn", "shared_ffn"}]
     assert taps
@@ -301,13 +301,110 @@ def neurons_read_by_experts(module: Any, model: Any, blocks: Blocks) -> list[tup
     return reads
 
 
+@pytest.mark.parametrize("sequence", ["mean", "var"])
+@pytest.mark.parametrize("variant", ["nemotron", "opt", "phi3", "falcon_h1", *WITH_MLP])
+@torch.no_grad()
+def test_neurons_are_scored_by_the_first_linear_as_the_paper_writes_it(
+    teachers: Callable[[str], Checkpoint], blocks: Blocks, variant: str, sequence: Any
+) -> None:
+    """Σ_{B,S} X·W1ᵀ, W1 being what the nonlinearity is applied to, in float64 from weights and inputs."""
+    teacher = teachers(variant)
+    model, arch = reference_model(teacher), teacher.arch
+    recipe = CalibrationRecipe(ffn_scores="first_linear", sequence=sequence)
+    importance, by_second = (
+        importance_of(teacher, blocks, each)
+        for each in (recipe, recipe.model_copy(update={"ffn_scores": "input_of_second"}))
+    )
+    for tap in [tap for tap in arch.family.taps if tap.axes[0] in {"ffn", "expert_ffn", "shared_ffn"}]:
+        for layer in arch.layer_numbers(tap.kind):
+            module = model.get_submodule(tap.module.replace("{i}", str(layer)))
+            if tap.side == "routed":
+                expected = by_first_linear_of_experts(module, model, blocks, sequence)
+            else:
+                mlp = model.get_submodule(tap.module.replace("{i}", str(layer)).rpartition(".")[0])
+                expected = by_first_linear(mlp, model, blocks, sequence)
+            scores = importance[tap.axes[0]][layer]
+            assert_close(scores, expected.view_as(scores), teacher)
+            with pytest.raises(AssertionError):
+                assert_close(by_second[tap.axes[0]][layer], expected.view_as(scores), teacher)
+
+
+def by_first_linear(mlp: Any, model: Any, blocks: Blocks, sequence: str) -> Tensor:
+    """The slow formula: the product of an MLP's inputs with W1, of the gate in a gated MLP."""
+    names = ("gate_proj", "gate_up_proj", "c_fc", "fc1", "up_proj")  # the first that there is
+    first = next(getattr(mlp, name) for name in names if hasattr(mlp, name))
+    weight = first.weight if isinstance(first, torch.nn.Linear) else first.weight.T  # GPT-2 stores the transpose
+    width = len(weight) // 2 if hasattr(mlp, "gate_up_proj") else len(weight)
+    seen = Seen()
+    handle = first.register_forward_pre_hook(lambda _, inputs: seen.add("in", inputs[0]))
+    for ids in blocks.ids:
+        model(input_ids=ids[None])
+    handle.remove()
+    bias = 0.0 if first.bias is None else first.bias[:width]
+    seen["W1"] = [x @ weight[:width].T + bias for x in seen["in"]]
+    return seen.aggregate("W1", sequence=sequence)
+
+
+def by_first_linear_of_experts(module: Any, model: Any, blocks: Blocks, sequence: str) -> Tensor:
+    """The slow formula of every expert, where tokens that do not reach it count as zeros."""
+    calls: list[tuple[Tensor, ...]] = []
+    hook = module.register_forward_pre_hook(lambda _, args: calls.append(args))
+    for ids in blocks.ids:
+        model(input_ids=ids[None])
+    hook.remove()
+    name, scores = "gate_up_proj" if module.has_gate else "up_proj", []
+    for e in range(len(module.down_proj)):
+        weight = getattr(module, name)[e] if module.is_transposed else getattr(module, name)[e].T  # (hidden, …)
+        bias = getattr(module, f"{name}_bias")[e] if module.has_bias else torch.zeros(weight.shape[1])
+        if module.has_gate:  # GPT-OSS stores gate and up of a neuron side by side, others all gates first
+            rows = slice(None, None, 2) if not module.is_concatenated else slice(weight.shape[1] // 2)
+            weight, bias = weight[:, rows], bias[rows]
+        seen = Seen()
+        for states, numbers, _ in calls:
+            reached = (numbers == e).any(dim=1, keepdim=True)
+            seen.add("W1", torch.where(reached, states.double() @ weight.double() + bias.double(), 0.0))
+        scores.append(seen.aggregate("W1", sequence=sequence))
+    return torch.stack(scores)
+
+
+@pytest.mark.parametrize("sequence", ["mean", "var"])
+@pytest.mark.parametrize("variant", ["llama", "nemotron", "gpt2", "gpt_oss", "nemotron_h", "falcon_h1"])
+@torch.no_grad()
+def test_heads_are_scored_by_each_tokens_norm_as_the_paper_writes_it(
+    teachers: Callable[[str], Checkpoint], blocks: Blocks, variant: str, sequence: Any
+) -> None:
+    """Σ_{B,S} ‖Attn(X·W_Q, X·W_K, X·W_V)‖₂ head by head in float64; of KV groups, over the heads of the group."""
+    teacher = teachers(variant)
+    model, arch = reference_model(teacher), teacher.arch
+    recipe = CalibrationRecipe(head_scores="aggregate_of_norms", sequence=sequence)
+    importance, by_channel = (
+        importance_of(teacher, blocks, each)
+        for each in (recipe, recipe.model_copy(update={"head_scores": "norm_of_aggregates"}))
+    )
+    taps = [tap for tap in arch.taps if tap.axes[0] in {"query", "kv"} and tap.axes[0] in arch.axes]
+    assert taps
+    for tap in taps:
+        for layer in arch.layer_numbers(tap.kind):
+            seen = Seen()
+            seen.watch(model.get_submodule(tap.module.replace("{i}", str(layer))), "in")
+            for ids in blocks.ids:
+                model(input_ids=ids[None])
+            count = arch.axis_size(tap.axes[0])
+            heads = [list(x.chunk(count, dim=1)) for x in seen["in"]]
+            seen["norms"] = [torch.stack([h.square().sum(dim=1).sqrt() for h in block], dim=1) for block in heads]
+            expected = seen.aggregate("norms", sequence=sequence)
+            assert_close(importance[tap.axes[0]][layer], expected, teacher)
+            with pytest.raises(AssertionError):
+                assert_close(by_channel[tap.axes[0]][layer], expected, teacher)
+
+
 def test_a_score_of_ones_own_needs_a_line_in_the_table(
     teachers: Callable[[str], Checkpoint], blocks: Blocks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teacher = teachers("llama")
     recipe = CalibrationRecipe(ffn_scores="variance")
     with pytest.raises(
-        UserError, match=r"calibration.ffn_scores: unknown value 'variance'; accepted: activation, wanda"
+        UserError, match=r"calibration.ffn_scores: unknown value 'variance'; accepted: input_of_second, first_linear, w"
     ):
         importance_of(teacher, blocks, recipe)
     monkeypatch.setitem(SCORES["ffn"], "variance", Score(lambda read: read.aggregate("var", "mean"), needs=("var",)))
@@ -316,7 +413,7 @@ def test_a_score_of_ones_own_needs_a_line_in_the_table(
     assert not torch.allclose(importance_of(teacher, blocks)["ffn"], by_variance["ffn"], rtol=1e-3)
 
 
-@pytest.mark.parametrize("key", ["batch", "sequence", "mamba_scores", "expert_scores", "ffn_scores"])
+@pytest.mark.parametrize("key", ["batch", "sequence", "mamba_scores", "expert_scores", "ffn_scores", "head_scores"])
 def test_an_unknown_score_is_refused_before_any_work(key: str) -> None:
     recipe = Recipe.model_validate({"teacher": "none", "calibration": {key: "best"}})
     with pytest.raises(UserError, match=rf"calibration.{key}: unknown value 'best'; accepted: .*\w"):

@@ -19,7 +19,7 @@ def test_the_example_cuts_by_a_score_of_its_own(tmp_path: Path) -> None:
     lines = [re.fullmatch(r"(\w+): perplexity (\d+\.\d\d) before training, .* layer 0: \[(.*)\]", s) for s in students]
     assert all(lines)
     names, perplexities, kept = zip(*(line.groups() for line in lines if line), strict=True)
-    assert names == ("activation", "wanda", "contribution")
-    assert len(set(kept)) == 3  # every score keeps other neurons
+    assert names == ("input_of_second", "first_linear", "wanda", "contribution")
+    assert len(set(kept)) == 4  # every score keeps other neurons
     assert all(len(neurons.split(", ")) == 16 for neurons in kept)
     assert all(float(perplexity) > float(teacher.split()[-1]) for perplexity in perplexities)

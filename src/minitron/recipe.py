@@ -97,9 +97,15 @@ class CalibrationRecipe(_Strict):
     the input of the output projection."""
     expert_scores: str = "reap"
     """How experts are scored: by the norm of their output, with (`reap`) or without (`norm`) the router's weight."""
-    ffn_scores: str = "activation"
-    """How MLP neurons are scored: by the aggregate of their activations (`activation`), or by the sum of |weight| ×
-    activation norm over the weights that read the neuron (`wanda`, arXiv 2306.11695)."""
+    ffn_scores: str = "input_of_second"
+    """How MLP neurons are scored: by the aggregate of the inputs of the second matrix (`input_of_second`, as
+    Model-Optimizer does); by that of the outputs of the first one, before the nonlinearity (`first_linear`, Minitron,
+    arXiv 2407.14679, section 2.2), in gated MLPs of the gate, which the nonlinearity is applied to; or by the sum of
+    |weight| × activation norm over the weights that read the neuron (`wanda`, arXiv 2306.11695)."""
+    head_scores: str = "norm_of_aggregates"
+    """How query heads and KV groups are scored, on the inputs of the output projection: by the norm, over the head's
+    channels, of each channel's aggregate (`norm_of_aggregates`, as Model-Optimizer does); or by the aggregate of each
+    token's norm over the head (`aggregate_of_norms`, Minitron, arXiv 2407.14679, section 2.2)."""
 
 
 class DepthRecipe(_Strict):

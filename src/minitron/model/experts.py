@@ -23,6 +23,13 @@ class Experts:
             return inner
         return self.module.act_fn(self._multiply("up_proj", expert, states))  # type: ignore[no-any-return]
 
+    def first_outputs(self, expert: int, states: Tensor) -> Tensor:
+        """Return the output (T, ffn) of an expert's first matrix, for states (T, hidden); of its gate if it has one."""
+        if not self.module.has_gate:
+            return self._multiply("up_proj", expert, states)
+        both = self._multiply("gate_up_proj", expert, states)
+        return both.chunk(2, dim=-1)[0] if self.module.is_concatenated else both[..., ::2]
+
     def outputs(self, expert: int, inner: Tensor) -> Tensor:
         """Return the output (T, hidden) of an expert, for the input (T, ffn) of its second matrix."""
         return self._multiply("down_proj", expert, inner)

@@ -3,7 +3,7 @@
 Statistics are keyed by the module that was read, so that one file serves every way of scoring them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import NoReturn
@@ -20,15 +20,16 @@ from minitron.model.checkpoint import Checkpoint
 from minitron.model.experts import Experts
 from minitron.progress import Progress
 from minitron.pruning.layers import Layer, Layers
-from minitron.pruning.scores import needed_aggregates, require_width_scores
+from minitron.pruning.scores import needed_quantities, require_width_scores
 from minitron.pruning.statistics import (
     BLOCK_INFLUENCE,
     NUM_BLOCKS,
     OVER_TOKENS,
     ROUTED,
     STREAM_MOMENT,
+    Quantity,
     Statistics,
-    sums_key,
+    first_linear,
     widened,
 )
 from minitron.recipe import CalibrationRecipe
@@ -44,8 +45,9 @@ def calibrate(
     The statistics are, by key:
 
     - for each tap, its key, (num_layers, 2, width): the sums over blocks of s and of s², where s is the aggregate of
-      `recipe.sequence` over a block's tokens (`statistics.OVER_TOKENS`); zero in layers that lack the module. An
-      aggregate that only the chosen score needs (`scores.Score.needs`) is stored under the key with `/aggregate`;
+      `recipe.sequence` over a block's tokens (`statistics.OVER_TOKENS`); zero in layers that lack the module. Another
+      aggregate or view of the tap, which only the chosen score needs (`scores.Score`), has a key of its own
+      (`statistics.Quantity`);
     - for experts, sums of the states that enter an expert's second matrix, (num_layers, 2, num_experts, width), where
       tokens that do not reach the expert count as zeros; and under the key with `/routed`, (num_layers, num_experts,
       3): sums over an expert's tokens of router weight × norm of its output (REAP, arXiv 2510.13999), of that norm
@@ -102,7 +104,7 @@ class _Sums:
 
     def __init__(self, arch: Arch, recipe: CalibrationRecipe, num_tokens: int) -> None:
         self.arch, self.recipe, self.num_tokens = arch, recipe, num_tokens
-        self.aggregates = needed_aggregates(arch, recipe)
+        self.quantities = needed_quantities(arch, recipe)
         self.by_key: Statistics = {}
 
     def add_influence(self, layer: int, before: Tensor, after: Tensor) -> None:
@@ -120,49 +122,72 @@ class _Sums:
     def reading(self, layer: Layer, moment: bool) -> Iterator[None]:
         """Read every tap of a layer while the block runs, and with `moment` the stream before its norms."""
         with ExitStack() as hooks:
-            for tap in {tap.key: tap for tap in self.arch.layer_taps(layer.number)}.values():
-                hooks.callback(self._hook(layer, tap).remove)
+            for tap, quantities in self._places(layer):
+                hooks.callback(self._hook(layer, tap, quantities).remove)
             for norm in self.arch.norms_before_blocks if moment else ():
                 handle = layer.module_of(norm).register_forward_pre_hook(lambda _, inputs: self.add_moment(inputs[0]))
                 hooks.callback(handle.remove)
             yield
 
-    def _hook(self, layer: Layer, tap: Tap) -> RemovableHandle:
+    def _places(self, layer: Layer) -> Iterable[tuple[Tap, list[Quantity]]]:
+        """Return the taps at which modules of a layer are read, each with the quantities that are read there."""
+        places: dict[tuple[str, str], tuple[Tap, list[Quantity]]] = {}
+        for quantity in self.quantities:
+            tap = quantity.tap
+            if tap.kind in {None, self.arch.layer_kind(layer.number)}:
+                is_elsewhere = quantity.view == "first_linear" and tap.side != "routed"
+                place = first_linear(self.arch, tap) if is_elsewhere else tap
+                places.setdefault((place.key, place.side), (place, []))[1].append(quantity)
+        return places.values()
+
+    def _hook(self, layer: Layer, tap: Tap, quantities: list[Quantity]) -> RemovableHandle:
         module, number = layer.module(tap.module), layer.number
         if tap.side == "output":
-            return module.register_forward_hook(lambda _, __, output: self._add_tap(tap, number, output))
+            return module.register_forward_hook(lambda _, __, output: self._add_tap(tap, quantities, number, output))
         if tap.side == "input":
-            return module.register_forward_pre_hook(lambda _, inputs: self._add_tap(tap, number, inputs[0]))
+            return module.register_forward_pre_hook(lambda _, inputs: self._add_tap(tap, quantities, number, inputs[0]))
         return module.register_forward_pre_hook(
-            lambda module, args, kwargs: self._add_experts(tap, number, module, *args, *kwargs.values()),
+            lambda module, args, kwargs: self._add_experts(quantities, number, module, *args, *kwargs.values()),
             with_kwargs=True,
         )
 
-    def _add_tap(self, tap: Tap, layer: int, activation: Tensor) -> None:  # (1, T, width), or flattened (T, width)
+    def _add_tap(self, tap: Tap, quantities: list[Quantity], layer: int, activation: Tensor) -> None:
+        """Add the sums of an activation (1, T, width), or flattened (T, width)."""
         if tap.stretch is not None:
             width = prod(map(self.arch.axis_size, tap.axes))
             activation = activation.narrow(-1, width * tap.stretch, width)
         tokens = widened(activation.flatten(0, -2))
-        for name in self.aggregates[tap.key]:
-            self._add(sums_key(tap, name, self.recipe), layer, _powers(OVER_TOKENS[name](tokens, len(tokens))))
+        for quantity in quantities:
+            values = tokens
+            if quantity.view == "entry_norms":
+                values = tokens.unflatten(-1, (self.arch.axis_size(quantity.tap.axes[0]), -1)).norm(dim=-1)
+            self._add(quantity.key(self.recipe), layer, _powers(OVER_TOKENS[quantity.aggregate](values, len(values))))
 
     def _add_experts(
-        self, tap: Tap, layer: int, module: nn.Module, states: Tensor, numbers: Tensor, weights: Tensor
+        self,
+        quantities: list[Quantity],
+        layer: int,
+        module: nn.Module,
+        states: Tensor,
+        numbers: Tensor,
+        weights: Tensor,
     ) -> None:
         """Add the experts' sums, of tokens (T, hidden) with the numbers and router weights (T, k) of their experts."""
-        inner: dict[str, list[Tensor]] = {name: [] for name in self.aggregates[tap.key]}
+        inner: list[list[Tensor]] = [[] for _ in quantities]
         routed, experts = [], Experts(module)
         for expert in range(self.arch.axis_size("expert")):
             token, place = (numbers == expert).nonzero(as_tuple=True)
             activation = experts.inner_states(expert, states[token])
-            for name, sums in inner.items():
-                sums.append(_powers(OVER_TOKENS[name](widened(activation), len(states))))
+            for quantity, sums in zip(quantities, inner, strict=True):
+                is_first = quantity.view == "first_linear"
+                values = widened(experts.first_outputs(expert, states[token]) if is_first else activation)
+                sums.append(_powers(OVER_TOKENS[quantity.aggregate](values, len(states))))
             norms = widened(experts.outputs(expert, activation)).norm(dim=-1)
             weighted = widened(weights[token, place]) * norms
             routed.append(torch.stack([weighted.sum(), norms.sum(), torch.ones_like(norms).sum()]))
-        for name, sums in inner.items():
-            self._add(sums_key(tap, name, self.recipe), layer, torch.stack(sums, dim=1))
-        self._add(f"{tap.key}/{ROUTED}", layer, torch.stack(routed))
+        for quantity, sums in zip(quantities, inner, strict=True):
+            self._add(quantity.key(self.recipe), layer, torch.stack(sums, dim=1))
+        self._add(f"{quantities[0].tap.key}/{ROUTED}", layer, torch.stack(routed))
 
     def _add(self, key: str, layer: int, value: Tensor) -> None:
         if key not in self.by_key:

@@ -22,8 +22,9 @@ from minitron.pruning.statistics import (
     OVER_TOKENS,
     ROUTED,
     STREAM_MOMENT,
+    Quantity,
     Statistics,
-    sums_key,
+    View,
     widened,
 )
 from minitron.recipe import CalibrationRecipe
@@ -42,6 +43,8 @@ class Readings:
     recipe: CalibrationRecipe
     statistics: Statistics
     tap: Tap
+    view: View = "channels"
+    """The view of the tap that `aggregate` returns: that of the score."""
 
     @property
     def arch(self) -> Arch:
@@ -58,9 +61,10 @@ class Readings:
 
         `sequence` and `batch` name aggregates of `OVER_TOKENS` and `OVER_BLOCKS`, by default the recipe's. A `sequence`
         must be listed in `Score.needs`. Returns (num_layers, width), or (num_layers, num_experts, width) for the inner
-        states of experts; zero in layers without the tap.
+        states of experts, where width is the number of entries if these are seen by their norms; zero in layers without
+        the tap.
         """
-        key = sums_key(self.tap, sequence or self.recipe.sequence, self.recipe)
+        key = Quantity(self.tap, sequence or self.recipe.sequence, self.view).key(self.recipe)
         first, second = self.statistics[key].unbind(dim=1)
         return OVER_BLOCKS[batch or self.recipe.batch](first, second, int(self.statistics[NUM_BLOCKS]))
 
@@ -101,12 +105,15 @@ class Score:
     """Returns (num_layers, size), or (num_layers, num_experts, size) where each expert has entries of its own."""
     needs: tuple[str, ...] = ()
     """The aggregates of `OVER_TOKENS` that it reads in addition to the recipe's."""
+    view: View = "channels"
+    """What it looks at, at the tap of its axis."""
 
 
 def activation(readings: Readings) -> Tensor:
     """Score an entry by the L2 norm, over its channels, of the aggregate of their activations.
 
     By default the aggregate is the batch L2 of the sequence mean (Minitron, arXiv 2407.14679, section 2.2, table 13).
+    An entry that is seen as one channel, such as a neuron, has the aggregate itself.
     """
     entries: Tensor = readings.aggregate().unflatten(-1, (readings.num_entries, -1))
     scores: Tensor = entries.norm(dim=-1)
@@ -140,26 +147,39 @@ def output_norm(readings: Readings) -> Tensor:
 ACTIVATION = Score(activation)
 """The score of every axis that has no table in `SCORES`."""
 SCORES: dict[str, dict[str, Score]] = {
-    "ffn": {"activation": ACTIVATION, "wanda": Score(wanda, needs=("l2",))},
+    "ffn": {
+        # As Model-Optimizer (mcore_minitron) does.
+        "input_of_second": ACTIVATION,
+        # Σ X·W1ᵀ (Minitron, arXiv 2407.14679, section 2.2).
+        "first_linear": Score(activation, view="first_linear"),
+        "wanda": Score(wanda, needs=("l2",)),
+    },
+    "head": {
+        # As Model-Optimizer does.
+        "norm_of_aggregates": ACTIVATION,
+        # Σ ‖Attn(X·W_Q, X·W_K, X·W_V)‖₂ (Minitron, arXiv 2407.14679, section 2.2).
+        "aggregate_of_norms": Score(activation, view="entry_norms"),
+    },
     "expert": {"reap": Score(reap), "norm": Score(output_norm)},
 }
-"""The scores of an axis by the values of `calibration.ffn_scores` and `calibration.expert_scores`."""
-NEURONS = frozenset({"ffn", "expert_ffn", "shared_ffn"})
-"""The axes that are scored as `ffn`: neurons of an MLP, of experts and of shared experts."""
+"""The scores of axes by the values of `calibration.ffn_scores`, `head_scores` and `expert_scores`."""
+SCORED_AS = {"expert_ffn": "ffn", "shared_ffn": "ffn", "query": "head", "kv": "head"}
+"""The key in `SCORES` of axes that have another name: neurons of experts and of shared experts, and heads."""
 
 
 def score_of(axis: str, recipe: CalibrationRecipe) -> Score:
     """Return the score that a recipe chooses for an axis."""
-    key = "ffn" if axis in NEURONS else axis
+    key = SCORED_AS.get(axis, axis)
     return SCORES[key][getattr(recipe, f"{key}_scores")] if key in SCORES else ACTIVATION
 
 
-def needed_aggregates(arch: Arch, recipe: CalibrationRecipe) -> dict[str, list[str]]:
-    """Return the aggregates over tokens that the recipe's scores read, by the key of the tap."""
-    needed = {tap.key: [recipe.sequence] for tap in arch.taps}
+def needed_quantities(arch: Arch, recipe: CalibrationRecipe) -> list[Quantity]:
+    """Return what calibration has to sum up: the channels of every tap, and whatever else the recipe's scores read."""
+    needed = [Quantity(tap, recipe.sequence) for tap in arch.taps]
     for tap in arch.taps:
-        needed[tap.key] += [name for name in score_of(tap.axes[0], recipe).needs if name not in needed[tap.key]]
-    return needed
+        chosen = score_of(tap.axes[0], recipe)
+        needed += [Quantity(tap, aggregate, chosen.view) for aggregate in (recipe.sequence, *chosen.needs)]
+    return list({quantity.key(recipe): quantity for quantity in needed}.values())
 
 
 def require_width_scores(recipe: CalibrationRecipe) -> None:
@@ -180,9 +200,9 @@ def score(statistics: Statistics, checkpoint: Checkpoint, recipe: CalibrationRec
     """Score every prunable axis of a model from its calibration statistics.
 
     - hidden: `activation` of the norms' outputs, summed over layers and norms;
-    - ffn, also in experts: one of `SCORES["ffn"]`, at the input of the second MLP matrix;
-    - query: `activation` at the input of the output projection;
-    - kv: `activation` there, with the channels of all query heads of the group;
+    - ffn, also in experts: one of `SCORES["ffn"]`, at the input of the second MLP matrix or the output of the first;
+    - query: one of `SCORES["head"]`, at the input of the output projection;
+    - kv: that score there, with the channels of all query heads of the group;
     - expert: one of `SCORES["expert"]`;
     - Mamba channels: the L2 norm of the aggregate over heads. Mamba heads have the aggregate of each channel, since a
       head is scored on the channels that are kept (Minitron-SSM, arXiv 2504.11409, section 3). `recipe.mamba_scores`
@@ -196,12 +216,13 @@ def score(statistics: Statistics, checkpoint: Checkpoint, recipe: CalibrationRec
     for tap in arch.taps:
         if tap.choice not in {None, recipe.mamba_scores} or tap.key not in statistics:
             continue
-        axis, readings = tap.axes[0], Readings(checkpoint, recipe, statistics, tap)
+        axis, chosen = tap.axes[0], score_of(tap.axes[0], recipe)
+        readings = Readings(checkpoint, recipe, statistics, tap, chosen.view)
         if len(tap.axes) > 1:
             importance[axis] = readings.aggregate().unflatten(-1, [arch.axis_size(axis) for axis in tap.axes])
             importance[tap.axes[1]] = importance[axis].norm(dim=-2)
             continue
-        entries = score_of(axis, recipe).function(readings)  # (num_layers, …, size)
+        entries = chosen.function(readings)  # (num_layers, …, size)
         if axis not in arch.family.per_layer_axes:
             entries = entries.sum(dim=0)
         importance[axis] = importance[axis] + entries if axis in importance else entries

@@ -5,11 +5,14 @@ and s² over blocks, and these sums become one number per channel of the whole t
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from minitron.model.anatomy import Tap
+from minitron.model.arch import Arch
 from minitron.recipe import CalibrationRecipe
 
 Statistics = dict[str, Tensor]
@@ -20,9 +23,34 @@ STREAM_MOMENT = "stream_moment"
 ROUTED = "routed"
 
 
-def sums_key(tap: Tap, aggregate: str, recipe: CalibrationRecipe) -> str:
-    """Return the key of the sums of a tap's aggregate over tokens; the recipe's own aggregate has the tap's key."""
-    return tap.key if aggregate == recipe.sequence else f"{tap.key}/{aggregate}"
+View = Literal["channels", "entry_norms", "first_linear"]
+"""How calibration looks at a tap: at every channel; at each token's L2 norm over the channels of every entry (a head);
+or, at the input of an MLP's second matrix, at the output of its first one instead (`first_linear`)."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """Something that calibration sums up: a tap's activation in one view, aggregated over tokens in one way."""
+
+    tap: Tap
+    aggregate: str
+    view: View = "channels"
+
+    def key(self, recipe: CalibrationRecipe) -> str:
+        """Return the key of its sums; all channels under the recipe's own aggregate have the tap's key."""
+        key = self.tap.key if self.view == "channels" else f"{self.tap.key}/{self.tap.axes[0]}/{self.view}"
+        return key if self.aggregate == recipe.sequence else f"{key}/{self.aggregate}"
+
+
+def first_linear(arch: Arch, tap: Tap) -> Tap:
+    """Return the tap at the output of the first matrix of the MLP whose second matrix reads `tap`.
+
+    In every table it is the first matrix along the axis: W1 of δ(X·W1ᵀ)·W2 as Minitron writes an MLP (arXiv
+    2407.14679, section 2.1), so in gated MLPs the gate, whose output δ is applied to.
+    """
+    row = next(row for row in arch.rows if row.kind == tap.kind and tap.axes[0] in row.axes)
+    stretch = None if row.dimensions[0] == (tap.axes,) or row.dimensions[-1] == (tap.axes,) else 0
+    return Tap(tap.axes, f"{tap.module.partition('.')[0]}.{row.module}", "output", stretch, tap.kind)
 
 
 def widened(activation: Tensor) -> Tensor:
