@@ -128,7 +128,8 @@ def make(folder: Path) -> dict[str, Any]:
 
     from minitron.files import whole_folder
     from minitron.model.arch import Arch
-    from minitron.model.checkpoint import expected_shapes, write_checkpoint
+    from minitron.model.checkpoint import expected_shapes
+    from minitron.model.writing import write_checkpoint
 
     family, size, layers = named(folder)
     sizes = SHAPES[family, size] | ({"num_hidden_layers": layers} if layers else {})

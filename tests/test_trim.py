@@ -326,7 +326,7 @@ def test_streamed_trimming_writes_what_trimming_in_memory_gives(teacher: Checkpo
 
 
 def test_shards_hold_every_tensor_once(teacher: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minitron.model.checkpoint.MAX_SHARD_BYTES", 40_000)
+    monkeypatch.setattr("minitron.model.writing.MAX_SHARD_BYTES", 40_000)
     arch = cut_everywhere(teacher.arch)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     (tmp_path / "out").mkdir()

@@ -29,8 +29,9 @@ from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import whole_folder
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import Checkpoint, write_model
+from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import Headless, load_model
+from minitron.model.writing import write_model
 from minitron.progress import Progress
 from minitron.recipe import DistillRecipe
 from minitron.runtime import Runtime, World, stop_on_signals

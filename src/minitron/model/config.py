@@ -134,7 +134,7 @@ def student_config(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) ->
         values.pop("architectures", None)
     model_type = values.pop("model_type")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             config = AutoConfig.for_model(model_type, **values)
     except (StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
@@ -146,8 +146,8 @@ def student_config(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) ->
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silence warnings of config classes while the block runs: the teacher's config has raised them already."""
+def quiet_transformers() -> Iterator[None]:
+    """Silence what transformers reports while the block runs, where it is known already or expected."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()

@@ -5,7 +5,6 @@ folder, or run them as different networks, a cut would silently be one of anothe
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.config import stated_model_type, student_config, transformers_config
+from minitron.model.config import quiet_transformers, stated_model_type, student_config, transformers_config
 from minitron.model.families import FAMILIES
 from minitron.model.language_model import build_model, watching
 from minitron.progress import Progress
@@ -45,7 +43,7 @@ def require_one_reading(checkpoint: Checkpoint) -> None:
             the folder.
     """
     arch = _compared(checkpoint.arch)
-    with Progress("compare with transformers"), _quiet(), torch.no_grad():
+    with Progress("compare with transformers"), quiet_transformers(), torch.no_grad():
         stock, missing = _loaded_by_transformers(checkpoint, arch)
         if missing:
             raise UserError(f"{checkpoint.folder}: transformers does not find {missing[0]} there, and would invent it")
@@ -157,14 +155,3 @@ def _agree(one: Tensor, other: Tensor) -> bool:
         return False
     tolerance = TOLERANCE.get(one.dtype, HALF_TOLERANCE) * float(one.nan_to_num().abs().max())
     return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress what transformers reports of tensors that a model of fewer layers leaves out."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)

@@ -11,8 +11,9 @@ from torch import Tensor
 from minitron.errors import UserError
 from minitron.model.anatomy import Row
 from minitron.model.arch import TIED, Arch
-from minitron.model.checkpoint import Checkpoint, write_checkpoint
+from minitron.model.checkpoint import Checkpoint
 from minitron.model.config import student_config
+from minitron.model.writing import write_checkpoint
 from minitron.pruning.head_merge import MergedHeads, merge_partners
 from minitron.pruning.maps import apply_maps
 from minitron.pruning.rotate import Rotated, principal_basis, rotates

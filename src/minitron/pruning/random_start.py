@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from minitron.files import whole_folder
 from minitron.model.arch import Arch
-from minitron.model.checkpoint import write_model
 from minitron.model.config import student_config
+from minitron.model.writing import write_model
 from minitron.progress import Progress
 from minitron.pruning.scores import Importance
 from minitron.pruning.selection import kept_layers
