@@ -150,7 +150,7 @@ class PruneRecipe(_Strict):
 
 
 PLAIN = PruneRecipe(rotate=False, rescale_norms=False, refit=False)
-"""The pruning of the Minitron papers, without rotation or repair."""
+"""Pruning without rotation or repair."""
 
 
 class BudgetRecipe(_Strict):

@@ -85,7 +85,7 @@ TRAINING = (
 Teacher = Annotated[str, typer.Argument(help="A hub id, a folder, a .gguf file, or the built-in smollm2.")]
 Out = Annotated[Path, typer.Argument(help="The folder to make.", resolve_path=True)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result at OUT, once the new one is whole.")]
-Plain = Annotated[bool, typer.Option("--plain", help="The papers' pruning: no rotation, no rescaled norms, no refit.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Prune without rotation, rescaled norms and refit.")]
 
 RECIPE_OPTIONS = (
     inspect.Parameter(
