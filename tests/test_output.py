@@ -105,7 +105,7 @@ def test_the_teacher_of_a_run_is_found_with_links_and_without(
         monkeypatch.setattr(Path, "symlink_to", refuses)
     with open_run(tmp_path / "run", recipe(tmp_path / "model", tmp_path), overwrite=False) as run:
         run.begin()
-        run.link_teacher(tmp_path / "model")
+        run.link("teacher", tmp_path / "model")
         run.record["stages"]["calibrate"] = {"state": "done"}
     assert (tmp_path / "run" / "teacher").is_symlink() == has_link
     assert teacher_of(tmp_path / "run").samefile(tmp_path / "model")
@@ -253,7 +253,7 @@ def test_a_series_that_has_replaced_another_names_its_members_by_their_places(fi
                 with open_run(run.path(name), recipe(teacher, first / "text.txt"), False) as member:
                     member.begin()
                     member.path("student").mkdir()
-                    member.link_teacher(teacher)
+                    member.link("teacher", teacher)
                     member.record["stages"]["calibrate"] = {"state": "done"}
             assert overwrite == ("minitron-overwrite" in (run.path("0.5") / RUN_RECORD).read_text())
             run.publish()

@@ -389,7 +389,7 @@ def test_a_member_starts_from_the_larger_one(series: Path, place: Path) -> None:
 
 def test_a_finished_member_is_not_made_again(series: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in series.rglob("student/*")}
-    monkeypatch.setattr(pipeline, "compress", lambda *_, **__: pytest.fail("a member was made again"))
+    monkeypatch.setattr(pipeline, "_take_stage", lambda *_, **__: pytest.fail("a member was made again"))
     pipeline.compress_series(recipe(place, target_params="0.85,0.7,0.55", **QUICK), series)
     assert before == {path: path.stat().st_mtime_ns for path in series.rglob("student/*")}
 

@@ -1,8 +1,9 @@
-"""The order of the stages in one run directory, and of several students in a series."""
+"""The order of the steps in one run directory, and of several stages or students in a series."""
 
 import logging
 import shutil
 import time
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,14 @@ from rich.filesize import decimal
 from safetensors.torch import load_file
 
 from minitron import nas
-from minitron.distillation import distill, require_trainable, stored_teacher, warn_of_repetition
+from minitron.distillation import (
+    correct,
+    distill,
+    require_correctable,
+    require_trainable,
+    stored_teacher,
+    warn_of_repetition,
+)
 from minitron.errors import UserError, courtesy
 from minitron.evaluation import measure
 from minitron.evaluation.speed import TURNS, speed_up
@@ -20,16 +28,16 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.config import config_values
 from minitron.model.language_model import load_model
-from minitron.nas.shapes import Shapes
 from minitron.progress import Progress
 from minitron.pruning import prune, require_scores, write_importance
 from minitron.pruning.selection import kept_layers
-from minitron.recipe import Recipe
+from minitron.recipe import Recipe, Target
 from minitron.reports.card import write_card
 from minitron.reports.html import write_report
 from minitron.reports.series import write_series_report
-from minitron.run import Run, open_run, teacher_of
+from minitron.run import Run, linked, open_run, teacher_of
 from minitron.session import Session, require_one_process
+from minitron.stages import STEPS, Stage, stages_of
 
 STATES = "teacher-states"
 logger = logging.getLogger(__name__)
@@ -37,34 +45,40 @@ NUM_SAMPLES = 3
 """Texts that each model generates for the report."""
 
 
-def compress(recipe: Recipe, out: Path, overwrite: bool = False, *, larger: Path | None = None) -> dict[str, Any]:
+def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, Any]:
     """Make a smaller model of the recipe's teacher in the run directory `out`; return what `eval.json` holds.
 
-    With `larger`, the folder of another student of that teacher, that student is pruned. A finished run is read; an
-    interrupted one continues after its last finished stage, or inside search, distillation or evaluation.
+    A finished run is read; an interrupted one continues after its last finished step, or inside search, distillation
+    or evaluation.
 
     Raises:
         UserError: something asked for cannot be done; nothing is left behind that was not finished.
     """
     require_one_process()
     require_scores(recipe)
-    with open_run(out, recipe, overwrite) as run:
-        if not run.is_finished:
-            _take_stages(run, Session(recipe, larger))
+    return _take_stage(Stage(out.name, recipe), out, overwrite)
+
+
+def _take_stage(stage: Stage, out: Path, overwrite: bool = False, larger: Path | None = None) -> dict[str, Any]:
+    """Take all steps of a stage in the run directory `out`; `larger` is the student that it starts from."""
+    with open_run(out, stage.recipe, overwrite) as run:
+        if not all(map(run.is_done, STEPS[stage.kind])):
+            take = {"cut": _cut, "distill": _distill_further, "correct": _correct}[stage.kind]
+            take(run, Session(stage.recipe, larger))
+            shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
+            run.path("report.html").unlink(missing_ok=True)  # a page that was written while the run was under way
         _accompany(run)
         run.publish()
     return dict(read_json(run.path("eval.json")))
 
 
-def _take_stages(run: Run, session: Session) -> None:
-    """Run the stages that are not done."""
+def _cut(run: Run, session: Session) -> None:
+    """Cut a student and distil it."""
     session.validate()
     require_trainable(session, session.source.arch)
     shapes, budget = nas.shapes_within(session)
     session.require_one_reading()
-    _check(run, session, shapes)
-    run.begin()
-    run.link_teacher(session.teacher.folder)
+    _begin(run, session, int(shapes.figures["num_parameters"].max()))
     if not run.is_done("calibrate"):
         with run.stage("calibrate"):
             write_importance(run.folder, session, nas.removed_layers(shapes))
@@ -78,20 +92,50 @@ def _take_stages(run: Run, session: Session) -> None:
         with run.stage("prune"):
             run.record["kept_layers"] = kept_layers(importance, source, arch).tolist()
             prune(session, arch, importance, run.path("pruned"))
+    _train(run, session)
+
+
+def _distill_further(run: Run, session: Session) -> None:
+    """Distil a student further, its shape as it is."""
+    session.validate()
+    require_trainable(session, session.source.arch)
+    session.require_one_reading()
+    _begin(run, session, session.source.arch.num_parameters)
+    write_json(run.path("arch.json"), session.source.arch.to_dict())
+    run.link("pruned", session.source.folder)
+    _train(run, session)
+
+
+def _correct(run: Run, session: Session) -> None:
+    """Train the teacher itself on the text."""
+    session.validate()
+    require_correctable(session)
+    session.require_one_reading()
+    _begin(run, session, session.teacher.arch.num_parameters)
     if not run.is_done("distill"):
         with run.stage("distill"):
             _record_resumption(run, session)
-            distill(session, open_checkpoint(run.path("pruned")), run.path("student"), work=run.folder)
-    shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
+            correct(session, run.path("corrected"), work=run.folder)
     if not run.is_done("evaluate"):
         with run.stage("evaluate"):
-            _evaluate(run, session)
-            run.path("report.html").unlink(missing_ok=True)  # a page that was written while the run was under way
+            _evaluate(run, session, {"teacher": session.teacher.folder, "corrected": run.path("corrected")})
+
+
+def _train(run: Run, session: Session) -> None:
+    """Distil the pruned model and measure it."""
+    pruned, student = linked(run.folder, "pruned"), run.path("student")
+    if not run.is_done("distill"):
+        with run.stage("distill"):
+            _record_resumption(run, session)
+            distill(session, open_checkpoint(pruned), student, work=run.folder)
+    if not run.is_done("evaluate"):
+        with run.stage("evaluate"):
+            _evaluate(run, session, {"teacher": session.teacher.folder, "pruned": pruned, "student": student})
 
 
 def _accompany(run: Run) -> None:
     """Write the model card and the report of a finished run where they are missing; a failure is a warning."""
-    if not (run.path("student") / "README.md").exists():
+    if run.path("student").exists() and not (run.path("student") / "README.md").exists():
         with courtesy("the model card"):
             teacher = Arch.from_config(config_values(teacher_of(run.folder), run.record["recipe"]["family"]))
             student = open_checkpoint(run.path("student")).arch
@@ -102,32 +146,38 @@ def _accompany(run: Run) -> None:
 
 
 def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Make a student for each of the recipe's targets in `out`; return what the members' `eval.json` hold, by target.
+    """Take the stages of a recipe, or make a student for each of its targets, in `out`; return what `eval.json` holds.
 
-    Each smaller student is cut out of the next larger one, and taught by the one teacher or by that student (Minitron,
-    arXiv 2407.14679, section 4). Each is a run directory of its own, which continues after an interruption; the
-    teacher runs over the text once.
+    Each student is cut out of the one before, and taught by the one teacher or by that student (Minitron, arXiv
+    2407.14679, section 4). Each stage is a run directory of its own, which continues after an interruption. For a
+    series of targets the teacher runs over the text once.
 
     Raises:
-        UserError: the targets do not fall; or see `compress`.
+        UserError: the targets do not fall; or see `compress` and `stages_of`.
     """
-    targets = recipe.target_params
-    assert isinstance(targets, tuple)
-    require_scores(recipe)
-    _require_falling(targets, Session(recipe))
+    require_one_process()
+    stages = stages_of(recipe)
+    for stage in stages:
+        require_scores(stage.recipe)
+    if isinstance(recipe.target_params, tuple):
+        _require_falling(recipe.target_params, Session(recipe))
     figures: dict[str, Any] = {}
-    larger: Path | None = None
+    made = Made()
     with open_run(out, recipe, overwrite) as run:
         run.begin()
-        for target in targets:
-            name = str(target)
-            member = _member(recipe, target, run, larger)
-            if not run.is_done(name):
-                with run.stage(name):
-                    _store_teacher_once(run, member, larger)
-                    compress(member, run.path(name), larger=larger if recipe.lineage.taught_by == "teacher" else None)
-            figures[name] = read_json(run.path(name) / "eval.json")
-            larger = run.path(name) / "student"
+        for stage in stages:
+            folder, member = run.path(stage.name), _member(stage, run, made)
+            if not run.is_done(stage.name):
+                with run.stage(stage.name):
+                    if made.student is None:
+                        _store_teacher_once(run, member)
+                    larger = None if _is_taught_by_it(stage) else made.student
+                    _take_stage(replace(stage, recipe=member), folder, larger=larger)
+            figures[stage.name] = read_json(folder / "eval.json")
+            if stage.kind == "correct":
+                made = replace(made, teacher=folder / "corrected")
+            else:
+                made = replace(made, student=folder / "student")
         shutil.rmtree(run.path(STATES), ignore_errors=True)
         with courtesy("report.html"):
             write_series_report(run.folder)
@@ -135,19 +185,23 @@ def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
     return figures
 
 
-def _check(run: Run, session: Session, shapes: Shapes) -> None:
-    """Check teacher, text and disk space before anything is written."""
-    largest = int(shapes.figures["num_parameters"].max())
+def _begin(run: Run, session: Session, num_parameters: int) -> None:
+    """Check text and disk space for a student of at most `num_parameters`, and begin the run.
+
+    Raises:
+        UserError: teacher or text are not those that the run was started with, or there is too little space.
+    """
     with Progress("check teacher", session.teacher.num_bytes, "bytes") as progress:
         run.bind("teacher", session.teacher.fingerprint(progress.advance))
     if session.larger:
         run.bind("larger", session.source.fingerprint())
     run.bind("data", session.splits.fingerprint())
     warn_of_repetition(session)
-    if run.is_begun:
-        return
-    # Pruned model and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.
-    require_space(run.folder, 2 * session.teacher.num_bytes + 2 * 12 * largest)
+    if not run.is_begun:
+        # Pruned model and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.
+        require_space(run.folder, 2 * session.teacher.num_bytes + 2 * 12 * num_parameters)
+    run.begin()
+    run.link("teacher", session.teacher.folder)
 
 
 def _record_resumption(run: Run, session: Session) -> None:
@@ -159,21 +213,20 @@ def _record_resumption(run: Run, session: Session) -> None:
         run.save()
 
 
-def _evaluate(run: Run, session: Session) -> dict[str, Any]:
-    """Measure teacher, pruned model and student on the blocks that no other stage has seen."""
+def _evaluate(run: Run, session: Session, models: dict[str, Path]) -> None:
+    """Measure models, by name, on the blocks that no other stage has seen; results go to `eval.json` one by one."""
     path, runtime, blocks = run.path("eval.json"), session.runtime, session.splits.evaluation
     figures = read_json(path) if path.exists() else {}
-    for name in ("teacher", "pruned", "student"):
+    for name, folder in models.items():
         if name not in figures:
-            checkpoint = session.teacher if name == "teacher" else open_checkpoint(run.path(name))
+            checkpoint = session.teacher if name == "teacher" else open_checkpoint(folder)
             model = load_model(checkpoint, runtime.device, runtime.dtype)
             figures[name] = measure(model, checkpoint, blocks, stage=f"evaluate {name}", num_samples=NUM_SAMPLES)
             del model
             write_json(path, figures)
-    if "speed_up" not in figures["student"] and (ratios := _speed_up(run, session)):
+    if "student" in models and "speed_up" not in figures["student"] and (ratios := _speed_up(run, session)):
         figures["student"]["speed_up"] = ratios
         write_json(path, figures)
-    return dict(figures)
 
 
 def _speed_up(run: Run, session: Session) -> dict[str, float] | None:
@@ -194,16 +247,32 @@ def _speed_up(run: Run, session: Session) -> dict[str, float] | None:
         return speed_up(student, teacher, context, progress.advance)
 
 
-def _member(recipe: Recipe, target: str | float, run: Run, larger: Path | None) -> Recipe:
-    """Return the recipe of one member of a series."""
-    teacher, distill = recipe.teacher, recipe.distill
-    if larger and recipe.lineage.taught_by == "larger":
-        teacher, whole = str(larger), Session(recipe).teacher.arch.num_parameters
+@dataclass(frozen=True)
+class Made:
+    """What the stages so far have made, from which the next one starts."""
+
+    teacher: Path | None = None
+    """The corrected teacher, which teaches in place of the recipe's."""
+    student: Path | None = None
+
+
+def _member(stage: Stage, run: Run, made: Made) -> Recipe:
+    """Return the recipe with which a stage runs, which names the models before it and the stored teacher outputs."""
+    recipe = stage.recipe
+    teacher, target, distill = made.teacher or recipe.teacher, recipe.target_params, recipe.distill
+    if made.student and _is_taught_by_it(stage):
+        whole = Session(recipe.model_copy(update={"teacher": str(teacher)})).teacher.arch.num_parameters
+        teacher = made.student
         if isinstance(target, float):  # a share of the first teacher, not of this one
             target = str(round(target * whole))
-    elif _stores_states(recipe):
+    elif run.record["recipe"]["target_params"] and _stores_states(recipe):
         distill = distill.model_copy(update={"teacher_states": str(run.path(STATES))})
-    return recipe.model_copy(update={"teacher": teacher, "target_params": target, "distill": distill})
+    return recipe.model_copy(update={"teacher": str(teacher), "target_params": target, "distill": distill})
+
+
+def _is_taught_by_it(stage: Stage) -> bool:
+    """Return whether the student that a stage starts from teaches it, too; none teaches itself."""
+    return stage.kind == "cut" and stage.recipe.lineage.taught_by == "larger"
 
 
 def _stores_states(recipe: Recipe) -> bool:
@@ -213,10 +282,10 @@ def _stores_states(recipe: Recipe) -> bool:
     return recipe.lineage.stores_states and distill.teacher_states is None and not runs_along
 
 
-def _store_teacher_once(run: Run, member: Recipe, larger: Path | None) -> None:
+def _store_teacher_once(run: Run, member: Recipe) -> None:
     """Run the teacher over the text before its first student is made, and record the time."""
     states = member.distill.teacher_states
-    if larger or states != str(run.path(STATES)):
+    if states != str(run.path(STATES)):
         return
     session, started = Session(member), time.monotonic()
     stored_teacher(session, Path(states), session.splits.train, member.distill)
@@ -225,7 +294,7 @@ def _store_teacher_once(run: Run, member: Recipe, larger: Path | None) -> None:
         write_json(run.path("teacher.json"), cost)
 
 
-def _require_falling(targets: tuple[str | float, ...], session: Session) -> None:
+def _require_falling(targets: tuple[Target, ...], session: Session) -> None:
     highs = [nas.budget_of(session, target).limits["num_parameters"].high for target in targets]
     if any(following >= before for before, following in pairwise(highs)):
         raise UserError(

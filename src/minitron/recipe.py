@@ -5,6 +5,7 @@ The attribute docstrings of the classes below are the reference of all recipe ke
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -283,6 +284,8 @@ class DistillRecipe(_Strict):
 
     tokens: Count = 2_000_000
     """Tokens to train on; the text is repeated where it is shorter."""
+    skip_tokens: CountOrNone = 0
+    """Tokens of the training text to pass over at first; `stages` on one text continue where the one before stopped."""
     documents: Literal["joined", "apart"] = "joined"
     """How documents share a block: attention and positions run across them (`joined`), or begin again with each
     document (`apart`), for families that allow it."""
@@ -395,6 +398,9 @@ class Recipe(_Strict):
     falling list of targets makes a series of students."""
     budget: BudgetRecipe = BudgetRecipe()
     """Limits on other figures of the student."""
+    shape: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """Sizes of the student by config name (`hidden_size: 3072`), in place of a budget and a search; sizes that are not
+    named stay as they are."""
     family: str | None = None
     """Read the teacher as a model of this `model_type`, whatever its config says. None uses the config's."""
     data: Data = "wiki"
@@ -415,10 +421,33 @@ class Recipe(_Strict):
     distill: DistillRecipe = DistillRecipe()
     lineage: LineageRecipe = LineageRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
+    stages: tuple[dict[str, Any], ...] = ()
+    """Steps that `compress` takes in a row, each with a `name` and any keys, which are laid over the rest of the
+    recipe: `{name: 8b, shape: {hidden_size: 4096}, distill: {tokens: 94B}}`. A stage with a shape or a budget cuts a
+    student out of the model before it; one without trains that student further, for instance at a longer `context`;
+    `correct: true` trains the teacher itself, before the first student."""
+
+    @model_validator(mode="after")
+    def _has_one_target(self) -> "Recipe":
+        if self.shape and self.has_budget:
+            raise ValueError("give a shape, or a budget (target_params, budget), not both")
+        return self
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether a limit on size or speed is given, within which a shape is searched for."""
+        limits = ("non_embedding_params", "active_params", "memory", "throughput", "latency")
+        return self.target_params is not None or any(getattr(self.budget, name) is not None for name in limits)
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the recipe states what student to cut, by a shape or a budget."""
+        return bool(self.shape) or self.has_budget
 
 
-RecipeSource = str | Path | Recipe | None
-"""A YAML file, the name of a built-in recipe, a recipe, or None: the defaults."""
+RecipeSource = str | Path | Recipe | Sequence[str | Path] | None
+"""A YAML file, the name of a built-in recipe, several of them, each laid over those before, a recipe, or None: the
+defaults."""
 
 
 def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
@@ -432,6 +461,40 @@ def load_recipe(path: Path | None, overrides: dict[str, Any]) -> Recipe:
     return _overlaid(_read_yaml(_resolve(path)) if path else {}, overrides, str(path) if path else "options")
 
 
+def recipe_from(source: RecipeSource = None, **settings: Any) -> Recipe:
+    """Return the recipe of a YAML file, of a built-in name or of another recipe, with settings laid over it.
+
+    A setting is a key (`seed=1`), a part with its keys (`distill={"tokens": "2M"}`), or a dotted key; None is a
+    value as in YAML, where it is `null`.
+
+    Raises:
+        UserError: a file is missing, or a key or a value is not accepted.
+    """
+    values: dict[str, Any] = {}
+    if isinstance(source, Recipe):
+        values, where = source.model_dump(), "recipe"
+    else:
+        files = [source] if isinstance(source, str | Path) else list(source or ())
+        where = " and ".join(map(str, files)) or "options"
+        for file in files:
+            values = laid_over(values, _read_yaml(_resolve(Path(file))))
+    dotted = {key: value for key, value in settings.items() if "." in key}
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items() if "." not in key}
+    return _overlaid(laid_over(values, plain), dotted, where)
+
+
+def laid_over(values: Mapping[str, Any], changes: Mapping[str, Any], model: type[BaseModel] | None = None) -> Any:
+    """Return the values of a recipe with changes laid over them: parts key by key, everything else as a whole."""
+    fields, merged = (model or Recipe).model_fields, dict(values)
+    for key, change in changes.items():
+        part = fields[key].annotation if key in fields else None
+        if isinstance(part, type) and issubclass(part, _Strict) and isinstance(change, Mapping):
+            before = merged.get(key)
+            change = laid_over(before if isinstance(before, Mapping) else {}, change, part)
+        merged[key] = change
+    return merged
+
+
 def _overlaid(values: dict[str, Any], overrides: dict[str, Any], where: str) -> Recipe:
     for key, value in overrides.items():
         *parts, name = key.split(".")
@@ -442,26 +505,6 @@ def _overlaid(values: dict[str, Any], overrides: dict[str, Any], where: str) -> 
                 raise UserError(f"{where}: {part} must be a mapping of keys to values")
         target[name] = value
     return validate(Recipe, values, where)
-
-
-def recipe_from(source: RecipeSource = None, **settings: Any) -> Recipe:
-    """Return the recipe of a YAML file, of a built-in name or of another recipe, with settings laid over it.
-
-    A setting is a key (`seed=1`), a part with its keys (`distill={"tokens": "2M"}`), or a dotted key; None is a
-    value as in YAML, where it is `null`.
-
-    Raises:
-        UserError: the file is missing, or a key or a value is not accepted.
-    """
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Path):
-            value = str(value)
-        is_part = key in Recipe.model_fields and isinstance(Recipe.model_fields[key].default, _Strict)
-        flat |= {f"{key}.{name}": entry for name, entry in value.items()} if is_part and value else {key: value}
-    if isinstance(source, Recipe):
-        return _overlaid(source.model_dump(), flat, "recipe")
-    return load_recipe(None if source is None else Path(source), flat)
 
 
 def option_count(option: str, text: str | int | None) -> int | None:
@@ -512,7 +555,8 @@ def _first_complaint(model: type[BaseModel], error: ValidationError) -> str:
         return f"unknown key '{location}', {nearest(str(complaint['loc'][-1]), list(owner.model_fields))}"
     if complaint["type"] == "missing":
         return f"{location} is not given"
-    return f"{location}: {complaint['msg'].removeprefix('Value error, ')}"
+    message = complaint["msg"].removeprefix("Value error, ")
+    return f"{location}: {message}" if location else message
 
 
 def _resolve(path: Path) -> Path:

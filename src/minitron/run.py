@@ -24,7 +24,6 @@ CHANGE_NOTHING = {"device", "distill.checkpoint_seconds", "distill.trackers"}
 """Recipe keys that may differ when a run is continued, since they change no result."""
 RUN_RECORD = "run.json"
 """The file that records recipe, inputs and stages of a run directory."""
-STAGES = ("calibrate", "search", "prune", "distill", "evaluate")
 
 
 class Run:
@@ -63,11 +62,6 @@ class Run:
             )
         if not difference:
             self.record = {**record, "versions": versions()}
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether every stage is done."""
-        return all(self.is_done(stage) for stage in STAGES)
 
     @property
     def is_begun(self) -> bool:
@@ -130,12 +124,12 @@ class Run:
         """Write `run.json`."""
         write_json(self.record_path, self.record)
 
-    def link_teacher(self, teacher: Path) -> None:
-        """Let `teacher` in the run be a link to the teacher's folder, or its path where no link can be made.
+    def link(self, name: str, model: Path) -> None:
+        """Let `name` in the run be a link to a model's folder, or a file with its path where no link can be made.
 
-        Within a series, the link to a larger student is relative: it is valid after the series has been moved.
+        Within a series, the link to another student is relative: it is valid after the series has been moved.
         """
-        link, target, series = self.path("teacher"), teacher.resolve(), self.folder.resolve().parent
+        link, target, series = self.path(name), model.resolve(), self.folder.resolve().parent
         if link.is_symlink() or link.exists():
             return
         if (series / RUN_RECORD).is_file() and target.is_relative_to(series):
@@ -215,7 +209,12 @@ def local_inputs(recipe: Recipe) -> tuple[Path, ...]:
 
 def teacher_of(run: Path) -> Path:
     """Return the folder of a run directory's teacher."""
-    link = run / "teacher"
+    return linked(run, "teacher")
+
+
+def linked(run: Path, name: str) -> Path:
+    """Return the folder of a model of a run directory, which may lie elsewhere; see `Run.link`."""
+    link = run / name
     return run / link.read_text(encoding="utf-8").strip() if link.is_file() else link
 
 

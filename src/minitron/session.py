@@ -134,6 +134,7 @@ class Session:
             evaluation=recipe.evaluation.tokens,
             heldout=recipe.search.tokens,
             train=max(recipe.calibration.tokens, recipe.distill.tokens, recipe.search.distill_tokens),
+            skipped=recipe.distill.skip_tokens,
         )
         return read_splits(recipe.data, self.packing(keeps_apart=keeps_apart), tokens)
 

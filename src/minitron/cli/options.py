@@ -91,10 +91,12 @@ RECIPE_OPTIONS = (
     inspect.Parameter(
         "recipe",
         inspect.Parameter.KEYWORD_ONLY,
-        default=None,
+        default=[],
         annotation=Annotated[
-            Path | None,
-            typer.Option("--recipe", help="A YAML recipe, or minitron-8b and the like; options override it."),
+            list[Path],
+            typer.Option(
+                "--recipe", help="A YAML recipe, or minitron-8b and the like; repeatable; options override it."
+            ),
         ],
     ),
     inspect.Parameter(

@@ -143,6 +143,8 @@ class SplitTokens:
     evaluation: int
     heldout: int
     train: int
+    skipped: int = 0
+    """Training tokens to pass over; at the end of the text, training begins again at its first training block."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,9 @@ def read_splits(data: Data, packing: Packing, tokens: SplitTokens) -> Splits:
             blocks of a split hold no token to predict.
     """
     context = packing.context
+    skipped = tokens.skipped // context
     wanted = [max(1, count // context) for count in (tokens.evaluation, tokens.heldout, tokens.train)]
+    wanted[-1] += skipped
     blocks = read_blocks(data, packing, sum(wanted) * context)
     if len(blocks) < 3:
         raise UserError(
@@ -247,7 +251,11 @@ def read_splits(data: Data, packing: Packing, tokens: SplitTokens) -> Splits:
     num_evaluation, num_heldout = min(wanted[0], most), min(wanted[1], most)
     first_train = num_evaluation + num_heldout
     measured = replace(blocks[:first_train], starts=None)
-    splits = Splits(measured[:num_evaluation], measured[num_evaluation:], blocks[first_train:])
+    train = blocks[first_train:]
+    if skipped:
+        order = torch.arange(len(train)).roll(-skipped)
+        train = train[order[: wanted[-1] - skipped]]
+    splits = Splits(measured[:num_evaluation], measured[num_evaluation:], train)
     for name in ("evaluation", "heldout", "train"):
         getattr(splits, name).require_targets(f"data '{data_in_words(data)}', split {name}")
     return splits

@@ -24,11 +24,14 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
 
     Shapes are narrowed down by ever more expensive measures: speed estimated from a few shapes, loss predicted from one
     probe per axis, loss of the untrained candidate, and loss after a while of distillation. `shapes` and `budget` are
-    those of `shapes_within`. An interrupted search continues from `folder`, with nothing measured again.
+    those of `shapes_within`. An interrupted search continues from `folder`, with nothing measured again. A shape that
+    the recipe states is returned as it is, and no file is written.
 
     Raises:
         UserError: no shape meets the limits on speed.
     """
+    if session.recipe.shape:
+        return shapes[0]
     if arch := chosen_before(folder, session.source.arch):
         return arch
     workspace = Workspace(session, importance, folder)

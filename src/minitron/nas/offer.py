@@ -29,16 +29,19 @@ logger = logging.getLogger(__name__)
 def shapes_within(session: Session) -> tuple[Shapes, Budget]:
     """Return all shapes that fit the recipe's budget and that transformers accepts, and that budget.
 
-    Limits on speed are left out of both.
+    Limits on speed are left out of both. A recipe that states a shape has no budget, and that shape alone fits it.
 
     Raises:
         UserError: the recipe has no budget or several targets, the budget is not understood, or no shape fits it; or
-            something that the search would need later is missing (`require_measurable`, `require_trainable`).
+            something that the search would need later is missing (`require_measurable`, `require_trainable`); or the
+            stated shape cannot be cut (`Arch.require_prunable_to`, `check_shape`).
     """
     target, source = session.recipe.target_params, session.source
     if isinstance(target, tuple):
         raise UserError("several target_params make a series of students, which is what compress does; give one")
     require_measurable(session)
+    if session.recipe.shape:
+        return _stated(session), Budget({})
     if session.recipe.search.distill_tokens:
         require_trainable(session, source.arch, trial_recipe(session.recipe))
     budget, windows = budget_of(session, target), attention_windows(source.config.to_dict())
@@ -47,6 +50,14 @@ def shapes_within(session: Session) -> tuple[Shapes, Budget]:
     for line in _obstacles_of_all(source, shapes):
         logger.warning("of no shape within the budget: %s", line)
     return shapes, budget
+
+
+def _stated(session: Session) -> Shapes:
+    source = session.source.arch
+    shape = source.resized(**session.recipe.shape)
+    source.require_prunable_to(shape)
+    check_shape(session, shape)
+    return Shapes.of(source, [shape], {"num_parameters": np.array([shape.num_parameters])})
 
 
 def check_shape(session: Session, shape: Arch) -> None:

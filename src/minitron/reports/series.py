@@ -2,63 +2,81 @@
 
 import html
 from pathlib import Path
+from typing import Any
 
 from minitron.files import read_json
-from minitron.recipe import data_in_words
+from minitron.recipe import Recipe, data_in_words, validate
 from minitron.reports.charts import draw_curves
 from minitron.reports.figures import LABELS, format_figure, speed_up_in_words
 from minitron.reports.page import note, stacked, table, write_page
 from minitron.reports.run_files import RunFiles
+from minitron.stages import stages_of
 
 
 def write_series_report(folder: Path) -> None:
-    """Write `report.html` into the folder of a finished series."""
+    """Write `report.html` into the folder of a finished series, or of finished stages."""
     record = RunFiles(folder).record
-    recipe = record["recipe"]
-    students = {str(target): RunFiles(folder / str(target)) for target in recipe["target_params"]}
-    first = next(iter(students.values())).results["student"]
-    teacher = "the teacher" if recipe["lineage"]["taught_by"] == "teacher" else "that model"
-    conditions = note(
-        f"Each student is cut out of the model to its left and learns from {teacher}. Measured on "
-        f"{first['num_tokens']:,} tokens of {data_in_words(recipe['data'])} that no other stage has seen, context "
-        f"{first['context']}, seed {record['seed']}."
-    )
-    links = ", ".join(f'<a href="{html.escape(name)}/report.html">{html.escape(name)}</a>' for name in students)
+    recipe, stages = record["recipe"], stages_of(validate(Recipe, record["recipe"], str(folder)))
+    runs = {stage.name: RunFiles(folder / stage.name) for stage in stages}
+    taught_by = "the teacher" if recipe["lineage"]["taught_by"] == "teacher" else "that model"
+    num_students = sum("student" in run.results for run in runs.values())
+    links = ", ".join(f'<a href="{html.escape(name)}/report.html">{html.escape(name)}</a>' for name in runs)
+    lines = f"Each student is made from the model to its left and learns from {taught_by}. {_conditions(runs)}"
     sections = [
-        ("Students", table(_figures_table(students)) + conditions + f"<p>Their reports: {links}.</p>"),
-        ("Distillation", stacked(draw_curves({name: run.metrics for name, run in students.items()}))),
-        ("Time", table(_seconds_table(students)) + note(_saving(folder, len(students)))),
+        ("Students", table(_figures_table(runs)) + note(lines) + f"<p>Their reports: {links}.</p>"),
+        ("Distillation", stacked(draw_curves({name: run.metrics for name, run in runs.items()}))),
+        ("Time", table(_seconds_table(runs)) + note(_saving(folder, num_students))),
     ]
-    write_page(folder / "report.html", f"{recipe['teacher']}: a series of {len(students)} students", sections)
+    write_page(folder / "report.html", f"{recipe['teacher']}: a series of {num_students} students", sections)
 
 
-def _figures_table(students: dict[str, RunFiles]) -> list[list[str]]:
-    teacher = next(iter(students.values())).results["teacher"]
-    models = [teacher, *(run.results["student"] for run in students.values())]
-    pruned = [format_figure(run.results["pruned"]["perplexity"]) for run in students.values()]
-    rows = [["", "teacher", *students]]
+def _conditions(runs: dict[str, RunFiles]) -> str:
+    """Return what the figures were measured on, once for all stages, or for each where they differ."""
+    of_stages = {}
+    for name, run in runs.items():
+        figures, recipe = _made(run), run.record["recipe"]
+        of_stages[name] = (
+            f"on {figures['num_tokens']:,} tokens of {data_in_words(recipe['data'])} that no other stage has seen, "
+            f"context {figures['context']}, seed {recipe['seed']}"
+        )
+    if len(set(of_stages.values())) == 1:
+        return f"Measured {next(iter(of_stages.values()))}."
+    lines = "; ".join(f"{name} {conditions}" for name, conditions in of_stages.items())
+    return f"Measured differently, so that columns do not all compare: {lines}. The teacher was measured as the first."
+
+
+def _made(run: RunFiles) -> dict[str, Any]:
+    """Return the figures of the model that a stage has made: a student, or a corrected teacher."""
+    return dict(run.results.get("student") or run.results["corrected"])
+
+
+def _figures_table(runs: dict[str, RunFiles]) -> list[list[str]]:
+    teacher = next(iter(runs.values())).results["teacher"]
+    models = [teacher, *map(_made, runs.values())]
+    before = [run.results.get("pruned", run.results["teacher"]) for run in runs.values()]
+    rows = [["", "teacher", *runs]]
     for key, label in LABELS.items():
         if key == "perplexity":
-            rows.append(["perplexity before training", "", *pruned])
+            rows.append(["perplexity before training", "", *(format_figure(figures[key]) for figures in before)])
         rows.append([label, *(format_figure(figures[key]) for figures in models)])
         if key == "num_parameters":
             shares = [f"{figures[key] / teacher[key]:.1%}" for figures in models]
             rows.append(["share of the teacher", *shares])
-    speed_ups = [speed_up_in_words(run.results["student"]) for run in students.values()]
+    speed_ups = [speed_up_in_words(_made(run)) for run in runs.values()]
     if any(speed_ups):
         rows.append(["speed-up over its own teacher", "", *speed_ups])
     return rows
 
 
-def _seconds_table(students: dict[str, RunFiles]) -> list[list[str]]:
+def _seconds_table(runs: dict[str, RunFiles]) -> list[list[str]]:
     seconds = {
-        name: {stage: float(entry["seconds"]) for stage, entry in run.record["stages"].items()}
-        for name, run in students.items()
+        name: {step: float(entry["seconds"]) for step, entry in run.record["stages"].items()}
+        for name, run in runs.items()
     }
     rows = [["seconds", *seconds]]
-    for stage in next(iter(seconds.values())):
-        rows.append([stage, *(f"{stages[stage]:,.0f}" for stages in seconds.values())])
-    return [*rows, ["all", *(f"{sum(stages.values()):,.0f}" for stages in seconds.values())]]
+    for step in dict.fromkeys(step for steps in seconds.values() for step in steps):
+        rows.append([step, *(f"{steps[step]:,.0f}" if step in steps else "" for steps in seconds.values())])
+    return [*rows, ["all", *(f"{sum(steps.values()):,.0f}" for steps in seconds.values())]]
 
 
 def _saving(folder: Path, num_students: int) -> str:

@@ -17,7 +17,7 @@ def compress(
 
     `settings` are keys of the recipe, such as `target_params=0.7`, `data="wiki"` or `distill={"tokens": "2M"}`;
     `recipe` is a YAML file or the name of a recipe, which they override. Several `target_params` make a series, each
-    student cut out of the next larger one.
+    student cut out of the next larger one; so do the `stages` of a recipe.
 
     Raises:
         UserError: something asked for cannot be done; nothing is left behind that was not finished.
@@ -26,9 +26,10 @@ def compress(
     from minitron.recipe import recipe_from
 
     out, given = Path(out).absolute(), recipe_from(recipe, teacher=teacher, **settings)
-    if isinstance(given.target_params, tuple):
+    if isinstance(given.target_params, tuple) or given.stages:
         members = pipeline.compress_series(given, out, overwrite)
-        return CompressedSeries(out, {name: _result(out / name, figures) for name, figures in members.items()})
+        results = {name: _result(out / name, figures) for name, figures in members.items() if "student" in figures}
+        return CompressedSeries(out, results)
     return _result(out, pipeline.compress(given, out, overwrite))
 
 

@@ -51,7 +51,7 @@ def prune(
     source, chosen = session.source, None
     if arch:
         chosen = read_arch(Path(arch), source.arch)
-    elif sizes:
+    elif sizes := sizes or session.recipe.shape:
         chosen = source.arch.resized(**sizes)
         source.arch.require_prunable_to(chosen)
     else:

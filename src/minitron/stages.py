@@ -1,0 +1,73 @@
+"""The stages of a recipe: steps that `compress` takes in a row, each from the model that the one before has made."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from minitron.errors import UserError
+from minitron.recipe import Recipe, laid_over, validate
+
+Kind = Literal["cut", "distill", "correct"]
+"""A student is cut out and distilled; a student is distilled further, its shape as it is; the teacher is trained."""
+STEPS: dict[Kind, tuple[str, ...]] = {
+    "cut": ("calibrate", "search", "prune", "distill", "evaluate"),
+    "distill": ("distill", "evaluate"),
+    "correct": ("distill", "evaluate"),
+}
+"""What is done in a run directory, by the kind of its stage."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its own recipe, and what it does."""
+
+    name: str
+    recipe: Recipe
+    kind: Kind = "cut"
+
+
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """Return the stages of a recipe, or one stage for each of several targets; nothing for a recipe of one run.
+
+    Training text is read from where earlier stages with equal `data` and `seed` have stopped, unless a stage gives
+    `distill.skip_tokens`.
+
+    Raises:
+        UserError: a stage has no name or that of another one, sets a key that is not accepted, or comes too early.
+    """
+    if isinstance(recipe.target_params, tuple):
+        if recipe.stages:
+            raise UserError("give stages or several target_params, not both")
+        return tuple(
+            Stage(str(target), recipe.model_copy(update={"target_params": target})) for target in recipe.target_params
+        )
+    stages: list[Stage] = []
+    for values in recipe.stages:
+        stage = _stage(recipe, values, stages)
+        if stage.name in {earlier.name for earlier in stages}:
+            raise UserError(f"stages: the name {stage.name} is given twice")
+        has_student = any(earlier.kind == "cut" for earlier in stages)
+        if stage.kind == "correct" and has_student:
+            raise UserError(f"stage {stage.name}: the teacher is corrected before the first student is cut")
+        if stage.kind == "distill" and not has_student:
+            raise UserError(f"stage {stage.name}: the first student needs a shape, target_params or a budget")
+        stages.append(stage)
+    return tuple(stages)
+
+
+def _stage(recipe: Recipe, values: dict[str, Any], earlier: list[Stage]) -> Stage:
+    changes = dict(values)
+    name, corrects = changes.pop("name", None), changes.pop("correct", False)
+    if not isinstance(name, str | int | float) or not re.fullmatch(r"\w[\w.-]*(?<!\.json)(?<!\.html)", str(name)):
+        raise UserError(f"stages: '{name}' is not the name of a stage; accepted: letters, digits, dots and dashes")
+    where = f"stage {name}"
+    if not isinstance(corrects, bool):
+        raise UserError(f"{where}: correct is '{corrects}'; accepted: true or false")
+    if fixed := changes.keys() & {"teacher", "family", "stages"}:
+        raise UserError(f"{where}: {min(fixed)} is that of the whole recipe")
+    own = validate(Recipe, laid_over(recipe.model_dump(exclude={"stages"}), changes), where)
+    if "skip_tokens" not in changes.get("distill", {}):
+        text = (own.data, own.seed)
+        read = sum(stage.recipe.distill.tokens for stage in earlier if (stage.recipe.data, stage.recipe.seed) == text)
+        own = own.model_copy(update={"distill": own.distill.model_copy(update={"skip_tokens": read})})
+    return Stage(str(name), own, "correct" if corrects else "cut" if own.has_target else "distill")
