@@ -182,7 +182,7 @@ def pruned(folder: Path, repairs: bool = False) -> dict[str, Any]:
     from minitron.files import whole_folder
     from minitron.pruning.cut import cut_to, write_pruned
     from minitron.pruning.repair import repaired
-    from minitron.recipe import PLAIN, PruneRecipe
+    from minitron.recipe import CUT_ONLY, PruneRecipe
     from minitron.runtime import Runtime
 
     teacher, blocks = inputs(folder)
@@ -190,7 +190,7 @@ def pruned(folder: Path, repairs: bool = False) -> dict[str, Any]:
     sizes = dict(CUTS[size])
     if ffn := CUT_FFN.get((family, size)):
         sizes["intermediate_size"] = ffn
-    student, recipe = teacher.arch.resized(**sizes), PruneRecipe(refit=True) if repairs else PLAIN
+    student, recipe = teacher.arch.resized(**sizes), PruneRecipe(refit=True) if repairs else CUT_ONLY
     importance = load_file(folder.parent / f"{folder.name}.importance")
     out = folder.parent / f"{folder.name}-pruned"
     cut = cut_to(student, teacher, importance, recipe)

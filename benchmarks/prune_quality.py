@@ -30,7 +30,7 @@ from minitron.model.language_model import load_model
 from minitron.pruning import Importance, measure_importance
 from minitron.pruning.cut import cut_to, write_pruned
 from minitron.pruning.repair import repaired
-from minitron.recipe import PLAIN, PruneRecipe, parse_count, recipe_from
+from minitron.recipe import BASELINES, parse_count, recipe_from
 from minitron.session import Session
 
 SHAPES = {
@@ -40,15 +40,18 @@ SHAPES = {
     "depth": {"intermediate_size": 960, "num_hidden_layers": 26},
     "half": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 28},
 }
-METHODS = {
-    "plain": PLAIN,
-    "rescale": PruneRecipe(rotate=False, refit=False),
-    "rotate": PruneRecipe(rotate=True, refit=False),
-    "refit": PruneRecipe(rotate=False, rescale_norms=False, refit=True),
-    "all": PruneRecipe(refit=True),
+CUT_ALONE = {"prune.rotate": False, "prune.rescale_norms": False, "prune.refit": False}
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": CUT_ALONE,
+    "rescale": CUT_ALONE | {"prune.rescale_norms": True},
+    "rotate": {"prune.rotate": True, "prune.refit": False},
+    "refit": CUT_ALONE | {"prune.refit": True},
+    "all": {"prune.refit": True},
+    **BASELINES,
 }
-"""A rotation is measured with the norms rescaled: its directions carry most of the stream by themselves."""
-ADDITIONS = set(METHODS) - {"plain", "all"}
+"""The settings of each method. A rotation is measured with the norms rescaled: its directions carry most of the stream
+by themselves. `papers` and `modelopt` are what `--plain` names, with scores of their own."""
+ADDITIONS = set(METHODS) - {"plain", "all", *BASELINES}
 """Methods that are measured alone only where hidden is cut; elsewhere the refit is the only repair."""
 
 
@@ -86,9 +89,10 @@ def main() -> None:
             texts["wikitext-2"] = read_wikitext(options.wikitext, session)
         with session.teacher_model() as model:
             show(shape="whole", num_parameters=session.teacher.arch.num_parameters, **measured(model, texts))
-        importance = measure_importance(session)
-        for name in options.shapes:
-            for method in options.methods:
+        for method in options.methods:
+            session = Session(recipe_from(recipe, **METHODS[method]))
+            importance = measure_importance(session)
+            for name in options.shapes:
                 if method not in ADDITIONS or "hidden_size" in SHAPES[name]:
                     with TemporaryDirectory() as work:
                         about: dict[str, Any] = {"shape": name, "method": method}
@@ -101,7 +105,7 @@ def study_pruned(
     session: Session, importance: Importance, texts: dict[str, Blocks], work: Path, about: dict[str, Any]
 ) -> Checkpoint:
     """Cut the teacher by the shape and method in `about`, and print the student's figures before training."""
-    teacher, recipe, started = session.teacher, METHODS[about["method"]], time.monotonic()
+    teacher, recipe, started = session.teacher, session.recipe.prune, time.monotonic()
     runtime = replace(session.runtime, dtype=torch.float32)
     cut = cut_to(teacher.arch.resized(**SHAPES[about["shape"]]), teacher, importance, recipe)
     tensors = repaired(teacher, cut, blocks=session.calibration_blocks, recipe=recipe, runtime=runtime)

@@ -30,13 +30,13 @@ from minitron.nas.trial import Trial
 from minitron.nas.workspace import Workspace
 from minitron.nas.zero_shot import ZeroShot
 from minitron.pruning import measure_importance
-from minitron.recipe import PLAIN, PruneRecipe, Recipe, parse_count
+from minitron.recipe import CUT_ONLY, PruneRecipe, Recipe, parse_count
 from minitron.session import Session
 
 EARLY = (16, 4, 2)
 """Shapes are also measured after these fractions of the tokens."""
 METHODS = {
-    "plain": PLAIN,
+    "plain": CUT_ONLY,
     "rescaled": PruneRecipe(rotate=False, refit=False),
     "rotated": PruneRecipe(rotate=True, rescale_norms=False, refit=False),
     "rotated and rescaled": PruneRecipe(refit=False),

@@ -18,7 +18,7 @@ from minitron.data.blocks import Packing, load_tokenizer, read_blocks
 from minitron.evaluation.speed import Speed
 from minitron.model.checkpoint import open_checkpoint
 from minitron.nas import speed
-from minitron.recipe import PLAIN, Recipe, load_recipe, validate
+from minitron.recipe import CUT_ONLY, Recipe, load_recipe, validate
 from minitron.reports.html import write_report
 from minitron.runtime import Runtime
 from minitron.session import Session
@@ -143,7 +143,7 @@ def test_what_is_measured_of_a_run_later_is_in_its_report(
 
 def test_distillation_brings_the_student_closer(made: Path, tmp_path: Path) -> None:
     # Without repair, which brings so small a random model to within the noise of its blocks.
-    plain = recipe(made / "model", made / "text.txt", prune=PLAIN.model_dump())
+    plain = recipe(made / "model", made / "text.txt", prune=CUT_ONLY.model_dump())
     pipeline.compress(plain, tmp_path / "run")
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]

@@ -20,7 +20,7 @@ from minitron.pruning.repair import repaired
 from minitron.pruning.rotate import obstacle
 from minitron.pruning.scores import Importance, score
 from minitron.pruning.selection import select
-from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
+from minitron.recipe import CUT_ONLY, CalibrationRecipe, PruneRecipe
 from minitron.runtime import Runtime
 from tests.conftest import MECHANISMS, variant_arch, variants_by, variants_that
 from tests.test_trim import CPU, CUTS, build, can_cut, logits, random_importance
@@ -62,10 +62,10 @@ def test_a_beginning_of_the_sorted_teacher_is_the_pruned_model(
     arch = cut_everywhere_but_in_hidden(teacher.arch)
     importance = random_importance(teacher.arch)
     expected = logits(build(teacher, arch, select(importance, teacher.arch, arch)), input_ids)
-    found = logits(sorted_for(teacher, arch, importance, PLAIN, blocks).model(arch, RUNTIME), input_ids)
+    found = logits(sorted_for(teacher, arch, importance, CUT_ONLY, blocks).model(arch, RUNTIME), input_ids)
     torch.testing.assert_close(found, expected, atol=5e-4, rtol=1e-4)
     other = random_importance(teacher.arch, seed=1)
-    wrong = logits(sorted_for(teacher, arch, other, PLAIN, blocks).model(arch, RUNTIME), input_ids)
+    wrong = logits(sorted_for(teacher, arch, other, CUT_ONLY, blocks).model(arch, RUNTIME), input_ids)
     assert (wrong - expected).abs().max() > 1e-3
 
 
@@ -110,7 +110,7 @@ def test_hidden_is_rotated_and_its_norms_rescaled_as_in_the_pruned_model(
 def test_candidates_are_views(teacher: Checkpoint, blocks: Blocks, axis: str) -> None:
     """Tensors that do not join several things in one dimension share the storage of the sorted teacher."""
     arch = shape_cut(teacher.arch, axis)
-    whole = sorted_for(teacher, arch, random_importance(teacher.arch), PLAIN, blocks)
+    whole = sorted_for(teacher, arch, random_importance(teacher.arch), CUT_ONLY, blocks)
     owned = {tensor.untyped_storage().data_ptr() for tensor in whole.tensors.values()}
     for name, value in whole.views(arch):
         place = arch.family.match(name, arch.rows)

@@ -19,7 +19,7 @@ from minitron.pruning.repair import repaired
 from minitron.pruning.rotate import obstacle
 from minitron.pruning.scores import Importance, score
 from minitron.pruning.writers import correction
-from minitron.recipe import PLAIN, CalibrationRecipe, PruneRecipe
+from minitron.recipe import CUT_ONLY, CalibrationRecipe, PruneRecipe
 from minitron.runtime import Runtime
 from tests.conftest import MECHANISMS
 from tests.test_trim import cut_everywhere, random_importance
@@ -70,7 +70,7 @@ def divergence(teacher: Any, student: Any, blocks: Blocks) -> float:
 
 
 def plain_cut(teacher: Checkpoint, arch: Arch) -> Cut:
-    return cut_to(arch, teacher, random_importance(teacher.arch), PLAIN)
+    return cut_to(arch, teacher, random_importance(teacher.arch), CUT_ONLY)
 
 
 def test_the_best_correction_is_that_of_least_squares() -> None:
@@ -125,7 +125,7 @@ def test_repairs_bring_a_student_nearer_to_its_teacher(teacher: Checkpoint, bloc
     importance, arch = importance_of(teacher, blocks), cut_everywhere(teacher.arch)
     model, distances = load_model(teacher, CPU, torch.float32), {}
     for name, recipe in {
-        "plain": PLAIN,
+        "plain": CUT_ONLY,
         "refit": PruneRecipe(rotate=False, refit=True),
         "all": PruneRecipe(refit=True),
     }.items():

@@ -20,7 +20,7 @@ from minitron.pruning.repair import repaired
 from minitron.pruning.rotate import Rotated, obstacle, principal_basis, untied
 from minitron.pruning.selection import score_shape
 from minitron.pruning.statistics import STREAM_MOMENT
-from minitron.recipe import PLAIN, PruneRecipe
+from minitron.recipe import CUT_ONLY, PruneRecipe
 from minitron.runtime import Runtime
 from tests.conftest import make_model
 
@@ -158,7 +158,7 @@ def test_a_stream_that_needs_fewer_dimensions_is_cut_to_them_without_loss(
     whole = {name: teacher.tensor(name) for name in teacher.tensors}
     expected = logits(build_model(teacher.config, whole.items(), CPU), input_ids)
     found, blocks = {}, Blocks(input_ids, torch.ones_like(input_ids, dtype=torch.int32))
-    for name, recipe in {"turned": PruneRecipe(refit=False), "plain": PLAIN}.items():
+    for name, recipe in {"turned": PruneRecipe(refit=False), "plain": CUT_ONLY}.items():
         cut = cut_to(student, teacher, importance, recipe)
         tensors = repaired(teacher, cut, blocks=blocks, recipe=recipe, runtime=Runtime(CPU, torch.float32))
         model = build_model(student_config(teacher, student, cut.layers), tensors, CPU)

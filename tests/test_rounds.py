@@ -12,7 +12,7 @@ from minitron.pruning.cut import cut_to, write_pruned
 from minitron.pruning.rounds import score_in_rounds
 from minitron.pruning.scores import Importance, score
 from minitron.pruning.selection import select
-from minitron.recipe import PLAIN, CalibrationRecipe, Recipe
+from minitron.recipe import CUT_ONLY, CalibrationRecipe, Recipe
 from minitron.runtime import Runtime
 from minitron.session import Session
 from tests.conftest import MECHANISMS
@@ -23,7 +23,7 @@ RECIPE = CalibrationRecipe()
 
 
 def session_of(teacher: Checkpoint, rounds: int) -> Session:
-    prune = PLAIN.model_copy(update={"rounds": rounds})
+    prune = CUT_ONLY.model_copy(update={"rounds": rounds})
     return Session(Recipe(teacher=str(teacher.folder), device="cpu", dtype="float32", calibration=RECIPE, prune=prune))
 
 
@@ -62,7 +62,7 @@ def test_two_rounds_by_hand(tmp_path: Path, axis: str, request: pytest.FixtureRe
     half, quarter = ({axis: 48}, {axis: 32}) if axis == "intermediate_size" else ({axis: 3}, {axis: 2})
     target = teacher.arch.resized(**quarter)
     twice = score_in_rounds(session_of(teacher, 2), target, once, blocks=blocks, folder=tmp_path)
-    cut = cut_to(teacher.arch.resized(**half), teacher, once, PLAIN)
+    cut = cut_to(teacher.arch.resized(**half), teacher, once, CUT_ONLY)
     (tmp_path / "half").mkdir()
     write_pruned(teacher, cut, cut, tmp_path / "half")
     smaller = open_checkpoint(tmp_path / "half")

@@ -24,7 +24,7 @@ from minitron.model.language_model import build_model, load_model
 from minitron.pruning.cut import Cut, write_pruned
 from minitron.pruning.cut import cut_to as pruned_to
 from minitron.pruning.selection import Kept, score_shape, select
-from minitron.recipe import PLAIN
+from minitron.recipe import CUT_ONLY
 from tests.conftest import INPUT_IDS, VARIANTS, make_model, variants_by, variants_that
 
 CPU = torch.device("cpu")
@@ -346,7 +346,7 @@ def test_a_broken_weight_stops_trimming(teacher: Checkpoint, tmp_path: Path) -> 
             return super().tensor(name) * (float("nan") if name == broken else 1.0)
 
     bad = Broken(**{k: getattr(teacher, k) for k in ("folder", "config", "arch", "tensors")})
-    cut = pruned_to(teacher.arch, bad, random_importance(teacher.arch), PLAIN)
+    cut = pruned_to(teacher.arch, bad, random_importance(teacher.arch), CUT_ONLY)
     with pytest.raises(UserError, match="holds NaN"):
         write_pruned(bad, cut, cut, tmp_path)
 

@@ -147,11 +147,13 @@ class PruneRecipe(_Strict):
     """Number of steps in which the model is pruned; importance is measured again before each step."""
     merge_heads: bool = False
     """Add the difference to dropped query heads into the heads that are kept (Minitron, arXiv 2407.14679, section 2.3).
-    Off by default: before training it was worse in the comparison of docs/studies/pruning.md."""
+    The paper's rule pairs heads where at most half of a group's heads are dropped; beyond that, every kept head is
+    merged with its mirror image at the cut, and the least important heads are dropped unmerged. Off by default: it was
+    worse in the comparison of docs/studies/pruning.md."""
 
 
-PLAIN = PruneRecipe(rotate=False, rescale_norms=False, refit=False)
-"""Pruning without rotation or repair."""
+CUT_ONLY = PruneRecipe(rotate=False, rescale_norms=False, refit=False)
+"""Pruning without rotation, repair or merging of heads."""
 
 
 class BudgetRecipe(_Strict):
@@ -443,6 +445,48 @@ class Recipe(_Strict):
     def has_target(self) -> bool:
         """Whether the recipe states what student to cut, by a shape or a budget."""
         return bool(self.shape) or self.has_budget
+
+
+_CUT_ONCE: dict[str, Any] = {
+    "calibration.batch": "l2",
+    "calibration.sequence": "mean",
+    "calibration.mamba_scores": "x",
+    "depth.score": "block_influence",
+    "depth.removal": "one_shot",
+    "prune.rotate": False,
+    "prune.rescale_norms": False,
+    "prune.refit": False,
+    "prune.rounds": 1,
+}
+BASELINES: dict[str, dict[str, Any]] = {
+    "papers": _CUT_ONCE
+    | {
+        "calibration.ffn_scores": "first_linear",
+        "calibration.head_scores": "aggregate_of_norms",
+        "prune.merge_heads": True,
+    },
+    "modelopt": _CUT_ONCE
+    | {
+        "calibration.ffn_scores": "input_of_second",
+        "calibration.head_scores": "norm_of_aggregates",
+        "calibration.expert_scores": "norm",
+        "prune.merge_heads": False,
+    },
+}
+"""Published methods of pruning by name, as settings by dotted key: `papers` is that of Minitron (arXiv 2407.14679,
+sections 2.2 and 2.3; Mamba heads as in arXiv 2504.11409, section 3), `modelopt` that of NVIDIA's Model-Optimizer. The
+papers do not score experts. Neither rotates or repairs."""
+
+
+def baseline(name: str) -> dict[str, Any]:
+    """Return the settings of a published method, by dotted key.
+
+    Raises:
+        UserError: the name is not one of `BASELINES`.
+    """
+    if name not in BASELINES:
+        raise UserError(f"--plain: unknown value '{name}'; accepted: {', '.join(BASELINES)}")
+    return dict(BASELINES[name])
 
 
 RecipeSource = str | Path | Recipe | Sequence[str | Path] | None

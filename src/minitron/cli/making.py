@@ -32,9 +32,9 @@ SIZES = (
 
 
 @verb(TARGET._replace(help=f"{TARGET.help} Several (0.8,0.6,0.4) make a series."), *BUDGET, *TEXT, *TRAINING)
-def compress(teacher: Teacher, out: Out, plain: Plain = False, overwrite: Overwrite = False, **settings: Any) -> Any:
+def compress(teacher: Teacher, out: Out, plain: Plain = None, overwrite: Overwrite = False, **settings: Any) -> Any:
     """The main job: search for a shape, prune, distil, evaluate. Run the command again to continue."""
-    settings = _serving(settings) | _preset(plain)
+    settings = _baseline(plain) | _serving(settings)
     return imported("verbs.compress").compress(teacher, out, overwrite=overwrite, **settings)
 
 
@@ -58,7 +58,7 @@ def prune(
     importance: Annotated[Path | None, typer.Option(help="A folder that calibrate wrote, instead of --data.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Random weights in place of the teacher's.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would come out; needs no weights.")] = False,
-    plain: Plain = False,
+    plain: Plain = None,
     overwrite: Overwrite = False,
     **settings: Any,
 ) -> Any:
@@ -69,8 +69,10 @@ def prune(
         return plan(teacher, split_sizes(settings)[0], arch, settings.get("family"))
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
-    settings |= _preset(plain) | {"arch": arch, "importance": importance, "random": random}
-    return imported("verbs.prune").prune(teacher, out, overwrite=overwrite, **settings)
+    settings = _baseline(plain) | settings
+    return imported("verbs.prune").prune(
+        teacher, out, arch=arch, importance=importance, random=random, overwrite=overwrite, **settings
+    )
 
 
 @verb(*TRAINING, CONTEXT, *TEXT)
@@ -104,9 +106,10 @@ def _serving(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _preset(plain: bool) -> dict[str, Any]:
-    if not plain:
+def _baseline(plain: str | None) -> dict[str, Any]:
+    """Return the settings of the published method that `--plain` names, by dotted key."""
+    if plain is None:
         return {}
-    from minitron.recipe import PLAIN
+    from minitron.recipe import baseline
 
-    return {f"prune.{name}": value for name, value in PLAIN.model_dump().items()}
+    return baseline(plain)

@@ -24,6 +24,21 @@ app = typer.Typer(
 )
 
 
+class Command(typer.core.TyperCommand):
+    """A verb whose option `--plain` may stand without a value; it means `--plain papers` then."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the command line, after the value that a lone `--plain` means is put in."""
+        if PLAIN in args:
+            from minitron.recipe import BASELINES
+
+            place = args.index(PLAIN) + 1
+            if not BASELINES.keys() & set(args[place : place + 1]):
+                args = [*args[:place], next(iter(BASELINES)), *args[place:]]
+        parsed: list[str] = super().parse_args(ctx, args)
+        return parsed
+
+
 class Setting(NamedTuple):
     """An option of the command line that sets a key of the recipe, or a size of the shape."""
 
@@ -85,7 +100,15 @@ TRAINING = (
 Teacher = Annotated[str, typer.Argument(help="A hub id, a folder, a .gguf file, or the built-in smollm2.")]
 Out = Annotated[Path, typer.Argument(help="The folder to make.", resolve_path=True)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the result at OUT, once the new one is whole.")]
-Plain = Annotated[bool, typer.Option("--plain", help="Prune without rotation, rescaled norms and refit.")]
+PLAIN = "--plain"
+Plain = Annotated[
+    str | None,
+    typer.Option(
+        PLAIN,
+        metavar="[papers|modelopt]",
+        help="Prune by the papers' method, or by Model-Optimizer's, in place of the recipe's; other options override it.",
+    ),
+]
 
 RECIPE_OPTIONS = (
     inspect.Parameter(
@@ -151,7 +174,7 @@ def verb(
 
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        app.command()(called)
+        app.command(cls=Command)(called)
         return called
 
     return add

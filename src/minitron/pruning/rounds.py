@@ -15,7 +15,7 @@ from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import cut_to, write_pruned
 from minitron.pruning.scores import Importance, score
 from minitron.pruning.selection import Kept
-from minitron.recipe import PLAIN
+from minitron.recipe import CUT_ONLY
 from minitron.session import Session
 
 
@@ -34,7 +34,7 @@ def score_in_rounds(
     """
     source, recipe, rounds = session.source, session.recipe.calibration, session.recipe.prune.rounds
     for shape in shapes_between(source.arch, target, rounds):
-        cut = cut_to(shape, source, importance, PLAIN)
+        cut = cut_to(shape, source, importance, CUT_ONLY)
         with TemporaryDirectory(dir=folder) as place:
             write_pruned(source, cut, cut, Path(place))
             smaller = open_checkpoint(Path(place))
