@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from minitron.model.config import student_config
 from minitron.model.language_model import build_model, load_model
 from minitron.pruning.cut import Cut
 from minitron.pruning.depth import score_depth
-from minitron.pruning.selection import LAYER_BLOCKS, select
+from minitron.pruning.selection import LAYER_BLOCKS, ranked_depth, select
 from minitron.recipe import DepthRecipe
 from tests.conftest import MECHANISMS, byte_tokenizer
 from tests.test_trim import random_importance
@@ -87,6 +88,49 @@ def test_layers_go_one_by_one_each_time_the_one_that_is_missed_least(
                   for i in range(4) if i not in gone}  # fmt: skip
         gone.append(min(trials, key=lambda i: trials[i]))
     assert order.argsort().tolist()[:3] == gone
+
+
+def test_layers_that_are_left_are_in_the_order_of_their_last_trial(
+    teachers: Callable[[str], Checkpoint], blocks: Blocks
+) -> None:
+    teacher = teachers("nemotron_h")
+    recipe = DepthRecipe(score="logits_mse", removal="iterative")
+    model = load_model(teacher, CPU, torch.float32)
+    once, twice = (
+        score_depth(model, teacher.arch, blocks, recipe=recipe, removed={count})["layer"] for count in (1, 2)
+    )
+    alone = score_depth(model, teacher.arch, blocks, recipe=DepthRecipe(score="logits_mse"), removed=set())["layer"]
+    assert once.argsort().tolist() == alone.argsort().tolist()
+    assert twice.argsort().tolist()[:1] == alone.argsort().tolist()[:1]
+    assert [int((scores < len(alone)).sum()) for scores in (once, twice)] == [1, 2]
+
+
+def test_layers_of_all_kinds_are_ranked_together(teachers: Callable[[str], Checkpoint]) -> None:
+    arch = teachers("nemotron_h").arch  # Mamba, MLP, attention, experts, each twice
+    names, seed = arch.depth_names[1:], torch.Generator().manual_seed(0)
+    differing = 0
+    for _ in range(30):
+        importance = random_importance(arch) | {"layer": torch.rand(8, generator=seed, dtype=torch.float64)}
+        scores = importance["layer"].tolist()
+        for depth, given in ((4, {}), (5, {}), (7, {}), (6, {"num_attention_layers": 1}), (8, {})):
+            # The best of all sets of layers that have every kind and the given numbers.
+            of_kind = [f"num_{kind}_layers" for kind in arch.layers]
+            sets = [
+                chosen
+                for chosen in combinations(range(8), depth)
+                if {of_kind[i] for i in chosen} == set(names)
+                and all([of_kind[i] for i in chosen].count(name) == count for name, count in given.items())
+            ]
+            best = max(sets, key=lambda chosen: sum(scores[i] for i in chosen))
+            counts = ranked_depth(importance, arch, depth, given)
+            assert sum(counts.values()) == depth
+            shape = arch.resized(num_hidden_layers=depth, **counts)
+            assert select(importance, arch, shape)["layer"].tolist() == list(best)
+            within = select(importance, arch, arch.resized(num_hidden_layers=depth, **given))["layer"].tolist()
+            differing += within != list(best)
+    assert differing > 10
+    with pytest.raises(UserError, match="one layer of each kind"):
+        ranked_depth(importance, arch, 3, {})
 
 
 @pytest.mark.parametrize("score", ["kl", "block_influence"])

@@ -1,5 +1,6 @@
 """Importance in rounds."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from minitron.data.blocks import Blocks
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import cut_to, write_pruned
-from minitron.pruning.rounds import score_in_rounds
+from minitron.pruning.rounds import score_in_rounds, shapes_between
 from minitron.pruning.scores import Importance, score
 from minitron.pruning.selection import select
 from minitron.recipe import CUT_ONLY, CalibrationRecipe, Recipe
@@ -73,3 +74,14 @@ def test_two_rounds_by_hand(tmp_path: Path, axis: str, request: pytest.FixtureRe
     assert torch.equal(kept["layer"], expected)
     for layer, number in zip(second["layer"].tolist(), expected.tolist(), strict=True):
         assert torch.equal(kept["ffn"][number], cut.kept["ffn"][number][second["ffn"][layer]])
+
+
+def test_no_kind_of_layers_is_fewer_between_than_in_the_target(teachers: Callable[[str], Checkpoint]) -> None:
+    arch = teachers("nemotron_h").arch  # two layers of each of four kinds
+    target = arch.resized(num_attention_layers=1, num_moe_layers=1, hidden_size=40)
+    between = shapes_between(arch, target, 4)
+    assert len(between) == 3
+    for shape in between:
+        assert (shape.sizes["num_mamba_layers"], shape.sizes["num_mlp_layers"]) == (2, 2)
+        target_fits = all(shape.sizes[name] >= size for name, size in target.sizes.items())
+        assert target_fits

@@ -72,11 +72,80 @@ def test_the_space_of_minitron_4b_holds_18_shapes() -> None:
     assert all(abs(count / 4e9 - 1) <= 0.05 for count in shapes.figures["num_parameters"])
 
 
+def having(shapes: Shapes, **sizes: int) -> Shapes:
+    """Return the shapes that have some sizes."""
+    return shapes.at(np.logical_and.reduce([shapes.sizes[name] == size for name, size in sizes.items()]))
+
+
 def test_the_space_of_nano_2_holds_the_shape_that_was_released() -> None:
     shapes = shapes_of_recipe(NANO_12B, "nemotron-nano-2-9b")
-    wanted = {"num_hidden_layers": 56, "hidden_size": 4480, "intermediate_size": 15680, "mamba_num_heads": 128}
-    assert any(all(arch.sizes[name] == size for name, size in wanted.items()) for arch in archs(shapes))
+    layers = {"num_hidden_layers": 56, "num_attention_layers": 4, "num_mamba_layers": 27, "num_mlp_layers": 25}
+    released = having(shapes, **layers, hidden_size=4480, intermediate_size=15680, mamba_num_heads=128)
+    assert released.figures["num_parameters"].tolist() == [8_888_227_328]
+    assert released[0].num_parameters == 8_888_227_328
     assert (shapes.figures["memory_bytes"] <= 19.66 * 2**30).all()
+    assert set(shapes.sizes["num_attention_layers"].tolist()) == {4}
+    kinds = [shapes.sizes[f"num_{kind}_layers"] for kind in ("attention", "mamba", "mlp")]
+    assert (sum(kinds) == shapes.sizes["num_hidden_layers"]).all()
+
+
+# The paper's table 1 without its last row, 36 layers of full width: layers, hidden, ffn, Mamba heads, their channels.
+TABLE_1_OF_SSM = [
+    (52, 3072, 12288, 112, 64), (52, 3072, 10752, 128, 64), (52, 3328, 9984, 112, 64), (52, 3072, 12288, 112, 60),
+    (52, 3072, 12288, 120, 56), (52, 3072, 13056, 112, 56), (44, 3072, 14592, 128, 64), (44, 3584, 10752, 120, 64),
+    (52, 3072, 11520, 112, 64), (52, 3072, 13056, 96, 64), (52, 3072, 13824, 128, 48), (52, 3072, 12288, 104, 62),
+    (52, 3072, 13056, 104, 60), (52, 3072, 13056, 96, 62), (52, 3072, 14592, 96, 56), (48, 3072, 12288, 128, 64),
+    (48, 3328, 9984, 128, 64), (52, 3072, 13824, 96, 58), (52, 3072, 11520, 128, 56), (44, 3328, 11648, 128, 64),
+    (48, 3072, 13824, 112, 64), (48, 3328, 11648, 112, 64), (52, 3072, 16128, 64, 64), (26, 4096, 21504, 128, 64),
+]  # fmt: skip
+
+
+def test_the_space_of_nemotron_h_4b_holds_the_24_shapes_of_its_paper() -> None:
+    shapes = shapes_of_recipe(NEMOTRON_H_8B, "nemotron-h-4b")
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "mamba_num_heads", "mamba_head_dim")
+    for sizes in TABLE_1_OF_SSM:
+        [count] = having(shapes, **dict(zip(names, sizes, strict=True))).figures["num_parameters"].tolist()
+        assert 4.32e9 <= count <= 4.6e9
+        assert (count == 4_489_223_040) == (sizes == TABLE_1_OF_SSM[0])  # the first is the released model
+    assert not len(having(shapes, **dict(zip(names, (36, 4096, 21504, 128, 64), strict=True))))
+
+
+def test_numbers_of_layers_by_kind_are_sizes_of_a_space() -> None:
+    def depths(**space: Any) -> set[tuple[int, ...]]:
+        shapes = shapes_within(NANO_12B, "1B..12.2B", search={"space": space | fixed})
+        return set(zip(*(shapes.sizes[name].tolist() for name in NANO_12B.depth_names), strict=True))
+
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "mamba_num_heads")
+    fixed = {name: [NANO_12B.sizes[name]] for name in (*names, "mamba_head_dim")}
+    assert NANO_12B.depth_names == ("num_hidden_layers", "num_attention_layers", "num_mamba_layers", "num_mlp_layers")
+    assert depths(num_hidden_layers=[56, 61]) == {(56, 6, 25, 25), (61, 6, 28, 27)}
+    # Kinds that are not named share the rest; 61 layers cannot have only four of attention.
+    assert depths(num_hidden_layers=[56, 61], num_attention_layers=[4, 6]) == {
+        (56, 4, 26, 26),
+        (56, 6, 25, 25),
+        (61, 6, 28, 27),
+    }
+    every = {"num_attention_layers": [4], "num_mamba_layers": [26, 27], "num_mlp_layers": [25, 26]}
+    assert depths(**every) == {(55, 4, 26, 25), (56, 4, 26, 26), (56, 4, 27, 25), (57, 4, 27, 26)}
+    assert depths(num_hidden_layers=[56], **every) == {(56, 4, 26, 26), (56, 4, 27, 25)}
+    with pytest.raises(UserError, match="num_attention_layers has no size up to the teacher's 6"):
+        depths(num_attention_layers=[7])
+    with pytest.raises(UserError, match="no axis 'num_moe_layers' to prune"):
+        depths(num_moe_layers=[1])
+    with pytest.raises(UserError, match="no axis 'num_mlp_layers' to prune"):
+        shapes_within(NANO_12B, 0.7, search={"multiple_of": {"num_mlp_layers": 2}})
+
+
+def test_shapes_of_one_depth_and_other_kinds_are_predicted_apart() -> None:
+    space = {"num_attention_layers": [4], "num_mamba_layers": [24, 28], "num_mlp_layers": [24, 28]}
+    shapes = having(shapes_within(NANO_12B, "1B..12.2B", search={"space": space}), num_hidden_layers=56)
+    scores = torch.tensor([{"mamba": 1.0, "mlp": 3.0, "attention": 2.0}[kind] for kind in NANO_12B.layers])
+    probe = probes(shapes)["layer"]
+    assert probe.sizes["num_attention_layers"] == 4
+    expected = predicted(shapes, {"layer": scores}, {"layer": (probe, 1.0)})
+    whole = shapes.sizes["num_mlp_layers"] == 28
+    assert len(set(expected[whole].tolist())) == len(set(expected[~whole].tolist())) == 1
+    assert expected[~whole][0] / expected[whole][0] == pytest.approx((4 * 9 + 2 * 4) / (4 * 1 + 2 * 4))
 
 
 def test_a_recipe_that_is_not_built_in_is_refused() -> None:
@@ -322,6 +391,12 @@ NANO_12B = Arch.from_config({
     "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128, "mamba_num_heads": 128, "mamba_head_dim": 80,
     "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "use_conv_bias": True,
     "layers_block_type": (["mamba", "mlp"] * 3 + ["mamba", "attention", "mlp"]) * 6 + ["mamba", "mlp"] * 4,
+})  # fmt: skip
+NEMOTRON_H_8B = Arch.from_config({
+    "model_type": "nemotron_h", "vocab_size": 131072, "hidden_size": 4096, "intermediate_size": 21504,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "mamba_num_heads": 128, "mamba_head_dim": 64,
+    "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "use_conv_bias": True,
+    "layers_block_type": (["mamba", "mlp"] * 5 + ["mamba", "attention", "mlp"]) * 4,
 })  # fmt: skip
 QWEN3_30B = Arch.from_config({
     "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768, "head_dim": 128,

@@ -119,6 +119,12 @@ class DepthRecipe(_Strict):
     removal: Literal["one_shot", "iterative", "contiguous"] = "one_shot"
     """How scores become dropped layers: drop those with the lowest scores at once; drop the lowest one and score the
     others again; or drop the best run of consecutive layers."""
+    ranking: Literal["within_kinds", "together"] = "within_kinds"
+    """Which layers are compared where layers are of several kinds (Mamba, attention, MLP): those of one kind, after the
+    depth is split among the kinds in proportion; or all of them, so that the ranking splits the depth (Minitron-SSM,
+    arXiv 2504.11409, section 3; Nemotron Nano 2, arXiv 2508.14444, section 4). The best layer of every kind is kept,
+    and numbers of layers that are given by kind (`num_attention_layers`) hold either way. Without weights, as in
+    `prune --dry-run`, the depth is split in proportion."""
     tokens: Count = 4_096
     """Calibration tokens on which scores other than `block_influence` and `task` are measured."""
     task: str | None = None
@@ -204,7 +210,8 @@ class SearchRecipe(_Strict):
     """How far a shape may stay below the limit that binds, as a share of that limit."""
     space: dict[str, Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | Span | Factors] = {}
     """Sizes that the search may choose from, by config name (`hidden_size: [448, 512]`), in place of sizes derived from
-    the teacher: a list, a span (`first`, `last`, `step`), or factors of another size (`times`, `of`)."""
+    the teacher: a list, a span (`first`, `last`, `step`), or factors of another size (`times`, `of`). Numbers of layers
+    of a kind (`num_attention_layers: [4]`) are sizes as well; kinds that are not named share the other layers."""
     multiple_of: dict[str, Annotated[int, Field(ge=1)]] = {}
     """Step of derived sizes, by config name. The default for widths is 64 or more, as matrix units require."""
     probe_tokens: CountOrNone = 4_096
@@ -453,6 +460,7 @@ _CUT_ONCE: dict[str, Any] = {
     "calibration.mamba_scores": "x",
     "depth.score": "block_influence",
     "depth.removal": "one_shot",
+    "depth.ranking": "together",
     "prune.rotate": False,
     "prune.rescale_norms": False,
     "prune.refit": False,

@@ -106,7 +106,7 @@ Plain = Annotated[
     typer.Option(
         PLAIN,
         metavar="[papers|modelopt]",
-        help="Prune by the papers' method, or by Model-Optimizer's, in place of the recipe's; other options override it.",
+        help="Prune by the papers' method, or Model-Optimizer's, in place of the recipe's; other options override it.",
     ),
 ]
 

@@ -221,7 +221,8 @@ class Arch:
     def resized(self, **sizes: int) -> "Arch":
         """Return a shape of this family with some sizes changed.
 
-        Where layers are of several kinds, `num_hidden_layers` alone is split among the kinds by `split_depth`.
+        Where layers are of several kinds, `num_hidden_layers` is split by `split_depth` among those without a number of
+        their own.
 
         Raises:
             UserError: a name is unknown, a size is below 1, the entries of an axis cannot be split equally among its
@@ -263,36 +264,48 @@ class Arch:
         kinds = self.layer_counts
         if not kinds:
             return {}
-        counts = {_kind_size(kind): sizes.get(_kind_size(kind), count) for kind, count in kinds.items()}
+        names = {_kind_size(kind): count for kind, count in kinds.items()}
+        given = {name: sizes[name] for name in names if name in sizes}
         total = sizes.get(AXES["layer"])
-        if total is not None and not any(name in sizes for name in counts):
-            counts = self.split_depth(total)
-        if total is not None and sum(counts.values()) != total:
-            raise UserError(
-                f"{AXES['layer']} {total} is not the sum of {', '.join(f'{n} {c}' for n, c in counts.items())}"
-            )
+        counts = names | given if total is None else self.split_depth(total, given)
         return {**counts, AXES["layer"]: sum(counts.values())}
 
     def _is_as_deep(self, sizes: Mapping[str, int]) -> bool:
-        depth = [AXES["layer"], *map(_kind_size, self.layer_counts)]
-        return all(sizes[name] == self.sizes[name] for name in depth)
+        return all(sizes[name] == self.sizes[name] for name in self.depth_names)
 
-    def split_depth(self, depth: int) -> dict[str, int]:
+    @property
+    def depth_names(self) -> tuple[str, ...]:
+        """The config names of the sizes that state the depth: of all layers, and of the layers of each kind."""
+        return AXES["layer"], *map(_kind_size, self.layer_counts)
+
+    def split_depth(self, depth: int, given: Mapping[str, int] | None = None) -> dict[str, int]:
         """Split `depth` layers among the kinds in the present ratio, at least one of each; return them by size name.
 
+        Numbers of layers that are `given`, by size name, are taken as they are.
+
         Raises:
-            UserError: there are fewer layers than kinds, or more than this shape has.
+            UserError: there are fewer layers than kinds, or more than this shape has, or all numbers are given and
+                their sum is another one.
         """
-        kinds, total = self.layer_counts, self.axis_size("layer")
-        if not len(kinds) <= depth <= total:
-            raise UserError(f"{AXES['layer']} {depth} must be from {len(kinds)}, one layer of each kind, to {total}")
-        quota = {kind: depth * count / total for kind, count in kinds.items()}
+        given = given or {}
+        kinds = {kind: count for kind, count in self.layer_counts.items() if _kind_size(kind) not in given}
+        in_words = ", ".join(f"{name} {count}" for name, count in given.items())
+        taken, total = sum(given.values()), sum(kinds.values())
+        if not kinds and taken != depth:
+            raise UserError(f"{AXES['layer']} {depth} is not the sum of {in_words}")
+        if not len(kinds) <= depth - taken <= total:
+            beside = f" beside {in_words}" if given else ""
+            raise UserError(
+                f"{AXES['layer']} {depth} must be from {taken + len(kinds)}, one layer of each kind{beside}, to "
+                f"{taken + total}"
+            )
+        quota = {kind: (depth - taken) * count / total for kind, count in kinds.items()}
         counts = {kind: max(1, int(share)) for kind, share in quota.items()}
-        while (short := depth - sum(counts.values())) != 0:
+        while (short := depth - taken - sum(counts.values())) != 0:
             step = 1 if short > 0 else -1
             open_kinds = [kind for kind, count in counts.items() if 1 <= count + step <= kinds[kind]]
             counts[max(open_kinds, key=lambda kind: step * (quota[kind] - counts[kind]))] += step
-        return {_kind_size(kind): count for kind, count in counts.items()}
+        return {**given, **{_kind_size(kind): count for kind, count in counts.items()}}
 
     def with_layers(self, teacher: "Arch", kept: list[int]) -> "Arch":
         """Return this shape with the order of its layers, which are the kept layers of the teacher."""

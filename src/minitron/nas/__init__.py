@@ -5,7 +5,7 @@ from pathlib import Path
 from minitron.model.arch import Arch
 from minitron.nas.budget import Budget, budget_of
 from minitron.nas.estimate import meet_speed_limits
-from minitron.nas.offer import check_shape, shapes_within, warn_of_engines, warn_of_order
+from minitron.nas.offer import check_shape, shapes_within, warn_of_engines, warn_of_order, with_ranked_layers
 from minitron.nas.probes import predict
 from minitron.nas.shapes import Shapes, removed_layers
 from minitron.nas.shortlist import make_short_list
@@ -35,6 +35,7 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
     if arch := chosen_before(folder, session.source.arch):
         return arch
     workspace = Workspace(session, importance, folder)
+    shapes = with_ranked_layers(session, importance, shapes, budget)
     shapes, budget = meet_speed_limits(workspace, shapes, budget)
     candidates = predict(workspace, shapes)
     compare_untrained(workspace, candidates)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,9 @@ from minitron.model.engines import added_obstacles, order_obstacles
 from minitron.model.memory import attention_windows
 from minitron.nas.acceptance import RELATED, Acceptance, combinations
 from minitron.nas.budget import Budget, budget_of
-from minitron.nas.shapes import Shapes, every_shape, feasible
+from minitron.nas.shapes import Shapes, SplitDepth, every_shape, feasible
 from minitron.nas.trial import trial_recipe
-from minitron.pruning import require_measurable
+from minitron.pruning import Importance, ranked_depth, require_measurable
 from minitron.pruning.repair import require_tokens
 from minitron.pruning.rounds import shapes_between
 from minitron.session import Session
@@ -44,9 +45,8 @@ def shapes_within(session: Session) -> tuple[Shapes, Budget]:
         return _stated(session), Budget({})
     if session.recipe.search.distill_tokens:
         require_trainable(session, source.arch, trial_recipe(session.recipe))
-    budget, windows = budget_of(session, target), attention_windows(source.config.to_dict())
-    shapes = every_shape(source.arch, budget, session.recipe.search, windows)
-    shapes = feasible(Acceptance(source).of(shapes), budget)
+    budget = budget_of(session, target)
+    shapes = _offered(session, budget)
     for line in _obstacles_of_all(source, shapes):
         logger.warning("of no shape within the budget: %s", line)
     return shapes, budget
@@ -58,6 +58,30 @@ def _stated(session: Session) -> Shapes:
     source.require_prunable_to(shape)
     check_shape(session, shape)
     return Shapes.of(source, [shape], {"num_parameters": np.array([shape.num_parameters])})
+
+
+def with_ranked_layers(session: Session, importance: Importance, shapes: Shapes, budget: Budget) -> Shapes:
+    """Return the shapes of a search, with the depth split among the kinds of layers by their common ranking.
+
+    Nothing changes unless the recipe ranks layers together (`depth.ranking`) and they are of several kinds. Depths that
+    do not occur among `shapes`, whose layers may not have been scored, are left out.
+
+    Raises:
+        UserError: no shape fits the budget.
+    """
+    teacher = session.source.arch
+    if session.recipe.depth.ranking == "within_kinds" or not teacher.layer_counts:
+        return shapes
+    ranked = _offered(session, budget, partial(ranked_depth, importance, teacher))
+    depth = AXES["layer"]
+    return feasible(ranked.at(np.isin(ranked.sizes[depth], shapes.sizes[depth])), budget)
+
+
+def _offered(session: Session, budget: Budget, split: SplitDepth | None = None) -> Shapes:
+    source = session.source
+    windows = attention_windows(source.config.to_dict())
+    shapes = every_shape(source.arch, budget, session.recipe.search, windows, split=split)
+    return feasible(Acceptance(source).of(shapes), budget)
 
 
 def check_shape(session: Session, shape: Arch) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
-from minitron.nas.acceptance import Acceptance
+from minitron.nas.acceptance import Acceptance, combinations
 from minitron.nas.budget import SPEEDS
 from minitron.nas.candidates import Candidate
 from minitron.nas.shapes import Shapes
@@ -54,7 +54,9 @@ def predicted(shapes: Shapes, importance: Importance, probed: Mapping[str, tuple
     teacher, total = shapes.teacher, np.zeros(len(shapes))
     for axis, (probe, kl) in probed.items():
         rise = kl / max(1 - kept_share(importance, teacher, probe, axis), 1e-9)
-        _, firsts, positions = np.unique(_entries(shapes, axis), return_index=True, return_inverse=True)
+        # Of layers of several kinds, two shapes of one depth may have other numbers.
+        entries = combinations(shapes, list(teacher.depth_names)) if axis == "layer" else _entries(shapes, axis)
+        _, firsts, positions = np.unique(entries, return_index=True, return_inverse=True)
         lost = np.array([1 - kept_share(importance, teacher, shapes[int(i)], axis) for i in firsts])
         total += rise * lost[positions]
     return total
@@ -92,7 +94,7 @@ def probes(shapes: Shapes, acceptance: Acceptance | None = None) -> dict[str, Ar
     for axis in axes:
         options = np.unique(_entries(shapes, axis))
         middle_first = _from_the_middle(options[options < teacher.entries(axis)].tolist())
-        cuts[axis] = [_with_bound_axes(teacher, axis, int(option)) for option in middle_first]
+        cuts[axis] = [_with_bound_axes(shapes, axis, int(option)) for option in middle_first]
     archs = {axis: arch for axis in axes if (arch := _first_possible(teacher, cuts[axis], acceptance))}
     for axis in axes:
         if not any(arch.axis_size(axis) < teacher.axis_size(axis) for arch in archs.values()):
@@ -115,8 +117,15 @@ def _from_the_middle(options: Sequence[int]) -> list[int]:
     return sorted(options, key=lambda size: abs(size - options[(len(options) - 1) // 2]))
 
 
-def _with_bound_axes(teacher: Arch, axis: str, option: int) -> dict[str, int]:
-    """Return the sizes of a probe with `option` entries along an axis, in each group of a grouped one."""
+def _with_bound_axes(shapes: Shapes, axis: str, option: int) -> dict[str, int]:
+    """Return the sizes of a probe with `option` entries along an axis, in each group of a grouped one.
+
+    Layers of several kinds are as many of each as in the first shape of that depth.
+    """
+    teacher = shapes.teacher
+    if axis == "layer":
+        first = int(np.argmax(shapes.sizes[AXES[axis]] == option))
+        return {name: int(shapes.sizes[name][first]) for name in teacher.depth_names}
     group, product = teacher.grouped.get(axis), teacher.family.product
     sizes = {AXES[axis]: option * (teacher.axis_size(group) if group else 1)}
     if product and not product.ratio and axis == product.of:

@@ -1,7 +1,7 @@
 """Lists every uniform shape within a budget: one size per axis, equal in all layers."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,16 +76,24 @@ def grid(teacher: Arch, recipe: SearchRecipe) -> dict[str, Sequence[int] | Facto
     """Return the sizes that each axis may take, by config name.
 
     For grouped axes, sizes that the recipe gives are those of the whole axis; derived sizes count entries per group.
+    Numbers of layers of a kind are listed where the recipe gives them; where it gives those of all kinds, their sum is
+    the depth, which is listed only where the recipe gives it as well.
 
     Raises:
         UserError: the recipe names an axis that cannot be pruned, or no size up to the teacher's.
     """
     names = {AXES[axis]: axis for axis in teacher.prunable_axes}
+    depth, *of_kinds = teacher.depth_names
     for name in (*recipe.space, *recipe.multiple_of):
-        if name not in names:
-            raise UserError(f"search: no axis '{name}' to prune: {nearest(name, list(names))}")
+        if name not in names and not (name in recipe.space and name in of_kinds):
+            accepted = [*names, *(of_kinds if name in recipe.space else [])]
+            raise UserError(f"search: no axis '{name}' to prune: {nearest(name, accepted)}")
     steps: dict[str, int] = {}
-    options: dict[str, Sequence[int] | Factors] = {}
+    options: dict[str, Sequence[int] | Factors] = {
+        name: _from_recipe(teacher, name, recipe.space[name]) for name in of_kinds if name in recipe.space
+    }
+    if of_kinds and depth not in recipe.space and options.keys() == set(of_kinds):
+        del names[depth]  # the sum of the kinds
     for name, axis in names.items():
         if name in recipe.space:
             options[name] = _from_recipe(teacher, name, recipe.space[name])
@@ -141,8 +149,17 @@ def _floor(arch: Arch, axis: str) -> int:
     return arch.axis_size(floor) if floor else 1
 
 
-def every_shape(teacher: Arch, budget: Budget, recipe: SearchRecipe, windows: list[int]) -> Shapes:
-    """Return all shapes of the grid that are smaller than the teacher, with the figures of `COUNTS`."""
+SplitDepth = Callable[[int, Mapping[str, int]], dict[str, int]]
+"""Splits a depth among the kinds of layers, given the numbers of some kinds; raises `UserError` where it cannot."""
+
+
+def every_shape(
+    teacher: Arch, budget: Budget, recipe: SearchRecipe, windows: list[int], *, split: SplitDepth | None = None
+) -> Shapes:
+    """Return all shapes of the grid that are smaller than the teacher, with the figures of `COUNTS`.
+
+    `split` splits the depth among the kinds of layers, by default in proportion (`Arch.split_depth`).
+    """
     axes = grid(teacher, recipe)
     indices = np.meshgrid(*(np.arange(_num_options(options)) for options in axes.values()), indexing="ij", sparse=True)
     positions = dict(zip(axes, indices, strict=True))
@@ -162,7 +179,10 @@ def every_shape(teacher: Arch, budget: Budget, recipe: SearchRecipe, windows: li
                 mesh[AXES[axis]] = mesh[AXES[axis]] * groups
             is_whole = is_whole & (mesh[AXES[axis]] % groups == 0)
             is_whole = is_whole & (mesh[AXES[axis]] // groups <= teacher.entries(axis))
-    mesh.update(_depth_by_kind(teacher, mesh[AXES["layer"]]))
+    if teacher.layer_counts:
+        depths, can_be_split = _depth_by_kind(teacher, mesh, split or teacher.split_depth)
+        mesh.update(depths)
+        is_whole = is_whole & can_be_split
     for name, sizes in mesh.items():
         is_whole = is_whole & (sizes <= teacher.sizes[name])
     for axis, floor in teacher.family.floors.items():
@@ -218,10 +238,23 @@ def _in_words(shapes: Shapes, i: int, budget: Budget) -> str:
     return f"{', '.join(figures)} ({' '.join(changed)})"
 
 
-def _depth_by_kind(teacher: Arch, depth: Any) -> dict[str, Any]:
-    """Return arrays of the number of layers of each kind, by config name, for an array of depths."""
-    if not teacher.layer_counts:
-        return {}
-    depths, positions = np.unique(depth, return_inverse=True)
-    splits = [teacher.split_depth(int(one)) for one in depths]
-    return {name: np.array([split[name] for split in splits])[positions].reshape(depth.shape) for name in splits[0]}
+def _depth_by_kind(teacher: Arch, mesh: Mapping[str, Any], split: SplitDepth) -> tuple[dict[str, Any], Any]:
+    """Return arrays of the sizes that state the depth, by config name, and whether such a depth can be split.
+
+    `mesh` holds the depth and the numbers of layers of some kinds, or those of all kinds.
+    """
+    depth, *of_kinds = teacher.depth_names
+    given = [name for name in of_kinds if name in mesh]
+    total = mesh[depth] if depth in mesh else sum(mesh[name] for name in given)
+    columns = np.broadcast_arrays(total, *(mesh[name] for name in given))
+    rows, positions = np.unique(np.stack([column.ravel() for column in columns]), axis=1, return_inverse=True)
+    sizes, can_be_split = np.zeros((len(of_kinds), rows.shape[1]), dtype=np.int64), np.zeros(rows.shape[1], dtype=bool)
+    for i, (layers, *counts) in enumerate(rows.T.tolist()):
+        try:
+            counts_by_kind = split(layers, dict(zip(given, counts, strict=True)))
+        except UserError:
+            continue
+        sizes[:, i], can_be_split[i] = [counts_by_kind[name] for name in of_kinds], True
+    shape, places = columns[0].shape, positions.reshape(-1)
+    by_name = {name: values[places].reshape(shape) for name, values in zip(of_kinds, sizes, strict=True)}
+    return by_name | {depth: total}, can_be_split[places].reshape(shape)

@@ -17,13 +17,14 @@ from minitron.pruning.random_start import write_random
 from minitron.pruning.repair import repaired
 from minitron.pruning.rounds import score_in_rounds
 from minitron.pruning.scores import Importance
-from minitron.pruning.selection import select
+from minitron.pruning.selection import ranked_depth, select
 from minitron.session import Session
 
 __all__ = [
     "Importance",
     "measure_importance",
     "prune",
+    "ranked_depth",
     "read_importance",
     "require_measurable",
     "require_scores",

@@ -43,7 +43,8 @@ def score_depth(
       section 2.2);
     - `iterative`: `layer`, (num_layers,), the order of removal when the layer that does least damage is removed first
       and the others are scored again (Nemotron Nano 2, arXiv 2508.14444, section 4; normalised as in Nemotron
-      Elastic, arXiv 2511.16664), up to the largest number in `removed`;
+      Elastic, arXiv 2511.16664), up to the largest number in `removed`; the layers that are left then are above these,
+      in the order of their damage in the last trial;
     - `contiguous`: `layer_blocks`, (num_layers + 1, num_layers), at [n, s] the damage of removing n layers from layer
       s on, for every n in `removed`, infinite elsewhere (Minitron in practice, arXiv 2408.11796, section 2).
 
@@ -136,13 +137,19 @@ def _influence_of_blocks(model: nn.Module, arch: Arch, blocks: Blocks, removed: 
 
 
 def _order_of_removal(depth: int, deepest: int, without: Callable[[list[int]], float]) -> Tensor:
-    """Return each layer's place in the order of removal, counted from 0; kept layers have the highest score."""
+    """Return each layer's place in the order of removal, counted from 0; those that are left are from `depth` up.
+
+    Of the layers that are left, the one with the most damage in the last trial is highest.
+    """
     removed: list[int] = []
+    damages: dict[int, float] = {}
     for _ in range(deepest):
         damages = {i: without([*removed, i]) for i in range(depth) if i not in removed}
         removed.append(min(damages, key=damages.__getitem__))
     order = torch.full((depth,), float(depth), dtype=torch.float64)
     order[removed] = torch.arange(len(removed), dtype=torch.float64)
+    left = sorted(damages.keys() - set(removed), key=damages.__getitem__)
+    order[left] += torch.arange(len(left), dtype=torch.float64) / depth
     return order
 
 

@@ -1,5 +1,7 @@
 """Measures importance, and writes and reads the files that hold it."""
 
+import json
+import logging
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -7,7 +9,6 @@ from safetensors.torch import save_file
 from minitron.data.blocks import load_tokenizer
 from minitron.errors import UserError
 from minitron.files import whole_file
-from minitron.model.checkpoint import Checkpoint
 from minitron.model.weights import open_safetensors
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.depth import require_depth_score, require_removable, score_depth
@@ -17,6 +18,8 @@ from minitron.pruning.selection import score_shape
 from minitron.pruning.statistics import STREAM_MOMENT, Statistics
 from minitron.recipe import Recipe
 from minitron.session import Session
+
+logger = logging.getLogger(__name__)
 
 
 def require_scores(recipe: Recipe) -> None:
@@ -42,6 +45,10 @@ def measure_importance(session: Session, removed: set[int] | None = None) -> Imp
     return _measure(session, removed)[1]
 
 
+DEPTH_SETTINGS = ("score", "removal", "task")
+"""The settings of `depth` that decide the scores of layers, apart from the amount of text."""
+
+
 def write_importance(folder: Path, session: Session, removed: set[int] | None = None) -> Importance:
     """Write `calibration.safetensors` and `importance.safetensors` into a folder; return the importance.
 
@@ -49,19 +56,23 @@ def write_importance(folder: Path, session: Session, removed: set[int] | None = 
     """
     statistics, importance = _measure(session, removed)
     sums = {key: value for key, value in statistics.items() if key != STREAM_MOMENT}  # stored with the scores
+    metadata = {"teacher": session.source.identity(), "settings": json.dumps(_scoring_settings(session.recipe))}
     for name, tensors in (("calibration", sums), ("importance", importance)):
         with whole_file(folder / f"{name}.safetensors") as staging:
             entries = {key: value.contiguous() for key, value in tensors.items()}
-            save_file(entries, staging, metadata={"teacher": session.source.identity()})
+            save_file(entries, staging, metadata=metadata)
     return importance
 
 
-def read_importance(path: Path, teacher: Checkpoint) -> Importance:
-    """Read what `write_importance` wrote, from the file or from the folder that holds it.
+def read_importance(path: Path, session: Session) -> Importance:
+    """Read what `write_importance` wrote of the session's model, from the file or from the folder that holds it.
+
+    A file of an earlier version, which does not record its settings, is read with a warning.
 
     Raises:
-        UserError: the importance was measured on another model.
+        UserError: the importance was measured on another model, or with other scores than those of the recipe.
     """
+    teacher = session.source
     path = path / "importance.safetensors" if path.is_dir() else path
     file = open_safetensors(path)
     importance: Importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -69,9 +80,27 @@ def read_importance(path: Path, teacher: Checkpoint) -> Importance:
         shape = list(importance[axis].shape) if axis in importance else None
         if shape != score_shape(teacher.arch, axis):
             raise UserError(f"{path} is not the importance of this teacher: axis {axis} has shape {shape}")
-    if (file.metadata() or {}).get("teacher") != teacher.identity():
+    metadata = file.metadata() or {}
+    if metadata.get("teacher") != teacher.identity():
         raise UserError(f"{path} is not the importance of this teacher: it was measured on other weights")
+    if "settings" not in metadata:
+        logger.warning("%s does not record the settings that it was measured with", path)
+        return importance
+    measured = json.loads(metadata["settings"])
+    for key, wanted in _scoring_settings(session.recipe).items():
+        if measured.get(key) != wanted:
+            before = measured.get(key) or "null"
+            raise UserError(
+                f"{path} was measured with {key} {before}, and {wanted or 'null'} is asked for: "
+                f"calibrate again, or give --set {key}={before}"
+            )
     return importance
+
+
+def _scoring_settings(recipe: Recipe) -> dict[str, str | None]:
+    """Return the settings that decide what is scored and how, by dotted key."""
+    settings = {f"calibration.{key}": value for key, value in recipe.calibration.model_dump(exclude={"tokens"}).items()}
+    return settings | {f"depth.{key}": getattr(recipe.depth, key) for key in DEPTH_SETTINGS}
 
 
 def require_measurable(session: Session) -> None:

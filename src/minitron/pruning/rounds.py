@@ -74,6 +74,12 @@ def _between(teacher: Arch, target: Arch, share: float) -> Arch:
             unit = EXPERT_MULTIPLE if before % EXPERT_MULTIPLE == after % EXPERT_MULTIPLE == 0 else 1
             wanted = before - share * (before - after)
             sizes[name] = min(before, -(-round(wanted) // unit) * unit)
+        if axis == "layer":  # every kind of layers by itself, so that none is fewer than in the target
+            for kind, before_kind in teacher.layer_counts.items():
+                after_kind = target.layer_counts[kind]
+                sizes[f"num_{kind}_layers"] = round(before_kind - share * (before_kind - after_kind))
+            if teacher.layer_counts:
+                sizes[name] = sum(sizes[each] for each in teacher.depth_names[1:])
         if axis in teacher.grouped:
             group = AXES[teacher.grouped[axis]]
             sizes[name] = sizes.get(name, before) * sizes.get(group, teacher.sizes[group])

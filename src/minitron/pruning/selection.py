@@ -1,5 +1,7 @@
 """Selects the entries of every axis that a student keeps, by their importance."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,27 @@ def kept_layers(importance: Importance, teacher: Arch, student: Arch) -> Tensor:
         numbers = torch.tensor(teacher.layer_numbers(kind))
         kept.append(numbers[_top(scores[numbers], count)])
     return torch.cat(kept).sort().values
+
+
+def ranked_depth(importance: Importance, teacher: Arch, depth: int, given: Mapping[str, int]) -> dict[str, int]:
+    """Return how many layers of each kind are among the `depth` best of all layers, by size name.
+
+    Layers of all kinds are ranked together (Minitron-SSM, arXiv 2504.11409, section 3), except that the best layer of
+    every kind is kept, and that kinds whose number is among the `given` sizes have that number and are not ranked.
+
+    Raises:
+        UserError: see `Arch.split_depth`.
+    """
+    given = {name: given[name] for name in teacher.depth_names[1:] if name in given}
+    counts = {name: count if name in given else 1 for name, count in teacher.split_depth(depth, given).items()}
+    kinds = [f"num_{kind}_layers" for kind in teacher.layers]
+    best_first = [kinds[i] for i in importance["layer"].argsort(descending=True, stable=True).tolist()]
+    for name in counts.keys() - given.keys():
+        best_first.remove(name)
+    free = [name for name in best_first if name not in given]
+    for name in free[: depth - sum(counts.values())]:
+        counts[name] += 1
+    return counts
 
 
 def kept_share(importance: Importance, teacher: Arch, student: Arch, axis: str) -> float:
