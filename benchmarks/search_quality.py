@@ -77,7 +77,7 @@ def _study(session: Session, shapes: dict[str, dict[str, int]], out: Path) -> No
 def _importance(session: Session, out: Path) -> Importance:
     folder = out / f"importance-{session.recipe.seed}"
     if (folder / "importance.safetensors").exists():
-        return read_importance(folder, session.teacher)
+        return read_importance(folder, session)
     folder.mkdir(parents=True, exist_ok=True)
     return write_importance(folder, session)
 

@@ -154,7 +154,5 @@ def test_depth_is_shared_out_to_the_kinds_of_layers(tmp_path: Path) -> None:
     some = arch.resized(num_hidden_layers=56, num_attention_layers=4)
     assert some.layer_counts == {"attention": 4, "mamba": 26, "mlp": 26}
     assert arch.resized(num_hidden_layers=56).layer_counts["attention"] == 6
-    with pytest.raises(
-        UserError, match="must be from 6, one layer of each kind beside num_attention_layers 4, to 60"
-    ):
+    with pytest.raises(UserError, match="must be from 6, one layer of each kind beside num_attention_layers 4, to 60"):
         arch.resized(num_hidden_layers=62, num_attention_layers=4)

@@ -136,6 +136,74 @@ def test_the_published_shapes_come_out_of_a_dry_run(verb: Verb, name: str, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+SIZES_CUT = ("--num-attention-heads", "3", "--intermediate-size", "40")
+PAPERS = {
+    "calibration.ffn_scores": "first_linear", "calibration.head_scores": "aggregate_of_norms",
+    "calibration.batch": "l2", "calibration.sequence": "mean", "prune.rounds": "1", "prune.merge_heads": "true",
+    "prune.rotate": "false", "prune.refit": "false", "prune.rescale_norms": "false",
+}  # fmt: skip
+
+
+def test_plain_is_the_method_that_it_names(verb: Verb, tmp_path: Path, text_file: Path) -> None:
+    teacher = make_model(tmp_path / "model", "nemotron")
+    text = ("--data", text_file, "--context", "32", "--set", "calibration.tokens=256", "--set", "evaluation.tokens=512")
+
+    def pruned(*options: str) -> bytes:
+        folder = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        verb("prune", teacher, folder, *SIZES_CUT, *text, *options)
+        return (folder / "model.safetensors").read_bytes()
+
+    def by_settings(settings: dict[str, str]) -> bytes:
+        return pruned(*(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
+
+    papers, modelopt = pruned("--plain"), pruned("--plain", "modelopt")
+    assert papers == pruned("--plain", "papers") == pruned("--plain=papers") == by_settings(PAPERS)
+    cut_only = {key: value for key, value in PAPERS.items() if value == "false"}
+    assert modelopt == by_settings(cut_only)
+    others = [by_settings(PAPERS | {key: value}) for key, value in (
+        ("calibration.ffn_scores", "input_of_second"), ("prune.merge_heads", "false"), ("prune.refit", "true"),
+    )]  # fmt: skip
+    assert len({papers, modelopt, pruned(), *others}) == 6
+    # What is given on the command line itself holds.
+    assert pruned("--plain", "--set", "prune.merge_heads=false") == others[1]
+    assert pruned("--plain", "--set", "prune={merge_heads: false}") == others[1]
+
+
+def test_plain_before_the_arguments_takes_none_of_them(
+    verb: Verb, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = make_model(tmp_path / "model", "llama")
+    text = ("--data", text_file, "--context", "32", "--set", "calibration.tokens=64", "--intermediate-size", "32")
+    verb("prune", "--plain", teacher, tmp_path / "out", *text)
+    assert (tmp_path / "out" / "config.json").exists()
+    monkeypatch.setattr("sys.argv", ["minitron", "prune", str(teacher), str(tmp_path / "no"), *text, "--plain=paper"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "error: --plain: unknown value 'paper'; accepted: papers, modelopt" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_importance_that_was_measured_otherwise_is_refused(
+    verb: Verb, tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, stats = make_model(tmp_path / "model", "llama"), tmp_path / "stats"
+    verb("calibrate", teacher, stats, "--data", text_file, "--context", "32", "--tokens", "64")
+    cut = (teacher, tmp_path / "out", "--intermediate-size", "32", "--importance", stats)
+    for options, message in (
+        (["--plain"], "calibration.ffn_scores input_of_second, and first_linear is asked for: calibrate again, or give "
+         "--set calibration.ffn_scores=input_of_second"),
+        (["--set", "calibration.sequence=l2"], "calibration.sequence mean, and l2 is asked for"),
+        (["--set", "depth.score=kl"], "depth.score block_influence, and kl is asked for"),
+    ):  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["minitron", "prune", *map(str, cut), *options])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    # The number of tokens is not the score; nor does a cut without repairs read the text.
+    verb("prune", *cut, "--plain", "modelopt", "--set", "calibration.tokens=128")
+
+
 def test_the_stages_one_after_the_other(verb: Verb, tmp_path: Path, text_file: Path) -> None:
     teacher = make_model(tmp_path / "model", "mistral")
     recipe = tmp_path / "recipe.yaml"
@@ -157,7 +225,16 @@ def test_the_stages_one_after_the_other(verb: Verb, tmp_path: Path, text_file: P
         "prune", teacher, tmp_path / "by-size", "--hidden-size", "36", "--num-hidden-layers", "3", *stats, *text
     )
     unmended = verb(
-        "prune", teacher, tmp_path / "plain", "--hidden-size", "36", "--num-hidden-layers", "3", *stats, "--plain"
+        "prune",
+        teacher,
+        tmp_path / "plain",
+        "--hidden-size",
+        "36",
+        "--num-hidden-layers",
+        "3",
+        *stats,
+        "--plain",
+        "modelopt",
     )
     assert unmended["arch"] == by_size["arch"]
     plain, mended = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "by-size"))

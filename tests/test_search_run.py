@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from minitron import pipeline, prune, search
+from minitron import calibrate, pipeline, prune, search
 from minitron.errors import UserError
 from minitron.evaluation.speed import Speed, measure_speed
 from minitron.files import write_jsonl
@@ -331,6 +332,38 @@ def test_candidates_of_hybrids_are_timed_with_layers_of_each_kind(tmp_path: Path
     teacher = open_checkpoint(make_model(tmp_path / "model", "nemotron_h"))
     speeds = Speeds(teacher, Serving(1, 16), RUNTIME, tmp_path / "speeds.jsonl")
     assert speeds.measure(teacher.arch.resized(num_hidden_layers=5))["prefill_seconds"] > 0
+
+
+def test_a_common_ranking_of_layers_splits_the_depth(place: Path, tmp_path: Path) -> None:
+    """Of prune and of a search alike: eight layers of four kinds, two of each; the shape in proportion differs."""
+    make_model(tmp_path / "model", "nemotron_h")
+    (tmp_path / "text.txt").write_text((place / "text.txt").read_text())
+    given = settings(tmp_path, **{"target_params": None, "search.distill_tokens": 0, "search.zero_shot": 2})
+    calibrate(out=tmp_path / "stats", **given)
+    scores = load_file(tmp_path / "stats" / "importance.safetensors")["layer"].tolist()
+    kinds = open_checkpoint(tmp_path / "model").arch.layers
+    best_first = sorted(range(8), key=lambda i: -scores[i])
+    firsts = [next(i for i in best_first if kinds[i] == kind) for kind in set(kinds)]
+    kept = sorted([*firsts, *[i for i in best_first if i not in firsts][:1]])  # five layers
+    wanted = [kinds[i] for i in kept]
+
+    def layers(ranking: str, **sizes: int) -> list[str]:
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        arguments: dict[str, Any] = {**given, "depth.ranking": ranking, **sizes}
+        prune(out=out, importance=tmp_path / "stats", **arguments)
+        return list(open_checkpoint(out).arch.layers)
+
+    assert layers("together", num_hidden_layers=5) == wanted != layers("within_kinds", num_hidden_layers=5)
+    of_three = layers("together", num_hidden_layers=5, num_attention_layers=2)
+    assert (len(of_three), of_three.count("attention")) == (5, 2)
+    whole = {"hidden_size": [48], "num_attention_heads": [6], "num_key_value_heads": [3], "intermediate_size": [64],
+             "mamba_num_heads": [6], "mamba_head_dim": [8], "num_local_experts": [4], "moe_intermediate_size": [24],
+             "moe_shared_expert_intermediate_size": [40]}  # fmt: skip
+    depth = {"search.space": whole | {"num_hidden_layers": [5]}, "target_params": "10k..100k"}
+    for ranking, is_ranked in (("together", True), ("within_kinds", False)):
+        found = search(out=tmp_path / ranking, **given | depth | {"depth.ranking": ranking})
+        counts = {f"num_{kind}_layers": wanted.count(kind) for kind in kinds}
+        assert (counts.items() <= found.arch.sizes.items()) == is_ranked
 
 
 def test_the_plot_shows_each_candidate_and_marks_the_chosen(place: Path) -> None:

@@ -220,7 +220,7 @@ def _evaluate(run: Run, session: Session, models: dict[str, Path]) -> None:
     for name, folder in models.items():
         if name not in figures:
             checkpoint = session.teacher if name == "teacher" else open_checkpoint(folder)
-            model = load_model(checkpoint, runtime.device, runtime.dtype)
+            model = load_model(checkpoint, runtime.device, runtime.dtype, runtime.attention)
             figures[name] = measure(model, checkpoint, blocks, stage=f"evaluate {name}", num_samples=NUM_SAMPLES)
             del model
             write_json(path, figures)
@@ -242,7 +242,7 @@ def _speed_up(run: Run, session: Session) -> dict[str, float] | None:
             decimal(free),
         )
         return None
-    student, teacher = (load_model(each, runtime.device, runtime.dtype) for each in checkpoints)
+    student, teacher = (load_model(each, runtime.device, runtime.dtype, runtime.attention) for each in checkpoints)
     with Progress("evaluate speed-up", TURNS + 1, "turns") as progress:
         return speed_up(student, teacher, context, progress.advance)
 

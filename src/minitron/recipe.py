@@ -423,6 +423,11 @@ class Recipe(_Strict):
     """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
     dtype: str = "auto"
     """Dtype of forward passes: float32, bfloat16 or float16; auto is bfloat16 on GPUs and float32 on CPUs."""
+    attn_implementation: (
+        Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"] | None
+    ) = None
+    """How transformers computes attention. Flash Attention needs its package, a GPU, and bfloat16 or float16. None is
+    what transformers chooses."""
     calibration: CalibrationRecipe = CalibrationRecipe()
     depth: DepthRecipe = DepthRecipe()
     search: SearchRecipe = SearchRecipe()

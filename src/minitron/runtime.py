@@ -75,12 +75,14 @@ class World:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how models run: the device, the dtype of forward passes, the seed, and the processes of torchrun."""
+    """Where and how models run: the device, the dtype of forward passes, the seed, the processes of torchrun, and
+    transformers' name for how attention is computed (None: as transformers chooses)."""
 
     device: torch.device
     dtype: torch.dtype
     seed: int = 0
     world: World = World()
+    attention: str | None = None
 
     @property
     def loading_device(self) -> torch.device:

@@ -11,7 +11,7 @@ from minitron.data.blocks import Blocks, Packing, Splits, SplitTokens, load_toke
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.crosscheck import require_one_reading
-from minitron.model.language_model import load_model
+from minitron.model.language_model import load_model, require_attention
 from minitron.model.source import open_teacher
 from minitron.recipe import Recipe
 from minitron.runtime import Runtime, is_main_process, joined_world, num_ranks, resolve_device, resolve_dtype
@@ -32,15 +32,16 @@ class Session:
         self._models: dict[Path, Any] = {}
 
     def validate(self, *, one_process: bool = True) -> None:
-        """Check what can be wrong with teacher, device and dtype, before any work.
+        """Check what can be wrong with teacher, device, dtype and attention, before any work.
 
         Raises:
-            UserError: see `open_teacher`, `resolve_device` and `resolve_dtype`; or torchrun started several processes
-                for a command that runs in one.
+            UserError: see `open_teacher`, `resolve_device`, `resolve_dtype` and `require_attention`; or torchrun
+                started several processes for a command that runs in one.
         """
         if one_process:
             require_one_process()
         _ = self.source, self.runtime, self.context
+        require_attention(self.teacher, self.runtime)
 
     def require_one_reading(self) -> None:
         """Check that transformers loads the model that the family's table reads, before anything is cut or trained.
@@ -67,7 +68,8 @@ class Session:
     def runtime(self) -> Runtime:
         """Device, dtype and seed of the recipe, in one process; see `joined`."""
         device = resolve_device(self.recipe.device)
-        return Runtime(device, resolve_dtype(self.recipe.dtype, device), self.recipe.seed)
+        dtype = resolve_dtype(self.recipe.dtype, device)
+        return Runtime(device, dtype, self.recipe.seed, attention=self.recipe.attn_implementation)
 
     @contextmanager
     def joined(self) -> Iterator[Runtime]:
@@ -97,7 +99,8 @@ class Session:
         if checkpoint.folder in self._models:
             yield self._models[checkpoint.folder]
             return
-        self._models[checkpoint.folder] = load_model(checkpoint, self.runtime.device, self.runtime.dtype)
+        runtime = self.runtime
+        self._models[checkpoint.folder] = load_model(checkpoint, runtime.device, runtime.dtype, runtime.attention)
         try:
             yield self._models[checkpoint.folder]
         finally:

@@ -34,7 +34,7 @@ SIZES = (
 @verb(TARGET._replace(help=f"{TARGET.help} Several (0.8,0.6,0.4) make a series."), *BUDGET, *TEXT, *TRAINING)
 def compress(teacher: Teacher, out: Out, plain: Plain = None, overwrite: Overwrite = False, **settings: Any) -> Any:
     """The main job: search for a shape, prune, distil, evaluate. Run the command again to continue."""
-    settings = _baseline(plain) | _serving(settings)
+    settings = _with_baseline(plain, _serving(settings))
     return imported("verbs.compress").compress(teacher, out, overwrite=overwrite, **settings)
 
 
@@ -69,7 +69,7 @@ def prune(
         return plan(teacher, split_sizes(settings)[0], arch, settings.get("family"))
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
-    settings = _baseline(plain) | settings
+    settings = _with_baseline(plain, settings)
     return imported("verbs.prune").prune(
         teacher, out, arch=arch, importance=importance, random=random, overwrite=overwrite, **settings
     )
@@ -106,10 +106,11 @@ def _serving(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _baseline(plain: str | None) -> dict[str, Any]:
-    """Return the settings of the published method that `--plain` names, by dotted key."""
+def _with_baseline(plain: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Lay the settings that are given over those of the published method that `--plain` names."""
     if plain is None:
-        return {}
+        return settings
     from minitron.recipe import baseline
 
-    return baseline(plain)
+    parts = {f"{part}.{name}" for part, values in settings.items() if isinstance(values, dict) for name in values}
+    return {key: value for key, value in baseline(plain).items() if key not in parts} | settings

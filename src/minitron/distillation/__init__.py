@@ -173,12 +173,12 @@ def _teacher_of(session: Session) -> Iterator[Teacher]:
     recipe, teacher, runtime = session.recipe.distill, session.teacher, session.runtime
     if recipe.correction.trains != "nothing":
         # A model of its own, since it changes: the session's stays as it is.
-        model = load_model(teacher, runtime.loading_device, runtime.weights_dtype)
+        model = load_model(teacher, runtime.loading_device, runtime.weights_dtype, runtime.attention)
         yield Learning(model, recipe.correction, runtime.seed)
     elif recipe.teacher_states is not None:
         yield stored_teacher(session, Path(recipe.teacher_states), session.splits.train, recipe)
     elif runtime.loading_device != runtime.device:
-        yield Live(load_model(teacher, runtime.loading_device, runtime.dtype))
+        yield Live(load_model(teacher, runtime.loading_device, runtime.dtype, runtime.attention))
     else:
         with session.teacher_model() as model:
             yield Live(model)

@@ -93,7 +93,7 @@ class Trainer:
         """
         recipe, runtime = self.recipe, self.runtime
         # Evaluation mode throughout: dropout has no place in matching another model's outputs.
-        headless = Headless(load_model(pruned, runtime.loading_device, runtime.weights_dtype))
+        headless = Headless(load_model(pruned, runtime.loading_device, runtime.weights_dtype, runtime.attention))
         intermediate = self._intermediate(headless, pruned)
         student = Student(headless, pruned, choose_parameters(headless.model, pruned.arch, recipe, runtime.seed))
         lighten(headless, pruned.arch, recipe)

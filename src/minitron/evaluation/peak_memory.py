@@ -46,7 +46,7 @@ def _measure(sender: Connection, folder: Path, batch: int, context: int, runtime
     if CLEAR_PEAK.exists():  # the peak of importing packages is not the model's
         CLEAR_PEAK.write_text("5")
     device = runtime.device
-    model = load_model(open_checkpoint(folder), device, runtime.dtype)
+    model = load_model(open_checkpoint(folder), device, runtime.dtype, runtime.attention)
     measure_speed(model, batch, context)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM") - before
     sender.send(peak)

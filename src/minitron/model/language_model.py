@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,15 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
+from minitron.errors import UserError
 from minitron.model.anatomy import Norm, Row
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.families import family_of
 from minitron.progress import Progress
+from minitron.runtime import Runtime
+
+HALVES = (torch.bfloat16, torch.float16)
+"""The dtypes in which Flash Attention computes."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +91,37 @@ def _softcap(config: Any) -> float | None:
     return getattr(config, name) if name else None
 
 
-def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
-    """Load the transformers model of a checkpoint, in evaluation mode."""
+def require_attention(checkpoint: Checkpoint, runtime: Runtime) -> None:
+    """Check that transformers can compute a model's attention as the runtime says, without loading a weight.
+
+    Raises:
+        UserError: the family cannot, a package is missing, or Flash Attention would run without a GPU or in float32.
+    """
+    name = runtime.attention
+    if name is None:
+        return
+    if name.startswith("flash") and (runtime.device.type != "cuda" or runtime.dtype not in HALVES):
+        raise UserError(
+            f"attn_implementation {name} needs a GPU and bfloat16 or float16, not {runtime.device} and "
+            f"{runtime.dtype_name}"
+        )
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(deepcopy(checkpoint.config), attn_implementation=name)
+    except (ImportError, ValueError) as error:
+        first_sentence = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(f"attn_implementation {name}: {first_sentence}") from error
+
+
+def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: str | None = None) -> Any:
+    """Load the transformers model of a checkpoint, in evaluation mode; `attention` is as in `Runtime`."""
     transformers_logging.disable_progress_bar()
     with Progress(f"load {checkpoint.folder.name}"):
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.folder,
             config=checkpoint.config,
             dtype=dtype,
+            attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
@@ -101,14 +130,23 @@ def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype)
 
 
 def build_model(
-    config: Any, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype | None = None
+    config: Any,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    attention: str | None = None,
 ) -> Any:
-    """Build a transformers model from tensors in memory, in evaluation mode; by default in the tensors' dtype."""
+    """Build a transformers model from tensors in memory, in evaluation mode; by default in the tensors' dtype.
+
+    `attention` is as in `Runtime`.
+    """
     transformers_logging.disable_progress_bar()
     state = dict(tensors)
     dtype = dtype or next(iter(state.values())).dtype
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, trust_remote_code=False)
+    model = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+    )
     return model.to(device).eval()
 
 

@@ -5,7 +5,15 @@ from pathlib import Path
 from minitron.model.arch import Arch
 from minitron.nas.budget import Budget, budget_of
 from minitron.nas.estimate import meet_speed_limits
-from minitron.nas.offer import check_shape, shapes_within, warn_of_engines, warn_of_order, with_ranked_layers
+from minitron.nas.offer import (
+    check_shape,
+    ranked_shape,
+    ranks_together,
+    shapes_within,
+    warn_of_engines,
+    warn_of_order,
+    with_ranked_layers,
+)
 from minitron.nas.probes import predict
 from minitron.nas.shapes import Shapes, removed_layers
 from minitron.nas.shortlist import make_short_list
@@ -16,7 +24,16 @@ from minitron.pruning.scores import Importance
 from minitron.pruning.selection import kept_layers
 from minitron.session import Session
 
-__all__ = ["budget_of", "check_shape", "removed_layers", "search", "shapes_within", "warn_of_order"]
+__all__ = [
+    "budget_of",
+    "check_shape",
+    "ranked_shape",
+    "ranks_together",
+    "removed_layers",
+    "search",
+    "shapes_within",
+    "warn_of_order",
+]
 
 
 def search(session: Session, importance: Importance, shapes: Shapes, budget: Budget, folder: Path) -> Arch:
@@ -31,7 +48,7 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
         UserError: no shape meets the limits on speed.
     """
     if session.recipe.shape:
-        return shapes[0]
+        return ranked_shape(session, importance, session.recipe.shape)
     if arch := chosen_before(folder, session.source.arch):
         return arch
     workspace = Workspace(session, importance, folder)

@@ -69,12 +69,28 @@ def with_ranked_layers(session: Session, importance: Importance, shapes: Shapes,
     Raises:
         UserError: no shape fits the budget.
     """
-    teacher = session.source.arch
-    if session.recipe.depth.ranking == "within_kinds" or not teacher.layer_counts:
+    if not ranks_together(session):
         return shapes
-    ranked = _offered(session, budget, partial(ranked_depth, importance, teacher))
+    ranked = _offered(session, budget, partial(ranked_depth, importance, session.source.arch))
     depth = AXES["layer"]
     return feasible(ranked.at(np.isin(ranked.sizes[depth], shapes.sizes[depth])), budget)
+
+
+def ranked_shape(session: Session, importance: Importance, sizes: Mapping[str, int]) -> Arch:
+    """Return the shape of some sizes, with its depth split among the kinds of layers as the recipe ranks them.
+
+    Raises:
+        UserError: see `Arch.resized`.
+    """
+    teacher, depth = session.source.arch, sizes.get(AXES["layer"])
+    if depth is None or not ranks_together(session):
+        return teacher.resized(**sizes)
+    return teacher.resized(**{**sizes, **ranked_depth(importance, teacher, depth, sizes)})
+
+
+def ranks_together(session: Session) -> bool:
+    """Return whether the layers of the model that is pruned are of several kinds and are ranked together."""
+    return session.recipe.depth.ranking == "together" and bool(session.source.arch.layer_counts)
 
 
 def _offered(session: Session, budget: Budget, split: SplitDepth | None = None) -> Shapes:

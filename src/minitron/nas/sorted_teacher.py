@@ -41,7 +41,7 @@ class SortedTeacher:
     def model(self, arch: Arch, runtime: Runtime) -> Any:
         """Return the transformers model of a candidate: the function of the pruned model, entries in sorted order."""
         config = student_config(self.teacher, arch, self._layers(arch))
-        return build_model(config, self.views(arch), runtime.device, runtime.dtype)
+        return build_model(config, self.views(arch), runtime.device, runtime.dtype, runtime.attention)
 
     def _layers(self, arch: Arch) -> list[int]:
         numbers: list[int] = kept_layers(self.importance, self.teacher.arch, arch).tolist()

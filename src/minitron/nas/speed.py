@@ -118,4 +118,5 @@ def _random_model(source: Checkpoint, arch: Arch, runtime: Runtime) -> Any:
     config = student_config(source, arch, source.arch.first_layers(arch))
     with torch.random.fork_rng(devices=[]), torch.device(runtime.device):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=runtime.dtype).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=runtime.dtype, attn_implementation=runtime.attention)
+    return model.eval()

@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 from minitron.data.blocks import load_tokenizer
 from minitron.errors import UserError
 from minitron.files import whole_file
+from minitron.model.arch import Arch
 from minitron.model.weights import open_safetensors
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.depth import require_depth_score, require_removable, score_depth
 from minitron.pruning.rotate import rotates
-from minitron.pruning.scores import Importance, require_width_scores, score
+from minitron.pruning.scores import SCORED_AS, Importance, require_width_scores, score
 from minitron.pruning.selection import score_shape
 from minitron.pruning.statistics import STREAM_MOMENT, Statistics
 from minitron.recipe import Recipe
@@ -56,7 +57,8 @@ def write_importance(folder: Path, session: Session, removed: set[int] | None = 
     """
     statistics, importance = _measure(session, removed)
     sums = {key: value for key, value in statistics.items() if key != STREAM_MOMENT}  # stored with the scores
-    metadata = {"teacher": session.source.identity(), "settings": json.dumps(_scoring_settings(session.recipe))}
+    source = session.source
+    metadata = {"teacher": source.identity(), "settings": json.dumps(_scoring_settings(session.recipe, source.arch))}
     for name, tensors in (("calibration", sums), ("importance", importance)):
         with whole_file(folder / f"{name}.safetensors") as staging:
             entries = {key: value.contiguous() for key, value in tensors.items()}
@@ -87,7 +89,7 @@ def read_importance(path: Path, session: Session) -> Importance:
         logger.warning("%s does not record the settings that it was measured with", path)
         return importance
     measured = json.loads(metadata["settings"])
-    for key, wanted in _scoring_settings(session.recipe).items():
+    for key, wanted in _scoring_settings(session.recipe, teacher.arch).items():
         if measured.get(key) != wanted:
             before = measured.get(key) or "null"
             raise UserError(
@@ -97,9 +99,14 @@ def read_importance(path: Path, session: Session) -> Importance:
     return importance
 
 
-def _scoring_settings(recipe: Recipe) -> dict[str, str | None]:
-    """Return the settings that decide what is scored and how, by dotted key."""
-    settings = {f"calibration.{key}": value for key, value in recipe.calibration.model_dump(exclude={"tokens"}).items()}
+def _scoring_settings(recipe: Recipe, arch: Arch) -> dict[str, str | None]:
+    """Return the settings that decide what is scored and how in a model of this shape, by dotted key."""
+    scored = {SCORED_AS.get(axis, axis) for axis in arch.prunable_axes} | ({"mamba"} if "mhead" in arch.axes else set())
+    settings = {
+        f"calibration.{key}": value
+        for key, value in recipe.calibration.model_dump(exclude={"tokens"}).items()
+        if not key.endswith("_scores") or key.removesuffix("_scores") in scored
+    }
     return settings | {f"depth.{key}": getattr(recipe.depth, key) for key in DEPTH_SETTINGS}
 
 

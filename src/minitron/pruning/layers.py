@@ -183,8 +183,8 @@ class Layers:
         return replace(self.arch, sizes=sizes, layers=kinds)
 
     def _build(self, number: int, arch: Arch, tensor: Callable[[Row, int | None], Tensor]) -> Layer:
-        config = student_config(self.checkpoint, arch, [number])
+        config, runtime = student_config(self.checkpoint, arch, [number]), self.runtime
         config.pad_token_id = None  # the number is beyond the small vocabulary
         tensors = ((row.tensor_name(layer, expert), tensor(row, expert)) for row, layer, expert in arch.places())
-        model = build_model(config, tensors, self.runtime.device, self.runtime.dtype)
+        model = build_model(config, tensors, runtime.device, runtime.dtype, runtime.attention)
         return Layer(number, model, self.arch)

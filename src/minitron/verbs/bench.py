@@ -52,7 +52,9 @@ def bench(
             raise UserError(
                 f"context {max(context)} is above the {longest} tokens that {checkpoint.folder} was made for"
             )
-    models = {name: load_model(each, runtime.device, runtime.dtype) for name, each in checkpoints.items()}
+    models = {
+        name: load_model(each, runtime.device, runtime.dtype, runtime.attention) for name, each in checkpoints.items()
+    }
     grid = [(size, length) for size in batch for length in context]
     rows = []
     with Progress("bench", len(grid) * len(models) * (repeats + 2), "measurements") as progress:

@@ -33,11 +33,12 @@ def chat(
     recipe, other = student_of(recipe_from(None, teacher=model, **settings), str(against) if against else None)
     session = Session(recipe)
     session.validate()
+    runtime = session.runtime
     checkpoints = {"teacher": open_teacher(other)} if other else {}
     checkpoints["student" if other else "model"] = session.teacher
     speakers = {
         name: TextGenerator(
-            load_model(checkpoint, session.runtime.device, session.runtime.dtype), load_tokenizer(checkpoint.folder)
+            load_model(checkpoint, runtime.device, runtime.dtype, runtime.attention), load_tokenizer(checkpoint.folder)
         )
         for name, checkpoint in checkpoints.items()
     }

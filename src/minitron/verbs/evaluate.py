@@ -55,7 +55,7 @@ def evaluate(
             teacher = open_teacher(other)
             require_one_vocabulary(teacher, checkpoint)
             with Progress("compare", blocks.num_tokens) as progress:
-                loaded = load_model(teacher, runtime.device, runtime.dtype)
+                loaded = load_model(teacher, runtime.device, runtime.dtype, runtime.attention)
                 figures |= measure_agreement(measured, loaded, blocks, progress.advance).to_dict()
     conditions = {"stride": stride, "against": other, "data": data_in_words(given.data), "seed": given.seed}
     return Measured(figures | conditions)

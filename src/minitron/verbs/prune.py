@@ -58,8 +58,6 @@ def prune(
         shapes, budget = nas.shapes_within(session)
     if is_given := chosen is not None:
         nas.check_shape(session, chosen)
-    # Otherwise all numbers of layers are known before importance is.
-    is_ranked = source.arch.layer_counts and session.recipe.depth.ranking == "together" and "num_hidden_layers" in sizes
     require_space(output.path, source.num_bytes)
     removed = (
         nas.removed_layers(shapes) if chosen is None else {source.arch.axis_size("layer") - chosen.axis_size("layer")}
@@ -68,14 +66,13 @@ def prune(
         scores: pruning.Importance = {}
         if importance:
             scores = read_importance(Path(importance), session)
-        elif is_ranked or not (random and is_given):
+        elif not (random and is_given) or nas.ranks_together(session):
             scores = measure_importance(session, removed)
         if chosen is None:
             with TemporaryDirectory() as folder:
                 chosen = nas.search(session, scores, shapes, budget, Path(folder))
-        elif is_ranked:
-            ranked = pruning.ranked_depth(scores, source.arch, sizes["num_hidden_layers"], sizes)
-            chosen = source.arch.resized(**sizes | ranked)
+        elif sizes:
+            chosen = nas.ranked_shape(session, scores, sizes)
         write = pruning.write_random if random else pruning.prune
         write(session, chosen, scores, work / "pruned")
         if is_given:
