@@ -17,7 +17,7 @@ from minitron.model.language_model import build_model
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import cut_to
 from minitron.pruning.scores import SCORES, Readings, Score, score
-from minitron.recipe import PLAIN, CalibrationRecipe
+from minitron.recipe import CUT_ONLY, CalibrationRecipe
 from minitron.runtime import Runtime
 
 
@@ -47,7 +47,7 @@ with TemporaryDirectory() as folder:
     for name in SCORES["ffn"]:
         recipe = CalibrationRecipe(ffn_scores=name)
         importance = score(calibrate(teacher, text[:8], recipe=recipe, runtime=runtime), teacher, recipe)
-        cut = cut_to(teacher.arch.resized(intermediate_size=16), teacher, importance, PLAIN)
+        cut = cut_to(teacher.arch.resized(intermediate_size=16), teacher, importance, CUT_ONLY)
         student = build_model(student_config(teacher, cut.student, cut.layers), cut, runtime.device)
         perplexity, kept = measure_perplexity(student, text[8:]).perplexity, cut.kept["ffn"][0].tolist()
         print(f"{name}: perplexity {perplexity:.2f} before training, neurons kept in layer 0: {kept}")
