@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minitron import calibrate, pipeline, prune, search
+from minitron import calibrate, nas, pipeline, prune, search
 from minitron.errors import UserError
 from minitron.evaluation.speed import Speed, measure_speed
 from minitron.files import write_jsonl
@@ -364,6 +364,11 @@ def test_a_common_ranking_of_layers_splits_the_depth(place: Path, tmp_path: Path
         found = search(out=tmp_path / ranking, **given | depth | {"depth.ranking": ranking})
         counts = {f"num_{kind}_layers": wanted.count(kind) for kind in kinds}
         assert (counts.items() <= found.arch.sizes.items()) == is_ranked
+        # A shape that the recipe states, without a search.
+        session = Session(recipe_from(None, **given, **{"depth.ranking": ranking, "shape": {"num_hidden_layers": 5}}))
+        shapes, budget = shapes_within(session)
+        stated = nas.search(session, load_file(tmp_path / "stats" / "importance.safetensors"), shapes, budget, tmp_path)
+        assert (counts.items() <= stated.sizes.items()) == is_ranked
 
 
 def test_the_plot_shows_each_candidate_and_marks_the_chosen(place: Path) -> None:
