@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from minitron.data.blocks import Blocks
+from minitron.data.stream import Stream
 from minitron.errors import UserError
 from minitron.model.anatomy import Tap
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model
-from minitron.pruning import layers, require_scores
+from minitron.pruning import require_scores
 from minitron.pruning.calibrate import calibrate
-from minitron.pruning.layers import Stream
 from minitron.pruning.scores import SCORES, Importance, Score, score
 from minitron.pruning.selection import score_shape, select
 from minitron.recipe import CalibrationRecipe, Recipe
@@ -454,7 +454,7 @@ def test_a_stream_in_a_file_is_the_one_in_memory(
     teacher = teachers("llama")
     in_memory = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, dtype), moment=True)
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(layers, "SPILL_BYTES", 0)
+    monkeypatch.setattr("minitron.data.stream.SPILL_BYTES", 0)
     assert Stream(blocks, 48, dtype).file is not None
     spilled = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, dtype), moment=True)
     assert all(torch.equal(in_memory[name], spilled[name]) for name in in_memory)

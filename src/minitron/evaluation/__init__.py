@@ -4,6 +4,7 @@ from typing import Any
 
 from minitron.data.blocks import Blocks, load_tokenizer
 from minitron.errors import courtesy
+from minitron.evaluation.agreement import Comparison, TeacherStates
 from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.checkpoint import Checkpoint
@@ -12,14 +13,26 @@ from minitron.progress import Progress
 __all__ = ["measure"]
 
 
-def measure(model: Any, checkpoint: Checkpoint, blocks: Blocks, *, stage: str, num_samples: int = 0) -> dict[str, Any]:
+def measure(
+    model: Any,
+    checkpoint: Checkpoint,
+    blocks: Blocks,
+    *,
+    stage: str,
+    num_samples: int = 0,
+    observer: TeacherStates | Comparison | None = None,
+) -> dict[str, Any]:
     """Return the parameter counts of a model and its perplexity and speed on `blocks`, as `eval.json` holds them.
 
     With `num_samples`, the figures also hold the text that the model generates after the first tokens of each of the
-    first `num_samples` blocks. `stage` is the name under which progress is shown.
+    first `num_samples` blocks. An `observer` keeps the states of a teacher, or compares the model with such states,
+    which adds the KL and the agreement. `stage` is the name under which progress is shown.
     """
+    observe = observer.observe if observer else None
     with Progress(stage, blocks.num_tokens) as progress:
-        figures = measure_perplexity(model, blocks, progress.advance).to_dict()
+        figures = measure_perplexity(model, blocks, advance=progress.advance, observe=observe).to_dict()
+    if isinstance(observer, Comparison):
+        figures |= observer.agreement.to_dict()
     if num_samples:
         with courtesy("generated text"):
             tokenizer = load_tokenizer(checkpoint.folder)

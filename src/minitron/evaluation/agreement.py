@@ -1,14 +1,14 @@
 """Compares the next-token distributions of a model and its teacher, without holding tokens × vocabulary."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from minitron.data.blocks import Blocks
-from minitron.model.language_model import Headless
+from minitron.data.stream import Stream
+from minitron.model.language_model import Head
 
 CHUNK_TOKENS = 256
 """The number of tokens whose logits are formed at once."""
@@ -19,7 +19,10 @@ class Agreement:
     """Figures of a model and its teacher, over all tokens that are predicted."""
 
     kl: float
-    """KL divergence Σ p (log p − log q) in nats per token, with p the teacher's distribution and q the model's."""
+    """KL divergence Σ p (log p − log q) in nats per token, with p the teacher's distribution and q the model's.
+
+    The papers call it the distillation loss (arXiv 2407.14679, table 1).
+    """
     top1: float
     """Share of tokens for which both models find the same next token likeliest."""
 
@@ -28,35 +31,55 @@ class Agreement:
         return asdict(self)
 
 
-@torch.no_grad()
-def measure_agreement(
-    model: nn.Module, teacher: nn.Module, blocks: Blocks, advance: Callable[[int], None] = lambda _: None
-) -> Agreement:
-    """Run the blocks through both models, one block at a time; `advance` receives the number of tokens done.
+class TeacherStates:
+    """A teacher's last hidden states on some blocks, and its head: all that its logits need once the model is released.
 
-    If one vocabulary is padded to a greater length, only the tokens that both models have are compared.
-
-    Raises:
-        UserError: the blocks hold no token to predict, see `Blocks.require_targets`.
+    They take hidden × dtype bytes per token, in memory or in a file (`Stream`).
     """
-    blocks.require_targets("agreement")
-    models, device = [Headless(teacher), Headless(model)], next(model.parameters()).device
-    kl, agreed, counted = 0.0, 0, 0
-    for block in blocks.split(1):
-        is_counted = (block.targets >= 0).to(device)
-        outputs = [
-            each(block.ids.to(device), lambda hidden, head, mask=is_counted: (hidden[mask], head)) for each in models
-        ]
-        for start in range(0, int(is_counted.sum()), CHUNK_TOKENS):
-            chunk = slice(start, start + CHUNK_TOKENS)
-            logits = [head.logits(hidden[chunk]) for hidden, head in outputs]
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.blocks = blocks
+        self.stream: Stream | None = None
+        self.head: Head | None = None
+
+    def observe(self, number: int, hidden: Tensor, head: Head) -> None:
+        """Keep the states (1, T, hidden) of the block of a number; see `perplexity.Observer`."""
+        if self.stream is None:
+            self.stream = Stream(self.blocks, hidden.shape[-1], hidden.dtype)
+            self.head = Head(head.weight.detach(), head.softcap)
+        self.stream[number] = hidden
+
+
+class Comparison:
+    """Compares a model that runs with the states of its teacher, block by block."""
+
+    def __init__(self, teacher: TeacherStates) -> None:
+        self.teacher = teacher
+        self.kl, self.num_agreed, self.num_tokens = 0.0, 0, 0
+
+    @torch.no_grad()
+    def observe(self, number: int, hidden: Tensor, head: Head) -> None:
+        """Add the tokens of the block of a number, from the model's states (1, T, hidden); see `perplexity.Observer`.
+
+        Logits are formed for at most `CHUNK_TOKENS` tokens at once, in float32, or in float64 if the states are
+        float64. If one vocabulary is padded to a greater length, only the tokens that both models have are compared.
+        """
+        assert self.teacher.stream is not None
+        assert self.teacher.head is not None
+        is_counted = (self.teacher.blocks[number : number + 1].targets >= 0).to(hidden.device)
+        states = [(self.teacher.stream[number].to(hidden.device), self.teacher.head), (hidden, head)]
+        for chunk in is_counted.flatten().nonzero().flatten().split(CHUNK_TOKENS):
+            logits = [each_head.logits(each.flatten(0, 1)[chunk]) for each, each_head in states]
             vocab = min(each.shape[-1] for each in logits)
             log_p, log_q = (each[:, :vocab].log_softmax(dim=-1) for each in logits)  # (chunk, vocab)
-            kl += float(kl_terms(log_p, log_q).sum())
-            agreed += int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum())
-            counted += len(log_p)
-        advance(block.num_tokens)
-    return Agreement(kl / counted, agreed / counted)
+            self.kl += float(kl_terms(log_p, log_q).sum())
+            self.num_agreed += int((log_p.argmax(dim=-1) == log_q.argmax(dim=-1)).sum())
+            self.num_tokens += len(log_p)
+
+    @property
+    def agreement(self) -> Agreement:
+        """The means over all tokens of the blocks that were observed."""
+        return Agreement(self.kl / self.num_tokens, self.num_agreed / self.num_tokens)
 
 
 def kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,9 @@ from minitron.model.language_model import Head, Headless
 CHUNK_TOKENS = 256
 """The number of tokens whose logits are formed at once."""
 
+Observer = Callable[[int, Tensor, Head], None]
+"""Receives the number of a block, its last hidden states (1, T, hidden) and the head that makes logits of them."""
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -30,7 +32,7 @@ class Perplexity:
     context: int
     """The number of tokens in a block."""
     tokens_per_second: float
-    """Speed of the forward passes of this measurement, at batch size 1."""
+    """Speed of this measurement at batch size 1, an observer's work included."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures for JSON."""
@@ -38,8 +40,16 @@ class Perplexity:
 
 
 @torch.no_grad()
-def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int], None] = lambda _: None) -> Perplexity:
+def measure_perplexity(
+    model: nn.Module,
+    blocks: Blocks,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+    observe: Observer | None = None,
+) -> Perplexity:
     """Run the blocks through a causal language model, one at a time; `advance` receives the number of tokens done.
+
+    `observe` sees the last hidden states of every block, so that one pass serves several measurements.
 
     Raises:
         UserError: a logit is NaN; or the blocks hold no token to predict, see `Blocks.require_targets`.
@@ -49,8 +59,15 @@ def measure_perplexity(model: nn.Module, blocks: Blocks, advance: Callable[[int]
     device = next(model.parameters()).device
     nll = torch.zeros((), dtype=torch.float64, device=device)
     started = time.perf_counter()
-    for block in blocks.split(1):
-        nll += headless(block.ids.to(device), partial(next_token_nll, targets=block.targets.to(device)))
+    for number, block in enumerate(blocks.split(1)):
+        targets = block.targets.to(device)
+
+        def read(hidden: Tensor, head: Head, number: int = number, targets: Tensor = targets) -> Tensor:
+            if observe is not None:
+                observe(number, hidden, head)
+            return next_token_nll(hidden, head, targets)
+
+        nll += headless(block.ids.to(device), read)
         advance(block.num_tokens)
     if torch.isnan(nll):
         raise UserError("the model's logits are NaN: its weights are broken, or the dtype is too small for it")

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from minitron.errors import UserError
 from minitron.harness.answers import Answerer, answers_folder
 from minitron.harness.benchmarks import run_benchmarks
 from minitron.harness.interface import Inputs
@@ -28,7 +29,7 @@ def measure_tasks(session: Session, plan: Plan, inputs: Inputs, *, answers: Path
     caches answers and judgements.
 
     Raises:
-        UserError: lm-eval is not installed, or the folder `answers` holds answers of another model or setting.
+        UserError: lm-eval is not installed; or see `run_plan`.
     """
     recipe, dtype, packages = session.recipe, session.runtime.dtype_name, versions() | {"lm_eval": version("lm_eval")}
     model = load_lm(session.teacher.folder, str(session.runtime.device), dtype)
@@ -54,14 +55,17 @@ def run_plan(
     `identity` says what answers depend on, so that answers of another model or setting are not taken for this model's.
 
     Raises:
-        UserError: the folder `answers` holds answers with another identity.
+        UserError: the folder `answers` holds answers with another identity; or the data of no task can be read.
     """
     inputs, cache = replace(inputs, limit=plan.limit), answers if plan.benchmarks else None
     with answers_folder(cache, {**identity, "data": str(inputs.data)}) as folder:
-        return {
+        results = {
             **run_tasks(answerer.model, plan.tasks, inputs, answerer.seed),
             **run_benchmarks(plan.benchmarks, answerer, inputs, folder),
         }
+    if results and not any(result["items"] for result in results.values()):
+        raise UserError("; ".join(f"{name}: {result['note']}" for name, result in results.items()))
+    return results
 
 
 def warn_of_skipped(skipped: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,26 @@ class Request:
     temperature: float = 0.0
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are continued; a temperature of 0 is greedy."""
+
+    stops: tuple[str, ...]
+    """Texts that end a continuation."""
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    """The share of probability from which a token is drawn, of the likeliest tokens (nucleus sampling)."""
+
+    def to_options(self) -> dict[str, Any]:
+        """Return the options of one of lm-eval's requests."""
+        options: dict[str, Any] = {"until": list(self.stops), "max_gen_toks": self.max_new_tokens, "do_sample": False}
+        if self.temperature > 0:
+            # Without `top_k` transformers would draw from the 50 likeliest tokens.
+            options |= {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return options
+
+
 class Answerer:
     """A model that lm-eval has loaded (an `HFLM`); it generates in batches of that model's batch size."""
 
@@ -47,27 +68,25 @@ class Answerer:
         """
         prompts = []
         for request in requests:
-            sampling: dict[str, Any] = {"do_sample": request.temperature > 0}
-            if request.temperature > 0:
-                sampling["temperature"] = request.temperature
             prompt, stops = self._prompt(request.messages)
-            prompts.append((prompt, {"until": stops, "max_gen_toks": request.max_new_tokens, **sampling}))
-        return [answer.strip() for answer in self._generate(prompts, stage)]
+            decoding = Decoding(tuple(stops), request.max_new_tokens, request.temperature)
+            prompts.append((prompt, decoding.to_options()))
+        return [answer.strip() for answer in self._generate(prompts, self.seed, stage)]
 
     def continuations(
-        self, prompts: Sequence[str], stops: Sequence[str], max_new_tokens: int, stage: str = "answers"
+        self, prompts: Sequence[str], decoding: Decoding, *, draw: str, stage: str = "answers"
     ) -> list[str]:
-        """Continue texts greedily, each up to any of the texts `stops`."""
-        options = {"until": list(stops), "max_gen_toks": max_new_tokens, "do_sample": False}
-        return self._generate([(prompt, options) for prompt in prompts], stage)
+        """Continue texts. What is sampled depends on the seed and on `draw`, so that two draws of a text differ."""
+        seed = int.from_bytes(sha256(f"{self.seed} {draw}".encode()).digest()[:7])
+        return self._generate([(prompt, decoding.to_options()) for prompt in prompts], seed, stage)
 
-    def _generate(self, prompts: list[tuple[str, dict[str, Any]]], stage: str) -> list[str]:
+    def _generate(self, prompts: list[tuple[str, dict[str, Any]]], seed: int, stage: str) -> list[str]:
         from lm_eval.api.instance import Instance
 
         longest = max((options["max_gen_toks"] for _, options in prompts), default=0)
         if longest >= self.context:
             raise UserError(f"answers of {longest} tokens do not fit in a context of {self.context}")
-        torch.manual_seed(self.seed)
+        torch.manual_seed(seed)
         self.model.stage = stage
         instances = [Instance("generate_until", {}, prompt, i) for i, prompt in enumerate(prompts)]
         return [str(answer) for answer in self.model.generate_until(instances)]

@@ -8,8 +8,8 @@ from minitron.harness.interface import Benchmark, Inputs
 from minitron.harness.programs import Generation, Source
 
 SOURCE = Source("HumanEval.jsonl", "openai/openai_humaneval", None, ("test",))
-GENERATION = Generation("HumanEval", ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 1024)
-"""Stops and length are lm-eval's."""
+GENERATION = Generation("HumanEval", ("\nclass", "\ndef", "\n#", "\nif", "\nprint"), 1024, samples=20)
+"""Stops and length are lm-eval's; the number of samples is the papers' (arXiv 2407.14679, table 2)."""
 
 
 def obstacle(inputs: Inputs) -> str | None:
@@ -20,10 +20,10 @@ def obstacle(inputs: Inputs) -> str | None:
 def run(answerer: Answerer, inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Return the share of functions that pass their tests; programs are cached in `folder`."""
     items = SOURCE.rows(inputs.data)[: inputs.limit]
-    bodies = GENERATION.generate(answerer, [item["prompt"] for item in items], folder)
+    samples = GENERATION.generate(answerer, [item["prompt"] for item in items], inputs, folder)
     programs = [
-        f"{item['prompt']}{body}\n{item['test']}\ncheck({item['entry_point']})"
-        for item, body in zip(items, bodies, strict=True)
+        [f"{item['prompt']}{body}\n{item['test']}\ncheck({item['entry_point']})" for body in bodies]
+        for item, bodies in zip(items, samples, strict=True)
     ]
     return GENERATION.score(programs)
 

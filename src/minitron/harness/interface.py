@@ -17,6 +17,10 @@ class Inputs:
     """A folder with local files of the tasks; None: their data is read from the hub."""
     limit: int | None = None
     """Use only the first `limit` items of each task, or of each part of a task that has parts."""
+    shots: int | None = None
+    """The number of examples in each prompt; None: the papers' number for each task."""
+    samples: int | None = None
+    """The number of programs that are sampled for each item; None: the papers' number for each task."""
     judge: Judge | None = None
     """Rates answers; None: benchmarks that need a judge return answers without metrics."""
 
@@ -31,7 +35,8 @@ class Benchmark:
     """Runs the benchmark, with answers cached in a folder of its own; returns `metrics`, `items` and perhaps `note`."""
     runs_code: bool = False
     """Whether it executes programs that the model writes."""
-    shots: int = 0
+    examples: int = 0
+    """The most examples that a prompt may hold; by default it holds none."""
     longest_answer: int = 0
     """The most tokens of an answer; 0: as many as the context has room for."""
     package: str | None = None

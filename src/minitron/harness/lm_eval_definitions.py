@@ -28,6 +28,8 @@ class Task:
     """The most tokens of an answer; 0: the task compares likelihoods."""
     requirement: Callable[[], str | None] = lambda: None
     """Returns the reason why the task would fail with any data, or None."""
+    has_examples: bool = True
+    """Whether prompts may hold examples; where its own definition states 0, lm-eval ignores any other number."""
     is_chat: bool = False
     """Whether its prompts are written by the tokenizer's chat template, if there is one."""
 
@@ -108,21 +110,21 @@ def _write_definition(folder: Path, name: str, builtin: Path, files: dict[str, l
     import yaml
 
     is_arrow = all(path.endswith(".arrow") for paths in files.values() for path in paths)
-    measured = [split for split in ("test", "validation", "train") if split in files]
+    measured = next(split for split in ("test", "validation", "train") if split in files)
+    others = {split: split if split in files and split != measured else None for split in ("train", "validation")}
     definition: dict[str, Any] = {
         "include": str(builtin),
         "task": name,
         "dataset_path": "arrow" if is_arrow else "json",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": files},
-        # Splits without a file are left out; lm-eval then measures the validation split.
-        "training_split": "train" if "train" in files else None,
-        "validation_split": "validation" if "validation" in files else None,
-        "test_split": "test" if "test" in files else None,
-        "fewshot_split": "dev" if "dev" in files else "train" if "train" in files else measured[0],
+        # Where examples come from the measured split, lm-eval leaves an item out of its own prompt only if that is the
+        # test split. IFEval's only split is named train.
+        "training_split": others["train"],
+        "validation_split": others["validation"],
+        "test_split": measured,
+        "fewshot_split": next(split for split in ("dev", "train", "validation", "test") if split in files),
     }
-    if measured == ["train"]:  # IFEval's only split has this name
-        definition |= {"training_split": None, "test_split": "train"}
     (folder / f"{name}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
 
 

@@ -52,11 +52,11 @@ def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
 
 @cache  # reads more than ten thousand files
 def task_manager() -> Any:
-    """Return lm-eval's task manager, which knows lm-eval's definitions of tasks."""
+    """Return lm-eval's task manager, which knows its definitions of tasks and those in `definitions`."""
     lm_eval()
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    return TaskManager(include_path=str(Path(__file__).parent / "definitions"))
 
 
 @contextmanager

@@ -12,18 +12,23 @@ from minitron.harness.lm_eval_definitions import Task, find_split
 from minitron.harness.lm_eval_model import task_manager
 from minitron.harness.lm_eval_tasks import TASKS
 
-GROUPS = {
-    "minitron-base": (
-        *("mmlu", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "piqa", "gsm8k", "truthfulqa_mc2", "xlsum"),
-        *("humaneval", "mbpp"),
-    ),
-    "minitron-instruct": ("ifeval", "mt_bench", "chatrag", "bfcl"),
-    "quick": ("hellaswag", "winogrande", "arc_easy", "piqa"),
+GROUPS: dict[str, dict[str, int | None]] = {
+    "minitron-base": {
+        **dict.fromkeys(("mmlu", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "piqa", "gsm8k")),
+        **dict.fromkeys(("truthfulqa_mc2", "xlsum", "humaneval", "mbpp")),
+    },
+    "minitron-8b-card": {
+        "mmlu": 5,
+        **dict.fromkeys(("hellaswag", "winogrande", "gsm8k", "arc_challenge", "xlsum", "humaneval"), 0),
+    },
+    "minitron-instruct": dict.fromkeys(("ifeval", "mt_bench", "chatrag", "bfcl")),
+    "quick": dict.fromkeys(("hellaswag", "winogrande", "arc_easy", "piqa"), 0),
 }
-"""Groups of benchmarks by name.
+"""Groups of benchmarks by name, each with its shots; None: the shots of `TASKS`.
 
 `minitron-base` holds the tasks of Minitron's tables 2 and 3 (arXiv 2407.14679), with ARC-Easy and PIQA of its
-successors; `minitron-instruct` holds those of its tables 5 to 8; `quick` is for a CPU and runs without shots.
+successors; `minitron-8b-card` holds those of the model card of Minitron-8B-Base, with its shots; `minitron-instruct`
+holds those of the tables 5 to 8; `quick` is for a CPU.
 """
 QUICK_ITEMS = 50
 """The number of items of each task of `quick`, if no limit is given."""
@@ -53,9 +58,9 @@ def plan_tasks(names: list[str], inputs: Inputs, *, runs_code: bool) -> Plan:
     for name in names:
         if name not in TASKS and name not in GROUPS and name not in BENCHMARKS:
             raise UserError(f"unknown task '{name}': {nearest(name, [*GROUPS, *TASKS, *BENCHMARKS])}")
-        for member in GROUPS.get(name, (name,)):
-            task = TASKS.get(member)
-            selected[member] = replace(task, shots=0) if task and name == "quick" else task
+        for member, group_shots in GROUPS.get(name, {name: None}).items():
+            task, shots = TASKS.get(member), group_shots if inputs.shots is None else inputs.shots
+            selected[member] = task if task is None or shots is None else replace(task, shots=shots)
     index = task_manager().task_index
     reasons = {
         name: _task_obstacle(task, index, inputs.data)
@@ -98,10 +103,14 @@ def _task_obstacle(task: Task, index: Mapping[str, Any], data: Path | None) -> s
         for split in task.files:
             if find_split(data, task, split) is None:
                 return f"{data} holds no file for its {split} split"
+    if task.shots and not task.has_examples:
+        return f"{task.shots} shots: lm-eval's definition has no examples"
     return task.requirement()
 
 
 def _benchmark_obstacle(benchmark: Benchmark, inputs: Inputs, runs_code: bool) -> str | None:
     if benchmark.runs_code and not runs_code:
         return "it executes programs that the model writes: allow it with --run-code"
+    if (inputs.shots or 0) > benchmark.examples:
+        return f"{inputs.shots} shots: the benchmark has {benchmark.examples or 'no'} examples"
     return benchmark.obstacle(inputs)

@@ -4,66 +4,22 @@ A layer runs inside a model of its own family that has only this layer, so that 
 all other inputs of the layer; this module only puts the residual stream in and takes it out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
+from minitron.data.stream import Stream
 from minitron.model.anatomy import Norm, Row
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.config import student_config
 from minitron.model.language_model import Point, build_model, entering, leaving, module_of, watching
-from minitron.model.source import cache_folder
 from minitron.runtime import Runtime
-
-SPILL_BYTES = 2**30
-"""A residual stream larger than this is kept in a file instead of in memory."""
-
-
-class Stream:
-    """The residual stream of some blocks at one depth: entry i is that of block i, (1, T, hidden), on the CPU.
-
-    A stream larger than `SPILL_BYTES` is kept in an unnamed file in the cache folder; the folder of temporary files is
-    often in memory itself.
-    """
-
-    def __init__(self, blocks: Blocks, hidden_size: int, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = (1, blocks.context, hidden_size), dtype
-        self.num_bytes = blocks.context * hidden_size * dtype.itemsize
-        self.entries: list[Tensor | None] = [None] * len(blocks)
-        self.file: IO[bytes] | None = None
-        if len(blocks) * self.num_bytes > SPILL_BYTES:
-            cache_folder().mkdir(parents=True, exist_ok=True)
-            self.file = TemporaryFile(dir=cache_folder())  # noqa: SIM115
-
-    def __del__(self) -> None:
-        if self.file is not None:
-            self.file.close()
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (self[i] for i in range(len(self.entries)))
-
-    def __getitem__(self, i: int) -> Tensor:
-        if self.file is None:
-            entry = self.entries[i]
-            assert entry is not None, f"block {i} was never written"
-            return entry
-        self.file.seek(i * self.num_bytes)
-        return torch.frombuffer(bytearray(self.file.read(self.num_bytes)), dtype=self.dtype).view(self.shape)
-
-    def __setitem__(self, i: int, value: Tensor) -> None:
-        value = value.detach().to("cpu", self.dtype).contiguous()
-        if self.file is None:
-            self.entries[i] = value
-        else:
-            self.file.seek(i * self.num_bytes)
-            self.file.write(value.view(torch.uint8).numpy().data)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from minitron.data.blocks import Blocks
+from minitron.data.stream import Stream
 from minitron.errors import UserError
 from minitron.model.anatomy import Row
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.progress import Progress
 from minitron.pruning.cut import Cut
-from minitron.pruning.layers import Layer, Layers, Stream
+from minitron.pruning.layers import Layer, Layers
 from minitron.pruning.writers import ExpertWriters, Tensors, Writer, correction, writers_of
 from minitron.recipe import PruneRecipe
 from minitron.runtime import Runtime

@@ -21,6 +21,9 @@ def figures_table(results: Results) -> Rows:
     rows = [["", *names]]
     for key, label in LABELS.items():
         rows.append([label, *(format_figure(results[name][key]) for name in names)])
+    distances = [kl_in_words(results[name]) for name in names]
+    if any(distances):
+        rows.append(["KL to the teacher (agreement)", *distances])
     if {"teacher", "student"} <= set(names):
         for key, label in RETAINED.items():
             share = results["teacher"][key] / results["student"][key]
@@ -28,6 +31,11 @@ def figures_table(results: Results) -> Rows:
         if speed_up := speed_up_in_words(results["student"]):
             rows.append(["speed-up", *("" if name != "student" else speed_up for name in names)])
     return rows
+
+
+def kl_in_words(figures: dict[str, Any]) -> str:
+    """Return a model's KL to its teacher in nats per token, and their agreement; empty where they were not compared."""
+    return f"{format_figure(figures['kl'])} ({figures['top1']:.1%})" if "kl" in figures else ""
 
 
 def speed_up_in_words(student: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from minitron.reports.figures import (
     bench_table,
     figures_table,
     format_figure,
+    kl_in_words,
     speed_up_conditions,
     speed_up_in_words,
     tasks_conditions,
@@ -215,6 +216,9 @@ def _compared_figures(runs: dict[str, RunFiles]) -> str:
     for key, label in LABELS.items():
         students = [format_figure(figures["student"][key]) for figures in results.values()]
         rows.append([label, format_figure(teacher[key]), *students])
+    distances = [kl_in_words(figures["student"]) for figures in results.values()]
+    if any(distances):
+        rows.append(["KL to its own teacher (agreement)", "", *distances])
     speed_ups = [speed_up_in_words(figures["student"]) for figures in results.values()]
     if any(speed_ups):
         rows.append(["speed-up over its own teacher", "", *speed_ups])

@@ -7,7 +7,7 @@ from typing import Any
 from minitron.files import read_json
 from minitron.recipe import Recipe, data_in_words, validate
 from minitron.reports.charts import draw_curves
-from minitron.reports.figures import LABELS, format_figure, speed_up_in_words
+from minitron.reports.figures import LABELS, format_figure, kl_in_words, speed_up_in_words
 from minitron.reports.page import note, stacked, table, write_page
 from minitron.reports.run_files import RunFiles
 from minitron.stages import stages_of
@@ -62,6 +62,11 @@ def _figures_table(runs: dict[str, RunFiles]) -> list[list[str]]:
         if key == "num_parameters":
             shares = [f"{figures[key] / teacher[key]:.1%}" for figures in models]
             rows.append(["share of the teacher", *shares])
+    befores = [kl_in_words(run.results.get("pruned", {})) for run in runs.values()]
+    afters = [kl_in_words(_made(run)) for run in runs.values()]
+    for label, distances in (("KL to its own teacher before training (agreement)", befores), ("after training", afters)):
+        if any(distances):
+            rows.append([label, "", *distances])
     speed_ups = [speed_up_in_words(_made(run)) for run in runs.values()]
     if any(speed_ups):
         rows.append(["speed-up over its own teacher", "", *speed_ups])

@@ -31,10 +31,9 @@ def evaluate(
     """
     from minitron.data.blocks import read_blocks
     from minitron.evaluation import measure
-    from minitron.evaluation.agreement import measure_agreement
+    from minitron.evaluation.agreement import Comparison, TeacherStates
     from minitron.model.language_model import load_model
     from minitron.model.source import open_teacher
-    from minitron.progress import Progress
     from minitron.recipe import data_in_words, option_count, recipe_from
     from minitron.session import Session, require_one_vocabulary
     from minitron.verbs.workspace import student_of
@@ -49,14 +48,16 @@ def evaluate(
             raise UserError(f"--stride {stride}: accepted: 1 to {session.context - 1}, below the context")
         blocks = blocks.sliding(stride)
         blocks.require_targets(f"--stride {stride}")
-    with session.teacher_model() as measured:
-        figures = measure(measured, checkpoint, blocks, stage="evaluate")
-        if other is not None:
-            teacher = open_teacher(other)
-            require_one_vocabulary(teacher, checkpoint)
-            with Progress("compare", blocks.num_tokens) as progress:
-                loaded = load_model(teacher, runtime.device, runtime.dtype, runtime.attention)
-                figures |= measure_agreement(measured, loaded, blocks, progress.advance).to_dict()
+    comparison = None
+    if other is not None:
+        teacher, states = open_teacher(other), TeacherStates(blocks)
+        require_one_vocabulary(teacher, checkpoint)
+        loaded = load_model(teacher, runtime.device, runtime.dtype, runtime.attention)
+        measure(loaded, teacher, blocks, stage="evaluate teacher", observer=states)
+        del loaded
+        comparison = Comparison(states)
+    with session.teacher_model() as model_in_memory:
+        figures = measure(model_in_memory, checkpoint, blocks, stage="evaluate", observer=comparison)
     conditions = {"stride": stride, "against": other, "data": data_in_words(given.data), "seed": given.seed}
     return Measured(figures | conditions)
 
@@ -66,6 +67,8 @@ def evaluate_tasks(
     tasks: Sequence[str],
     *,
     limit: int | None = None,
+    shots: int | None = None,
+    samples: int | None = None,
     tasks_data_folder: str | None = None,
     runs_code: bool = False,
     answers: str | Path | None = None,
@@ -75,6 +78,7 @@ def evaluate_tasks(
 ) -> Measured:
     """Return benchmarks of a model, by lm-eval and others; a task that cannot be run is named with the reason.
 
+    The numbers of `shots`, and of `samples` for an item of HumanEval and MBPP, are the papers' unless they are given.
     For a run directory, student and teacher are measured, and `tasks.json` in it keeps the figures for its report.
     Answers to chats are kept in the folder `answers`, if one is given, and rated by a `judge`: its endpoint and model.
 
@@ -93,7 +97,7 @@ def evaluate_tasks(
 
     require_one_process()
     given = recipe_from(recipe, teacher=model, **settings)
-    inputs = Inputs(tasks_data(tasks_data_folder), limit, Judge(*judge) if judge else None)
+    inputs = Inputs(tasks_data(tasks_data_folder), limit, shots, samples, Judge(*judge) if judge else None)
     plan = plan_tasks(list(tasks), inputs, runs_code=runs_code)
     warn_of_skipped(plan.skipped)
     run, cache = run_directory(given), Path(answers) if answers else None
@@ -106,8 +110,9 @@ def evaluate_tasks(
     record["teacher_tasks"] = measured["tasks"]
     before = read_json(run / "tasks.json") if (run / "tasks.json").exists() else {}
     if all(before.get(key) == record[key] for key in ("limit", "seed", "versions")):  # further tasks of one measurement
-        for key in ("tasks", "teacher_tasks"):
-            record[key] = before[key] | record[key]
+        for key in ("tasks", "teacher_tasks"):  # a task whose data could not be read keeps its earlier figures
+            measured_now = {name: result for name, result in record[key].items() if result["items"]}
+            record[key] = record[key] | before[key] | measured_now
     write_json(run / "tasks.json", record)
     return _as_result(record)
 

@@ -51,7 +51,8 @@ class Compressed(Result):
     """The folder of the student, a stock Hugging Face checkpoint."""
     arch: Arch
     figures: dict[str, dict[str, Any]]
-    """Parameters, perplexity, bits per byte and speed of teacher, pruned model and student: what `eval.json` holds."""
+    """What `eval.json` holds: parameters, perplexity, bits per byte and speed of teacher, pruned model and student, and
+    the KL of the latter two to the teacher."""
 
     def rows(self) -> Rows:
         """Return the figures, one column per model."""
