@@ -160,7 +160,7 @@ def test_mt_bench(mt_data: Path, endpoint: str, tmp_path: Path, monkeypatch: pyt
     before = len(Stand.asked)
     assert mt_bench.run(model, Inputs(mt_data, judge=judge), tmp_path / "out")["metrics"] == found["metrics"]
     assert (len(model.asked), len(Stand.asked)) == (6, before)
-    assert mt_bench.run(model, Inputs(mt_data, 1, judge), tmp_path / "out")["items"] == 1
+    assert mt_bench.run(model, Inputs(mt_data, 1, judge=judge), tmp_path / "out")["items"] == 1
 
 
 def test_a_judge_that_refuses_is_named(endpoint: str, mt_data: Path, tmp_path: Path) -> None:

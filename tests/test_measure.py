@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -311,17 +312,20 @@ def test_shots_arrive_in_prompts_and_an_item_is_not_its_own_example(
     items_of(tmp_path / "items")
     inputs = Inputs(tmp_path / "items", shots=shots)
     plan = plan_tasks(["piqa", "quick"], inputs, runs_code=False)
-    model, contexts = load_lm(teachers("llama").folder, "cpu", "float32"), []
-    answer = model.loglikelihood
+    model, contexts, lengths = load_lm(teachers("llama").folder, "cpu", "float32"), [], []
+    model._max_length, answer = 150, model.loglikelihood
 
     def recorded(requests: Any, **options: Any) -> Any:
         contexts.extend(request.args[0] for request in requests)
+        lengths.extend(sum(map(len, request.args)) for request in requests)
         return answer(requests, **options)
 
     monkeypatch.setattr(model, "loglikelihood", recorded)
     found = run_tasks(model, [task for task in plan.tasks if task.name == "piqa"], inputs, seed=0)["piqa"]
     assert found["shots"] == (shots or 0)
     assert ("other items of the measured split" in found.get("note", "")) == bool(shots)
+    num_cut = sum(length > 150 + 1 for length in lengths)  # one token per byte, the answer's last is not read
+    assert (f"{num_cut} prompts lost their beginning" in found.get("note", "")) == bool(num_cut) == (shots == 4)
     assert len(contexts) == 2 * 5
     for context in contexts:
         questions = [line for line in context.splitlines() if line.startswith("Question: ")]
@@ -401,10 +405,15 @@ def test_data_that_the_hub_does_not_give_costs_no_other_figure(
     teachers: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("lm_eval")
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("Name or service\nnot known")  # no OSError
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
     plan = plan_tasks(["piqa", "xlsum", "mt_bench", "humaneval"], Inputs(), runs_code=True)
     assert set(plan.skipped) == {"mt_bench"}
     answerer = Answerer(load_lm(teachers("llama").folder, "cpu", "float32"), "tiny", 0)
-    with pytest.raises(UserError, match=r"piqa: not run: .* cannot be read from the hub .* --tasks-data; xlsum: "):
+    with pytest.raises(UserError, match=r"piqa: .* the hub \(Name or service not known\).*; xlsum: .*; humaneval: "):
         run_plan(plan, answerer, Inputs(), identity={})
     items = {"metrics": {"pass@1": 0.5}, "items": 2}
     monkeypatch.setitem(BENCHMARKS, "humaneval", replace(BENCHMARKS["humaneval"], run=lambda *_: items))

@@ -24,6 +24,8 @@ def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
 
     class HFLMWithProgress(HFLM):  # type: ignore[misc]
         stage = ""
+        num_cut = 0
+        """The number of prompts so far that lost their beginning, as they were longer than the context."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             with Progress(self.stage, len(requests), "answers") as self.progress:
@@ -32,7 +34,14 @@ def load_lm(folder: Path, device: str, dtype: str, batch_size: int = 8) -> Any:
                 self.progress.advance(len(requests) - self.progress.done)
                 return results
 
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **options: Any) -> Any:
+            self.num_cut += sum(len(text) + len(answer) > self.max_length + 1 for _, text, answer in requests)
+            return super()._loglikelihood_tokens(requests, *args, **options)
+
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            for text, options in (request.args for request in requests):
+                room = self.max_length - options.get("max_gen_toks", self.max_gen_toks)
+                self.num_cut += len(self.tok_encode(text)) > room
             with Progress(self.stage, len(requests), "answers") as self.progress:
                 return super().generate_until(requests, disable_tqdm=True)
 

@@ -10,6 +10,7 @@ from minitron.harness import summaries
 from minitron.harness.interface import Inputs
 from minitron.harness.lm_eval_definitions import Task, local_definitions, truthful_rows
 from minitron.harness.lm_eval_model import defined_in, lm_eval, task_manager
+from minitron.harness.local_files import in_one_line
 
 
 def _ifeval_requirement() -> str | None:
@@ -65,7 +66,7 @@ _TASKS = (
 TASKS = {task.name: task for task in _TASKS}
 """The tasks by name, with the shots of the papers' tables 2 and 3 (arXiv 2407.14679) and 1 (arXiv 2408.11796).
 
-Where the papers have a task in no such table, it has no shots. Of XL-Sum the tables state 3, the text beside them 0.
+Where the papers have a task in no such table, it has no shots. Of XL-Sum the tables state 3, and the text 0.
 """
 
 
@@ -86,18 +87,29 @@ def run_tasks(model: Any, tasks: Sequence[Task], inputs: Inputs, seed: int) -> d
         warnings.catch_warnings(action="ignore"),
     ):
         for task in tasks:
-            source = {"shots": task.shots, "data": str(inputs.data) if inputs.data else "hub"}
-            try:
-                results[task.name] = {**_run(model, task, inputs.limit, seed, manager), **source}
-            except OSError as error:
-                if inputs.data is not None:
-                    raise
-                reason = " ".join(str(error).split())
-                note = f"not run: its data cannot be read from the hub ({reason}); from a folder: --tasks-data"
-                results[task.name] = {"metrics": {}, "items": 0, **source, "note": note}
+            source = str(inputs.data) if inputs.data else "hub"
+            result = {"metrics": {}, "items": 0, "shots": task.shots, "data": source}
+            if obstacle := None if inputs.data else _hub_obstacle(task, manager):
+                results[task.name] = {**result, "note": f"not run: {obstacle}"}
+                continue
+            model.num_cut, notes = 0, []
+            results[task.name] = result | _run(model, task, inputs.limit, seed, manager)
             if task.shots and inputs.data and len(task.files) == 1:
-                results[task.name]["note"] = "the examples are other items of the measured split"
+                notes.append("the examples are other items of the measured split")
+            if model.num_cut:
+                notes.append(f"{model.num_cut} prompts lost their beginning to fit a context of {model.max_length:,}")
+            if notes:
+                results[task.name]["note"] = ", ".join(notes)
     return results
+
+
+def _hub_obstacle(task: Task, manager: Any) -> str | None:
+    """Return the reason why a task's data cannot be read from the hub, or None."""
+    try:
+        manager.load([task.name])
+    except Exception as error:  # of several libraries, which share no class of errors
+        return f"its data cannot be read from the hub ({in_one_line(error)}); from a folder: --tasks-data"
+    return None
 
 
 def _run(model: Any, task: Task, limit: int | None, seed: int, manager: Any) -> dict[str, Any]:

@@ -30,6 +30,11 @@ def tasks_data(name: str | None) -> Path | None:
     return Path(name)
 
 
+def in_one_line(error: Exception) -> str:
+    """Return the message of an error without line breaks, or its class if it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def find_path(data: Path, *endings: str) -> Path | None:
     """Return the first file or folder below `data` whose path ends in one of the endings, or in one plus `.gz`."""
     for ending in endings:

@@ -18,7 +18,7 @@ from typing import Any
 from minitron.errors import UserError
 from minitron.harness.answers import Answerer, Decoding, cached_rows
 from minitron.harness.interface import Inputs
-from minitron.harness.local_files import find_path, read_rows
+from minitron.harness.local_files import find_path, in_one_line, read_rows
 from minitron.progress import Progress
 
 TEMPERATURE, TOP_P = 0.2, 0.95
@@ -68,8 +68,10 @@ class Source:
             return [
                 dict(row) for split in self.splits for row in load_dataset(self.repository, self.config, split=split)
             ]
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.repository} cannot be read: {' '.join(str(error).split())}") from error
+        except Exception as error:  # of several libraries, which share no class of errors
+            raise UserError(
+                f"{self.repository} cannot be read from the hub ({in_one_line(error)}); from a folder: --tasks-data"
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,8 @@ def evaluate_tasks(
 
     require_one_process()
     given = recipe_from(recipe, teacher=model, **settings)
-    inputs = Inputs(tasks_data(tasks_data_folder), limit, shots, samples, Judge(*judge) if judge else None)
+    data, rater = tasks_data(tasks_data_folder), Judge(*judge) if judge else None
+    inputs = Inputs(data, limit, shots=shots, samples=samples, judge=rater)
     plan = plan_tasks(list(tasks), inputs, runs_code=runs_code)
     warn_of_skipped(plan.skipped)
     run, cache = run_directory(given), Path(answers) if answers else None
