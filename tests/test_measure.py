@@ -312,8 +312,10 @@ def test_shots_arrive_in_prompts_and_an_item_is_not_its_own_example(
     items_of(tmp_path / "items")
     inputs = Inputs(tmp_path / "items", shots=shots)
     plan = plan_tasks(["piqa", "quick"], inputs, runs_code=False)
-    model, contexts, lengths = load_lm(teachers("llama").folder, "cpu", "float32"), [], []
-    model._max_length, answer = 150, model.loglikelihood
+    model = load_lm(teachers("llama").folder, "cpu", "float32")
+    model._max_length, answer = 170, model.loglikelihood
+    contexts: list[str] = []
+    lengths: list[int] = []
 
     def recorded(requests: Any, **options: Any) -> Any:
         contexts.extend(request.args[0] for request in requests)
@@ -324,7 +326,7 @@ def test_shots_arrive_in_prompts_and_an_item_is_not_its_own_example(
     found = run_tasks(model, [task for task in plan.tasks if task.name == "piqa"], inputs, seed=0)["piqa"]
     assert found["shots"] == (shots or 0)
     assert ("other items of the measured split" in found.get("note", "")) == bool(shots)
-    num_cut = sum(length > 150 + 1 for length in lengths)  # one token per byte, the answer's last is not read
+    num_cut = sum(length > 170 + 1 for length in lengths)  # one token per byte, the answer's last is not read
     assert (f"{num_cut} prompts lost their beginning" in found.get("note", "")) == bool(num_cut) == (shots == 4)
     assert len(contexts) == 2 * 5
     for context in contexts:
