@@ -62,11 +62,10 @@ def _figures_table(runs: dict[str, RunFiles]) -> list[list[str]]:
         if key == "num_parameters":
             shares = [f"{figures[key] / teacher[key]:.1%}" for figures in models]
             rows.append(["share of the teacher", *shares])
-    befores = [kl_in_words(run.results.get("pruned", {})) for run in runs.values()]
-    afters = [kl_in_words(_made(run)) for run in runs.values()]
-    for label, distances in (("KL to its own teacher before training (agreement)", befores), ("after training", afters)):
-        if any(distances):
-            rows.append([label, "", *distances])
+    compared = {"before": [run.results.get("pruned", {}) for run in runs.values()], "after": map(_made, runs.values())}
+    for when, each in compared.items():
+        if any(distances := [kl_in_words(figures) for figures in each]):
+            rows.append([f"KL to its own teacher {when} training (agreement)", "", *distances])
     speed_ups = [speed_up_in_words(_made(run)) for run in runs.values()]
     if any(speed_ups):
         rows.append(["speed-up over its own teacher", "", *speed_ups])
