@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from minitron import cli
 from minitron.evaluation import generation
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
@@ -299,3 +300,21 @@ INPUT_IDS = torch.randint(0, SIZES["vocab_size"], (2, 40), generator=torch.Gener
 @pytest.fixture
 def input_ids() -> torch.Tensor:
     return INPUT_IDS.clone()
+
+
+Verb = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
+    """Run a verb with --json and give the one object that it prints on standard output."""
+
+    def run(*arguments: str | Path) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", ["minitron", *map(str, arguments), "--json"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        assert not stopped.value.code, captured.err
+        return json.loads(captured.out)  # type: ignore[no-any-return]
+
+    return run

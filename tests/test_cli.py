@@ -3,33 +3,15 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from minitron import cli
 from minitron.model.checkpoint import open_checkpoint
-from tests.conftest import make_model
-
-Verb = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Verb:
-    """Run a verb with --json and give the one object that it prints on standard output."""
-
-    def run(*arguments: str | Path) -> dict[str, Any]:
-        monkeypatch.setattr("sys.argv", ["minitron", *map(str, arguments), "--json"])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        assert not stopped.value.code, captured.err
-        return json.loads(captured.out)  # type: ignore[no-any-return]
-
-    return run
+from tests.conftest import Verb, make_model
+from tests.teachers import LLAMA_8B, NANO_12B, NEMO_12B, NEMOTRON_15B, NEMOTRON_H_8B
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:
@@ -74,30 +56,6 @@ def test_inspect_says_what_serving_takes(verb: Verb, tmp_path: Path) -> None:
         verb("inspect", folder, "--dtype", "int3")
 
 
-NEMOTRON_15B = {
-    "model_type": "nemotron", "vocab_size": 256000, "hidden_size": 6144, "intermediate_size": 24576, "head_dim": 128,
-    "num_hidden_layers": 32, "num_attention_heads": 48, "num_key_value_heads": 8, "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA_8B = {
-    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
-}  # fmt: skip
-NEMO_12B = {
-    "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 14336, "head_dim": 128,
-    "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
-}  # fmt: skip
-NEMOTRON_H = {
-    "model_type": "nemotron_h", "vocab_size": 131072, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4,
-    "num_key_value_heads": 8, "head_dim": 128, "mamba_num_heads": 128,
-}  # fmt: skip
-NEMOTRON_H_8B = {
-    **NEMOTRON_H, "hidden_size": 4096, "intermediate_size": 21504, "mamba_head_dim": 64, "num_attention_heads": 32,
-    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
-}  # fmt: skip
-NANO_12B = {
-    **NEMOTRON_H, "hidden_size": 5120, "intermediate_size": 20480, "mamba_head_dim": 80, "num_attention_heads": 40,
-    "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-",
-}  # fmt: skip
 PUBLISHED_CUTS = {
     "Nemotron-H-4B": (
         NEMOTRON_H_8B,

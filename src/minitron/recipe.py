@@ -214,6 +214,9 @@ class SearchRecipe(_Strict):
     of a kind (`num_attention_layers: [4]`) are sizes as well; kinds that are not named share the other layers."""
     multiple_of: dict[str, Annotated[int, Field(ge=1)]] = {}
     """Step of derived sizes, by config name. The default for widths is 64 or more, as matrix units require."""
+    fixed: tuple[str, ...] = ()
+    """Sizes that stay as they are in the teacher, by config name, unless `space` lists them. Heads that are fixed keep
+    their number per group, if groups are dropped."""
     probe_tokens: CountOrNone = 4_096
     """Tokens on which each probe is distilled: one shape per axis, cut along this axis alone, to learn what cuts of it
     cost. Much longer probes predict worse. 0 compares the probes untrained."""
@@ -616,14 +619,20 @@ def _first_complaint(model: type[BaseModel], error: ValidationError) -> str:
     return f"{location}: {message}" if location else message
 
 
+def built_in_recipes() -> dict[str, Path]:
+    """Return the files of the built-in recipes by name, such as `minitron-8b` or `released/minitron-8b`."""
+    root = Path(__file__).parent / "recipes"
+    return {file.relative_to(root).with_suffix("").as_posix(): file for file in sorted(root.rglob("*.yaml"))}
+
+
 def _resolve(path: Path) -> Path:
     """Return the file of a built-in recipe by its name, or the path of any other file unchanged."""
-    built_in = {file.stem: file for file in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
-    if path.exists() or path.suffix or path.name != str(path):
+    built_in, name = built_in_recipes(), path.as_posix()
+    if path.is_file() or path.suffix in {".yaml", ".yml", ".json"}:
         return path
-    if path.name not in built_in:
-        raise UserError(f"recipe '{path}' is neither a file nor one of {', '.join(built_in)}")
-    return built_in[path.name]
+    if name not in built_in:
+        raise UserError(f"recipe '{path}' is neither a file nor built in; {nearest(name, list(built_in))}")
+    return built_in[name]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -64,9 +64,9 @@ def prune(
 ) -> Any:
     """Cut a teacher to a shape, untrained: a Hugging Face folder at OUT."""
     if dry_run:
-        from minitron.verbs.inspect import plan, split_sizes
+        from minitron.verbs.inspect import plan
 
-        return plan(teacher, split_sizes(settings)[0], arch, settings.get("family"))
+        return plan(teacher, settings, arch)
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
     settings = _with_baseline(plain, settings)

@@ -33,13 +33,15 @@ def shapes_within(session: Session) -> tuple[Shapes, Budget]:
     Limits on speed are left out of both. A recipe that states a shape has no budget, and that shape alone fits it.
 
     Raises:
-        UserError: the recipe has no budget or several targets, the budget is not understood, or no shape fits it; or
-            something that the search would need later is missing (`require_measurable`, `require_trainable`); or the
-            stated shape cannot be cut (`Arch.require_prunable_to`, `check_shape`).
+        UserError: the recipe has no budget, several targets or stages, the budget is not understood, or no shape fits
+            it; or something that the search would need later is missing (`require_measurable`, `require_trainable`); or
+            the stated shape cannot be cut (`Arch.require_prunable_to`, `check_shape`).
     """
     target, source = session.recipe.target_params, session.source
     if isinstance(target, tuple):
         raise UserError("several target_params make a series of students, which is what compress does; give one")
+    if session.recipe.stages:
+        raise UserError("a recipe with stages is what compress takes; give a recipe of one shape or budget")
     require_measurable(session)
     if session.recipe.shape:
         return _stated(session), Budget({})

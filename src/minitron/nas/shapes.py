@@ -84,7 +84,7 @@ def grid(teacher: Arch, recipe: SearchRecipe) -> dict[str, Sequence[int] | Facto
     """
     names = {AXES[axis]: axis for axis in teacher.prunable_axes}
     depth, *of_kinds = teacher.depth_names
-    for name in (*recipe.space, *recipe.multiple_of):
+    for name in (*recipe.space, *recipe.multiple_of, *recipe.fixed):
         if name not in names and not (name in recipe.space and name in of_kinds):
             accepted = [*names, *(of_kinds if name in recipe.space else [])]
             raise UserError(f"search: no axis '{name}' to prune: {nearest(name, accepted)}")
@@ -97,6 +97,8 @@ def grid(teacher: Arch, recipe: SearchRecipe) -> dict[str, Sequence[int] | Facto
     for name, axis in names.items():
         if name in recipe.space:
             options[name] = _from_recipe(teacher, name, recipe.space[name])
+        elif name in recipe.fixed:
+            options[name] = [teacher.entries(axis)]
         else:
             steps[name] = recipe.multiple_of.get(name) or _finest_step(teacher, axis)
             options[name] = _derived(teacher, axis, steps[name], name in recipe.multiple_of)

@@ -97,16 +97,18 @@ def inspect(
     return Inspected(arch, is_checked, needed, {"batch": batch, "context": num_tokens, "dtype": dtype})
 
 
-def plan(
-    teacher: str | Path, sizes: dict[str, int], arch_file: str | Path | None = None, family: str | None = None
-) -> Planned:
+def plan(teacher: str | Path, settings: Mapping[str, Any], arch_file: str | Path | None = None) -> Planned:
     """Return the shape that `prune` would cut a teacher to, and its exact counts, from the teacher's config alone.
 
+    The shape is that of `arch_file`, or of the sizes among the `settings`, or of the recipe that they make.
+
     Raises:
-        UserError: no shape is given, or it cannot be cut out of the teacher.
+        UserError: no shape is given, or it cannot be cut out of the teacher, or the recipe has stages.
     """
-    if not arch_file and not sizes:
-        raise UserError("--dry-run needs a shape: sizes such as --hidden-size, or --arch")
+    sizes, settings = split_sizes(settings)
+    family = settings.get("family")
+    if not arch_file and not sizes and not (sizes := _stated_shape(teacher, settings)):
+        raise UserError("--dry-run needs a shape: sizes such as --hidden-size, --arch, or a recipe with a shape")
     whole = Arch.from_config(config_values(_config_or_folder(teacher, family), family))
     arch = read_arch(Path(arch_file), whole) if arch_file else whole.resized(**sizes)
     whole.require_prunable_to(arch)
@@ -124,6 +126,16 @@ def read_arch(path: Path, teacher: Arch) -> Arch:
     arch = Arch.from_dict(read_json(path), teacher)
     teacher.require_prunable_to(arch)
     return arch
+
+
+def _stated_shape(teacher: str | Path, settings: Mapping[str, Any]) -> dict[str, int]:
+    from minitron.recipe import recipe_from
+
+    others = {name: value for name, value in settings.items() if name != "recipe"}
+    recipe = recipe_from(settings.get("recipe"), **others, teacher=str(teacher))
+    if recipe.stages:
+        raise UserError("--dry-run shows one shape, and the recipe has stages: `minitron plan` lists theirs")
+    return dict(recipe.shape)
 
 
 def split_sizes(settings: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:

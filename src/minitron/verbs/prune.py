@@ -41,11 +41,12 @@ def prune(
     from minitron.verbs.inspect import plan, read_arch, split_sizes
     from minitron.verbs.workspace import open_session
 
+    given = {**settings, "recipe": recipe}
     sizes, settings = split_sizes(settings)
     if sum(map(bool, (sizes, arch, settings.get("target_params")))) > 1:
         raise UserError("give sizes, --arch or --target-params, not several of them")
     if out is None:
-        return plan(teacher, sizes, arch, settings.get("family"))
+        return plan(teacher, given, arch)
     output = Output(Path(out).absolute(), "config.json")
     session = open_session(recipe_from(recipe, teacher=teacher, **settings), output, overwrite=overwrite)
     source, chosen = session.source, None
