@@ -164,6 +164,7 @@ def test_families_machines_and_targets_go_together(family: str, machine: str, ta
         teacher = source = arch_of(config, tmp_path)
         for one in targets:
             shapes = searched(recipe, one, teacher, source)
+            assert len(shapes) >= 3
             assert (shapes.figures["num_parameters"] <= float(one or 0) * teacher.num_parameters).all()
             for name in recipe.search.fixed:
                 assert set(shapes.sizes[name].tolist()) == {teacher.sizes[name]}

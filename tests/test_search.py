@@ -149,7 +149,7 @@ def test_shapes_of_one_depth_and_other_kinds_are_predicted_apart() -> None:
 
 
 def test_a_recipe_that_is_not_built_in_is_refused() -> None:
-    with pytest.raises(UserError, match="neither a file nor built in; did you mean 'minitron-[48]b'"):
+    with pytest.raises(UserError, match=r"neither a file nor built in; did you mean 'minitron-[48]b'"):
         load_recipe(Path("minitron-9b"), {"teacher": "teacher"})
 
 
