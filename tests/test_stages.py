@@ -82,6 +82,23 @@ def test_pages_and_figures_are_those_of_the_stages(made: Path, place: Path) -> N
         assert (made / name / "student" / "README.md").exists() == (name != "corrected")
     again = compress(settings(place)["teacher"], made, recipe=recipe(place, STAGES))
     assert list(again.to_dict()["members"]) == ["8b", "4b", "longer"]
+    assert list(again.to_dict()["corrected"]) == ["corrected"]
+    assert [caption.split(":")[0] for _, caption, _ in again.tables()] == ["corrected", "8b", "4b", "longer"]
+
+
+def test_pages_state_what_a_stage_did(made: Path) -> None:
+    pages = {name: (made / name / "report.html").read_text() for name in ("corrected", "4b", "longer")}
+    assert all("under way" not in page and "that no other stage has seen" in page for page in pages.values())
+    assert "model, corrected" in pages["corrected"]
+    assert ("Correction" in pages["corrected"], "Correction" in pages["4b"]) == (True, False)
+    assert "distilled further" in pages["longer"]
+    assert "distilled further" not in pages["4b"]
+    assert "learns from the corrected teacher" in (made / "report.html").read_text()
+    figures = {name: json.loads((made / name / "eval.json").read_text()) for name in ("4b", "longer")}
+    assert (list(figures["4b"]), list(figures["longer"])) == (
+        ["teacher", "pruned", "student"],
+        ["teacher", "before", "student"],
+    )
 
 
 def test_a_finished_stage_is_not_taken_again(made: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.config import config_values
 from minitron.model.language_model import load_model
-from minitron.progress import Progress
+from minitron.progress import Progress, announce
 from minitron.pruning import prune, require_scores, write_importance
 from minitron.pruning.selection import kept_layers
 from minitron.recipe import Recipe, Target
@@ -38,7 +38,7 @@ from minitron.reports.html import write_report
 from minitron.reports.series import write_series_report
 from minitron.run import Run, linked, open_run, teacher_of
 from minitron.session import Session, require_one_process
-from minitron.stages import STEPS, Stage, stages_of
+from minitron.stages import IN_WORDS, STEPS, Stage, stages_of
 
 STATES = "teacher-states"
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def _distill_further(run: Run, session: Session) -> None:
     _begin(run, session, session.source.arch.num_parameters)
     write_json(run.path("arch.json"), session.source.arch.to_dict())
     run.link("pruned", session.source.folder)
-    _train(run, session)
+    _train(run, session, start="before")
 
 
 def _correct(run: Run, session: Session) -> None:
@@ -122,8 +122,8 @@ def _correct(run: Run, session: Session) -> None:
             _evaluate(run, session, {"teacher": session.teacher.folder, "corrected": run.path("corrected")})
 
 
-def _train(run: Run, session: Session) -> None:
-    """Distil the pruned model and measure it."""
+def _train(run: Run, session: Session, start: str = "pruned") -> None:
+    """Distil the pruned model and measure it; `start` is the name of the pruned model among the figures."""
     pruned, student = linked(run.folder, "pruned"), run.path("student")
     if not run.is_done("distill"):
         with run.stage("distill"):
@@ -131,7 +131,7 @@ def _train(run: Run, session: Session) -> None:
             distill(session, open_checkpoint(pruned), student, work=run.folder)
     if not run.is_done("evaluate"):
         with run.stage("evaluate"):
-            _evaluate(run, session, {"teacher": session.teacher.folder, "pruned": pruned, "student": student})
+            _evaluate(run, session, {"teacher": session.teacher.folder, start: pruned, "student": student})
 
 
 def _accompany(run: Run) -> None:
@@ -166,9 +166,10 @@ def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
     made = Made()
     with open_run(out, recipe, overwrite) as run:
         run.begin()
-        for stage in stages:
+        for number, stage in enumerate(stages, 1):
             folder, member = run.path(stage.name), _member(stage, run, made)
             if not run.is_done(stage.name):
+                announce(f"{number} of {len(stages)}: {stage.name}, {IN_WORDS[stage.kind]}")
                 with run.stage(stage.name):
                     if made.student is None:
                         _store_teacher_once(run, member)

@@ -37,6 +37,17 @@ def enable_progress() -> None:
     _is_disabled = False
 
 
+def announce(text: str) -> None:
+    """Print a heading for the progress that follows, on standard error."""
+    if not _is_silent():
+        print(f"\n{text}", file=sys.stderr, flush=True)
+
+
+def _is_silent() -> bool:
+    # Among the processes of torchrun, only the first one shows progress.
+    return _is_disabled or os.environ.get("RANK", "0") != "0"
+
+
 @contextmanager
 def beside(table: Callable[[], RenderableType]) -> Iterator[None]:
     """Show a table together with every stage's progress while the block runs: live on a terminal, after it in a log."""
@@ -58,8 +69,7 @@ class Progress:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
         self.resumed, self.text, self.started = done, "", time.monotonic()
         self._finished = threading.Event()
-        # Among the processes of torchrun, only the first one shows progress.
-        self._silent = _is_disabled or os.environ.get("RANK", "0") != "0"
+        self._silent = _is_silent()
 
     def __enter__(self) -> "Progress":
         self.started = time.monotonic()

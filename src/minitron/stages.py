@@ -15,6 +15,12 @@ STEPS: dict[Kind, tuple[str, ...]] = {
     "correct": ("distill", "evaluate"),
 }
 """What is done in a run directory, by the kind of its stage."""
+IN_WORDS: dict[Kind, str] = {
+    "cut": "prune and distil",
+    "distill": "distil the student further",
+    "correct": "correct the teacher",
+}
+"""What a stage does, by its kind."""
 
 
 @dataclass(frozen=True)

@@ -67,14 +67,18 @@ def write_comparison(folders: list[Path], path: Path) -> None:
 
 def _title(run: RunFiles) -> str:
     teacher = run.record["recipe"]["teacher"]
-    if "student" not in run.results:
+    if run.made is None:
         return f"{teacher}: under way"
+    if "student" not in run.results:
+        return f"{teacher}, corrected"
     share = run.results["student"]["num_parameters"] / run.results["teacher"]["num_parameters"]
+    if "before" in run.results:
+        return f"{teacher}: a student of {share:.1%}, distilled further"
     return f"{teacher}, pruned to {share:.1%} and distilled"
 
 
 def _sections(run: RunFiles) -> Iterator[tuple[str, str]]:
-    yield "Stages", "" if "student" in run.results else _stages(run)
+    yield "Stages", "" if run.made else _stages(run)
     yield "Figures", table(figures_table(run.results)) + _conditions(run) if run.results else ""
     for heading, file, rows, conditions in LATER_MEASUREMENTS:
         if measured := run.read(file):
@@ -82,7 +86,8 @@ def _sections(run: RunFiles) -> Iterator[tuple[str, str]]:
     yield "Shape", _shape(run)
     yield "Importance", _importance(run)
     yield "Search", _search(run)
-    yield "Distillation", stacked(draw_curves({"student": run.metrics}, run.resumed_at))
+    heading, learner = ("Correction", "teacher") if "corrected" in run.results else ("Distillation", "student")
+    yield heading, stacked(draw_curves({learner: run.metrics}, run.resumed_at))
     yield "Generated text", _samples(run.results)
     yield "Recipe", _provenance(run)
 
@@ -94,9 +99,9 @@ def _stages(run: RunFiles) -> str:
 
 
 def _conditions(run: RunFiles, prefix: str = "") -> str:
-    if "student" not in run.results:
+    if run.made is None:
         return ""
-    measured, record = run.results["student"], run.record
+    measured, record = run.made, run.record
     return note(
         f"{prefix}{measured['num_tokens']:,} tokens of {data_in_words(record['recipe']['data'])} that no other stage "
         f"has seen, context {measured['context']}, seed {record['seed']}. {speed_up_conditions(measured)}".rstrip()

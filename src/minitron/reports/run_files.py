@@ -46,6 +46,11 @@ class RunFiles:
         """What `eval.json` holds: figures by model, of those that have been measured so far."""
         return dict(self.read("eval.json") or {})
 
+    @property
+    def made(self) -> dict[str, Any] | None:
+        """Figures of the model that the run has made, a student or a corrected teacher; None before it is measured."""
+        return self.results.get("student") or self.results.get("corrected")
+
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl`."""

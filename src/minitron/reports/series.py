@@ -2,7 +2,6 @@
 
 import html
 from pathlib import Path
-from typing import Any
 
 from minitron.files import read_json
 from minitron.recipe import Recipe, data_in_words, validate
@@ -18,23 +17,28 @@ def write_series_report(folder: Path) -> None:
     record = RunFiles(folder).record
     recipe, stages = record["recipe"], stages_of(validate(Recipe, record["recipe"], str(folder)))
     runs = {stage.name: RunFiles(folder / stage.name) for stage in stages}
-    taught_by = "the teacher" if recipe["lineage"]["taught_by"] == "teacher" else "that model"
+    teacher = "the corrected teacher" if any(stage.kind == "correct" for stage in stages) else "the teacher"
+    taught_by = teacher if recipe["lineage"]["taught_by"] == "teacher" else "that model"
     num_students = sum("student" in run.results for run in runs.values())
     links = ", ".join(f'<a href="{html.escape(name)}/report.html">{html.escape(name)}</a>' for name in runs)
     lines = f"Each student is made from the model to its left and learns from {taught_by}. {_conditions(runs)}"
     sections = [
-        ("Students", table(_figures_table(runs)) + note(lines) + f"<p>Their reports: {links}.</p>"),
+        (
+            "Stages" if recipe["stages"] else "Students",
+            table(_figures_table(runs)) + note(lines) + f"<p>Their reports: {links}.</p>",
+        ),
         ("Distillation", stacked(draw_curves({name: run.metrics for name, run in runs.items()}))),
         ("Time", table(_seconds_table(runs)) + note(_saving(folder, num_students))),
     ]
-    write_page(folder / "report.html", f"{recipe['teacher']}: a series of {num_students} students", sections)
+    made = f"{len(stages)} stages" if recipe["stages"] else f"a series of {num_students} students"
+    write_page(folder / "report.html", f"{recipe['teacher']}: {made}", sections)
 
 
 def _conditions(runs: dict[str, RunFiles]) -> str:
     """Return what the figures were measured on, once for all stages, or for each where they differ."""
     of_stages = {}
     for name, run in runs.items():
-        figures, recipe = _made(run), run.record["recipe"]
+        figures, recipe = run.made or {}, run.record["recipe"]
         of_stages[name] = (
             f"on {figures['num_tokens']:,} tokens of {data_in_words(recipe['data'])} that no other stage has seen, "
             f"context {figures['context']}, seed {recipe['seed']}"
@@ -45,15 +49,11 @@ def _conditions(runs: dict[str, RunFiles]) -> str:
     return f"Measured differently, so that columns do not all compare: {lines}. The teacher was measured as the first."
 
 
-def _made(run: RunFiles) -> dict[str, Any]:
-    """Return the figures of the model that a stage has made: a student, or a corrected teacher."""
-    return dict(run.results.get("student") or run.results["corrected"])
-
-
 def _figures_table(runs: dict[str, RunFiles]) -> list[list[str]]:
     teacher = next(iter(runs.values())).results["teacher"]
-    models = [teacher, *map(_made, runs.values())]
-    before = [run.results.get("pruned", run.results["teacher"]) for run in runs.values()]
+    models = [teacher, *(run.made or {} for run in runs.values())]
+    starts = ("pruned", "before", "teacher")
+    before = [next(run.results[name] for name in starts if name in run.results) for run in runs.values()]
     rows = [["", "teacher", *runs]]
     for key, label in LABELS.items():
         if key == "perplexity":
@@ -62,11 +62,10 @@ def _figures_table(runs: dict[str, RunFiles]) -> list[list[str]]:
         if key == "num_parameters":
             shares = [f"{figures[key] / teacher[key]:.1%}" for figures in models]
             rows.append(["share of the teacher", *shares])
-    compared = {"before": [run.results.get("pruned", {}) for run in runs.values()], "after": map(_made, runs.values())}
-    for when, each in compared.items():
+    for when, each in {"before": before, "after": models[1:]}.items():
         if any(distances := [kl_in_words(figures) for figures in each]):
             rows.append([f"KL to its own teacher {when} training (agreement)", "", *distances])
-    speed_ups = [speed_up_in_words(_made(run)) for run in runs.values()]
+    speed_ups = [speed_up_in_words(run.made or {}) for run in runs.values()]
     if any(speed_ups):
         rows.append(["speed-up over its own teacher", "", *speed_ups])
     return rows

@@ -29,7 +29,8 @@ def compress(
     if isinstance(given.target_params, tuple) or given.stages:
         members = pipeline.compress_series(given, out, overwrite)
         results = {name: _result(out / name, figures) for name, figures in members.items() if "student" in figures}
-        return CompressedSeries(out, results)
+        corrected = {name: figures for name, figures in members.items() if "corrected" in figures}
+        return CompressedSeries(out, results, corrected)
     return _result(out, pipeline.compress(given, out, overwrite))
 
 

@@ -60,9 +60,7 @@ class Compressed(Result):
 
     def tables(self) -> list[tuple[Rows, str, str]]:
         """Return the figures, with what they were measured on and where the student is."""
-        student = self.figures["student"]
-        caption = f"{student['num_tokens']:,} held-out tokens, context {student['context']}"
-        return [(self.rows(), caption, f"student: {self.student}")]
+        return [(self.rows(), _conditions(self.figures["student"]), f"student: {self.student}")]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the folder and the figures."""
@@ -71,22 +69,33 @@ class Compressed(Result):
 
 @dataclass(frozen=True, repr=False)
 class CompressedSeries(Result):
-    """Finished run directories, one per target, the largest student first."""
+    """Finished run directories, one per target or stage, in the order in which they were made."""
 
     out: Path
     members: dict[str, Compressed]
+    corrected: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Figures of the teacher before and after correction, by the names of stages that corrected it."""
 
     def rows(self) -> Rows:
         """Return the students' figures, one column per student."""
         return figures_table({name: member.figures["student"] for name, member in self.members.items()})
 
     def tables(self) -> list[tuple[Rows, str, str]]:
-        """Return the tables of every member."""
-        return [table for member in self.members.values() for table in member.tables()]
+        """Return a table for every stage, with its name in the caption."""
+        corrections = [
+            (figures_table(figures), f"{name}: {_conditions(figures['corrected'])}", "")
+            for name, figures in self.corrected.items()
+        ]
+        return corrections + [
+            (rows, f"{name}: {caption}", footer)
+            for name, member in self.members.items()
+            for rows, caption, footer in member.tables()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the folder and the figures of every member."""
-        return {"out": str(self.out), "members": {name: member.figures for name, member in self.members.items()}}
+        """Return the folder and the figures of every stage."""
+        members = {name: member.figures for name, member in self.members.items()}
+        return {"out": str(self.out), "members": members, **({"corrected": self.corrected} if self.corrected else {})}
 
 
 @dataclass(frozen=True, repr=False)
@@ -141,6 +150,10 @@ class Measured(Result):
     def to_dict(self) -> dict[str, Any]:
         """Return the figures."""
         return self.figures
+
+
+def _conditions(figures: dict[str, Any]) -> str:
+    return f"{figures['num_tokens']:,} held-out tokens, context {figures['context']}"
 
 
 def _in_words(value: Any) -> str:
