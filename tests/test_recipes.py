@@ -198,7 +198,7 @@ def test_fixed_sizes_stay_and_others_do_not(tmp_path: Path) -> None:
     assert set(offered(fixed=both).values()) == {1}
     assert offered(fixed=both, space={"num_attention_heads": [8, 16]})["num_attention_heads"] == 2
     with pytest.raises(UserError, match="no shape has between"):
-        offered(fixed=[*both, "num_hidden_layers"], multiple_of={"hidden_size": 1024, "intermediate_size": 3072})
+        offered(fixed=[*both, "num_hidden_layers"], multiple_of={"hidden_size": 1024, "intermediate_size": 1536})
     with pytest.raises(UserError, match="no axis 'num_kv_heads' to prune"):
         offered(fixed=["num_kv_heads"])
 

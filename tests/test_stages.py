@@ -146,6 +146,7 @@ def test_at_the_end_of_the_text_training_begins_again(place: Path) -> None:
         ([{**STAGES[1], "distil": {}}], "stage 8b: unknown key 'distil'"),
         ([{**STAGES[1], "distill": {"token": 1}}], "stage 8b: unknown key 'distill.token'"),
         ([{**STAGES[1], "target_params": 0.5}], "stage 8b: give a shape, or a budget"),
+        ([STAGES[1], {**STAGES[3], "context": 512}], "stage longer: the 512 tokens .* stage 8b trains on, after 384"),
         ([{"name": "x", "correct": "yes"}], "stage x: correct is 'yes'"),
     ],
 )

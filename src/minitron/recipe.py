@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from minitron.errors import UserError, nearest
 
+DEFAULT_CONTEXT = 1024
+"""Tokens in a block where neither the recipe nor the teacher limits them."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 

@@ -13,10 +13,8 @@ from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.crosscheck import require_one_reading
 from minitron.model.language_model import load_model, require_attention
 from minitron.model.source import open_teacher
-from minitron.recipe import Recipe
+from minitron.recipe import DEFAULT_CONTEXT, Recipe
 from minitron.runtime import Runtime, is_main_process, joined_world, num_ranks, resolve_device, resolve_dtype
-
-DEFAULT_CONTEXT = 1024
 
 
 class Session:

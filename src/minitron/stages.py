@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minitron.errors import UserError
-from minitron.recipe import Recipe, laid_over, validate
+from minitron.recipe import DEFAULT_CONTEXT, Recipe, laid_over, validate
 
 Kind = Literal["cut", "distill", "correct"]
 """A student is cut out and distilled; a student is distilled further, its shape as it is; the teacher is trained."""
@@ -39,7 +39,8 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     `distill.skip_tokens`.
 
     Raises:
-        UserError: a stage has no name or that of another one, sets a key that is not accepted, or comes too early.
+        UserError: a stage has no name or that of another one, sets a key that is not accepted, or comes too early; or
+            its evaluation text is one that an earlier stage trains on.
     """
     if isinstance(recipe.target_params, tuple):
         if recipe.stages:
@@ -57,6 +58,8 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
             raise UserError(f"stage {stage.name}: the teacher is corrected before the first student is cut")
         if stage.kind == "distill" and not has_student:
             raise UserError(f"stage {stage.name}: the first student needs a shape, target_params or a budget")
+        for earlier in stages:
+            _require_unseen(stage, earlier)
         stages.append(stage)
     return tuple(stages)
 
@@ -77,3 +80,27 @@ def _stage(recipe: Recipe, values: dict[str, Any], earlier: list[Stage]) -> Stag
         read = sum(stage.recipe.distill.tokens for stage in earlier if (stage.recipe.data, stage.recipe.seed) == text)
         own = own.model_copy(update={"distill": own.distill.model_copy(update={"skip_tokens": read})})
     return Stage(str(name), own, "correct" if corrects else "cut" if own.has_target else "distill")
+
+
+def _require_unseen(stage: Stage, earlier: Stage) -> None:
+    """Check that a stage is not evaluated on text that an earlier one trains on.
+
+    Evaluation gets the first blocks of a text, held-out the next ones; blocks of another context end elsewhere.
+    """
+    if (stage.recipe.data, stage.recipe.seed) != (earlier.recipe.data, earlier.recipe.seed):
+        return
+    needed, untrained = _in_blocks(stage.recipe)[0], sum(_in_blocks(earlier.recipe))
+    if needed > untrained:
+        raise UserError(
+            f"stage {stage.name}: the {needed:,} tokens that it is evaluated on reach into those that stage "
+            f"{earlier.name} trains on, after {untrained:,}: set evaluation.tokens of the whole recipe to {needed}"
+        )
+
+
+def _in_blocks(recipe: Recipe) -> tuple[int, int]:
+    """Return the tokens of evaluation and of held-out text, in whole blocks (`blocks.read_splits`)."""
+    context = recipe.context or DEFAULT_CONTEXT
+    evaluation, heldout = (
+        max(1, tokens // context) * context for tokens in (recipe.evaluation.tokens, recipe.search.tokens)
+    )
+    return evaluation, heldout
