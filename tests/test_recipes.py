@@ -114,6 +114,8 @@ def test_a_released_model_has_its_published_count(name: str, tmp_path: Path) -> 
         assert stage_name == "corrected" or shape == {} or smaller.num_parameters < arch.num_parameters
         arch, found[stage_name] = smaller, smaller.num_parameters
     assert found == counts
+    text = built_in_recipes()[f"released/{name}"].read_text()
+    assert all(f"{count:,}" in text for count in counts.values())
     assert not any(search.recipe.has_budget for search in stages_of(recipe))
 
 
