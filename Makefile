@@ -36,7 +36,7 @@ imports: install
 
 # The site of the documentation, in site/; a page that links to nothing, or a reference that cannot be made, is an error.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 tests: install
 	$(BIN)/pytest

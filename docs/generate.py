@@ -1,22 +1,26 @@
 """Writes the pages of the reference from the source while mkdocs builds the site: verbs, recipe keys, Python API.
 
-mkdocs calls `on_files` (a hook of mkdocs.yml). Nothing that is written here is a file of the repository.
+mkdocs calls `on_files` and `on_post_page` (hooks of mkdocs.yml). Nothing that is written here is a file of the
+repository.
 """
 
 import ast
 import inspect
 import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 import minitron
 from minitron import recipe
 from minitron.cli import app
+from minitron.model.families import FAMILIES
 
 VERBS = {
     "Verbs that make models": ("compress", "calibrate", "search", "prune", "distill", "correct"),
@@ -30,9 +34,21 @@ Schema = dict[str, Any]
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages to those that mkdocs found in docs/."""
-    for name, text in (("cli", verbs_page()), ("recipe", recipe_page()), ("python", api_page())):
+    for name, text in (
+        ("cli", verbs_page()),
+        ("recipe", recipe_page()),
+        ("python", api_page()),
+        ("families", families_page()),
+    ):
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Warn of what a page would load from another host; a strict build then fails."""
+    for loaded in re.findall(r'<(?:script|link|img|iframe)\b[^>]*(?:src|href)="((?:https?:)?//[^"]*)', output):
+        logging.getLogger("mkdocs.generate").warning("%s loads %s", page.file.src_uri, loaded)
+    return output
 
 
 def verbs_page() -> str:
@@ -41,8 +57,8 @@ def verbs_page() -> str:
     further = tuple(name for name in commands if not any(name in verbs for verbs in VERBS.values()))
     lines = [
         "# Command line",
-        "Every verb is called as `minitron VERB …`. `minitron VERB --help` prints what this page lists. Most options set "
-        "a key of the [recipe](recipe.md); `--set KEY=VALUE` sets any other one.",
+        "Every verb is called as `minitron VERB …`. `minitron VERB --help` prints what this page lists. Most options "
+        "set a key of the [recipe](recipe.md); `--set KEY=VALUE` sets any other one.",
     ]
     for title, names in (VERBS | ({"Further verbs": further} if further else {})).items():
         lines.append(f"## {title}")
@@ -71,8 +87,8 @@ def recipe_page() -> str:
     lines = [
         "# Recipe",
         "A recipe is a YAML file, or the keyword arguments of a function of the Python API. `--recipe FILE` reads it, "
-        "and `--set KEY=VALUE` sets one key, with dots between a part and its key: `--set distill.loss=jsd`. Counts accept "
-        "the suffixes k, M, B and T (`40k`, `2M`, `4.2B`). Where a description says None, YAML has `null`.",
+        "and `--set KEY=VALUE` sets one key, with dots between a part and its key: `--set distill.loss=jsd`. Counts "
+        "accept the suffixes k, M, B and T (`40k`, `2M`, `4.2B`). Where a description says None, YAML has `null`.",
     ]
     for path, name in parts_of(schema, "Recipe"):
         title = f"## `{path}` {{ #{path} }}" if path else "## A whole run { #recipe }"
@@ -158,6 +174,24 @@ def api_page() -> str:
     return "\n\n".join(lines) + "\n"
 
 
+def families_page() -> str:
+    """Return a page of all families with the sizes that can be cut, as their tables state."""
+    rows = []
+    for name, family in sorted(FAMILIES.items()):
+        axes = dict.fromkeys(axis for tap in family.taps for axis in tap.axes)
+        names = [f"`{family.config_name(axis)}`" for axis in axes]
+        kinds = sorted({tap.kind for tap in family.taps if tap.kind})
+        rows.append((f"`{name}`", ", ".join(names), ", ".join(kinds)))
+    lines = [
+        "# Families",
+        "A family is the models of one `model_type` in `config.json`. Layers are dropped in every family. Which widths "
+        "can be cut follows from the family's table; some are tied to each other by the config class, which `minitron "
+        "prune --dry-run` reports. `--family` reads a model of another `model_type` as one of these.",
+        _table(("`model_type`", "Widths and counts that can be cut", "Kinds of layers"), rows),
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
 def _class(schema: Schema, name: str) -> Schema:
     """Return the schema of a class; pydantic keeps that of the recipe itself apart, unless a part refers to it."""
     described: Schema = schema["$defs"].get(name, schema)
@@ -181,7 +215,7 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, tuple("---" for _ in head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

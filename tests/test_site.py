@@ -5,7 +5,7 @@ import io
 import re
 import runpy
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +36,7 @@ SMALLER = {"448": "32", "1152": "48", "512": "32", "256": "16", "8k": "256", "16
 """Sizes and lengths on pages, and those of the tiny model in their place."""
 ELSEWHERE = {
     "--throughput": "test_search_run.py",
+    "bench": "test_compress.py",
     "examples/custom_score.py": "test_custom_score.py",
     "examples/custom_loss.py": "test_examples.py",
 }
@@ -153,13 +154,12 @@ def test_what_is_run_elsewhere_is_run() -> None:
 
 
 @pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets folders stand for the built-in teacher and text, and makes every recipe small."""
     for module in (source, corpus):
         monkeypatch.setattr(module, "BUILT_IN", {})
     real = recipe.recipe_from
     monkeypatch.setattr(recipe, "recipe_from", lambda given=None, **settings: real(given, **settings | FEWER))
-    return
 
 
 def set_up(folder: Path) -> None:
