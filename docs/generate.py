@@ -20,6 +20,7 @@ from mkdocs.structure.pages import Page
 import minitron
 from minitron import recipe
 from minitron.cli import app
+from minitron.model.anatomy import AXES
 from minitron.model.families import FAMILIES
 
 VERBS = {
@@ -179,14 +180,15 @@ def families_page() -> str:
     rows = []
     for name, family in sorted(FAMILIES.items()):
         axes = dict.fromkeys(axis for tap in family.taps for axis in tap.axes)
-        names = [f"`{family.config_name(axis)}`" for axis in axes]
+        names = [f"`{AXES[axis]}`" for axis in axes]
         kinds = sorted({tap.kind for tap in family.taps if tap.kind})
         rows.append((f"`{name}`", ", ".join(names), ", ".join(kinds)))
     lines = [
         "# Families",
         "A family is the models of one `model_type` in `config.json`. Layers are dropped in every family. Which widths "
         "can be cut follows from the family's table; some are tied to each other by the config class, which `minitron "
-        "prune --dry-run` reports. `--family` reads a model of another `model_type` as one of these.",
+        "prune --dry-run` reports. Sizes have the names that recipes, options and `arch.json` use, whatever a family's "
+        "config calls them. `--family` reads a model of another `model_type` as one of these.",
         _table(("`model_type`", "Widths and counts that can be cut", "Kinds of layers"), rows),
     ]
     return "\n\n".join(lines) + "\n"
