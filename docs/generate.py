@@ -149,7 +149,8 @@ def accepted(field: Schema, classes: Schema) -> str:
         items = [accepted(item, classes) for item in field.get("prefixItems", [field.get("items", {})])]
         return f"a list of {items[0]}" if len(set(items)) == 1 else f"a list: {', '.join(items)}"
     if kind == "object":
-        return f"a mapping to {accepted(field['additionalProperties'], classes)}"
+        values = field.get("additionalProperties", True)
+        return "a mapping" if isinstance(values, bool) else f"a mapping to {accepted(values, classes)}"
     signs = (("exclusiveMinimum", ">"), ("minimum", "≥"), ("exclusiveMaximum", "<"), ("maximum", "≤"))
     bounds = [f"{sign} {_number(field[name])}" for name, sign in signs if name in field]
     names = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}

@@ -19,6 +19,7 @@ from minitron import cli, recipe
 from minitron.data import corpus
 from minitron.errors import UserError
 from minitron.model import source
+from minitron.stages import stages_of
 from minitron.verbs.inspect import split_sizes
 from tests.conftest import byte_tokenizer, make_model
 from tests.test_chat import TEMPLATE
@@ -125,7 +126,7 @@ def test_every_command_is_accepted(
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for block in blocks(page):
         if block.language == "yaml" and block.title:
-            recipe.recipe_from(None, teacher="teacher", **yaml.safe_load(block.text))
+            stages_of(recipe.recipe_from(None, teacher="teacher", **yaml.safe_load(block.text)))
             (tmp_path / block.title).write_text(block.text)
         for words in block.commands if block.language == "sh" else []:
             given = arguments(words)
@@ -159,7 +160,19 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (source, corpus):
         monkeypatch.setattr(module, "BUILT_IN", {})
     real = recipe.recipe_from
-    monkeypatch.setattr(recipe, "recipe_from", lambda given=None, **settings: real(given, **settings | FEWER))
+
+    def smaller(given: recipe.RecipeSource = None, **settings: Any) -> recipe.Recipe:
+        made = real(given, **settings | FEWER)
+        return made.model_copy(update={"stages": tuple(map(smaller_stage, made.stages))})
+
+    monkeypatch.setattr(recipe, "recipe_from", smaller)
+
+
+def smaller_stage(stage: dict[str, Any]) -> dict[str, Any]:
+    """Return a stage of a page's recipe with few tokens, and sizes of the tiny model."""
+    shape = {name: int(SMALLER.get(str(size), size)) for name, size in stage.get("shape", {}).items()}
+    changes: dict[str, Any] = {"distill": {"tokens": 128}, "context": 64 if "context" in stage else 32}
+    return {**stage, **changes, **({"shape": shape} if shape else {})}
 
 
 def set_up(folder: Path) -> None:
