@@ -177,7 +177,7 @@ def smaller_stage(stage: dict[str, Any]) -> dict[str, Any]:
 
 def set_up(folder: Path) -> None:
     """Make the built-in teacher and text of pages in a folder, in tiny."""
-    make_model(folder / "smollm2", "llama-tied")
+    make_model(folder / "smollm2", "llama-tied", num_hidden_layers=3)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "smollm2")
