@@ -25,18 +25,19 @@ from minitron.evaluation import measure
 from minitron.evaluation.agreement import Comparison, TeacherStates
 from minitron.evaluation.speed import TURNS, speed_up
 from minitron.files import read_json, require_space, write_json
+from minitron.history import record_step
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
-from minitron.model.config import config_values
 from minitron.model.language_model import load_model
 from minitron.progress import Progress, announce
-from minitron.pruning import prune, require_scores, write_importance
+from minitron.pruning import how_measured, prune, require_scores, write_importance
 from minitron.pruning.selection import kept_layers
 from minitron.recipe import Recipe, Target
 from minitron.reports.card import write_card
 from minitron.reports.html import write_report
+from minitron.reports.run_files import RunFiles
 from minitron.reports.series import write_series_report
-from minitron.run import Run, linked, open_run, teacher_of
+from minitron.run import Run, linked, open_run
 from minitron.session import Session, require_one_process
 from minitron.stages import IN_WORDS, STEPS, Stage, stages_of
 
@@ -92,7 +93,8 @@ def _cut(run: Run, session: Session) -> None:
     if not run.is_done("prune"):
         with run.stage("prune"):
             run.record["kept_layers"] = kept_layers(importance, source, arch).tolist()
-            prune(session, arch, importance, run.path("pruned"))
+            step = prune(session, arch, importance, run.path("pruned"))
+            record_step(run.path("pruned"), source.folder, step | {"measured": how_measured(session)})
     _train(run, session)
 
 
@@ -138,9 +140,7 @@ def _accompany(run: Run) -> None:
     """Write the model card and the report of a finished run where they are missing; a failure is a warning."""
     if run.path("student").exists() and not (run.path("student") / "README.md").exists():
         with courtesy("the model card"):
-            teacher = Arch.from_config(config_values(teacher_of(run.folder), run.record["recipe"]["family"]))
-            student = open_checkpoint(run.path("student")).arch
-            write_card(run.folder, run.record, teacher, student, read_json(run.path("eval.json")))
+            write_card(run.path("student"), open_checkpoint(run.path("student")).arch, RunFiles(run.folder))
     if not run.path("report.html").exists():
         with courtesy("report.html"):
             write_report(run.folder)

@@ -15,6 +15,7 @@ from typing import Any
 from minitron import __version__
 from minitron.errors import UserError
 from minitron.files import PARTIAL, read_json, whole_file, write_json
+from minitron.history import HISTORY
 from minitron.output import Output, visible
 from minitron.recipe import Recipe
 
@@ -145,7 +146,7 @@ class Run:
         Members of a series name each other by paths, which are changed to those that hold from then on.
         """
         if self._replaces:
-            for name in (RUN_RECORD, "report.html", "README.md"):
+            for name in (RUN_RECORD, "report.html", "README.md", HISTORY):
                 for path in self.folder.rglob(name):
                     text = path.read_text(encoding="utf-8").replace(str(self.folder), str(self._output.path))
                     with whole_file(path) as staging:

@@ -14,6 +14,7 @@ from minitron.data.blocks import Blocks
 from minitron.distillation import trainer
 from minitron.distillation.correction import recipe_of_correction
 from minitron.distillation.intermediate import kinds_compared
+from minitron.distillation.record import write_training
 from minitron.distillation.teacher import Learning, Live, Source, Teacher, require_states_folder, stored
 from minitron.distillation.trainer import Trainer, num_steps_of
 from minitron.errors import UserError
@@ -42,7 +43,8 @@ COMPILERS = ("g++", "clang++", "c++", "gcc", "clang", "cc")
 def distill(session: Session, pruned: Checkpoint, out: Path, work: Path) -> None:
     """Train a pruned model on the outputs of the session's teacher and write a Hugging Face folder at `out`.
 
-    `work` receives `metrics.jsonl` and `checkpoint/`, from which an interrupted run continues.
+    `work` receives `metrics.jsonl` and `checkpoint/`, from which an interrupted run continues. What the training did is
+    added to the history of the pruned model, in `out/minitron.json`.
 
     Raises:
         UserError: see `require_trainable`, `Trainer.distill` and `stored_teacher`.
@@ -57,7 +59,9 @@ def distill(session: Session, pruned: Checkpoint, out: Path, work: Path) -> None
             "teacher in memory, not its stored states (distill.teacher_states, lineage.stores_states)"
         )
     with _teacher_of(session) as teacher:
-        _trainer(session, teacher, recipe, work).distill(pruned, out)
+        trainer = _trainer(session, teacher, recipe, work)
+        trainer.distill(pruned, out)
+        write_training(out, trainer, session, pruned)
 
 
 def correct(session: Session, out: Path, work: Path) -> None:
@@ -67,7 +71,9 @@ def correct(session: Session, out: Path, work: Path) -> None:
     rate and warm-up follow the paper, see `recipe_of_correction`.
     """
     require_correctable(session)
-    _trainer(session, None, _recipe_of_correction(session), work).distill(session.teacher, out)
+    trainer = _trainer(session, None, _recipe_of_correction(session), work)
+    trainer.distill(session.teacher, out)
+    write_training(out, trainer, session, session.teacher)
 
 
 def require_trainable(session: Session, student: Arch, trial: DistillRecipe | None = None) -> None:

@@ -176,6 +176,12 @@ def kinds_compared(recipe: IntermediateRecipe, teacher: Arch, student: Arch) -> 
     return OF_DEEP_CUT if is_deep_cut else ()
 
 
+def pairs_compared(recipe: IntermediateRecipe, teacher: Arch, student: Arch) -> tuple[tuple[int, int], ...]:
+    """Return the pairs of layers that are compared: as given, or the third layer from the end of each model."""
+    depths = teacher.axis_size("layer"), student.axis_size("layer")
+    return recipe.layers or ((max(0, depths[0] - 3), max(0, depths[1] - 3)),)
+
+
 def relation_loss(teacher: Tensor, student: Tensor, num_heads: int) -> Tensor:
     """Return the KL of the student's relations from the teacher's, mean over heads, (B, T).
 
@@ -215,7 +221,7 @@ def compare_on_the_way(
     """
     sides = Side(teacher, teacher_arch), Side(student.model, student_arch)
     depths = teacher_arch.axis_size("layer"), student_arch.axis_size("layer")
-    pairs = recipe.layers or ((max(0, depths[0] - 3), max(0, depths[1] - 3)),)
+    pairs = pairs_compared(recipe, teacher_arch, student_arch)
     if wrong := [pair for pair in pairs if pair[0] >= depths[0] or pair[1] >= depths[1]]:
         raise UserError(
             f"distill.intermediate.layers {wrong[0][0]}:{wrong[0][1]}: the teacher has layers 0 to {depths[0] - 1}, "

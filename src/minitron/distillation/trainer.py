@@ -17,7 +17,7 @@ from torch import Tensor
 from minitron.data.blocks import Blocks, load_tokenizer
 from minitron.distillation.checkpoint import Trained, load_checkpoint, save_checkpoint
 from minitron.distillation.correction import RATE_WHILE_TEACHING, correction_rate
-from minitron.distillation.intermediate import Intermediate, compare_on_the_way, kinds_compared
+from minitron.distillation.intermediate import Intermediate, compare_on_the_way, kinds_compared, pairs_compared
 from minitron.distillation.metrics import Metrics, require_trackers
 from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import learning_rate, make_optimizer, take_step
@@ -33,7 +33,7 @@ from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import Headless, load_model
 from minitron.model.writing import write_model
 from minitron.progress import Progress
-from minitron.recipe import DistillRecipe
+from minitron.recipe import DistillRecipe, IntermediateRecipe
 from minitron.runtime import Runtime, World, stop_on_signals
 
 MOST_SKIPPED = 10
@@ -109,16 +109,26 @@ class Trainer:
         _Loop(self, student, models, Objective(self.teacher, recipe, runtime, intermediate)).run(until)
         return student
 
-    def _intermediate(self, student: Headless, pruned: Checkpoint) -> Intermediate | None:
+    def compared(self, pruned: Arch) -> IntermediateRecipe | None:
+        """Return the losses inside the layers, with what is compared and where; None: there are none.
+
+        Raises:
+            UserError: the recipe names some, and the teacher is not in memory.
+        """
         recipe = self.recipe.intermediate
         if not isinstance(self.teacher, Live):
             if recipe.of:
                 raise UserError("distill.intermediate needs the teacher in memory, not stored teacher outputs")
             return None
-        model, arch = self.teacher.headless.model, self.teacher.arch
-        if not (kinds := kinds_compared(recipe, arch, pruned.arch)):
+        if not (kinds := kinds_compared(recipe, self.teacher.arch, pruned)):
             return None
-        recipe = recipe.model_copy(update={"of": kinds})
+        return recipe.model_copy(update={"of": kinds, "layers": pairs_compared(recipe, self.teacher.arch, pruned)})
+
+    def _intermediate(self, student: Headless, pruned: Checkpoint) -> Intermediate | None:
+        recipe = self.compared(pruned.arch)
+        if recipe is None or not isinstance(self.teacher, Live):
+            return None
+        model, arch = self.teacher.headless.model, self.teacher.arch
         return compare_on_the_way(model, arch, student, pruned.arch, recipe, self.runtime.device)
 
 

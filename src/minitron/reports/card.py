@@ -1,144 +1,177 @@
-"""Writes the model card of a student: its origin, figures, shape, use and recipe."""
+"""Writes the model card of a model folder, from its history and, if a run made it, from the run's figures."""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
 
-from minitron.errors import courtesy
 from minitron.files import read_json, whole_file
+from minitron.history import HUB_ID, History, Step, bibtex_entries, history_of
 from minitron.model.arch import Arch
 from minitron.model.engines import ENGINES
 from minitron.recipe import data_in_words
-from minitron.reports.figures import Results, Rows, figures_table, speed_up_conditions
-from minitron.run import teacher_of
+from minitron.reports.figures import (
+    Rows,
+    figures_table,
+    speed_up_conditions,
+    tasks_conditions,
+    tasks_table,
+    versions_in_words,
+)
+from minitron.reports.run_files import RunFiles
+from minitron.reports.steps import cut_sizes, data_rows, in_order, model_name, step_table, step_title
+from minitron.reports.words import ethics_in_words, intended_use, licence_in_words, limits_in_words, origin_in_words
+
+CITATIONS = Path(__file__).with_name("citations.bib")
+"""The papers of the method; the last one is that of Mamba heads and their channels."""
+MAMBA_SIZES = ("mamba_num_heads", "mamba_head_dim")
 
 
-def write_card(run: Path, record: dict[str, Any], teacher: Arch, student: Arch, results: Results) -> None:
-    """Write `README.md` into the student's folder of a run, from what its `run.json` and `eval.json` hold."""
-    recipe, folder = record["recipe"], run / "student"
-    text = f"""---
-{_metadata(record, results, teacher_of(run))}
----
-
-# {_name(recipe)}, {student.num_parameters / 1e6:,.1f} M parameters
-
-A {student.model_type} model of {student.num_parameters:,} parameters, \
-{student.num_parameters / teacher.num_parameters:.1%} of its teacher `{recipe["teacher"]}`. The teacher was pruned by \
-the importance of its activations, and the smaller model was trained by distillation from the teacher on \
-{recipe["distill"]["tokens"]:,} tokens.
-
-## Figures
-
-{_markdown(figures_table(results))}
-
-{_conditions(record, results)}
-
-## Shape
-
-{_shapes(teacher, student)}
-
-## Use
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForCausalLM.from_pretrained("PATH")
-inputs = tokenizer("The capital of France is", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
-```
-
-This is a stock Hugging Face checkpoint of {_model_class(folder)}. {_engines(folder)}
-
-## Limits
-
-The model inherits the errors of its teacher, and was compared with it on the text above alone. Its training was \
-short: expect larger losses in knowledge and in rare languages than perplexity shows.
-
-## Recipe
-
-```json
-{json.dumps({"recipe": recipe, "versions": record["versions"], "sources": record["sources"]}, indent=2)}
-```
-"""
+def write_card(folder: Path, model: Arch, run: RunFiles | None = None) -> None:
+    """Write `README.md` into a model folder, from its `minitron.json`, and from the figures of the run that made it."""
+    history = history_of(folder)
+    steps = in_order(history)
+    sections = {
+        "How it was made": _made(steps),
+        "Training data": _training_data(steps),
+        "Evaluation": _evaluation(steps, run),
+        "Use": _use(folder),
+        "Intended use": intended_use(history),
+        "Limits": limits_in_words(steps, model),
+        "Ethical considerations": ethics_in_words(history, run.read("tasks.json") if run else None),
+        "Licence": licence_in_words(history),
+        "Citation": f"```bibtex\n{_citations(history, steps)}\n```",
+        "Recipe": _recipe(run.record) if run else "",
+    }
+    body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text)
+    size, unit = (model.num_parameters / 1e6, "M") if model.num_parameters >= 1e6 else (model.num_parameters / 1e3, "k")
+    title = f"# {_name(steps)}, {size:,.1f} {unit} parameters"
+    text = f"---\n{_metadata(history, steps, run)}\n---\n\n{title}\n\n{origin_in_words(history, model)}\n\n{body}\n"
     with whole_file(folder / "README.md") as staging:
         staging.write_text(text, encoding="utf-8")
 
 
-def _name(recipe: dict[str, Any]) -> str:
-    return str(recipe["teacher"]).rstrip("/").rsplit("/", 1)[-1]
+def _name(steps: list[Step]) -> str:
+    first = steps[0] if steps else {}
+    return model_name(first.get("of") or first.get("teacher") or "A model").rsplit("/", 1)[-1]
 
 
-def _metadata(record: dict[str, Any], results: Results, teacher: Path) -> str:
-    """Return the YAML that the Hub reads: licence and language of the teacher, figures of `eval.json`."""
+def _metadata(history: History, steps: list[Step], run: RunFiles | None) -> str:
+    """Return the YAML that the hub reads: origin, licence and language, data sets, and figures of `eval.json`."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    recipe, student = record["recipe"], results["student"]
-    sources = [recipe["data"]] if isinstance(recipe["data"], str) else list(recipe["data"])
-    dataset = {
-        "dataset_name": data_in_words(recipe["data"]),
-        "dataset_type": sources[0].partition(":")[0],
-        "dataset_split": "held out",
-        "dataset_args": {"context": student["context"], "num_tokens": student["num_tokens"], "seed": recipe["seed"]},
-    }
-    card = ModelCardData(
-        **_inherited(teacher / "README.md"),
-        base_model=recipe["teacher"] if _is_hub_id(recipe["teacher"]) else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["minitron", "pruned", "distilled"],
-        datasets=[source for source in sources if _is_hub_id(source)] or None,
-        model_name=_name(recipe),
-        eval_results=[
+    trainings = [step for step in steps if "data" in step]
+    sources = [source for step in trainings for source in _sources(step["data"])]
+    descends = history.base_model is not None and not any("random_seed" in step for step in history.steps)
+    done = {step["step"] for step in history.steps}
+    tags = {"pruned": "prune" in done, "distilled": "distill" in done}
+    figures: dict[str, Any] = {}
+    if run:
+        student, recipe = run.results["student"], run.record["recipe"]
+        dataset = {
+            "dataset_name": data_in_words(recipe["data"]),
+            "dataset_type": Path(_sources(recipe["data"])[0].partition(":")[0]).name,
+            "dataset_split": "held out",
+            "dataset_args": {
+                "context": student["context"],
+                "num_tokens": student["num_tokens"],
+                "seed": recipe["seed"],
+            },
+        }
+        results = [
             EvalResult("text-generation", metric_type=metric, metric_value=round(student[metric], 4), **dataset)
             for metric in ("perplexity", "bits_per_byte")
-        ],
+        ]
+        figures = {"model_name": _name(steps), "eval_results": results}
+    card = ModelCardData(
+        **history.card,
+        base_model=history.base_model if descends else None,
+        base_model_relation="finetune" if descends else None,  # the hub knows adapter, merge, quantized and finetune
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["minitron", *(tag for tag, is_true in tags.items() if is_true)],
+        datasets=list(dict.fromkeys(source.partition(":")[0] for source in sources if _is_on_hub(source))) or None,
+        **figures,
     )
     return str(card.to_yaml(line_break="\n")).strip()
 
 
-def _inherited(readme: Path) -> dict[str, Any]:
-    """Return licence and language of a teacher's card, as far as they can be read."""
-    from huggingface_hub.repocard import metadata_load
-
-    metadata: Any = None
-    if readme.is_file():
-        with courtesy(f"{readme}: the licence and language of the model card"):
-            metadata = metadata_load(readme)
-    keys = ("language", "license", "license_link", "license_name")
-    values = {key: metadata[key] for key in keys if key in metadata} if isinstance(metadata, dict) else {}
-    return {key: value for key, value in values.items() if isinstance(value, (str, list))}
+def _sources(data: Any) -> list[str]:
+    return [data] if isinstance(data, str) else list(data)
 
 
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name) is not None and not Path(name).exists()
+def _is_on_hub(source: str) -> bool:
+    return re.fullmatch(rf"{HUB_ID}(:[^:]+)*", source) is not None and not Path(source).exists()
 
 
-def _conditions(record: dict[str, Any], results: Results) -> str:
-    recipe, versions, student = record["recipe"], record["versions"], results["student"]
+def _made(steps: list[Step]) -> str:
+    if not steps:
+        return "The folder holds no `minitron.json`: how the model was made is not recorded."
+    parts = []
+    for step in steps:
+        parts.append(f"### {step_title(step)}\n\n{_markdown(step_table(step))}")
+        if step["step"] == "prune":
+            sizes = [[f"`{name}`", f"{old:,}", f"{new:,}"] for name, (old, new) in step["sizes"].items()]
+            parts.append(_markdown([["size", "before", "after"], *sizes]))
+    return "\n\n".join(parts)
+
+
+def _training_data(steps: list[Step]) -> str:
+    trainings = [step for step in steps if "data" in step]
+    if not trainings:
+        return "The model was not trained."
     return (
+        f"{_markdown(data_rows(trainings), 2)}\n\nTokens are those of the teacher's tokenizer. The text is repeated where "
+        "more tokens were processed than are unique."
+    )
+
+
+def _evaluation(steps: list[Step], run: RunFiles | None) -> str:
+    """Return the figures of the run with their conditions; without a run, what is known from the training alone."""
+    if run is None:
+        heldout = any(step.get("heldout") for step in steps)
+        known = " The held-out perplexity above followed the training; it is no final figure." if heldout else ""
+        return f"The model has not been evaluated on text that no stage has seen.{known}"
+    recipe, student = run.record["recipe"], run.results["student"]
+    conditions = (
         f"Measured on {student['num_tokens']:,} tokens of `{data_in_words(recipe['data'])}` that no other stage has "
-        f"seen, in blocks of {student['context']} tokens, seed {recipe['seed']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}. {speed_up_conditions(student)}"
+        f"seen, in blocks of {student['context']} tokens, seed {recipe['seed']}, "
+        f"{versions_in_words(run.record['versions'])}. {speed_up_conditions(student)}"
     ).rstrip()
+    parts = [_markdown(figures_table(run.results)), conditions]
+    if tasks := run.read("tasks.json"):
+        parts += [_markdown(tasks_table(tasks)), f"Benchmarks: {tasks_conditions(tasks)}."]
+    return "\n\n".join(parts)
 
 
-def _shapes(teacher: Arch, student: Arch) -> str:
-    rows = [["", "teacher", "student"]]
-    rows += [[f"`{name}`", f"{teacher.sizes[name]:,}", f"{size:,}"] for name, size in student.sizes.items()]
-    return _markdown(rows)
-
-
-def _markdown(rows: Rows) -> str:
-    head, *body = rows
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
-
-
-def _engines(folder: Path) -> str:
-    """Return which engines run the student and how, and which do not and why, as far as their sources were read."""
+def _use(folder: Path) -> str:
     config = read_json(folder / "config.json")
+    ask = 'inputs = tokenizer("The capital of France is", return_tensors="pt")'
+    if _has_chat_template(folder):
+        ask = (
+            'messages = [{"role": "user", "content": "What is the capital of France?"}]\n'
+            "inputs = tokenizer.apply_chat_template(\n"
+            '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n)'
+        )
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+model = AutoModelForCausalLM.from_pretrained("PATH")
+{ask}
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
+```
+
+This is a stock Hugging Face checkpoint of {config["architectures"][0]}. {_engines(config)}""".rstrip()
+
+
+def _has_chat_template(folder: Path) -> bool:
+    tokenizer = folder / "tokenizer_config.json"
+    return any(folder.glob("chat_template*")) or (tokenizer.is_file() and "chat_template" in read_json(tokenizer))
+
+
+def _engines(config: dict[str, Any]) -> str:
+    """Return which engines run the model and how, and which do not and why, as far as their sources were read."""
     running = [engine for engine in ENGINES if engine.runs(config)]
     parts = []
     if running:
@@ -151,5 +184,21 @@ def _engines(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _model_class(folder: Path) -> str:
-    return str(read_json(folder / "config.json")["architectures"][0])
+def _citations(history: History, steps: list[Step]) -> str:
+    """Return the BibTeX entries of the method and of the teacher."""
+    entries = bibtex_entries(CITATIONS.read_text(encoding="utf-8"))
+    cuts_mamba = any(name in cut_sizes(step) for step in steps for name in MAMBA_SIZES)
+    method = entries if cuts_mamba else entries[:-1]
+    return "\n\n".join(dict.fromkeys([*method, *bibtex_entries(history.citation)]))
+
+
+def _recipe(record: dict[str, Any]) -> str:
+    shown = {key: record[key] for key in ("recipe", "versions", "sources")}
+    return f"```json\n{json.dumps(shown, indent=2)}\n```"
+
+
+def _markdown(rows: Rows, num_texts: int = 1) -> str:
+    """Return a table, of which the first `num_texts` columns are text; without a head, all are."""
+    head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    rule = ["---" if i < num_texts or not any(head) else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])

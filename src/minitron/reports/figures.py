@@ -57,6 +57,12 @@ def speed_up_conditions(student: dict[str, Any]) -> str:
     )
 
 
+def versions_in_words(versions: dict[str, str]) -> str:
+    """Return the versions of the software that computes figures."""
+    names = ("minitron", "torch", "transformers")
+    return ", ".join(f"{name} {versions[name]}" for name in names if name in versions)
+
+
 def ratio_in_words(ratio: dict[str, float]) -> str:
     """Return the median of some ratios, and their range."""
     return f"{ratio['median']:.2f}× ({ratio['low']:.2f}–{ratio['high']:.2f})"

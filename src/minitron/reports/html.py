@@ -23,9 +23,11 @@ from minitron.reports.figures import (
     speed_up_in_words,
     tasks_conditions,
     tasks_table,
+    versions_in_words,
 )
 from minitron.reports.page import note, panels, stacked, table, write_page
 from minitron.reports.run_files import RunFiles
+from minitron.reports.steps import in_order, step_table, step_title
 
 NUM_UNTRAINED_SHOWN = 12
 PREFERS_WIDTH = 16 * 10**9
@@ -83,6 +85,7 @@ def _sections(run: RunFiles) -> Iterator[tuple[str, str]]:
     for heading, file, rows, conditions in LATER_MEASUREMENTS:
         if measured := run.read(file):
             yield heading, table(rows(measured)) + note(conditions(measured))
+    yield "How it was made", _steps(run)
     yield "Shape", _shape(run)
     yield "Importance", _importance(run)
     yield "Search", _search(run)
@@ -98,14 +101,23 @@ def _stages(run: RunFiles) -> str:
     return table([["stage", "state", "seconds"], *rows]) if rows else ""
 
 
+def _steps(run: RunFiles) -> str:
+    return "".join(
+        f"<h3>{html.escape(step_title(step))}</h3>{table(step_table(step), style='facts')}"
+        for step in in_order(run.history)
+    )
+
+
 def _conditions(run: RunFiles, prefix: str = "") -> str:
     if run.made is None:
         return ""
     measured, record = run.made, run.record
-    return note(
+    versions = f", {versions_in_words(record['versions'])}" if "versions" in record else ""
+    text = (
         f"{prefix}{measured['num_tokens']:,} tokens of {data_in_words(record['recipe']['data'])} that no other stage "
-        f"has seen, context {measured['context']}, seed {record['seed']}. {speed_up_conditions(measured)}".rstrip()
+        f"has seen, context {measured['context']}, seed {record['seed']}{versions}. {speed_up_conditions(measured)}"
     )
+    return note(text.rstrip())
 
 
 def _shape(run: RunFiles) -> str:

@@ -22,6 +22,7 @@ pre { background: #f6f6f6; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: .5rem; }
 .texts td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 11rem; font-size: .9rem; }
 .texts th { text-align: left; }
+.facts td { text-align: left; overflow-wrap: anywhere; } .facts td:first-child { width: 11rem; color: #555; }
 @media print { body { margin: 0; max-width: none; } pre { white-space: pre-wrap; } h2 { break-after: avoid; }
   svg, tr { break-inside: avoid; } }
 """

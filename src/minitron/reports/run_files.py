@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from minitron.errors import UserError
 from minitron.files import read_json, read_jsonl
+from minitron.history import HISTORY, History, history_of
 from minitron.model.arch import Arch
 from minitron.model.config import config_values
-from minitron.run import teacher_of
+from minitron.run import linked, teacher_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,13 @@ class RunFiles:
     def made(self) -> dict[str, Any] | None:
         """Figures of the model that the run has made, a student or a corrected teacher; None before it is measured."""
         return self.results.get("student") or self.results.get("corrected")
+
+    @property
+    def history(self) -> History:
+        """How the student, the corrected teacher or the pruned model was made, whichever there is; empty before."""
+        folders = [linked(self.folder, name) for name in ("student", "corrected", "pruned")]
+        made = [folder for folder in folders if (folder / HISTORY).is_file()]
+        return history_of(made[0]) if made else History()
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:

@@ -35,8 +35,9 @@ def prune(
         UserError: several of these are given, or the shape cannot be cut out of the teacher.
     """
     from minitron import nas, pruning
+    from minitron.history import record_step
     from minitron.output import Output
-    from minitron.pruning import measure_importance, read_importance
+    from minitron.pruning import how_measured, measure_importance, read_how_measured, read_importance
     from minitron.recipe import recipe_from
     from minitron.verbs.inspect import plan, read_arch, split_sizes
     from minitron.verbs.workspace import open_session
@@ -75,7 +76,10 @@ def prune(
         elif sizes:
             chosen = nas.ranked_shape(session, scores, sizes)
         write = pruning.write_random if random else pruning.prune
-        write(session, chosen, scores, work / "pruned")
+        step = write(session, chosen, scores, work / "pruned")
+        if not random:
+            step["measured"] = read_how_measured(Path(importance)) if importance else how_measured(session)
+        record_step(work / "pruned", source.folder, step)
         if is_given:
             nas.warn_of_order(source, chosen, read_json(work / "pruned" / "config.json"))
         output.publish(work / "pruned")

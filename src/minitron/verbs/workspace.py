@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minitron.errors import UserError
+from minitron.errors import UserError, courtesy
 from minitron.files import empty_folder, read_json, write_json
+from minitron.model.checkpoint import open_checkpoint
 from minitron.output import Output
 from minitron.pruning import require_scores
 from minitron.recipe import Recipe
+from minitron.reports.card import write_card
 from minitron.run import RUN_RECORD, local_inputs, teacher_of
 from minitron.session import Session
 
@@ -66,12 +68,14 @@ def resumable(session: Session, out: Output, verb: str, sources: list[str]) -> I
 
 
 def publish_student(session: Session, work: Path, out: Output) -> None:
-    """Move the finished student to its place, with the curves of its training beside the weights."""
+    """Move the finished student to its place, with its model card and the curves of its training beside the weights."""
     if not session.runtime.world.is_main:
         return
     shutil.copyfile(work / "metrics.jsonl", work / "student" / "metrics.jsonl")
     if (work / "tensorboard").exists():
         shutil.copytree(work / "tensorboard", work / "student" / "tensorboard")
+    with courtesy("the model card"):
+        write_card(work / "student", open_checkpoint(work / "student").arch)
     out.publish(work / "student")
 
 
