@@ -21,6 +21,7 @@ from minitron.nas.probes import probes
 from minitron.nas.shapes import Shapes, every_shape
 from minitron.recipe import BudgetRecipe, SearchRecipe
 from minitron.reports.card import write_card
+from minitron.reports.run_files import RunFiles
 from tests.conftest import make_model
 
 LONGROPE = {
@@ -204,8 +205,10 @@ def test_the_card_names_the_engines_that_run_the_student(
     figures = {"num_parameters": 1, "num_non_embedding_parameters": 1, "perplexity": 2.0, "bits_per_byte": 1.0}
     figures |= {"num_tokens": 9, "context": 9, "tokens_per_second": 1.0}
     recipe = {"teacher": "t", "data": "wiki", "distill": {"tokens": 1}, "seed": 0}
-    record = {"recipe": recipe, "versions": {"torch": "1", "transformers": "1"}, "sources": {}}
-    write_card(tmp_path, record, shape, shape, {"teacher": figures, "student": figures})
+    record = {"recipe": recipe, "versions": {"torch": "1", "transformers": "1"}, "sources": {}, "stages": {}}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    (tmp_path / "eval.json").write_text(json.dumps({"teacher": figures, "student": figures}))
+    write_card(tmp_path / "student", shape, RunFiles(tmp_path))
     card = (tmp_path / "student" / "README.md").read_text()
     assert all(text in card for text in present)
     assert not any(text in card for text in absent)

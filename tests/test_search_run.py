@@ -16,6 +16,7 @@ from minitron import calibrate, nas, pipeline, prune, search
 from minitron.errors import UserError
 from minitron.evaluation.speed import Speed, measure_speed
 from minitron.files import write_jsonl
+from minitron.history import history_of
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.nas import shapes_within, trial, zero_shot
@@ -408,6 +409,11 @@ def test_each_member_of_a_series_is_cut_out_of_the_next_larger_one(series: Path,
     record = json.loads((series / "0.7" / "run.json").read_text())
     assert record["sources"]["larger"] == open_checkpoint(series / "0.85" / "student").fingerprint()
     assert record["sources"]["teacher"] == open_checkpoint(place / "model").fingerprint()
+    steps = [(step["step"], step.get("of")) for step in history_of(series / "0.7" / "student").steps]
+    larger_student = str(series / "0.85" / "student")
+    assert steps == [("prune", str(place / "model")), ("distill", None), ("prune", larger_student), ("distill", None)]
+    assert "| cut from | 0.85/student, " in (series / "0.7" / "student" / "README.md").read_text()
+    assert "0.85/student" not in (series / "0.85" / "student" / "README.md").read_text()
     page = (series / "report.html").read_text()
     assert "once" in page
     assert '<a href="0.55/report.html">' in page

@@ -121,7 +121,7 @@ def _training_data(steps: list[Step]) -> str:
     if not trainings:
         return "The model was not trained."
     return (
-        f"{_markdown(data_rows(trainings), 2)}\n\nTokens are those of the teacher's tokenizer. The text is repeated where "
+        f"{_markdown(data_rows(trainings), 2)}\n\nTokens are those of the tokenizer. The text is repeated where "
         "more tokens were processed than are unique."
     )
 

@@ -28,6 +28,7 @@ from minitron.reports.figures import (
 from minitron.reports.page import note, panels, stacked, table, write_page
 from minitron.reports.run_files import RunFiles
 from minitron.reports.steps import in_order, step_table, step_title
+from minitron.reports.words import licence_name
 
 NUM_UNTRAINED_SHOWN = 12
 PREFERS_WIDTH = 16 * 10**9
@@ -102,10 +103,18 @@ def _stages(run: RunFiles) -> str:
 
 
 def _steps(run: RunFiles) -> str:
-    return "".join(
+    """Return what every step did, and the ancestor and licence that the student inherits."""
+    history = run.history
+    if not history.steps:
+        return ""
+    parts = [
         f"<h3>{html.escape(step_title(step))}</h3>{table(step_table(step), style='facts')}"
-        for step in in_order(run.history)
+        for step in in_order(history)
+    ]
+    origin = (
+        f"Ancestor on the hub: {history.base_model or 'none known'}. Licence: {licence_name(history) or 'unknown'}."
     )
+    return "".join(parts) + note(origin)
 
 
 def _conditions(run: RunFiles, prefix: str = "") -> str:

@@ -106,7 +106,7 @@ def loss_in_words(step: Step) -> str:
 
 def _random_rows(step: Step) -> Rows:
     before, after = step["num_parameters"]
-    shape = f"a shape that could be cut from `{model_name(step['of'])}`: {after:,} of {before:,} parameters"
+    shape = f"a shape that could be cut from {model_name(step['of'])}: {after:,} of {before:,} parameters"
     return [["shape", shape], ["weights", f"random, seed {step['random_seed']}; none are the teacher's"]]
 
 
@@ -115,7 +115,7 @@ def _pruning_rows(step: Step) -> Rows:
     cut = cut_sizes(step)
     kept, depth = step["kept_layers"], step["sizes"][AXES["layer"]][0]
     rows = [
-        ["cut from", f"`{model_name(step['of'])}`, {before:,} parameters"],
+        ["cut from", f"{model_name(step['of'])}, {before:,} parameters"],
         ["parameters", f"{after:,}, {after / before:.1%}"],
         ["sizes cut", ", ".join(f"{name} {old:,} → {new:,}" for name, (old, new) in cut.items()) or "none"],
         ["layers kept", f"all {depth}" if len(kept) == depth else f"{_spans(kept)} of 0–{depth - 1}"],
@@ -161,7 +161,7 @@ def _matching_rows(step: Step) -> Rows:
     corrected = any(each["step"] == "correct" for each in step["teacher_steps"])
     before = "; trained on the text before (correction)" if corrected else ""
     return [
-        ["teacher", f"`{model_name(step['teacher'])}`{before}{learns}"],
+        ["teacher", f"{model_name(step['teacher'])}{before}{learns}"],
         ["teacher outputs", step["teacher_outputs"]],
         ["loss", loss_in_words(step)],
         ["label loss", f"{weight:g} × cross-entropy of the text's own next tokens" if weight else "none"],

@@ -96,16 +96,20 @@ def ethics_in_words(history: History, tasks: dict[str, Any] | None) -> str:
     )
 
 
+def licence_name(history: History) -> str:
+    """Return the name of the licence that the model inherits; empty where none is known."""
+    name = history.card.get("license_name") or history.card.get("license", "")
+    return name if isinstance(name, str) else ", ".join(name)
+
+
 def licence_in_words(history: History) -> str:
     """Return the licence that the model inherits, or that none is known."""
-    card = history.card
-    if "license" not in card:
+    card, name = history.card, licence_name(history)
+    if not name:
         return (
             "The teacher states no licence that could be read. Find out which terms hold for the teacher before this "
             "model is passed on: they hold for this model, too."
         )
-    name = card.get("license_name") or card["license"]
-    name = name if isinstance(name, str) else ", ".join(name)
     link = f" ({card['license_link']})" if "license_link" in card else ""
     is_random = any("random_seed" in step for step in history.steps)
     share = "tokenizer and outputs" if is_random else "weights"
