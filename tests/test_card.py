@@ -141,10 +141,10 @@ def test_a_pruned_folder_has_a_history_and_no_card(place: Path) -> None:
 
 
 def test_importance_from_a_file_is_described_as_it_was_measured(place: Path) -> None:
-    settings = {"data": str(place / "text.txt"), "context": 32, "device": "cpu"}
-    scored = {"tokens": 256, "sequence": "l2"}
+    settings: dict[str, Any] = {"data": str(place / "text.txt"), "context": 32, "device": "cpu"}
+    scored: dict[str, Any] = {"tokens": 256, "sequence": "l2"}
     minitron.calibrate(place / "model", place / "scores", calibration=scored, **settings)
-    sizes = {"intermediate_size": 32, "importance": place / "scores"}
+    sizes: dict[str, Any] = {"intermediate_size": 32, "importance": place / "scores"}
     minitron.prune(place / "model", place / "cut", **sizes, calibration={"tokens": 512}, **settings)
     importance = dict(step_table(history_of(place / "cut").steps[-1]))["importance"]
     assert "l2 over tokens" in importance
@@ -154,7 +154,7 @@ def test_importance_from_a_file_is_described_as_it_was_measured(place: Path) -> 
 
 def a_step(**changes: Any) -> dict[str, Any]:
     """Return a distillation as `distill` records it."""
-    step = {
+    step: dict[str, Any] = {
         "step": "distill", "teacher": "t", "teacher_steps": [], "loss": "forward_kl", "beta": None, "temperature": 1.0,
         "top_k": None, "label_weight": 0.0, "intermediate": None, "teacher_learns": None,
         "teacher_outputs": "in memory", "trains": "full", "lora_rank": None, "learning_rate": 1e-3,
