@@ -94,7 +94,7 @@ def _cut(run: Run, session: Session) -> None:
         with run.stage("prune"):
             run.record["kept_layers"] = kept_layers(importance, source, arch).tolist()
             step = prune(session, arch, importance, run.path("pruned"))
-            record_step(run.path("pruned"), source.folder, step | {"measured": how_measured(session)})
+            record_step(run.path("pruned"), session.source.folder, step | {"measured": how_measured(session)})
     _train(run, session)
 
 

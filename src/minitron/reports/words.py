@@ -30,7 +30,7 @@ def origin_in_words(history: History, model: Arch) -> str:
         return f"{kind}{', a teacher trained further on text,' if corrected else ''} {learnt}.{descent}"
     last = prunings[-1]
     whole, source = prunings[0]["num_parameters"][0], model_name(last["of"])
-    first = model_name(history.steps[0].get("of", prunings[0]["of"]))
+    first = model_name(history.steps[0].get("of") or prunings[0]["of"])
     share = f"{model.num_parameters / whole:.1%} of the parameters of `{first}`"
     if "random_seed" in last:
         return f"{kind}, {share}. It began with random weights and was {learnt}.{descent}"
