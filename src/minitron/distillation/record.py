@@ -79,5 +79,5 @@ def _matching(trainer: Trainer, session: Session, student: Arch) -> dict[str, An
         "label_weight": recipe.label_weight,
         "intermediate": compared.model_dump() if compared else None,
         "teacher_learns": learning,
-        "teacher_outputs": "in memory" if isinstance(teacher, Live) else stored,
+        "teacher_outputs": "computed during training" if isinstance(teacher, Live) else stored,
     }
