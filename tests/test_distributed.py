@@ -327,3 +327,50 @@ def test_a_run_killed_on_two_processes_continues_on_one(
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
     assert [json.loads(row)["step"] for row in rows[0]] == [json.loads(row)["step"] for row in rows[1]]
     assert not list(tmp_path.glob(".*"))
+
+
+STAGES = """
+stages:
+  - {name: corrected, correct: true, distill: {tokens: 256}}
+  - {name: searched, target_params: 0.7, distill: {tokens: 1280}}
+  - {name: longer, context: 64, distill: {tokens: 512}}
+calibration: {tokens: 512}
+search: {tokens: 256, shortlist: 2, zero_shot: 4, zero_shot_tokens: 64, probe_tokens: 0, distill_tokens: 0}
+distill: {batch_size: 4, checkpoint_seconds: 0}
+evaluation: {tokens: 256}
+"""
+
+
+def test_compress_takes_the_stages_of_one_process_on_two(
+    models: tuple[Path, Path], tmp_path: Path, text_file: Path
+) -> None:
+    """Also where the first process is killed in a step of the second stage, and the command is run again."""
+    (tmp_path / "recipe.yaml").write_text(STAGES)
+    options = [
+        "--data",
+        str(text_file),
+        "--context",
+        "32",
+        "--device",
+        "cpu",
+        "--recipe",
+        str(tmp_path / "recipe.yaml"),
+    ]
+    verbs = {name: ["compress", str(models[0]), str(tmp_path / name), *options] for name in ("one", "two")}
+    codes, log = on_two_ranks(["minitron", *verbs["two"]], tmp_path / "log", kill_at=6)  # 2 steps correct the teacher
+    assert codes[0] == -signal.SIGKILL, log[-2000:]
+    state = tmp_path / "two" / "searched" / "checkpoint" / "state.json"
+    assert json.loads(state.read_text())["step"] == 3
+    codes, log = on_two_ranks(["minitron", *verbs["two"]], tmp_path / "log")
+    assert codes == [0, 0], log[-2000:]
+    cli.app(verbs["one"], standalone_mode=False)
+    for name, of in (("corrected", "corrected"), ("searched", "student"), ("longer", "student")):
+        one, two = (tmp_path / run / name for run in ("one", "two"))
+        torch.testing.assert_close(losses(two), losses(one), rtol=1e-4, atol=0)
+        assert open_checkpoint(one / of).arch.sizes == open_checkpoint(two / of).arch.sizes
+        figures = [json.loads((run / "eval.json").read_text()) for run in (one, two)]
+        assert figures[1][of]["perplexity"] == pytest.approx(figures[0][of]["perplexity"], rel=1e-4)
+        steps = json.loads((two / "run.json").read_text())["stages"]
+        assert {step["state"] for step in steps.values()} == {"done"}
+    assert (tmp_path / "two" / "report.html").exists()
+    assert not list(tmp_path.glob("two/.*"))

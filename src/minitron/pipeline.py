@@ -3,6 +3,8 @@
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +40,8 @@ from minitron.reports.html import write_report
 from minitron.reports.run_files import RunFiles
 from minitron.reports.series import write_series_report
 from minitron.run import Run, linked, open_run
-from minitron.session import Session, require_one_process
+from minitron.runtime import World, joined_world, resolve_device
+from minitron.session import Session
 from minitron.stages import IN_WORDS, STEPS, Stage, stages_of
 
 STATES = "teacher-states"
@@ -51,47 +54,55 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
     """Make a smaller model of the recipe's teacher in the run directory `out`; return what `eval.json` holds.
 
     A finished run is read; an interrupted one continues after its last finished step, or inside search, distillation
-    or evaluation.
+    or evaluation. Of the processes of torchrun, all search and train, and the main one does the rest.
 
     Raises:
         UserError: something asked for cannot be done; nothing is left behind that was not finished.
     """
-    require_one_process()
     require_scores(recipe)
-    return _take_stage(Stage(out.name, recipe), out, overwrite)
+    with joined_world(resolve_device(recipe.device)) as world:
+        return _take_stage(Stage(out.name, recipe), out, overwrite, world=world)
 
 
-def _take_stage(stage: Stage, out: Path, overwrite: bool = False, larger: Path | None = None) -> dict[str, Any]:
+def _take_stage(
+    stage: Stage, out: Path, overwrite: bool = False, *, world: World, larger: Path | None = None
+) -> dict[str, Any]:
     """Take all steps of a stage in the run directory `out`; `larger` is the student that it starts from."""
-    with open_run(out, stage.recipe, overwrite) as run:
+    with open_run(out, stage.recipe, overwrite, follows=not world.is_main) as run:
+        run.share(world)
         if not all(map(run.is_done, STEPS[stage.kind])):
             take = {"cut": _cut, "distill": _distill_further, "correct": _correct}[stage.kind]
-            take(run, Session(stage.recipe, larger))
-            shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
-            run.path("report.html").unlink(missing_ok=True)  # a page that was written while the run was under way
-        _accompany(run)
-        run.publish()
+            take(run, Session(stage.recipe, larger, world))
+            if world.is_main:
+                shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
+                run.path("report.html").unlink(missing_ok=True)  # a page that was written while the run was under way
+        if world.is_main:
+            _accompany(run)
+            run.publish()
+        run.share(world)
     return dict(read_json(run.path("eval.json")))
 
 
 def _cut(run: Run, session: Session) -> None:
     """Cut a student and distil it."""
-    session.validate()
+    session.validate(one_process=False)
     require_trainable(session, session.source.arch)
     shapes, budget = nas.shapes_within(session)
     session.require_one_reading()
     _begin(run, session, int(shapes.figures["num_parameters"].max()))
-    if not run.is_done("calibrate"):
-        with run.stage("calibrate"):
+    with _step(run, session, "calibrate", on_main=True) as is_taken:
+        if is_taken:
             write_importance(run.folder, session, nas.removed_layers(shapes))
     importance = load_file(run.path("importance.safetensors"))
-    if not run.is_done("search"):
-        with run.stage("search"):
-            write_json(run.path("arch.json"), nas.search(session, importance, shapes, budget, run.folder).to_dict())
+    with _step(run, session, "search") as is_taken:
+        if is_taken:
+            arch = nas.search(session, importance, shapes, budget, run.folder)
+            if session.runtime.world.is_main:
+                write_json(run.path("arch.json"), arch.to_dict())
     source = session.source.arch
     arch = Arch.from_dict(read_json(run.path("arch.json")), source)
-    if not run.is_done("prune"):
-        with run.stage("prune"):
+    with _step(run, session, "prune", on_main=True) as is_taken:
+        if is_taken:
             run.record["kept_layers"] = kept_layers(importance, source, arch).tolist()
             step = prune(session, arch, importance, run.path("pruned"))
             record_step(run.path("pruned"), session.source.folder, step | {"measured": how_measured(session)})
@@ -100,40 +111,54 @@ def _cut(run: Run, session: Session) -> None:
 
 def _distill_further(run: Run, session: Session) -> None:
     """Distil a student further, its shape as it is."""
-    session.validate()
+    session.validate(one_process=False)
     require_trainable(session, session.source.arch)
     session.require_one_reading()
     _begin(run, session, session.source.arch.num_parameters)
-    write_json(run.path("arch.json"), session.source.arch.to_dict())
-    run.link("pruned", session.source.folder)
+    if session.runtime.world.is_main:
+        write_json(run.path("arch.json"), session.source.arch.to_dict())
+        run.link("pruned", session.source.folder)
+    run.share(session.runtime.world)
     _train(run, session, start="before")
 
 
 def _correct(run: Run, session: Session) -> None:
     """Train the teacher itself on the text."""
-    session.validate()
+    session.validate(one_process=False)
     require_correctable(session)
     session.require_one_reading()
     _begin(run, session, session.teacher.arch.num_parameters)
-    if not run.is_done("distill"):
-        with run.stage("distill"):
+    with _step(run, session, "distill") as is_taken:
+        if is_taken:
             _record_resumption(run, session)
             correct(session, run.path("corrected"), work=run.folder)
-    if not run.is_done("evaluate"):
-        with run.stage("evaluate"):
-            _evaluate(run, session, {"teacher": session.teacher.folder, "corrected": run.path("corrected")})
+    _evaluate(run, session, {"teacher": session.teacher.folder, "corrected": run.path("corrected")})
 
 
 def _train(run: Run, session: Session, start: str = "pruned") -> None:
     """Distil the pruned model and measure it; `start` is the name of the pruned model among the figures."""
     pruned, student = linked(run.folder, "pruned"), run.path("student")
-    if not run.is_done("distill"):
-        with run.stage("distill"):
+    with _step(run, session, "distill") as is_taken:
+        if is_taken:
             _record_resumption(run, session)
             distill(session, open_checkpoint(pruned), student, work=run.folder)
-    if not run.is_done("evaluate"):
-        with run.stage("evaluate"):
-            _evaluate(run, session, {"teacher": session.teacher.folder, start: pruned, "student": student})
+    _evaluate(run, session, {"teacher": session.teacher.folder, start: pruned, "student": student})
+
+
+@contextmanager
+def _step(run: Run, session: Session, name: str, *, on_main: bool = False) -> Iterator[bool]:
+    """Record a step while the block runs, in which all processes take it, or with `on_main` the main one alone.
+
+    The block receives whether this process has to take the step, which may be done already. The processes wait for
+    each other at its end.
+    """
+    world = session.runtime.world
+    if run.is_done(name) or (on_main and not world.is_main):
+        yield False
+    else:
+        with run.stage(name):
+            yield True
+    run.share(world)
 
 
 def _accompany(run: Run) -> None:
@@ -156,7 +181,6 @@ def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
     Raises:
         UserError: the targets do not fall; or see `compress` and `stages_of`.
     """
-    require_one_process()
     stages = stages_of(recipe)
     for stage in stages:
         require_scores(stage.recipe)
@@ -164,26 +188,32 @@ def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
         _require_falling(recipe.target_params, Session(recipe))
     figures: dict[str, Any] = {}
     made = Made()
-    with open_run(out, recipe, overwrite) as run:
+    with (
+        joined_world(resolve_device(recipe.device)) as world,
+        open_run(out, recipe, overwrite, follows=not world.is_main) as run,
+    ):
         run.begin()
+        run.share(world)
         for number, stage in enumerate(stages, 1):
             folder, member = run.path(stage.name), _member(stage, run, made)
             if not run.is_done(stage.name):
                 announce(f"{number} of {len(stages)}: {stage.name}, {IN_WORDS[stage.kind]}")
                 with run.stage(stage.name):
                     if made.student is None:
-                        _store_teacher_once(run, member)
+                        _store_teacher_once(run, member, world)
                     larger = None if _is_taught_by_it(stage) else made.student
-                    _take_stage(replace(stage, recipe=member), folder, larger=larger)
+                    _take_stage(replace(stage, recipe=member), folder, world=world, larger=larger)
+            run.share(world)
             figures[stage.name] = read_json(folder / "eval.json")
             if stage.kind == "correct":
                 made = replace(made, teacher=folder / "corrected")
             else:
                 made = replace(made, student=folder / "student")
-        shutil.rmtree(run.path(STATES), ignore_errors=True)
-        with courtesy("report.html"):
-            write_series_report(run.folder)
-        run.publish()
+        if world.is_main:
+            shutil.rmtree(run.path(STATES), ignore_errors=True)
+            with courtesy("report.html"):
+                write_series_report(run.folder)
+            run.publish()
     return figures
 
 
@@ -204,6 +234,7 @@ def _begin(run: Run, session: Session, num_parameters: int) -> None:
         require_space(run.folder, 2 * session.teacher.num_bytes + 2 * 12 * num_parameters)
     run.begin()
     run.link("teacher", session.teacher.folder)
+    run.share(session.runtime.world)
 
 
 def _record_resumption(run: Run, session: Session) -> None:
@@ -216,7 +247,14 @@ def _record_resumption(run: Run, session: Session) -> None:
 
 
 def _evaluate(run: Run, session: Session, models: dict[str, Path]) -> None:
-    """Measure models, by name, on the blocks that no other stage has seen; results go to `eval.json` one by one.
+    """Measure models, by name, on the blocks that no other stage has seen; see `_measure`."""
+    with _step(run, session, "evaluate", on_main=True) as is_taken:
+        if is_taken:
+            _measure(run, session, models)
+
+
+def _measure(run: Run, session: Session, models: dict[str, Path]) -> None:
+    """Measure models, by name; results go to `eval.json` one by one.
 
     The first model is the teacher. The others are compared with its last hidden states, so that one model is in memory
     at a time. After an interruption the teacher runs again for its states; what has been measured stays.
@@ -297,15 +335,15 @@ def _stores_states(recipe: Recipe) -> bool:
     return recipe.lineage.stores_states and distill.teacher_states is None and not runs_along
 
 
-def _store_teacher_once(run: Run, member: Recipe) -> None:
+def _store_teacher_once(run: Run, member: Recipe, world: World) -> None:
     """Run the teacher over the text before its first student is made, and record the time."""
     states = member.distill.teacher_states
     if states != str(run.path(STATES)):
         return
-    session, started = Session(member), time.monotonic()
+    session, started = Session(member, world=world), time.monotonic()
     stored_teacher(session, Path(states), session.splits.train, member.distill)
     cost = {"tokens": session.splits.train.num_tokens, "seconds": round(time.monotonic() - started, 2)}
-    if not run.path("teacher.json").exists():
+    if world.is_main and not run.path("teacher.json").exists():
         write_json(run.path("teacher.json"), cost)
 
 

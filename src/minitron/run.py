@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron import __version__
 from minitron.errors import UserError
@@ -18,6 +18,9 @@ from minitron.files import PARTIAL, read_json, whole_file, write_json
 from minitron.history import HISTORY
 from minitron.output import Output, visible
 from minitron.recipe import Recipe
+
+if TYPE_CHECKING:
+    from minitron.runtime import World
 
 PACKAGES = ("torch", "transformers", "safetensors", "numpy", "datasets")
 
@@ -30,11 +33,12 @@ RUN_RECORD = "run.json"
 class Run:
     """An open run directory; no file of the run is created before `begin`.
 
-    A run that replaces another lies in a hidden folder of that one's run directory until it is finished.
+    A run that replaces another lies in a hidden folder of that one's run directory until it is finished. Of the
+    processes of torchrun the main one writes; in the others a run `follows` it, and knows what `share` has handed over.
     """
 
-    def __init__(self, output: Output, recipe: Recipe, *, replaces: bool = False) -> None:
-        self._output, self._replaces = output, replaces
+    def __init__(self, output: Output, recipe: Recipe, *, replaces: bool = False, follows: bool = False) -> None:
+        self._output, self._replaces, self._follows = output, replaces, follows
         self.folder = output.hidden("overwrite") if replaces else output.path
         self._fresh: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
@@ -44,8 +48,12 @@ class Run:
             "stages": {},
         }
         self.record, self._is_new = self._fresh, not self.is_begun
-        if self.is_begun:
+        if self.is_begun and not follows:
             self._continue()
+
+    def share(self, world: "World") -> None:
+        """Hand the state of the run over to the processes that follow, once all processes have come this far."""
+        self.folder, self.record = world.gather((self.folder, self.record))[0]
 
     def _continue(self) -> None:
         """Read the record of a run that has begun; a replacement with another recipe is begun again.
@@ -108,6 +116,8 @@ class Run:
         Raises:
             UserError: the input has changed since.
         """
+        if self._follows:
+            return
         if self.record["sources"].setdefault(source, fingerprint) == fingerprint:
             return
         if not self._replaces:
@@ -116,6 +126,8 @@ class Run:
 
     def begin(self) -> None:
         """Create the folder; call it after the inputs are checked."""
+        if self._follows:
+            return
         if self._replaces and not self.record["stages"]:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -123,13 +135,16 @@ class Run:
 
     def save(self) -> None:
         """Write `run.json`."""
-        write_json(self.record_path, self.record)
+        if not self._follows:
+            write_json(self.record_path, self.record)
 
     def link(self, name: str, model: Path) -> None:
         """Let `name` in the run be a link to a model's folder, or a file with its path where no link can be made.
 
         Within a series, the link to another student is relative: it is valid after the series has been moved.
         """
+        if self._follows:
+            return
         link, target, series = self.path(name), model.resolve(), self.folder.resolve().parent
         if link.is_symlink() or link.exists():
             return
@@ -169,8 +184,10 @@ class Run:
 
 
 @contextmanager
-def open_run(folder: Path, recipe: Recipe, overwrite: bool) -> Iterator[Run]:
+def open_run(folder: Path, recipe: Recipe, overwrite: bool, *, follows: bool = False) -> Iterator[Run]:
     """Start a run in a new or empty folder, or continue the run of an equal recipe, and hold the folder's lock.
+
+    A process that `follows` the main one of torchrun holds no lock and writes nothing.
 
     With `overwrite`, a run that is there is replaced once the new one is finished and published; an unfinished
     replacement with equal recipe and inputs is continued.
@@ -179,6 +196,9 @@ def open_run(folder: Path, recipe: Recipe, overwrite: bool) -> Iterator[Run]:
         UserError: the folder holds the run of another recipe or other files, cannot be written, or is being written.
     """
     output = Output(folder, RUN_RECORD)
+    if follows:
+        yield Run(output, recipe, follows=True)
+        return
     output.require_folder()
     was_replaced = output.is_unsettled  # the command before this one was killed while it replaced the run
     with output.held():

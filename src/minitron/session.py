@@ -14,7 +14,7 @@ from minitron.model.crosscheck import require_one_reading
 from minitron.model.language_model import load_model, require_attention
 from minitron.model.source import open_teacher
 from minitron.recipe import DEFAULT_CONTEXT, Recipe
-from minitron.runtime import Runtime, is_main_process, joined_world, num_ranks, resolve_device, resolve_dtype
+from minitron.runtime import Runtime, World, is_main_process, joined_world, num_ranks, resolve_device, resolve_dtype
 
 
 class Session:
@@ -24,9 +24,12 @@ class Session:
     `source_model`.
     """
 
-    def __init__(self, recipe: Recipe, larger: Path | None = None) -> None:
-        """`larger` is the folder of a student of the teacher that is pruned instead of the teacher itself."""
-        self.recipe, self.larger = recipe, larger
+    def __init__(self, recipe: Recipe, larger: Path | None = None, world: World | None = None) -> None:
+        """`larger` is the folder of a student of the teacher that is pruned instead of the teacher itself.
+
+        `world` are the processes of torchrun where these have joined already; see `joined`.
+        """
+        self.recipe, self.larger, self._world = recipe, larger, world or World()
         self._models: dict[Path, Any] = {}
 
     def validate(self, *, one_process: bool = True) -> None:
@@ -64,10 +67,10 @@ class Session:
 
     @cached_property
     def runtime(self) -> Runtime:
-        """Device, dtype and seed of the recipe, in one process; see `joined`."""
+        """Device, dtype and seed of the recipe, in one process unless processes have joined; see `joined`."""
         device = resolve_device(self.recipe.device)
         dtype = resolve_dtype(self.recipe.dtype, device)
-        return Runtime(device, dtype, self.recipe.seed, attention=self.recipe.attn_implementation)
+        return Runtime(device, dtype, self.recipe.seed, self._world, self.recipe.attn_implementation)
 
     @contextmanager
     def joined(self) -> Iterator[Runtime]:
@@ -157,7 +160,9 @@ def require_one_process() -> None:
         UserError: torchrun did.
     """
     if num_ranks() > 1:
-        raise UserError("only search, distill and correct run under torchrun; run this command in one process")
+        raise UserError(
+            "only compress, search, distill and correct run under torchrun; run this command in one process"
+        )
 
 
 def require_one_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
