@@ -170,7 +170,7 @@ def test_a_file_read_as_another_type(tmp_path: Path) -> None:
         "import minitron.verbs.inspect",
         "from minitron.verbs.inspect import inspect; inspect(sys.argv[1])",
         "from minitron.verbs.inspect import inspect; inspect(sys.argv[1] + '/config.json')",
-        "from minitron.verbs.inspect import plan; plan(sys.argv[1], {'hidden_size': 24})",
+        "from minitron.verbs.inspect import dry_run; dry_run(sys.argv[1], {'hidden_size': 24})",
         "sys.argv[1:] = ['prune', sys.argv[1], '--dry-run', '--hidden-size', '24']\n"
         "from minitron.cli import app; app(standalone_mode=False)",
         "sys.argv[1:] = ['inspect', sys.argv[1]]\nfrom minitron.cli import app; app(standalone_mode=False)",

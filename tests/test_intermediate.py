@@ -16,7 +16,6 @@ from minitron.distillation.intermediate import (
     Intermediate,
     compare_on_the_way,
     dynamic_weights,
-    kinds_compared,
     relation_loss,
 )
 from minitron.distillation.objective import Objective
@@ -174,7 +173,7 @@ def test_places_are_compared_by_themselves_where_depth_is_cut(
     """Three of four layers: a quarter is cut. The third layer from the end of each is compared (29:13 of 32:16)."""
     teacher = open_checkpoint(make_model(tmp_path / "teacher", "llama-tied"))
     student = open_checkpoint(make_model(tmp_path / "student", "llama-tied", seed=1, num_hidden_layers=layers))
-    assert kinds_compared(IntermediateRecipe(of=of), teacher.arch, student.arch) == expected
+    assert IntermediateRecipe(of=of).compared(4, layers) == expected
     blocks, work = Blocks(IDS, torch.ones_like(IDS)), tmp_path / "work"
     work.mkdir()
     recipe = DistillRecipe(tokens=40, batch_size=2, intermediate=IntermediateRecipe(of=of))

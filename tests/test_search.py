@@ -12,12 +12,12 @@ from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import build_model
-from minitron.nas.budget import Budget, Limit, Serving, counted, parse_budget, parse_bytes, speed_limits
+from minitron.nas.budget import Budget, Limit, Serving, counted, parse_budget, speed_limits
 from minitron.nas.probes import predicted, probes
 from minitron.nas.shapes import Shapes, every_shape, feasible, grid
 from minitron.nas.shortlist import SMALLEST_DIFFERENCE, differing, first_of_each_kind
 from minitron.pruning.selection import kept_share
-from minitron.recipe import BudgetRecipe, Recipe, SearchRecipe, load_recipe
+from minitron.recipe import BudgetRecipe, Recipe, SearchRecipe, load_recipe, parse_bytes
 from tests.conftest import make_model
 
 SMOLLM2 = Arch.from_config(

@@ -41,6 +41,7 @@ _HOMES = {
     "inspect": "verbs.inspect",
     "open_checkpoint": "model.checkpoint",
     "open_teacher": "model.source",
+    "plan": "verbs.plan",
     "prune": "verbs.prune",
     "push": "verbs.push",
     "report": "verbs.report",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from minitron.verbs.evaluate import evaluate as evaluate
     from minitron.verbs.evaluate import evaluate_tasks as evaluate_tasks
     from minitron.verbs.inspect import inspect as inspect
+    from minitron.verbs.plan import plan as plan
     from minitron.verbs.prune import prune as prune
     from minitron.verbs.push import push as push
     from minitron.verbs.report import report as report

@@ -42,7 +42,7 @@ from minitron.reports.series import write_series_report
 from minitron.run import Run, linked, open_run
 from minitron.runtime import World, joined_world, resolve_device
 from minitron.session import Session
-from minitron.stages import IN_WORDS, STEPS, Stage, stages_of
+from minitron.stages import IN_WORDS, STEPS, Stage, stages_of, stores_states
 
 STATES = "teacher-states"
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
                 with run.stage(stage.name):
                     if made.student is None:
                         _store_teacher_once(run, member, world)
-                    larger = None if _is_taught_by_it(stage) else made.student
+                    larger = None if stage.is_taught_by_larger else made.student
                     _take_stage(replace(stage, recipe=member), folder, world=world, larger=larger)
             run.share(world)
             figures[stage.name] = read_json(folder / "eval.json")
@@ -313,26 +313,14 @@ def _member(stage: Stage, run: Run, made: Made) -> Recipe:
     """Return the recipe with which a stage runs, which names the models before it and the stored teacher outputs."""
     recipe = stage.recipe
     teacher, target, distill = made.teacher or recipe.teacher, recipe.target_params, recipe.distill
-    if made.student and _is_taught_by_it(stage):
+    if made.student and stage.is_taught_by_larger:
         whole = Session(recipe.model_copy(update={"teacher": str(teacher)})).teacher.arch.num_parameters
         teacher = made.student
         if isinstance(target, float):  # a share of the first teacher, not of this one
             target = str(round(target * whole))
-    elif run.record["recipe"]["target_params"] and _stores_states(recipe):
+    elif run.record["recipe"]["target_params"] and stores_states(recipe):
         distill = distill.model_copy(update={"teacher_states": str(run.path(STATES))})
     return recipe.model_copy(update={"teacher": str(teacher), "target_params": target, "distill": distill})
-
-
-def _is_taught_by_it(stage: Stage) -> bool:
-    """Return whether the student that a stage starts from teaches it, too; none teaches itself."""
-    return stage.kind == "cut" and stage.recipe.lineage.taught_by == "larger"
-
-
-def _stores_states(recipe: Recipe) -> bool:
-    """Return whether the series stores the teacher's outputs: not where the recipe does, or the teacher is needed."""
-    distill = recipe.distill
-    runs_along = distill.intermediate.of or distill.correction.trains != "nothing"
-    return recipe.lineage.stores_states and distill.teacher_states is None and not runs_along
 
 
 def _store_teacher_once(run: Run, member: Recipe, world: World) -> None:

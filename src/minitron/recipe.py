@@ -16,6 +16,11 @@ from minitron.errors import UserError, nearest
 DEFAULT_CONTEXT = 1024
 """Tokens in a block where neither the recipe nor the teacher limits them."""
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+BYTES: dict[str, int] = {
+    "": 1,
+    **{f"{k}b": 1000**n for n, k in enumerate("kmgt", 1)},
+    **{f"{k}ib": 1024**n for n, k in enumerate("kmgt", 1)},
+}
 
 
 def parse_count(text: Any) -> int:
@@ -29,6 +34,18 @@ def parse_count(text: Any) -> int:
     if count < 1:
         raise ValueError(f"'{text}' is not a count; accepted: a number such as 40000, 40k, 2M or 4.2B")
     return count
+
+
+def parse_bytes(text: str) -> int:
+    """Return the bytes of `19.66GiB`, `300 MB` or a plain number.
+
+    Raises:
+        ValueError: the text is not a size, or it is zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[kmgt]i?b)?)", text.strip().lower())
+    if not match or not float(match[1]):
+        raise ValueError(f"'{text}' must be a size such as 20GiB")
+    return round(float(match[1]) * BYTES[match[2]])
 
 
 def parse_context(text: Any) -> int:
@@ -238,6 +255,11 @@ class SearchRecipe(_Strict):
     between two of them, the difference on one block of 512 tokens varies by 0.07 nats."""
 
 
+DEEP_CUT = 0.75
+"""The share of the teacher's layers, at most which a student has whose depth was cut a lot."""
+STATES_BYTES = {"bfloat16": 2, "float32": 4}
+
+
 class IntermediateRecipe(_Strict):
     """Losses inside the layers, in addition to the loss of the logits; the teacher has to run during training."""
 
@@ -256,6 +278,12 @@ class IntermediateRecipe(_Strict):
     weight: float | None = Field(None, gt=0)
     """Weight of the sum of these losses. None weights them in every block of text such that they add as much as the
     loss of the logits there, without the label loss (the paper's dynamic α)."""
+
+    def compared(self, teacher_layers: int, student_layers: int) -> tuple[str, ...]:
+        """Return what is compared: what `of` names, or without that the best of table 17 where depth was cut a lot."""
+        if self.of is not None:
+            return self.of
+        return ("embedding", "block_output") if student_layers <= DEEP_CUT * teacher_layers else ()
 
 
 class OriginalTraining(_Strict):
@@ -385,6 +413,17 @@ class DistillRecipe(_Strict):
                 raise ValueError("correction trains the teacher; teacher_states holds the outputs of the untrained one")
         return self
 
+    def num_steps(self, context: int) -> int:
+        """Return the number of steps that the tokens make up, in blocks of `context` tokens."""
+        return max(1, self.tokens // (self.batch_size * context))
+
+    def stored_bytes(self, hidden_size: int) -> int:
+        """Return the bytes of one token's stored teacher outputs, whose hidden states have `hidden_size` channels."""
+        if self.stored == "top_k":
+            assert self.top_k is not None
+            return 4 * self.top_k + 4 * (self.top_k + 1)
+        return hidden_size * STATES_BYTES[self.stored_dtype]
+
 
 class LineageRecipe(_Strict):
     """How the students of a series (several `target_params`) are made, each cut out of the next larger one."""
@@ -451,6 +490,18 @@ class Recipe(_Strict):
         if self.shape and self.has_budget:
             raise ValueError("give a shape, or a budget (target_params, budget), not both")
         return self
+
+    def context_within(self, longest: int | None) -> int:
+        """Return the tokens in a block, for a teacher that was made for `longest` tokens.
+
+        Raises:
+            UserError: the recipe asks for more.
+        """
+        longest = longest or DEFAULT_CONTEXT
+        context = self.context or min(DEFAULT_CONTEXT, longest)
+        if context > longest:
+            raise UserError(f"context {context} is above the {longest} tokens that {self.teacher} was made for")
+        return context
 
     @property
     def has_budget(self) -> bool:

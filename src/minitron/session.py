@@ -13,7 +13,7 @@ from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.crosscheck import require_one_reading
 from minitron.model.language_model import load_model, require_attention
 from minitron.model.source import open_teacher
-from minitron.recipe import DEFAULT_CONTEXT, Recipe
+from minitron.recipe import Recipe
 from minitron.runtime import Runtime, World, is_main_process, joined_world, num_ranks, resolve_device, resolve_dtype
 
 
@@ -114,11 +114,7 @@ class Session:
         Raises:
             UserError: the recipe asks for more tokens than the teacher was made for.
         """
-        longest = getattr(self.teacher.config, "max_position_embeddings", None) or DEFAULT_CONTEXT
-        context = self.recipe.context or min(DEFAULT_CONTEXT, longest)
-        if context > longest:
-            raise UserError(f"context {context} is above the {longest} tokens that {self.recipe.teacher} was made for")
-        return context
+        return self.recipe.context_within(getattr(self.teacher.config, "max_position_embeddings", None))
 
     @cached_property
     def splits(self) -> Splits:

@@ -31,6 +31,18 @@ class Stage:
     recipe: Recipe
     kind: Kind = "cut"
 
+    @property
+    def is_taught_by_larger(self) -> bool:
+        """Whether the student that it cuts is taught by the student that it starts from; none teaches itself."""
+        return self.kind == "cut" and self.recipe.lineage.taught_by == "larger"
+
+
+def stores_states(recipe: Recipe) -> bool:
+    """Return whether a series stores the teacher's outputs: not where the recipe does, or the teacher is needed."""
+    distill = recipe.distill
+    is_needed = distill.intermediate.of or distill.correction.trains != "nothing"
+    return recipe.lineage.stores_states and distill.teacher_states is None and not is_needed
+
 
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     """Return the stages of a recipe, or one stage for each of several targets; nothing for a recipe of one run.

@@ -64,9 +64,9 @@ def prune(
 ) -> Any:
     """Cut a teacher to a shape, untrained: a Hugging Face folder at OUT."""
     if dry_run:
-        from minitron.verbs.inspect import plan
+        from minitron.verbs.inspect import dry_run as shape_of
 
-        return plan(teacher, settings, arch)
+        return shape_of(teacher, settings, arch)
     if out is None:
         raise UserError("prune needs OUT, the folder to make, or --dry-run")
     settings = _with_baseline(plain, settings)

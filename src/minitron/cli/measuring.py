@@ -26,6 +26,32 @@ def inspect(
     return inspect_model(model, family=settings.get("family"), batch=batch, context=context, dtype=dtype)
 
 
+@verb()
+def plan(
+    recipe: Annotated[
+        list[Path], typer.Argument(help="A YAML recipe or a built-in one, or several, the later on top.")
+    ],
+    teacher: Annotated[
+        str | None, typer.Option(help="A config.json, or a teacher as in compress; by default the recipe's.")
+    ] = None,
+    gpus: Annotated[
+        str | None, typer.Option(help="Such as 8xH100, or a number of GPUs; by default this machine.")
+    ] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Of another GPU, such as 80GB.")] = None,
+    gpu_flops: Annotated[
+        str | None, typer.Option(help="Of another GPU, dense operations per second in the recipe's dtype: 989T.")
+    ] = None,
+    utilisation: Annotated[float, typer.Option(help="Share of these operations that a training reaches.")] = 0.4,
+    price: Annotated[float | None, typer.Option(help="Price of one GPU per hour.")] = None,
+    **settings: Any,
+) -> Any:
+    """What a recipe would take: memory per GPU, time, disk and price, from the teacher's config alone."""
+    from minitron.verbs.plan import plan as plan_recipe
+
+    machine = {"gpus": gpus, "gpu_memory": gpu_memory, "gpu_flops": gpu_flops}
+    return plan_recipe(recipe, teacher, **machine, utilisation=utilisation, price=price, **settings)
+
+
 @verb(CONTEXT, *TEXT)
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model as in compress, or a run directory: its student and teacher.")],

@@ -156,7 +156,9 @@ def verb(
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         others = [setting.parameter for setting in settings]
-        parameters = [*own, *others, *(RECIPE_OPTIONS if has_recipe else ()), *([JSON] if has_result else [])]
+        taken = {parameter.name for parameter in own}
+        options = [option for option in RECIPE_OPTIONS if has_recipe and option.name not in taken]
+        parameters = [*own, *others, *options, *([JSON] if has_result else [])]
 
         @wraps(function)
         def called(**given: Any) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 from minitron.data.blocks import Blocks
 from minitron.distillation import trainer
 from minitron.distillation.correction import recipe_of_correction
-from minitron.distillation.intermediate import kinds_compared
 from minitron.distillation.record import write_training
 from minitron.distillation.teacher import Learning, Live, Source, Teacher, require_states_folder, stored
-from minitron.distillation.trainer import Trainer, num_steps_of
+from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
@@ -52,7 +51,8 @@ def distill(session: Session, pruned: Checkpoint, out: Path, work: Path) -> None
     """
     recipe = session.recipe.distill
     require_trainable(session, pruned.arch)
-    is_deep_cut = bool(kinds_compared(recipe.intermediate, session.teacher.arch, pruned.arch))
+    depths = (arch.axis_size("layer") for arch in (session.teacher.arch, pruned.arch))
+    is_deep_cut = bool(recipe.intermediate.compared(*depths))
     if is_deep_cut and recipe.teacher_states is not None and is_main_process():
         logger.warning(
             "a quarter of the layers or more were cut: losses of embeddings and layer outputs would help, and need the "
@@ -90,7 +90,7 @@ def require_trainable(session: Session, student: Arch, trial: DistillRecipe | No
     recipe = trial or session.recipe.distill
     trainer.require_trainable(recipe, student, session.runtime.dtype, num_ranks=1 if trial else num_ranks())
     _require_installed(recipe)
-    num_steps = num_steps_of(recipe, session.context)
+    num_steps = recipe.num_steps(session.context)
     if recipe.warmup_steps and recipe.warmup_steps >= num_steps:
         raise UserError(
             f"distill.warmup_steps {recipe.warmup_steps} takes all {num_steps} steps of the training; accepted: fewer, "
@@ -114,7 +114,7 @@ def require_correctable(session: Session) -> None:
 def warn_of_repetition(session: Session) -> None:
     """Warn, once for each text, that a training is longer than the text and therefore repeats it."""
     recipe, train = session.recipe.distill, session.splits.train
-    tokens = trainer.num_steps_of(recipe, train.context) * recipe.batch_size * train.context
+    tokens = recipe.num_steps(train.context) * recipe.batch_size * train.context
     if session.runtime.world.is_main and tokens > train.num_tokens:
         _warn_once(
             f"data '{data_in_words(session.recipe.data)}' has {train.num_tokens:,} training tokens: distill.tokens "
@@ -165,7 +165,7 @@ def _require_installed(recipe: DistillRecipe) -> None:
 
 def _recipe_of_correction(session: Session) -> DistillRecipe:
     recipe = session.recipe.distill
-    return recipe_of_correction(recipe, num_steps_of(recipe, session.context))
+    return recipe_of_correction(recipe, recipe.num_steps(session.context))
 
 
 def _trainer(session: Session, teacher: Teacher | None, recipe: DistillRecipe, work: Path) -> Trainer:

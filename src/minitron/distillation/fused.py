@@ -9,13 +9,7 @@ from torch import Tensor
 
 from minitron.distillation.losses import Comparison
 from minitron.model.language_model import Head, soft_capped
-
-LOGITS_BYTES = {"cpu": 3 * 2**24, "cuda": 2**29}
-"""The size of a buffer of logits, of which there are two: large enough for matrix products to run at full speed."""
-FEWEST_TOKENS = 256
-"""The least number of tokens in a buffer: with fewer, products wait for the output matrix to be read."""
-ROWS_BYTES = {"cpu": 2**21, "cuda": 2**29}
-"""The size of the part of a buffer that is compared at a time: it is read many times and should fit a CPU's caches."""
+from minitron.model.memory import FEWEST_TOKENS, ROWS_BYTES, tokens_at_once
 
 
 @dataclass(frozen=True)
@@ -103,7 +97,7 @@ class LossOptions:
     """bfloat16 to round the operands of matrix products, as autocast does in the layers. Products are summed in
     float32, so that logits are never rounded themselves."""
     chunk_tokens: int | None = None
-    """Tokens whose logits are held at a time; by default what `LOGITS_BYTES` holds. It changes the result by rounding
+    """Tokens whose logits are held at a time; by default see `tokens_at_once`. It changes the result by rounding
     only."""
 
 
@@ -149,8 +143,9 @@ def logit_losses(
     """
     options = options or LossOptions()
     if options.chunk_tokens is None:
-        fitting = LOGITS_BYTES[student.device.type] // (4 * head.weight.shape[0])
-        options = replace(options, chunk_tokens=max(FEWEST_TOKENS, fitting))
+        num_states = student.shape[:-1].numel()
+        chunk_tokens = tokens_at_once(num_states, head.weight.shape[0], student.device.type)
+        options = replace(options, chunk_tokens=chunk_tokens)
     if options.labels is not None:
         options = replace(options, labels=replace(options.labels, tokens=options.labels.tokens.flatten()))
     task = _Task(teacher, comparison, num_tokens, options, head.softcap)

@@ -30,10 +30,6 @@ from minitron.model.language_model import Headless, Point, module_of, watching
 from minitron.recipe import IntermediateRecipe
 
 ROWS_AT_ONCE = 16_384
-DEEP_CUT = 0.75
-"""The share of the teacher's layers, at most which a student has whose depth was cut a lot."""
-OF_DEEP_CUT = ("embedding", "block_output")
-"""What is compared where depth was cut a lot: the best of the paper's table 17."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +162,6 @@ def dynamic_weights(of_logits: Tensor, intermediate: Tensor) -> Tensor:
     intermediate = intermediate.detach()
     ratio = of_logits.to(intermediate) / intermediate
     return ratio.masked_fill(intermediate == 0, 0)
-
-
-def kinds_compared(recipe: IntermediateRecipe, teacher: Arch, student: Arch) -> tuple[str, ...]:
-    """Return what is compared: what the recipe names, or without that `OF_DEEP_CUT` where depth was cut a lot."""
-    if recipe.of is not None:
-        return recipe.of
-    is_deep_cut = student.axis_size("layer") <= DEEP_CUT * teacher.axis_size("layer")
-    return OF_DEEP_CUT if is_deep_cut else ()
 
 
 def pairs_compared(recipe: IntermediateRecipe, teacher: Arch, student: Arch) -> tuple[tuple[int, int], ...]:

@@ -6,7 +6,7 @@ from typing import Any
 from minitron.distillation.correction import RATE_WHILE_TEACHING, correction_rate
 from minitron.distillation.optimizers import num_warmup_steps
 from minitron.distillation.teacher import Learning, Live
-from minitron.distillation.trainer import Trainer, num_steps_of
+from minitron.distillation.trainer import Trainer
 from minitron.files import read_jsonl
 from minitron.history import Step, history_of, record_step
 from minitron.model.arch import Arch
@@ -27,7 +27,7 @@ def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
     A step without a teacher is a correction: the model learnt the text itself.
     """
     recipe, train = trainer.recipe, trainer.train
-    num_steps = num_steps_of(recipe, train.context)
+    num_steps = recipe.num_steps(train.context)
     num_blocks = num_steps * recipe.batch_size
     rows = read_jsonl(trainer.work / "metrics.jsonl")
     perplexities = [row["heldout_perplexity"] for row in rows if "heldout_perplexity" in row]

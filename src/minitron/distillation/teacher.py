@@ -93,7 +93,7 @@ def stored(folder: Path, source: Source, blocks: Blocks, recipe: DistillRecipe, 
         UserError: the folder holds another teacher's outputs or something else, cannot be written, or has no space.
     """
     record = source.identity | {"context": str(blocks.context), "num_blocks": str(len(blocks))} | _kind(recipe)
-    per_block = blocks.context * _bytes_per_token(recipe, source.head.weight.shape[1])
+    per_block = blocks.context * recipe.stored_bytes(source.head.weight.shape[1])
     shards = _Shards(folder, len(blocks), max(1, SHARD_BYTES // per_block), recipe, source.head)
     if world.is_main:
         require_space(folder, shards.num_missing * per_block)
@@ -220,13 +220,6 @@ def _kind(recipe: DistillRecipe) -> dict[str, str]:
     if recipe.stored == "top_k":
         return {"stored": f"top {recipe.top_k} at temperature {recipe.temperature}"}
     return {"stored": f"hidden states in {recipe.stored_dtype}"}
-
-
-def _bytes_per_token(recipe: DistillRecipe, hidden_size: int) -> int:
-    if recipe.stored == "top_k":
-        assert recipe.top_k is not None
-        return 4 * recipe.top_k + 4 * (recipe.top_k + 1)
-    return hidden_size * STORED_DTYPES[recipe.stored_dtype].itemsize
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

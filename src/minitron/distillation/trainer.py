@@ -17,7 +17,7 @@ from torch import Tensor
 from minitron.data.blocks import Blocks, load_tokenizer
 from minitron.distillation.checkpoint import Trained, load_checkpoint, save_checkpoint
 from minitron.distillation.correction import RATE_WHILE_TEACHING, correction_rate
-from minitron.distillation.intermediate import Intermediate, compare_on_the_way, kinds_compared, pairs_compared
+from minitron.distillation.intermediate import Intermediate, compare_on_the_way, pairs_compared
 from minitron.distillation.metrics import Metrics, require_trackers
 from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import learning_rate, make_optimizer, take_step
@@ -120,7 +120,8 @@ class Trainer:
             if recipe.of:
                 raise UserError("distill.intermediate needs the teacher in memory, not stored teacher outputs")
             return None
-        if not (kinds := kinds_compared(recipe, self.teacher.arch, pruned)):
+        depths = self.teacher.arch.axis_size("layer"), pruned.axis_size("layer")
+        if not (kinds := recipe.compared(*depths)):
             return None
         return recipe.model_copy(update={"of": kinds, "layers": pairs_compared(recipe, self.teacher.arch, pruned)})
 
@@ -177,7 +178,7 @@ class _Loop:
     @property
     def num_steps(self) -> int:
         """Steps of the whole training."""
-        return num_steps_of(self.trainer.recipe, self.trainer.train.context)
+        return self.trainer.recipe.num_steps(self.trainer.train.context)
 
     def _take_step(self, progress: Progress) -> None:
         """Take one step of the student, and of a teacher that learns; write a row of metrics."""
@@ -245,11 +246,6 @@ def require_trainable(recipe: DistillRecipe, student: Arch, dtype: torch.dtype, 
     require_trackers(recipe.trackers)
     if dtype == torch.float16:
         raise UserError("gradients of distillation are too small for float16; accepted: auto, float32, bfloat16")
-
-
-def num_steps_of(recipe: DistillRecipe, context: int) -> int:
-    """Return the number of steps that the recipe's tokens make up."""
-    return max(1, recipe.tokens // (recipe.batch_size * context))
 
 
 def batch_indices(step: int, batch_size: int, num_blocks: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The exact memory that serving a model takes: bytes of weights, KV cache and Mamba state; needs no torch."""
+"""The memory that serving a model takes, and the sizes of the buffers in which a loss is computed; needs no torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +10,20 @@ from minitron.model.arch import Arch
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 MAMBA_STATE_BYTES = 4
 """Bytes per entry of the recurrent state: float32 for weights of any dtype, as in transformers; some halve it."""
+
+LOGITS_BYTES = {"cpu": 3 * 2**24, "cuda": 2**29}
+"""The size of a buffer of logits, of which a loss has two: large enough for matrix products to run at full speed."""
+FEWEST_TOKENS = 256
+"""The least number of tokens in a buffer: with fewer, products wait for the output matrix to be read."""
+ROWS_BYTES = {"cpu": 2**21, "cuda": 2**29}
+"""The size of the part of a buffer that is compared at a time: it is read many times and should fit a CPU's caches."""
+
+
+def tokens_at_once(num_tokens: int, vocab: int, device: str) -> int:
+    """Return how many of `num_tokens` tokens a buffer of float32 logits holds on `cpu` or `cuda`, in equal parts."""
+    fitting = max(FEWEST_TOKENS, LOGITS_BYTES[device] // (4 * vocab))
+    num_parts = max(1, -(-num_tokens // fitting))
+    return max(1, -(-num_tokens // num_parts))
 
 
 @dataclass(frozen=True)

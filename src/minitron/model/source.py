@@ -63,6 +63,20 @@ def resolve_teacher(teacher: str, weights: bool = True, family: str | None = Non
     return download(teacher, weights, family)
 
 
+def config_of(model: str | Path, family: str | None = None) -> Path:
+    """Return a `config.json`, or a folder that has one, of a model named as in `open_teacher`, or a config by itself.
+
+    No weights are downloaded.
+
+    Raises:
+        UserError: see `resolve_teacher`.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".json" or (path / "config.json").is_file():
+        return path
+    return resolve_teacher(str(model), weights=False, family=family)
+
+
 def package_file(module: str, requirement: str, file: str) -> Path:
     """Return the path of a data file in an installed package, found without importing the package.
 

@@ -11,7 +11,7 @@ import numpy as np
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.memory import attention_windows, memory
-from minitron.recipe import BudgetRecipe, Target, parse_count
+from minitron.recipe import BudgetRecipe, Target, parse_bytes, parse_count
 from minitron.session import Session
 
 COUNTS = {
@@ -23,11 +23,6 @@ COUNTS = {
 """Figures that are computed from a shape, with their names in messages."""
 SPEEDS = {"prefill_seconds": "seconds of prefill", "decode_seconds": "seconds a token"}
 """Figures that are measured, with their names in messages."""
-BYTES: dict[str, int] = {
-    "": 1,
-    **{f"{k}b": 1000**n for n, k in enumerate("kmgt", 1)},
-    **{f"{k}ib": 1024**n for n, k in enumerate("kmgt", 1)},
-}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 Figures = Mapping[str, Any]
@@ -178,18 +173,6 @@ def _amount(option: str, text: str, parse: Callable[[str], int], of_teacher: int
             f"{option} '{text}' is not a number; accepted: a share of the teacher such as 0.7, an amount such as "
             f"{example}, or a range with two dots between its ends"
         ) from error
-
-
-def parse_bytes(text: str) -> int:
-    """Return the bytes of `19.66GiB`, `300 MB` or a plain number.
-
-    Raises:
-        ValueError: the text is not a size, or it is zero.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*((?:[kmgt]i?b)?)", text.strip().lower())
-    if not match or not float(match[1]):
-        raise ValueError(f"'{text}' must be a size such as 20GiB")
-    return round(float(match[1]) * BYTES[match[2]])
 
 
 def speed_limits(budget: BudgetRecipe, tolerance: float, teacher: Mapping[str, float]) -> dict[str, Limit]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from minitron.data.blocks import Blocks
-from minitron.distillation.trainer import Trainer, num_steps_of
+from minitron.distillation.trainer import Trainer
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.nas.candidates import Candidate
@@ -90,7 +90,7 @@ def trial_recipe(recipe: Recipe) -> DistillRecipe:
 def rungs(recipe: Recipe, context: int) -> list[int]:
     """Return the tokens after which candidates are compared: a quarter, a half and all of them, in whole steps."""
     distillation = trial_recipe(recipe)
-    num_steps, step_tokens = num_steps_of(distillation, context), distillation.batch_size * context
+    num_steps, step_tokens = distillation.num_steps(context), distillation.batch_size * context
     return sorted({max(1, num_steps // share) * step_tokens for share in RUNGS})
 
 

@@ -11,6 +11,7 @@ from minitron.model.anatomy import SIZE_NAMES
 from minitron.model.arch import Arch
 from minitron.model.config import config_values, has_weights
 from minitron.model.memory import DTYPE_BYTES, Memory, attention_windows, memory
+from minitron.model.source import config_of
 from minitron.recipe import parse_context
 from minitron.reports.figures import Rows
 from minitron.verbs.results import Result
@@ -48,7 +49,7 @@ class Inspected(Result):
 
 
 @dataclass(frozen=True, repr=False)
-class Planned(Result):
+class DryRun(Result):
     """The shape that `prune` would cut a teacher to."""
 
     teacher: Arch
@@ -84,7 +85,7 @@ def inspect(
         num_tokens = parse_context(context)
     except ValueError as error:
         raise UserError(str(error)) from error
-    path = _config_or_folder(model, family)
+    path = config_of(model, family)
     is_checked = has_weights(path)
     if is_checked:
         from minitron.model.checkpoint import open_checkpoint
@@ -97,7 +98,7 @@ def inspect(
     return Inspected(arch, is_checked, needed, {"batch": batch, "context": num_tokens, "dtype": dtype})
 
 
-def plan(teacher: str | Path, settings: Mapping[str, Any], arch_file: str | Path | None = None) -> Planned:
+def dry_run(teacher: str | Path, settings: Mapping[str, Any], arch_file: str | Path | None = None) -> DryRun:
     """Return the shape that `prune` would cut a teacher to, and its exact counts, from the teacher's config alone.
 
     The shape is that of `arch_file`, or of the sizes among the `settings`, or of the recipe that they make.
@@ -109,10 +110,10 @@ def plan(teacher: str | Path, settings: Mapping[str, Any], arch_file: str | Path
     family = settings.get("family")
     if not arch_file and not sizes and not (sizes := _stated_shape(teacher, settings)):
         raise UserError("--dry-run needs a shape: sizes such as --hidden-size, --arch, or a recipe with a shape")
-    whole = Arch.from_config(config_values(_config_or_folder(teacher, family), family))
+    whole = Arch.from_config(config_values(config_of(teacher, family), family))
     arch = read_arch(Path(arch_file), whole) if arch_file else whole.resized(**sizes)
     whole.require_prunable_to(arch)
-    return Planned(whole, arch)
+    return DryRun(whole, arch)
 
 
 def read_arch(path: Path, teacher: Arch) -> Arch:
@@ -142,12 +143,3 @@ def split_sizes(settings: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, 
     """Split keyword arguments into sizes of a shape, without those that are None, and keys of a recipe."""
     sizes = {name: int(settings[name]) for name in SIZE_NAMES if settings.get(name) is not None}
     return sizes, {name: value for name, value in settings.items() if name not in SIZE_NAMES}
-
-
-def _config_or_folder(model: str | Path, family: str | None) -> Path:
-    path = Path(model).expanduser()
-    if path.suffix == ".json" or (path / "config.json").is_file():
-        return path
-    from minitron.model.source import resolve_teacher
-
-    return resolve_teacher(str(model), weights=False, family=family)

@@ -10,7 +10,7 @@ from minitron.verbs.results import Shaped
 
 if TYPE_CHECKING:
     from minitron.recipe import RecipeSource
-    from minitron.verbs.inspect import Planned
+    from minitron.verbs.inspect import DryRun
 
 
 def prune(
@@ -23,7 +23,7 @@ def prune(
     recipe: "RecipeSource" = None,
     overwrite: bool = False,
     **settings: Any,
-) -> "Shaped | Planned":
+) -> "Shaped | DryRun":
     """Write a pruned Hugging Face folder at `out`; without `out`, say what shape would come out.
 
     The shape is given by sizes among the `settings` (`hidden_size=448`), by an `arch.json`, or by a budget
@@ -39,7 +39,7 @@ def prune(
     from minitron.output import Output
     from minitron.pruning import how_measured, measure_importance, read_how_measured, read_importance
     from minitron.recipe import recipe_from
-    from minitron.verbs.inspect import plan, read_arch, split_sizes
+    from minitron.verbs.inspect import dry_run, read_arch, split_sizes
     from minitron.verbs.workspace import open_session
 
     given = {**settings, "recipe": recipe}
@@ -47,7 +47,7 @@ def prune(
     if sum(map(bool, (sizes, arch, settings.get("target_params")))) > 1:
         raise UserError("give sizes, --arch or --target-params, not several of them")
     if out is None:
-        return plan(teacher, given, arch)
+        return dry_run(teacher, given, arch)
     output = Output(Path(out).absolute(), "config.json")
     session = open_session(recipe_from(recipe, teacher=teacher, **settings), output, overwrite=overwrite)
     source, chosen = session.source, None
