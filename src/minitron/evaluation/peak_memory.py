@@ -42,17 +42,17 @@ def peak_memory(folder: Path, batch: int, context: int, runtime: Runtime) -> int
 
 
 def _measure(sender: Connection, folder: Path, batch: int, context: int, runtime: Runtime) -> None:
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     if CLEAR_PEAK.exists():  # the peak of importing packages is not the model's
         CLEAR_PEAK.write_text("5")
     device = runtime.device
     model = load_model(open_checkpoint(folder), device, runtime.dtype, runtime.attention)
     measure_speed(model, batch, context)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM") - before
     sender.send(peak)
 
 
-def _resident(entry: str) -> int:
+def resident(entry: str) -> int:
     """Return the bytes of resident memory, now (`VmRSS`) or at most (`VmHWM`); without /proc, both are the peak."""
     if not STATUS.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -8,8 +8,9 @@ from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.memory import attention_windows
 from minitron.planning.disk import disk_space
+from minitron.planning.layers import Place
 from minitron.planning.machine import Machine
-from minitron.planning.memory import Peak, Place, loading_memory, training_memory
+from minitron.planning.memory import Peak, loading_memory, training_memory
 from minitron.planning.work import Work, forward_flops, training_flops
 from minitron.recipe import DistillRecipe, Recipe
 from minitron.stages import Kind, Stage, stages_of, stores_states

@@ -2,7 +2,8 @@
 
 from minitron.model.arch import Arch
 from minitron.model.memory import DTYPE_BYTES
-from minitron.planning.memory import FLOAT32, moment_bytes, trained_parameters
+from minitron.planning.layers import FLOAT32
+from minitron.planning.memory import moment_bytes, trained_parameters
 from minitron.recipe import DistillRecipe
 from minitron.stages import Kind
 

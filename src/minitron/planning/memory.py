@@ -9,38 +9,17 @@ counted: docs/studies/planning.md compares predictions with measurements.
 from dataclasses import dataclass
 from math import prod
 
-from minitron.model.anatomy import Row
 from minitron.model.arch import Arch
-from minitron.model.memory import DTYPE_BYTES, ROWS_BYTES, tokens_at_once
+from minitron.model.memory import ROWS_BYTES, tokens_at_once
+from minitron.planning.layers import FLOAT32, Place, layers_of
 from minitron.planning.work import layers_along, size_of
 from minitron.recipe import CorrectionRecipe, DistillRecipe
 
-FLOAT32 = 4
 QUANTISED_BLOCK = 256
 """Entries of a moment of eight bits that share a float32 scale, in torchao."""
 LAYERS_GATHERED = 3
 """Layers whose gathered weights are held at a time under FSDP2: the one that runs, the next one, and the buffer from
 which that is copied."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a step runs: tokens of a block, dtype of forward passes, kind of device, and the number of processes."""
-
-    context: int
-    dtype: str
-    device: str
-    num_ranks: int = 1
-
-    @property
-    def width(self) -> int:
-        """Bytes of a number of the forward pass."""
-        return DTYPE_BYTES[self.dtype]
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether matrices of float32 are cast to a narrower dtype for the forward pass."""
-        return self.width < FLOAT32
 
 
 Parts = dict[str, float]
@@ -71,7 +50,7 @@ def training_memory(student: Arch, teacher: Arch | None, recipe: DistillRecipe, 
     moments = {
         "teacher's forward pass": step.teacher_forward,
         "loss": step.loss,
-        "begin of the backward pass": step.backward_begins,
+        "start of the backward pass": step.backward_begins,
         "end of the backward pass": step.backward_ends,
         "optimizer step": step.optimizer_step,
     }
@@ -93,7 +72,7 @@ def trained_parameters(arch: Arch, recipe: DistillRecipe | CorrectionRecipe) -> 
     if recipe.trains == "nothing":
         return 0
     return sum(
-        count * recipe.lora_rank * sum(matrix.sides) for count, layer in _layers(arch) for matrix in layer.matrices
+        count * recipe.lora_rank * sum(matrix.sides) for count, layer in layers_of(arch) for matrix in layer.matrices
     )
 
 
@@ -113,112 +92,6 @@ def loading_memory(student: Arch, teacher: Arch | None, recipe: DistillRecipe, p
     learns = recipe.correction.trains != "nothing"
     of_teacher = teacher.num_parameters * (FLOAT32 if learns else place.width) if teacher and in_memory else 0
     return FLOAT32 * student.num_parameters + of_teacher
-
-
-@dataclass(frozen=True)
-class _Matrix:
-    """A matrix of a layer: the channels that enter and leave it, and how it meets the residual stream."""
-
-    enters: int
-    leaves: int
-    reads_stream: bool
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        return self.enters, self.leaves
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """What decides the activations of a layer: numbers of channels per token."""
-
-    matrices: tuple[_Matrix, ...]
-    num_parameters: int
-    norms: int
-    """Channels that autograd keeps of norms, in float32."""
-    activated: int
-    """Channels of a gated MLP's nonlinearity, which is kept in addition to what enters and leaves matrices."""
-    query_heads: int
-    hidden: int
-
-    @property
-    def widest(self) -> int:
-        return max((matrix.leaves for matrix in self.matrices if matrix.reads_stream), default=self.hidden)
-
-    def kept_bytes(self, place: Place) -> float:
-        """Return the bytes per token that autograd keeps of the layer.
-
-        Kept are the input of a norm and the normalised input, in float32; what enters a matrix; what leaves a matrix
-        that reads the stream: queries, keys, values, both factors of a gated MLP; and the logsumexp of attention. The
-        readers of a norm share its output in float32, but autocast makes a copy for each.
-        """
-        readers = [matrix for matrix in self.matrices if matrix.reads_stream]
-        others = [matrix.enters for matrix in self.matrices if not matrix.reads_stream]
-        left = sum(matrix.leaves for matrix in readers)
-        num_inputs = len(readers) if place.is_mixed else self._num_blocks
-        channels = num_inputs * self.hidden + left + sum(others) + self.activated
-        return place.width * channels + FLOAT32 * (self.norms + self.query_heads)
-
-    @property
-    def _num_blocks(self) -> int:
-        return len([matrix for matrix in self.matrices if matrix.leaves == self.hidden and not matrix.reads_stream])
-
-
-def _layers(arch: Arch) -> list[tuple[int, _Layer]]:
-    """Return the layers of every kind, each with their number."""
-    kinds = arch.layer_counts or {"": arch.axis_size("layer")}
-    return [(count, _layer(arch, kind or None)) for kind, count in kinds.items() if count]
-
-
-def _layer(arch: Arch, kind: str | None) -> _Layer:
-    rows = [row for row in arch.rows if row.is_per_layer and row.kind in {None, kind} and not row.is_buffer]
-    matrices = [(row, matrix) for row in rows for matrix in _matrices(arch, row)]
-    names = {norm.weight_name() for norm in arch.family.layer_norms}
-    num_norms = sum(row.name in names for row in rows)
-    of_heads = [row for row in rows if row.axes == {"head_dim"}]
-    heads = size_of(arch, "query") if any("query" in row.axes for row in rows) else 0
-    per_norm = 1 if arch.family.is_centred else 2  # torch's LayerNorm normalises its input again
-    normalised_heads = (heads + size_of(arch, "kv")) * size_of(arch, "head_dim") if of_heads else 0
-    mixer = size_of(arch, "mhead") * size_of(arch, "mchan") if any("mhead" in row.axes for row in rows) else 0
-    gates = [
-        matrix.leaves
-        for row, matrix in matrices
-        if matrix.reads_stream and row.axes & {"ffn", "expert_ffn", "shared_ffn"}
-    ]
-    return _Layer(
-        tuple(matrix for _, matrix in matrices),
-        _num_parameters(arch, rows),
-        num_norms * per_norm * arch.axis_size("hidden") + 2 * normalised_heads + 3 * mixer,
-        sum(gates) // 2 if len(gates) > 1 or any(row.is_stacked for row, _ in matrices) else 0,
-        heads,
-        arch.axis_size("hidden"),
-    )
-
-
-def _matrices(arch: Arch, row: Row) -> list[_Matrix]:
-    """Return the matrices of a row as one token passes them: of experts, those that it is routed to."""
-    if len(row.dimensions) < 2 or row.axes & {"conv"}:
-        return []
-    sizes = row.shape(arch.axis_size)[1 if row.is_stacked else 0 :]
-    if len(sizes) != 2:
-        return []
-    hidden = arch.axis_size("hidden")
-    is_of_experts = row.is_per_expert or row.is_stacked
-    reads = any(norm.is_read_by(row) for norm in arch.family.layer_norms) or (
-        "hidden" in row.axes and sizes[0] != hidden
-    )
-    others = [size for size, dimension in zip(sizes, row.dimensions[-2:], strict=True) if dimension != (("hidden",),)]
-    other = others[0] if others else hidden
-    if "hidden" not in row.axes:  # within a latent space
-        matrix = _Matrix(sizes[1], sizes[0], reads_stream=False)
-    else:
-        matrix = _Matrix(hidden, other, True) if reads else _Matrix(other, hidden, False)
-    return [matrix] * (arch.axis_size("chosen") if is_of_experts else 1)
-
-
-def _num_parameters(arch: Arch, rows: list[Row]) -> int:
-    experts = size_of(arch, "expert")
-    return sum(prod(row.shape(arch.axis_size)) * (experts if row.is_per_expert else 1) for row in rows)
 
 
 @dataclass(frozen=True)
@@ -288,7 +161,7 @@ class _Step:
         """The teacher runs, one layer's activations at a time; of a teacher that learns, all are kept."""
         if self.teacher is None or not self._runs_teacher:
             return {}
-        width = max(layer.widest for _, layer in _layers(self.teacher))
+        width = max(layer.widest for _, layer in layers_of(self.teacher))
         working = (3 * width + 4 * self.teacher.axis_size("hidden")) * self.place.width * self.tokens
         gathered = self._gathered_layer(self.teacher, self.place.width) if self.place.num_ranks > 1 else 0
         return self._earlier | {"teacher activations": working + self._teacher_kept, "gathered layers": gathered}
@@ -300,6 +173,7 @@ class _Step:
         head = self._head if self.recipe.trains == "full" else 0
         states = FLOAT32 * self.tokens * self.student.axis_size("hidden")
         return self._earlier | self._forward | {
+            "weights cast to bfloat16": self._cast(is_backward=False),
             "logits of the loss": buffer + operands,
             "gradients of head and states": FLOAT32 * head + states,
         }  # fmt: skip
@@ -308,15 +182,16 @@ class _Step:
     def backward_begins(self) -> Parts:
         """All activations are kept, and the last layer's gradients are formed."""
         head = self._head if self.recipe.trains == "full" else 0
-        layer = max((layer for _, layer in _layers(self.student)), key=lambda layer: layer.widest)
+        layer = max((layer for _, layer in layers_of(self.student)), key=lambda layer: layer.widest)
         of_layer = (3 * layer.widest * self.place.width + 4 * layer.hidden * FLOAT32) * self.tokens
         largest = max((prod(matrix.sides) for matrix in layer.matrices), default=0)
         of_layer += (FLOAT32 + (self.place.width if self.place.is_mixed else 0)) * largest
         if self.recipe.activation_checkpointing:
-            of_layer += max(layer.kept_bytes(self.place) for _, layer in _layers(self.student)) * self.tokens
+            of_layer += max(layer.kept_bytes(self.place) for _, layer in layers_of(self.student)) * self.tokens
         if self.place.num_ranks > 1:  # gradients of a gathered layer, before they are summed over the ranks
             of_layer += (self.place.width + FLOAT32) * layer.num_parameters
         return self._earlier | self._forward | {
+            "weights cast to bfloat16": self._cast(is_backward=True),
             "gradients of head and states": FLOAT32 * head,
             "gradients of one layer": of_layer,
         }  # fmt: skip
@@ -346,23 +221,24 @@ class _Step:
     def _forward(self) -> Parts:
         """What the student's forward pass leaves for the backward pass, with the teacher's outputs."""
         place, arch = self.place, self.student
-        cast, gathered = 0.0, 0.0
+        gathered = 0.0
         if place.num_ranks > 1:
             gathered = self._gathered_layer(arch, place.width) + FLOAT32 * _outside_layers(arch)
-        elif place.is_mixed:  # autocast keeps its copies of matrices until the backward pass is over
-            in_layers = sum(count * prod(matrix.sides) for count, layer in _layers(arch) for matrix in layer.matrices)
-            cast = place.width * in_layers
-            if self.recipe.activation_checkpointing:
-                cast = place.width * max(
-                    sum(prod(matrix.sides) for matrix in layer.matrices) for _, layer in _layers(arch)
-                )
         return {
             "student activations": self._student_kept,
-            "student weights in the forward pass's dtype": cast,
             "gathered layers": gathered,
             "teacher outputs": self._outputs + self._teacher_kept,
             "intermediate states": self._intermediate_states,
         }
+
+    def _cast(self, *, is_backward: bool) -> float:
+        """Weights in the dtype of the forward pass: autocast keeps all until that is over, autograd those it needs."""
+        if self.place.num_ranks > 1 or not self.place.is_mixed:
+            return 0
+        layers = layers_of(self.student)
+        if is_backward and self.recipe.activation_checkpointing:
+            return self.place.width * max(layer.num_parameters for _, layer in layers)
+        return self.place.width * sum(count * layer.num_parameters for count, layer in layers)
 
     @property
     def _student_kept(self) -> float:
@@ -427,7 +303,7 @@ class _Step:
         compared = min(buffer, ROWS_BYTES[place.device])
         num_buffers = 1 if self.recipe.stored == "top_k" and not self._runs_teacher else 2
         num_compared = 1 + (self.recipe.loss == "jsd") + bool(self.recipe.label_weight)
-        operands = 0.0
+        operands: float = 0
         if place.is_mixed:
             teacher_head = self.teacher.axis_size("vocab") * self.teacher.axis_size("hidden")
             # Products of bfloat16 are computed on GPUs as they are, on CPUs with operands in float32.
@@ -435,7 +311,7 @@ class _Step:
         return num_buffers * buffer + num_compared * compared, operands
 
     def _gathered_layer(self, arch: Arch, width: int) -> float:
-        return LAYERS_GATHERED * width * max(layer.num_parameters for _, layer in _layers(arch))
+        return LAYERS_GATHERED * width * max(layer.num_parameters for _, layer in layers_of(arch))
 
 
 def _kept(arch: Arch, recipe: DistillRecipe, place: Place) -> float:
@@ -443,12 +319,12 @@ def _kept(arch: Arch, recipe: DistillRecipe, place: Place) -> float:
     hidden, final = arch.axis_size("hidden"), 3 * FLOAT32 * arch.axis_size("hidden")
     if recipe.activation_checkpointing:
         return arch.axis_size("layer") * FLOAT32 * hidden + final
-    return sum(count * layer.kept_bytes(place) for count, layer in _layers(arch)) + final
+    return sum(count * layer.kept_bytes(place) for count, layer in layers_of(arch)) + final
 
 
 def _outside_layers(arch: Arch) -> int:
     """Return the number of parameters outside the layers, such as embeddings."""
-    return arch.num_parameters - sum(count * layer.num_parameters for count, layer in _layers(arch))
+    return arch.num_parameters - sum(count * layer.num_parameters for count, layer in layers_of(arch))
 
 
 def _is_tied(arch: Arch) -> bool:
