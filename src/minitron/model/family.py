@@ -133,6 +133,9 @@ class Family:
     """The n of a config class that lets every n-th layer attend to all tokens unless `layer_types` is given."""
     joins_documents: bool = False
     """Whether its state, or in transformers its attention, runs across the documents of a packed block."""
+    bytes_per_pair: int = 0
+    """Bytes per query head and pair of tokens that autograd keeps where transformers writes attention out in torch,
+    for a cap or sinks; 0 where it calls a fused kernel."""
     demand: Demand | None = None
     """A condition that its config class sets and the network does not."""
     logit_divisor: str | None = None

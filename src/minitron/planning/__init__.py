@@ -11,7 +11,7 @@ from minitron.planning.disk import disk_space
 from minitron.planning.layers import Place
 from minitron.planning.machine import Machine
 from minitron.planning.memory import Peak, loading_memory, training_memory
-from minitron.planning.work import Work, forward_flops, training_flops
+from minitron.planning.work import Work, forward_flops, layers_along, training_flops
 from minitron.recipe import DistillRecipe, Recipe
 from minitron.stages import Kind, Stage, stages_of, stores_states
 
@@ -126,7 +126,7 @@ def _stage_plan(
 ) -> StagePlan:
     recipe, arch = stage.recipe, teacher.arch
     context = recipe.context_within(teacher.longest or recipe.context)
-    place = Place(context, dtype, machine.device, machine.num_devices)
+    place = Place(context, dtype, machine.device, machine.num_devices, _masked(recipe, teacher, context))
     archs, num_shapes = _students(stage, teacher, source)
     student = archs[-1]
     distill = recipe.distill
@@ -167,6 +167,13 @@ def _stage_plan(
         problems=tuple(_problems(distill, machine)),
     )  # fmt: skip
     return plan if fits(peak, machine) else replace(plan, changes=tuple(_changes(plan, machine)))
+
+
+def _masked(recipe: Recipe, teacher: Teacher, context: int) -> float:
+    """Return the share of attention layers that need a mask: for documents apart, or windows below the context."""
+    if recipe.distill.documents == "apart":
+        return 1.0
+    return sum(window < context for window in teacher.windows) / max(1, layers_along(teacher.arch, "query"))
 
 
 def _students(stage: Stage, teacher: Teacher, source: Arch) -> tuple[list[Arch], int]:

@@ -22,6 +22,8 @@ class Place:
     dtype: str
     device: str
     num_ranks: int = 1
+    masked: float = 0.0
+    """The share of the attention layers that need a mask, for windows or documents: keys and values are repeated."""
 
     @property
     def width(self) -> int:
@@ -59,6 +61,10 @@ class Layer:
     activated: int
     """Channels of a gated MLP's nonlinearity, which is kept in addition to what enters and leaves matrices."""
     query_heads: int
+    repeated: int
+    """Channels of keys and values, where they are repeated for every query head, in addition to their own."""
+    bytes_per_pair: int
+    """See `Family.bytes_per_pair`."""
     hidden: int
 
     @property
@@ -77,8 +83,9 @@ class Layer:
         others = [matrix.enters for matrix in self.matrices if not matrix.reads_stream]
         left = sum(matrix.leaves for matrix in readers)
         num_inputs = len(readers) if place.is_mixed else self._num_blocks
-        channels = num_inputs * self.hidden + left + sum(others) + self.activated
-        return place.width * channels + FLOAT32 * (self.norms + self.query_heads)
+        channels = num_inputs * self.hidden + left + sum(others) + self.activated + place.masked * self.repeated
+        pairs = place.context * self.query_heads * self.bytes_per_pair
+        return place.width * channels + FLOAT32 * (self.norms + self.query_heads) + pairs
 
     @property
     def _num_blocks(self) -> int:
@@ -96,10 +103,12 @@ def _layer(arch: Arch, kind: str | None) -> Layer:
     matrices = [(row, matrix) for row in rows for matrix in _matrices(arch, row)]
     names = {norm.weight_name() for norm in arch.family.layer_norms}
     num_norms = sum(row.name in names for row in rows)
-    of_heads = [row for row in rows if row.axes == {"head_dim"}]
+    # Norms of queries and keys, head by head or over all heads of a token.
+    of_heads = [row for row in rows if len(row.dimensions) == 1 and row.name.endswith("_norm.weight")]
+    of_heads = [row for row in of_heads if row.name not in names]
     heads = size_of(arch, "query") if any("query" in row.axes for row in rows) else 0
     per_norm = 1 if arch.family.is_centred else 2  # torch's LayerNorm normalises its input again
-    normalised_heads = (heads + size_of(arch, "kv")) * size_of(arch, "head_dim") if of_heads else 0
+    normalised_heads = (heads + size_of(arch, "kv")) * size_of(arch, "head_dim") if heads and of_heads else 0
     mixer = size_of(arch, "mhead") * size_of(arch, "mchan") if any("mhead" in row.axes for row in rows) else 0
     return Layer(
         tuple(matrix for _, matrix in matrices),
@@ -107,6 +116,8 @@ def _layer(arch: Arch, kind: str | None) -> Layer:
         num_norms * per_norm * arch.axis_size("hidden") + 2 * normalised_heads + MIXER_COPIES * mixer,
         _activated(arch, matrices),
         heads,
+        2 * (heads - size_of(arch, "kv")) * size_of(arch, "head_dim") if heads and "kv" in arch.axes else 0,
+        arch.family.bytes_per_pair,
         arch.axis_size("hidden"),
     )
 

@@ -12,7 +12,6 @@ from math import prod
 from minitron.model.arch import Arch
 from minitron.model.memory import ROWS_BYTES, tokens_at_once
 from minitron.planning.layers import FLOAT32, Place, layers_of
-from minitron.planning.work import layers_along, size_of
 from minitron.recipe import CorrectionRecipe, DistillRecipe
 
 QUANTISED_BLOCK = 256
@@ -242,22 +241,13 @@ class _Step:
 
     @property
     def _student_kept(self) -> float:
-        return _kept(self.student, self.recipe, self.place) * self.tokens + self._mask
+        return _kept(self.student, self.recipe, self.place) * self.tokens
 
     @property
     def _teacher_kept(self) -> float:
         if self.teacher is None or not self._learns:
             return 0
         return _kept(self.teacher, self.recipe, self.place) * self.tokens
-
-    @property
-    def _mask(self) -> float:
-        """Where documents are kept apart: a mask, and keys and values repeated for every query head."""
-        if self.recipe.documents == "joined" or not size_of(self.student, "query"):
-            return 0
-        missing = self.student.axis_size("query") - size_of(self.student, "kv")
-        repeated = 2 * missing * self.student.axis_size("head_dim") * self.place.width
-        return self.tokens * (self.place.context + repeated * layers_along(self.student, "query"))
 
     @property
     def _outputs(self) -> float:

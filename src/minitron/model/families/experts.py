@@ -88,6 +88,7 @@ GPT_OSS = Family(
     """),
     EXPERT_TAPS,
     layer="model.layers.{i}",
+    bytes_per_pair=8,
     norms=parse_norms("""
         model.layers.{i}.input_layernorm             q_proj k_proj v_proj
         model.layers.{i}.post_attention_layernorm    router gate_up_proj

@@ -45,5 +45,5 @@ SHARED = {
     },
 }
 
-GEMMA2 = decoder("gemma2", ATTENTION_BIAS, MLP_NORMS, window_period=2, **SHARED)
+GEMMA2 = decoder("gemma2", ATTENTION_BIAS, MLP_NORMS, window_period=2, bytes_per_pair=8, **SHARED)
 GEMMA3 = decoder("gemma3_text", ATTENTION_BIAS, QK_NORM, MLP_NORMS, window_period=6, **SHARED)
