@@ -217,7 +217,7 @@ def test_a_plan_of_stages(config_file: Callable[..., Path]) -> None:
 
 def test_a_series_runs_its_teacher_once(config_file: Callable[..., Path]) -> None:
     teacher = config_file(**TINY)
-    settings = {"distill": {"tokens": "1M"}, "context": 64, "gpus": "H100"}
+    settings: dict[str, Any] = {"distill": {"tokens": "1M"}, "context": 64, "gpus": "H100"}
     first, second = minitron.plan(None, teacher, target_params=(0.8, 0.6), **settings).to_dict()["stages"]
     assert first["flops_per_step"]["teacher"] == second["flops_per_step"]["teacher"] == 0
     assert first["flops_besides"]["teacher outputs"] > 0
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_stated_with_what_to_change(config_file: Callable[.
 
 
 def test_what_cannot_run_on_several_devices_is_stated(config_file: Callable[..., Path]) -> None:
-    settings = {"shape": {"hidden_size": 24}, "context": 64, "gpus": "3xH100", "optimizer": "adamw8bit"}
+    settings: dict[str, Any] = {"shape": {"hidden_size": 24}, "context": 64, "gpus": "3xH100", "optimizer": "adamw8bit"}
     distill = {"batch_size": 8, "optimizer": settings.pop("optimizer")}
     [stage] = minitron.plan(None, config_file(**TINY), distill=distill, **settings).to_dict()["stages"]
     assert [problem.split(" ")[0] for problem in stage["problems"]] == ["distill.batch_size", "distill.optimizer"]

@@ -182,7 +182,7 @@ class _Step:
         """All activations are kept, and the last layer's gradients are formed."""
         head = self._head if self.recipe.trains == "full" else 0
         layer = max((layer for _, layer in layers_of(self.student)), key=lambda layer: layer.widest)
-        of_layer = (3 * layer.widest * self.place.width + 4 * layer.hidden * FLOAT32) * self.tokens
+        of_layer: float = (3 * layer.widest * self.place.width + 4 * layer.hidden * FLOAT32) * self.tokens
         largest = max((prod(matrix.sides) for matrix in layer.matrices), default=0)
         of_layer += (FLOAT32 + (self.place.width if self.place.is_mixed else 0)) * largest
         if self.recipe.activation_checkpointing:
