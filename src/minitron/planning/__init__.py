@@ -19,8 +19,8 @@ UTILISATION = 0.4
 """The share of a GPU's operations that a training reaches, between the 38 and 43 % of Llama 3 405B on H100s (arXiv
 2407.21783, table 4); a program that is less tuned reaches less."""
 SPARE = 0.1
-"""The share of memory that a plan leaves free: the most by which a prediction was too low in docs/studies/planning.md,
-relative to it, was 16 %, of models whose training takes less than 1 GB, and 9 % of larger ones."""
+"""The share of memory that a plan leaves free: predictions in docs/studies/planning.md were 5 to 14 % too low, since
+allocators lose memory between tensors, most of it in small trainings."""
 
 
 @dataclass(frozen=True)
