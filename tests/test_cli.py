@@ -31,8 +31,13 @@ def test_every_verb_takes_the_common_options() -> None:
     for command in cli.app.registered_commands:
         assert command.callback is not None
         name, annotations = command.callback.__name__, set(command.callback.__annotations__)
-        # A conversation, and what is done with files alone.
-        needed = {"chat": {"seed", "device", "dtype"}, "report": {"as_json"}, "push": {"as_json"}}
+        # A conversation, what is done with files alone, and a plan, in which nothing is drawn at random.
+        needed = {
+            "chat": {"seed", "device", "dtype"},
+            "report": {"as_json"},
+            "push": {"as_json"},
+            "plan": {"as_json", "device", "dtype"},
+        }
         assert needed.get(name, {"as_json", "seed", "device", "dtype"}) <= annotations, name
 
 

@@ -110,7 +110,12 @@ def accept(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
         with monkeypatch.context() as patch:
             for module in (cli.making, cli.measuring):
                 patch.setattr(module, "imported", Recorder)
-            for name, function in (("inspect", "inspect"), ("inspect", "plan"), ("report", "report")):
+            for name, function in (
+                ("inspect", "inspect"),
+                ("inspect", "dry_run"),
+                ("plan", "plan"),
+                ("report", "report"),
+            ):
                 module = import_module(f"minitron.verbs.{name}")
                 patch.setattr(module, function, lambda *given, **keywords: None)
             cli.app(given, standalone_mode=False)

@@ -26,7 +26,7 @@ def inspect(
     return inspect_model(model, family=settings.get("family"), batch=batch, context=context, dtype=dtype)
 
 
-@verb()
+@verb(FAMILY, *MACHINE[1:])
 def plan(
     recipe: Annotated[
         list[Path], typer.Argument(help="A YAML recipe or a built-in one, or several, the later on top.")
