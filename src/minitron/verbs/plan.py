@@ -188,7 +188,9 @@ class Planned(Result):
         else:
             lines.append(f"in all {_gigabytes(self.disk)} of disk; give --gpu-flops for times")
         if machine.num_devices > 1:
-            lines.append("compress runs in one process; search, distill and correct on several GPUs, under torchrun")
+            lines.append(
+                f"several GPUs need torchrun: torchrun --nproc-per-node {machine.num_devices} -m minitron compress"
+            )
         if any(layers_along(stage.student, "mhead") for stage in self.stages):
             lines.append(
                 "Mamba layers are counted as fused kernels (mamba-ssm) hold them; without these they take more"
