@@ -18,7 +18,7 @@ from benchmarks.papers.arms import Arm, Place, Step
 from benchmarks.papers.teachers import CONTEXT, Text
 from minitron.data.blocks import Blocks
 from minitron.distillation import correct, distill
-from minitron.evaluation import measure
+from minitron.evaluation import generation, measure
 from minitron.evaluation.agreement import measure_agreement
 from minitron.files import read_jsonl
 from minitron.model.anatomy import AXES
@@ -55,7 +55,7 @@ BASE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Bench:
-    """What all arms share: the folder of rows and caches, the teacher, the texts, and how long a unit of training is."""
+    """What all arms share: the folder of rows and caches, the teacher, the texts, and the length of a unit."""
 
     out: Path
     teacher: Path
@@ -80,7 +80,7 @@ class Bench:
             None, teacher=teacher, data=str(self.texts / f"{arm.text}.jsonl"), context=self.context, seed=seed, **merged
         )
 
-    @cache  # noqa: B019: a command has one bench
+    @cache  # noqa: B019 - a command has one bench
     def kept_out(self, text: Text) -> Blocks:
         """Return the blocks of evaluation, of documents that nothing is trained on; equal for all seeds."""
         data = str(self.texts / f"{text}-kept-out.jsonl")
@@ -91,6 +91,7 @@ class Bench:
 def run(bench: Bench, arms: Mapping[str, Arm], seeds: list[int]) -> None:
     """Append the rows of arms that are missing, seed after seed."""
     bench.out.mkdir(parents=True, exist_ok=True)
+    generation.CONTINUATION_TOKENS = 1  # text that students generate on the way is not read here
     for seed in seeds:
         for name, arm in arms.items():
             identity = _identity(bench, name, arm, seed)
@@ -106,7 +107,7 @@ def run(bench: Bench, arms: Mapping[str, Arm], seeds: list[int]) -> None:
 
 
 def _identity(bench: Bench, name: str, arm: Arm, seed: int) -> Row:
-    """Return the entries by which a row is found again: the arm as it is defined, its seed, unit, context and teacher."""
+    """Return the entries by which a row is found again: the arm as defined, its seed, unit, context and teacher."""
     teacher = {"name": bench.teacher.name, "fingerprint": open_checkpoint(bench.teacher).fingerprint()[:16]}
     made = json.loads(json.dumps(asdict(arm)))
     return {"arm": name, "seed": seed, "unit": bench.tokens, "context": bench.context, "teacher": teacher, "made": made}
