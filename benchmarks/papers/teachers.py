@@ -59,21 +59,21 @@ TEACHERS = {
     "hybrid": Training(
         "nemotron_h",
         {
-            "hidden_size": 96,
-            "intermediate_size": 384,
-            "hybrid_override_pattern": "M-M-*-M-M-*-",
-            "num_attention_heads": 6,
+            "hidden_size": 64,
+            "intermediate_size": 256,
+            "hybrid_override_pattern": "M-M-*-M-",
+            "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 16,
             "mamba_num_heads": 16,
-            "mamba_head_dim": 12,
+            "mamba_head_dim": 8,
             "n_groups": 4,
             "ssm_state_size": 16,
             "chunk_size": 64,
             "max_position_embeddings": 512,
             "initializer_range": 0.03,
         },
-        tokens="1.5M",
+        tokens="800k",
     ),
 }
 
