@@ -87,21 +87,24 @@ def rows_of(**losses: list[float]) -> list[Row]:
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "equal", "expected"),
+    ("better", "worse", "noise", "equal", "expected"),
     [
-        ([3.0, 3.1], [3.2, 3.3], False, "holds"),
-        ([3.2, 3.3], [3.0, 3.1], False, "does not hold"),
-        ([3.0, 3.1], [3.01, 3.11], False, "not beyond noise"),
-        ([3.0, 3.1], [3.2, 3.0], False, "not beyond noise"),
-        ([3.0, 3.1], [3.005, 3.105], True, "holds"),
-        ([3.0, 3.1], [3.2, 3.3], True, "does not hold"),
-        ([3.0, 3.1], [3.03, 3.13], True, "not beyond noise"),
-        ([3.0, 3.1], [], False, "not measured"),
+        ([3.0, 3.1], [3.2, 3.3], 0.05, False, "holds"),
+        ([3.2, 3.3], [3.0, 3.1], 0.05, False, "does not hold"),
+        ([3.0, 3.1], [3.01, 3.11], 0.05, False, "not beyond noise"),
+        ([3.0, 3.1], [3.2, 3.0], 0.01, False, "not beyond noise"),
+        ([3.0], [3.2], 0.05, False, "holds"),
+        ([3.0], [3.2], math.nan, False, "not beyond noise"),
+        ([3.0, 3.1], [3.005, 3.105], 0.01, True, "holds"),
+        ([3.0, 3.1], [3.005, 3.105], 0.05, True, "not beyond noise"),
+        ([3.0, 3.1], [3.2, 3.3], 0.05, True, "does not hold"),
+        ([3.0, 3.1], [3.03, 3.13], 0.05, True, "not beyond noise"),
+        ([3.0, 3.1], [], 0.05, False, "not measured"),
     ],
 )
-def test_verdicts(better: list[float], worse: list[float], equal: bool, expected: str) -> None:
+def test_verdicts(better: list[float], worse: list[float], noise: float, equal: bool, expected: str) -> None:
     claim = Claim("a", "b", "a and b", equal=equal)
-    assert Verdict(claim, differences(claim, rows_of(a=better, b=worse)), 0.05).in_words == expected
+    assert Verdict(claim, differences(claim, rows_of(a=better, b=worse)), noise).in_words == expected
 
 
 def test_noise_is_that_of_differences_between_seeds() -> None:
@@ -110,10 +113,6 @@ def test_noise_is_that_of_differences_between_seeds() -> None:
     other = Claim("a", "c", "a and c")
     assert noise_of([CLAIM, other], rows) == pytest.approx(0.1)
     assert math.isnan(noise_of([CLAIM], [row for row in rows if row["seed"] == 0]))
-
-
-def test_without_noise_nothing_is_beyond_it() -> None:
-    assert Verdict(CLAIM, (0.5,), math.nan).in_words == "not beyond noise"
 
 
 def test_rank_correlation() -> None:

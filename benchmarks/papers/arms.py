@@ -143,7 +143,7 @@ CANDIDATES = {
         start=3,
     )
 }
-"""Figure 9: shapes of about equal size; the first two candidates are the arms `width` and `all axes`."""
+"""Figure 9: shapes of about equal size; further candidates are the arms of table 1."""
 
 SMALL_MODELS = {
     "small, random, text": Arm(one(SMALL, tokens=1.5, loss="text"), random=True),

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from benchmarks.papers.runner import Row
 from benchmarks.papers.tables import TABLES, Line, Table
@@ -31,7 +32,7 @@ def write_page(results: Path, document: Path) -> None:
         if found:
             parts += [f"### {table.title}", _table(table, found), *_claims(verdicts[name])]
             if table.note:
-                parts.append(table.note)
+                parts.append(fill(table.note, width=120))
             if name in PLOTS:
                 parts += PLOTS[name](table, found, document.parent / f"papers-{name}.svg")
     document.write_text("\n\n".join([kept, *parts]) + "\n", encoding="utf-8")
@@ -43,12 +44,14 @@ def _conditions(name: str, rows: Sequence[Row]) -> str:
     seeds = sorted({row["seed"] for row in rows})
     releases = ", ".join(f"{package} {number}" for package, number in first["versions"].items())
     machines = " or ".join(sorted({row["machine"] for row in rows}))
-    return (
+    return fill(
         f"Teacher `{name}` ({training.model_type}, trained on {training.tokens} tokens of wiki with seed "
-        f"{training.seed}, vocabulary {training.vocab_size}): {len(rows)} students of seeds "
-        f"{', '.join(map(str, seeds))}; a unit of training is {first['unit']:,} tokens, context {first['context']}; "
+        f"{training.seed}, vocabulary {training.vocab_size}): {len(rows)} students of "
+        f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}; a unit of training is {first['unit']:,} tokens, context {first['context']}; "
         f"losses in nats per token on {first['evaluation_tokens']:,} tokens of documents that nothing was trained on. "
-        f"{releases}; {machines}."
+        f"{releases}; {machines}.",
+        width=120,
+        break_on_hyphens=False,
     )
 
 
@@ -142,10 +145,11 @@ def _plot_ranks(table: Table, rows: Sequence[Row], path: Path) -> list[str]:
     lines = []
     for seed in sorted({row["seed"] for row in rows}):
         of_seed = [row["curve"] for row in rows if row["seed"] == seed]
-        if len(of_seed) == len(table.lines):
+        if len(of_seed) > 2:
             losses = [[curve[i][1] for curve in of_seed] for i in range(len(of_seed[0]))]
-            lines.append([str(seed), *(f"{rank_correlation(at, losses[-1]):.2f}" for at in losses)])
-    head = ["seed", *(f"{tokens:,} tokens" for tokens, _ in next(iter(curves.values())))]
+            correlations = [f"{rank_correlation(at, losses[-1]):.2f}" for at in losses]
+            lines.append([str(seed), str(len(of_seed)), *correlations])
+    head = ["seed", "candidates", *(f"{tokens:,} tokens" for tokens, _ in next(iter(curves.values())))]
     words = "Rank correlation of the losses on held-out text with those at the end of the training:"
     return [f"![Perplexity of candidates]({path.name})", words, _markdown(head, lines, numbers=1)]
 

@@ -52,7 +52,7 @@ class Table:
         return [line.arm for line in self.lines]
 
 
-WORDS_OF_AGGREGATE = {"l2": "L2", "mean": "mean", "var": "var"}
+WORDS = {"l2": "L2", "mean": "mean", "var": "var"}
 PAPER_AGGREGATION = {
     ("l2", "l2"): ("8.73", "8.37"), ("l2", "mean"): ("7.18", "7.23"), ("l2", "var"): ("8.18", "8.61"),
     ("mean", "l2"): ("8.41", "7.84"), ("mean", "mean"): ("7.21", "6.89"), ("mean", "var"): ("7.94", "8.29"),
@@ -64,11 +64,13 @@ def _aggregation(batch: str, sequence: str) -> str:
     return "width" if (batch, sequence) == ("l2", "mean") else f"batch {batch}, sequence {sequence}"
 
 
+def _in_words(batch: str, sequence: str) -> str:
+    return f"{WORDS[batch]} and {WORDS[sequence]}"
+
+
 def _worse_than_chosen(words: str) -> tuple[Claim, ...]:
     others = [pair for pair in PAPER_AGGREGATION if pair[1] != "mean"] + [("var", "mean")]
-    return tuple(
-        Claim("width", _aggregation(*pair), f"{words} ({', '.join(pair)})", figure="before") for pair in others
-    )
+    return tuple(Claim("width", _aggregation(*pair), f"{words} {_in_words(*pair)}", figure="before") for pair in others)
 
 
 TABLES = {
@@ -113,14 +115,12 @@ TABLES = {
         "Table 13: aggregation of activations over batch and sequence",
         "15.6B cut to the shape of Nemotron-3 8B, untrained",
         tuple(
-            Line(_aggregation(*pair), f"batch {WORDS_OF_AGGREGATE[pair[0]]}, sequence {WORDS_OF_AGGREGATE[pair[1]]}", f)
+            Line(_aggregation(*pair), f"batch {WORDS[pair[0]]}, sequence {WORDS[pair[1]]}", f)
             for pair, f in PAPER_AGGREGATION.items()
         ),
         (
-            *_worse_than_chosen("L2 and mean are better than"),
-            Claim(
-                "width", "batch mean, sequence mean", "L2 and mean against mean and mean: equal", "before", equal=True
-            ),
+            *_worse_than_chosen("L2 over the batch and mean over the sequence are better than"),
+            Claim("width", "batch mean, sequence mean", "L2 and mean equal mean and mean", "before", equal=True),
             Claim("width", "batch l2, sequence l2", "after training, L2 and mean are better than L2 and L2"),
             Claim("width", "batch var, sequence var", "after training, L2 and mean are better than var and var"),
         ),
@@ -331,6 +331,8 @@ TABLES = {
         (
             Line("width", "candidate 1"),
             Line("all axes", "candidate 2"),
+            Line("MLP and heads", "candidate 7"),
+            Line("depth", "candidate 8"),
             *(Line(name, name) for name in CANDIDATES),
         ),
         (),

@@ -40,9 +40,9 @@ class Verdict:
             return "not measured"
         is_beyond = abs(self.mean) > ERRORS * self.error and len({value > 0 for value in self.differences}) == 1
         if self.claim.equal:
-            if abs(self.mean) <= TIE:
+            if abs(self.mean) <= TIE and self.error <= TIE:
                 return "holds"
-            return "does not hold" if is_beyond else "not beyond noise"
+            return "does not hold" if is_beyond and abs(self.mean) > TIE else "not beyond noise"
         if not is_beyond:
             return "not beyond noise"
         return "holds" if self.mean > 0 else "does not hold"
@@ -83,6 +83,7 @@ def noise_of(claims: Sequence[Claim], rows: Sequence[Row]) -> float:
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Return Spearman's rank correlation of values without ties."""
-    ranks = [[sorted(values).index(value) for value in values] for values in (first, second)]
+    ranks: list[list[int]] = [[sorted(values).index(value) for value in values] for values in (first, second)]
     count = len(first)
-    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (count * (count**2 - 1))
+    distance: int = sum((a - b) * (a - b) for a, b in zip(*ranks, strict=True))
+    return 1.0 - 6 * distance / (count * (count**2 - 1))
