@@ -42,12 +42,13 @@ def _conditions(name: str, rows: Sequence[Row]) -> str:
     """State what all rows of a teacher share."""
     first, training = rows[0], TEACHERS[name]
     seeds = sorted({row["seed"] for row in rows})
+    of_seeds = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     releases = ", ".join(f"{package} {number}" for package, number in first["versions"].items())
     machines = " or ".join(sorted({row["machine"] for row in rows}))
     return fill(
         f"Teacher `{name}` ({training.model_type}, trained on {training.tokens} tokens of wiki with seed "
-        f"{training.seed}, vocabulary {training.vocab_size}): {len(rows)} students of "
-        f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}; a unit of training is {first['unit']:,} tokens, context {first['context']}; "
+        f"{training.seed}, vocabulary {training.vocab_size}): {len(rows)} students of {of_seeds}; "
+        f"a unit of training is {first['unit']:,} tokens, context {first['context']}; "
         f"losses in nats per token on {first['evaluation_tokens']:,} tokens of documents that nothing was trained on. "
         f"{releases}; {machines}.",
         width=120,
