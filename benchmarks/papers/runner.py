@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+import minitron
 from benchmarks.papers.arms import Arm, Place, Step
 from benchmarks.papers.teachers import CONTEXT, Text
 from minitron.data.blocks import Blocks
@@ -219,10 +220,10 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _circumstances() -> Row:
-    """Return versions, the kind of machine, and the commit; nothing that names the machine."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    ).stdout.strip()
+    """Return versions, the kind of machine, and the last commit that changed the package; nothing names the machine."""
+    package = Path(minitron.__file__).parent
+    last = ["git", "log", "-1", "--format=%h", "--", "."]
+    commit = subprocess.run(last, cwd=package, capture_output=True, text=True).stdout.strip()
     return {"versions": versions(), "machine": machine(), "commit": commit}
 
 

@@ -73,7 +73,7 @@ TEACHERS = {
             "max_position_embeddings": 512,
             "initializer_range": 0.03,
         },
-        tokens="800k",
+        tokens="300k",
     ),
 }
 
