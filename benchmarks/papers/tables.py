@@ -6,8 +6,6 @@ Numbers of tables are those of arXiv 2407.14679 v2 unless another paper is named
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.papers.arms import CANDIDATES
-
 Figure = Literal["after", "before", "kl after"]
 """Which figure a claim compares: the loss after training or before it, or the KL to the teacher after it."""
 
@@ -320,8 +318,8 @@ TABLES = {
         (
             Claim(
                 "pruned, distilled, 0.5 units",
-                "random, text, 4 units",
-                "pruned and distilled, an eighth of the tokens suffices",
+                "random, text, 2 units",
+                "pruned and distilled, a quarter of the tokens is enough",
             ),
         ),
     ),
@@ -329,11 +327,14 @@ TABLES = {
         "Figure 9: when the ranks of candidates settle",
         "15 candidates of 8B, 400 steps; ranks settle after about 300",
         (
-            Line("width", "candidate 1"),
-            Line("all axes", "candidate 2"),
-            Line("MLP and heads", "candidate 7"),
-            Line("depth", "candidate 8"),
-            *(Line(name, name) for name in CANDIDATES),
+            Line("width", "hidden, MLP and heads 2/3"),
+            Line("all axes", "hidden 3/4, MLP and heads 2/3, depth 5/6"),
+            Line("MLP and heads", "MLP 7/24, heads 2/3"),
+            Line("depth", "depth 1/2"),
+            Line("candidate 3", "hidden 5/6, MLP 5/12, heads 2/3"),
+            Line("candidate 4", "hidden 7/12, MLP 5/6, heads 2/3"),
+            Line("candidate 5", "hidden 3/4, MLP 7/12, heads 2/3, depth 11/12"),
+            Line("candidate 6", "hidden and heads 2/3, depth 3/4"),
         ),
         (),
     ),
