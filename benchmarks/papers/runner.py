@@ -17,10 +17,9 @@ import torch
 import minitron
 from benchmarks.papers.arms import Arm, Place, Step
 from benchmarks.papers.teachers import CONTEXT, Text
-from minitron.data.blocks import Blocks
 from minitron.distillation import correct, distill
 from minitron.evaluation import generation, measure
-from minitron.evaluation.agreement import measure_agreement
+from minitron.evaluation.agreement import Comparison, TeacherStates
 from minitron.files import read_jsonl
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
@@ -82,11 +81,17 @@ class Bench:
         )
 
     @cache  # noqa: B019 - a command has one bench
-    def kept_out(self, text: Text) -> Blocks:
-        """Return the blocks of evaluation, of documents that nothing is trained on; equal for all seeds."""
+    def teacher_states(self, text: Text) -> TeacherStates:
+        """Return the teacher's states on the blocks of evaluation.
+
+        These are of documents that nothing is trained on, and equal for all seeds.
+        """
         data = str(self.texts / f"{text}-kept-out.jsonl")
-        recipe = self.recipe(Arm(()), 0, self.teacher).model_copy(update={"data": data})
-        return Session(recipe).splits.evaluation
+        session = Session(self.recipe(Arm(()), 0, self.teacher).model_copy(update={"data": data}))
+        states = TeacherStates(session.splits.evaluation)
+        with session.teacher_model() as teacher:
+            measure(teacher, session.teacher, states.blocks, stage="evaluate", observer=states)
+        return states
 
 
 def run(bench: Bench, arms: Mapping[str, Arm], seeds: list[int]) -> None:
@@ -145,7 +150,7 @@ def _figures(bench: Bench, arm: Arm, seed: int, folder: Path) -> Row:
         "num_parameters": arch.num_parameters,
         "num_non_embedding_parameters": arch.num_non_embedding_parameters,
         "sizes": dict(arch.sizes),
-        "evaluation_tokens": len(bench.kept_out(arm.text)) * bench.context,
+        "evaluation_tokens": bench.teacher_states(arm.text).blocks.num_tokens,
     }
 
 
@@ -186,13 +191,11 @@ def _trained(session: Session, step: Step, pruned: Path, work: Path) -> Path:
 
 def _measured(bench: Bench, arm: Arm, folder: Path) -> dict[str, float]:
     """Return loss and KL to the original teacher, in nats per token of the text that is kept out."""
-    blocks, checkpoint = bench.kept_out(arm.text), open_checkpoint(folder)
-    session = Session(bench.recipe(arm, 0, bench.teacher))
-    student = load_model(checkpoint, session.runtime.device, session.runtime.dtype)
-    perplexity = measure(student, checkpoint, blocks, stage="evaluate")["perplexity"]
-    with session.teacher_model() as teacher:
-        kl = measure_agreement(student, teacher, blocks).kl
-    return {"loss": round(math.log(perplexity), 5), "kl": round(kl, 5)}
+    states, checkpoint = bench.teacher_states(arm.text), open_checkpoint(folder)
+    runtime = Session(bench.recipe(arm, 0, bench.teacher)).runtime
+    student = load_model(checkpoint, runtime.device, runtime.dtype)
+    figures = measure(student, checkpoint, states.blocks, stage="evaluate", observer=Comparison(states))
+    return {"loss": round(math.log(figures["perplexity"]), 5), "kl": round(figures["kl"], 5)}
 
 
 def shape_of(arch: Arch, shares: Mapping[str, float]) -> Arch:
