@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from textwrap import fill
 
@@ -11,6 +12,7 @@ from benchmarks.papers.teachers import TEACHERS
 from benchmarks.papers.verdicts import Verdict, differences, figure_of, noise_of, rank_correlation
 from minitron.files import read_jsonl
 from minitron.reports.charts import draw_curves
+from minitron.reports.svg import SERIES
 
 MARK = "<!-- Below this line: python -m benchmarks.papers page -->"
 """Everything after this line of a document is replaced."""
@@ -140,7 +142,7 @@ def _plot_ranks(table: Table, rows: Sequence[Row], path: Path) -> list[str]:
     curves = {line.words: _of(line.arm, rows)[0]["curve"] for line in table.lines if _of(line.arm, rows)}
     points = {
         name: [{"tokens": tokens, "heldout_perplexity": math.exp(loss)} for tokens, loss in curve[1:]]
-        for name, curve in curves.items()
+        for name, curve in islice(curves.items(), len(SERIES))  # each line needs a colour of its own
     }
     path.write_text(draw_curves(points)[0].svg(), encoding="utf-8")
     lines = []
@@ -151,8 +153,8 @@ def _plot_ranks(table: Table, rows: Sequence[Row], path: Path) -> list[str]:
             correlations = [f"{rank_correlation(at, losses[-1]):.2f}" for at in losses]
             lines.append([str(seed), str(len(of_seed)), *correlations])
     head = ["seed", "candidates", *(f"{tokens:,} tokens" for tokens, _ in next(iter(curves.values())))]
-    words = "Rank correlation of the losses on held-out text with those at the end of the training:"
-    return [f"![Perplexity of candidates]({path.name})", words, _markdown(head, lines, numbers=1)]
+    words = f"{len(points)} shapes are drawn, with seed {rows[0]['seed']}. Rank correlation of the losses on held-out text with those at the end of the training:"
+    return [f"![Perplexity of candidates]({path.name})", fill(words, width=120), _markdown(head, lines, numbers=1)]
 
 
 PLOTS = {"figure1": _plot_tokens, "figure9": _plot_ranks}
