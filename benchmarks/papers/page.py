@@ -153,7 +153,10 @@ def _plot_ranks(table: Table, rows: Sequence[Row], path: Path) -> list[str]:
             correlations = [f"{rank_correlation(at, losses[-1]):.2f}" for at in losses]
             lines.append([str(seed), str(len(of_seed)), *correlations])
     head = ["seed", "candidates", *(f"{tokens:,} tokens" for tokens, _ in next(iter(curves.values())))]
-    words = f"{len(points)} shapes are drawn, with seed {rows[0]['seed']}. Rank correlation of the losses on held-out text with those at the end of the training:"
+    words = (
+        f"{len(points)} shapes are drawn, with seed {rows[0]['seed']}. Rank correlation of the losses on held-out text "
+        "with those at the end of the training:"
+    )
     return [f"![Perplexity of candidates]({path.name})", fill(words, width=120), _markdown(head, lines, numbers=1)]
 
 
