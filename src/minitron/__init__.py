@@ -38,6 +38,7 @@ _HOMES = {
     "enable_progress": "progress",
     "evaluate": "verbs.evaluate",
     "evaluate_tasks": "verbs.evaluate",
+    "export": "verbs.export",
     "inspect": "verbs.inspect",
     "open_checkpoint": "model.checkpoint",
     "open_teacher": "model.source",
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from minitron.verbs.distill import distill as distill
     from minitron.verbs.evaluate import evaluate as evaluate
     from minitron.verbs.evaluate import evaluate_tasks as evaluate_tasks
+    from minitron.verbs.export import export as export
     from minitron.verbs.inspect import inspect as inspect
     from minitron.verbs.plan import plan as plan
     from minitron.verbs.prune import prune as prune

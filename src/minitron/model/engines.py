@@ -29,6 +29,9 @@ class Limit:
     """Returns what a config has that the engine cannot express, or None."""
     source: str
     """The files of the engine's repository in which this was read."""
+    is_overcome: bool = False
+    """Whether a file that `minitron export` writes is free of it: by metadata that the engine's own converter does not
+    write, by another name of an identical network, or by a context within the window."""
 
 
 @dataclass(frozen=True)
@@ -140,24 +143,33 @@ LLAMA_CPP = Engine(
     unsupported={"opt": "its converter does not know OPTForCausalLM"},
     limits=(
         Limit(
-            _names("qwen2 phi3 nemotron olmo2"),
+            _names("qwen2 phi3"),
             _heads_unlike_hidden,
-            "src/models/{qwen2,phi3,nemotron,olmo2}.cpp: load_arch_tensors makes attn_q with n_embd rows",
+            "src/models/{qwen2,phi3}.cpp: load_arch_tensors makes attn_q with n_embd rows",
+            is_overcome=True,
+        ),
+        Limit(
+            _names("nemotron olmo2"),
+            _heads_unlike_hidden,
+            "src/models/{nemotron,olmo2}.cpp: load_arch_tensors makes attn_q with n_embd rows",
         ),
         Limit(
             _names("granite bamba"),
             _heads_unlike_hidden,
             "conversion/granite.py: GraniteModel.set_gguf_parameters drops head_dim",
+            is_overcome=True,
         ),
         Limit(
             _names("gemma2 gpt_oss"),
             partial(_full, period=2),
             "src/models/{gemma2,openai-moe}.cpp: load_swa_pattern(ml, 2); the converters write no pattern",
+            is_overcome=True,
         ),
         Limit(
             _names("gemma3_text"),
             partial(_full, period=6),
             "src/models/gemma3.cpp: load_swa_pattern(ml, 6); conversion/gemma.py writes no pattern",
+            is_overcome=True,
         ),
         Limit(
             _names("smollm3"),
@@ -178,6 +190,7 @@ LLAMA_CPP = Engine(
             _names("mistral mixtral ministral3 qwen2 qwen3 qwen3_moe phi3"),
             _window_ignored,
             "src/models/{llama,mistral3,qwen2,qwen3,qwen3moe}.cpp read no sliding window; phi3.cpp switches it off",
+            is_overcome=True,
         ),
         Limit(
             _names("qwen3_moe"),
@@ -193,6 +206,7 @@ LLAMA_CPP = Engine(
             _names("nemotron_h"),
             _dense_layers,
             "conversion/nemotron.py: NemotronHModel._MLP_LAYER_TYPES holds moe alone",
+            is_overcome=True,
         ),
     ),
     commands="""python convert_hf_to_gguf.py PATH --outfile student.gguf          # llama.cpp: convert, then
