@@ -10,6 +10,10 @@ from transformers import PreTrainedTokenizerFast
 from tests.conftest import make_model
 
 VOCABULARY = 320
+TEXT = (
+    "Merges are learnt from words that are repeated here and there: the letters of a word that often stand beside "
+    "each other become a token, then these tokens are merged further, until there are as many tokens as were asked for."
+)
 TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<s>system\nBe brief.</s>\n{% endif %}"
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}"
@@ -22,7 +26,7 @@ LONGROPE = {
     "rope_theta": 1e4,
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [1.5, 2.0, 2.5, 3.0],
-    "original_max_position_embeddings": 128,
+    "original_max_position_embeddings": 256,
     "partial_rotary_factor": 1.0,
 }
 LLAMA3 = {
@@ -51,11 +55,14 @@ EXPORTED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": [], "norm_topk_prob": True}),
     "nemotron": ("nemotron", {}),
     "gemma2": ("gemma2", {}),
-    "gemma2-odd": ("gemma2", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"] + ["full_attention"]}),
+    "gemma2-odd": ("gemma2", {"layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"]}),
     "gemma3": ("gemma3", {}),
     "phi3": ("phi3", {}),
     "phi3-wide": ("phi3", WIDE),
-    "phi3-longrope": ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 128}),
+    "phi3-longrope": (
+        "phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256, "max_position_embeddings": 512},
+    ),
     "olmo2": ("olmo2", {"attention_bias": False}),
     "olmo2-tied": ("olmo2", {"attention_bias": False, "tie_word_embeddings": True}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
@@ -96,7 +103,7 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["the cat and the other cats sat on the mat, and that was that"] * 9, trainer)
+    tokenizer.train_from_iterator([TEXT] * 9, trainer)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in ("<s>", "</s>")])
     tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")

@@ -58,7 +58,9 @@ def export(
     if is_run and not (run / "student").is_dir():
         raise UserError(f"{run} has no student yet")
     if out is None and not is_run:
-        raise UserError("export needs OUT, the folder to make; only an export of a run directory has a place of its own")
+        raise UserError(
+            "export needs OUT, the folder to make; only an export of a run directory has a place of its own"
+        )
     folder = Path(out) if out is not None else run / "-".join(filter(None, (format, quantize)))
     checkpoint = open_teacher(str(run / "student" if is_run else model), family)
     output = Output(folder.absolute(), RECORD)

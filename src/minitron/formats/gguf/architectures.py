@@ -59,7 +59,8 @@ def _adjacent_pairs(tensor: torch.Tensor, source: Source) -> torch.Tensor:
 
 def _head_by_head(tensor: torch.Tensor, source: Source) -> torch.Tensor:
     """Reorder rows in which query, key and value of a head are adjacent: all queries, then all keys, all values."""
-    return tensor.unflatten(0, (source.arch.axis_size("query"), 3, -1)).transpose(0, 1).flatten(0, 2)
+    heads: torch.Tensor = tensor.unflatten(0, (source.arch.axis_size("query"), 3, -1))
+    return heads.transpose(0, 1).flatten(0, 2)
 
 
 def _transposed(tensor: torch.Tensor, source: Source) -> torch.Tensor:
@@ -83,7 +84,8 @@ def _without_middle(tensor: torch.Tensor, source: Source) -> torch.Tensor:
 
 
 def _by_group(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    return tensor.unflatten(0, (source.arch.axis_size("mgroup"), -1))
+    groups: torch.Tensor = tensor.unflatten(0, (source.arch.axis_size("mgroup"), -1))
+    return groups
 
 
 def _times(*entries: str) -> Change:
@@ -106,7 +108,8 @@ def _scaled_mixer_input(tensor: torch.Tensor, source: Source) -> torch.Tensor:
     parts = tensor.split([wide, wide, state, state, size("mhead")])
     factors = source.config["ssm_multipliers"]
     scaled = [part * factor for part, factor in zip(parts, factors, strict=True)]
-    return torch.cat(scaled) * source.config["ssm_in_multiplier"]
+    whole: torch.Tensor = torch.cat(scaled) * source.config["ssm_in_multiplier"]
+    return whole
 
 
 def _part(number: int, count: int) -> Change:

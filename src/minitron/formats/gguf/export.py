@@ -63,7 +63,8 @@ def _ends(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
     if (checkpoint.folder / "generation_config.json").is_file():
         stated = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True).eos_token_id
     listed = stated if isinstance(stated, list) else [stated]
-    return list(dict.fromkeys(number for number in (tokenizer.eos_token_id, *listed) if number is not None))
+    numbers = (tokenizer.eos_token_id, *listed)
+    return list(dict.fromkeys(n for n in numbers if n is not None and tokenizer.convert_ids_to_tokens(n) is not None))
 
 
 def _types(path: Path) -> dict[str, int]:

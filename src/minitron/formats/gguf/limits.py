@@ -5,7 +5,7 @@ from typing import Any
 
 from minitron.errors import UserError
 from minitron.formats.gguf.architectures import ARCHITECTURES, Architecture, architecture_of
-from minitron.formats.gguf.rope import rope_type
+from minitron.formats.gguf.rope import rope_type, trained_positions
 from minitron.formats.gguf.source import Source
 from minitron.model.engines import LLAMA_CPP
 
@@ -20,16 +20,13 @@ def require_architecture(source: Source) -> Architecture:
     architecture = architecture_of(source)
     if architecture is None:
         supported = ", ".join(sorted(ARCHITECTURES))
-        reason = LLAMA_CPP.unsupported.get(family, f"it has no {family}")
-        raise UserError(f"llama.cpp does not run {family} models: {reason}; families with GGUF: {supported}")
+        why = LLAMA_CPP.unsupported.get(family, f"it has no {family}")
+        raise UserError(f"llama.cpp does not run {family} models: {why}; families with GGUF: {supported}")
+    obstacles = (limit for limit in LLAMA_CPP.limits if family in limit.families and not limit.is_overcome)
     reasons = [
         *_constants_unlike(source, architecture),
         *_rope_unlike(source, architecture),
-        *(
-            reason
-            for limit in LLAMA_CPP.limits
-            if family in limit.families and not limit.is_overcome and (reason := limit.lacks(source.config))
-        ),
+        *filter(None, (limit.lacks(source.config) for limit in obstacles)),
         *_own_limits(source),
     ]
     if reasons:
@@ -38,6 +35,11 @@ def require_architecture(source: Source) -> Architecture:
         logging.warning(
             f"llama.cpp has no sliding window for {family} models: the file states a context of {source.context:,} "
             f"tokens, the model's window, in place of {source.positions:,}; up to there both compute the same function"
+        )
+    if architecture.rope_types and rope_type(source) == "longrope":
+        logging.warning(
+            "llama.cpp takes the long factors of longrope for every text where it is given a context above "
+            f"{trained_positions(source):,.0f} tokens (-c), transformers for texts that are longer than that"
         )
     return architecture
 
@@ -68,7 +70,9 @@ def _rope_unlike(source: Source, architecture: Architecture) -> list[str]:
         return []
     reasons = []
     if kind not in accepted:
-        reasons.append(f"of kinds of rotary embeddings it computes {', '.join(accepted)} here, and this model has {kind}")
+        reasons.append(
+            f"of kinds of rotary embeddings it computes {', '.join(accepted)} here, and this model has {kind}"
+        )
     if architecture.name == "llama" and source.rotated != source.arch.axis_size("head_dim"):
         reasons.append("it rotates all channels of a head, and this model a part of them")
     return reasons

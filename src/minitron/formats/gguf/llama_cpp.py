@@ -16,8 +16,9 @@ import numpy as np
 
 from minitron.errors import UserError
 
-QUANTISED = tuple(
-    "q6_k q5_k_m q5_k_s q5_1 q5_0 q4_k_m q4_k_s q4_1 q4_0 iq4_nl iq4_xs q3_k_l q3_k_m q3_k_s q2_k".split()
+QUANTISED = (
+    *("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
+    *("iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
 )
 """The types that llama.cpp's own tool makes without a matrix of importance."""
 

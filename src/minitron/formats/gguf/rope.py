@@ -30,7 +30,7 @@ def rope_metadata(source: Source) -> dict[str, Any]:
     if kind in {"linear", "yarn"}:
         entries["rope_scaling_factor"] = float(rope["factor"])
     if kind in {"yarn", "longrope"}:
-        entries["rope_scaling_orig_ctx_len"] = int(_trained_positions(source))
+        entries["rope_scaling_orig_ctx_len"] = int(trained_positions(source))
         entries["rope_scaling_attn_factors"] = _attention_factor(source)
     if kind == "yarn":
         entries["rope_scaling_yarn_beta_fast"] = float(rope.get("beta_fast") or 32)
@@ -54,14 +54,15 @@ def _llama3_factors(source: Source) -> torch.Tensor:
     `low_freq_factor`, are stretched by `factor`; between them the frequency is interpolated.
     """
     rope, rotated = source.rope, source.rotated
-    base, factor, trained = float(rope["rope_theta"]), float(rope["factor"]), _trained_positions(source)
+    base, factor, trained = float(rope["rope_theta"]), float(rope["factor"]), trained_positions(source)
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     waves = 2 * math.pi * base ** (torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
     smooth = ((trained / waves - low) / (high - low)).clamp(0, 1)
     return (1 / ((1 - smooth) / factor + smooth)).float()
 
 
-def _trained_positions(source: Source) -> float:
+def trained_positions(source: Source) -> float:
+    """Return the longest sequence, in tokens, that the unscaled embeddings were trained on."""
     stated = source.rope.get("original_max_position_embeddings")
     return float(stated or source.config.get("original_max_position_embeddings") or source.positions or 0)
 
@@ -74,7 +75,7 @@ def _attention_factor(source: Source) -> float:
     """
     rope, stated = source.rope, source.rope.get("attention_factor")
     if rope_type(source) == "longrope":
-        trained = _trained_positions(source)
+        trained = trained_positions(source)
         factor = float(rope.get("factor") or (source.positions or trained) / trained)
         return float(stated or (math.sqrt(1 + math.log(factor) / math.log(trained)) if factor > 1 else 1.0))
     factor, mscale, all_dim = float(rope["factor"]), rope.get("mscale"), rope.get("mscale_all_dim")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 
 import gguf
 import numpy as np
@@ -12,11 +13,13 @@ from minitron.errors import UserError
 from minitron.formats.gguf.architectures import Architecture, Piece
 from minitron.formats.gguf.rope import rope_factors
 from minitron.formats.gguf.source import Source
+from minitron.model.anatomy import in_backbone
 from minitron.model.arch import TIED
 from minitron.model.checkpoint import Checkpoint
 
 ALWAYS_FLOAT32 = ("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight", "ssm_conv1d.weight")
 """The ends of the names of matrices that llama.cpp reads in float32, as it does vectors."""
+SUFFIXES = (".weight", ".bias")
 WHOLE = Piece(lambda tensor, source: tensor)
 
 
@@ -56,7 +59,10 @@ def plan_tensors(source: Source, architecture: Architecture, type: Type) -> list
         for piece in next((found for end, found in architecture.pieces.items() if name.endswith(end)), (WHOLE,)):
             changed = piece.change(torch.empty(shape, device="meta"), source)
             stacked = (len(parts), *changed.shape) if len(parts) > 1 else tuple(changed.shape)
-            found = names.get_name(_renamed(name, piece, architecture), try_suffixes=(".weight", ".bias"))
+            renamed = _renamed(name, piece, architecture)
+            # The map knows some tensors of `backbone.layers` as tensors of `model.layers` only.
+            variants = (renamed, f"model.{in_backbone(renamed)}")
+            found = next(filter(None, (names.get_name(each, try_suffixes=SUFFIXES) for each in variants)), None)
             if found is None:
                 raise UserError(f"llama.cpp has no place for the tensor {name} in a {architecture.name} model")
             planned.append(Planned(found, parts, piece, stacked, stored_type(found, stacked, type)))
@@ -93,7 +99,8 @@ def encoded(value: torch.Tensor, planned: Planned) -> np.ndarray:
 def num_bytes(planned: Planned) -> int:
     """Return the bytes that a tensor takes in the file."""
     block, size = gguf.GGML_QUANT_SIZES[planned.type]
-    return int(np.prod(planned.shape)) // block * size
+    total: int = prod(planned.shape) // block * size
+    return total
 
 
 def _sources(source: Source, architecture: Architecture) -> Iterator[tuple[str, tuple[str, ...], tuple[int, ...]]]:

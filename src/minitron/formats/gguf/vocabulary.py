@@ -84,7 +84,11 @@ def read_vocabulary(tokenizer: Any, size: int, ends: list[int]) -> Vocabulary:
     is_sentencepiece = bool(model["byte_fallback"])
     tokens = [texts.get(i, f"[PAD{i}]") for i in range(size)]
     types = [int(_type(i, texts, added, model)) for i in range(size)]
-    shared = {"special": _special(tokenizer, ends), "adds": _added_around(tokenizer), "template": _template(tokenizer)}
+    shared: dict[str, Any] = {
+        "special": _special(tokenizer, ends),
+        "adds": _added_around(tokenizer),
+        "template": _template(tokenizer),
+    }
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     if not merges:
         raise UserError("the tokenizer has no merges, and llama.cpp does not load a BPE tokenizer without them")

@@ -1,0 +1,158 @@
+"""Runs a model's GGUF files in llama.cpp: tokens, logits and perplexity against transformers, a chat, and speed.
+
+    python benchmarks/gguf_in_llama_cpp.py STUDENT [TEACHER] --out FOLDER [--types f32,f16,q8_0,q4_k_m] [--data wiki]
+
+The text is the first evaluation blocks of the data. Speeds are those of teacher and student in turn, in one type, on
+the threads that are asked for; the chat goes through the OpenAI-compatible server of llama-cpp-python.
+Needs `pip install 'minitron[llama-cpp]' 'llama-cpp-python[server]'`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from minitron import Session, export, open_teacher
+from minitron.formats.gguf import llama_cpp
+from minitron.model.language_model import load_model
+from minitron.recipe import recipe_from
+
+QUESTION = "What is the capital of France?"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("student")
+    parser.add_argument("teacher", nargs="?")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--types", default="f32,f16,bf16,q8_0,q4_k_m")
+    parser.add_argument("--speed-type", default="q8_0")
+    parser.add_argument("--data", default="wiki")
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
+def against_transformers(path: Path, model: Any, blocks: list[list[int]]) -> dict[str, float]:
+    """Return perplexities of the next tokens of the blocks, KL from transformers in nats, and top-1 agreement."""
+    kl, agreed, losses, counted = 0.0, 0, np.zeros(2), 0
+    for block, logits in zip(blocks, llama_cpp.read(path, [], blocks).logits, strict=True):
+        with torch.no_grad():
+            p = model(torch.tensor([block])).logits[0].log_softmax(-1)
+        q = torch.from_numpy(logits).float().log_softmax(-1)
+        kl += float((p.exp() * (p - q)).sum(-1)[:-1].sum())
+        agreed += int((p.argmax(-1) == q.argmax(-1))[:-1].sum())
+        targets = torch.tensor(block[1:]).unsqueeze(1)
+        losses += [-float(each[:-1].gather(1, targets).sum()) for each in (p, q)]
+        counted += len(block) - 1
+    transformers_ppl, engine_ppl = np.exp(losses / counted)
+    return {
+        "kl": kl / counted,
+        "agreement": agreed / counted,
+        "perplexity": float(engine_ppl),
+        "perplexity_in_transformers": float(transformers_ppl),
+        "num_tokens": counted,
+    }
+
+
+def speeds(paths: dict[str, Path], threads: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Return tokens per second of a prefill of 512 tokens and of decoding 64, the median of turns taken in turn."""
+    import llama_cpp as engine
+
+    models = {
+        name: engine.Llama(str(path), n_ctx=640, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+        for name, path in paths.items()
+    }
+    prompt = [100 + i % 1000 for i in range(512)]
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+    for turn in range(repeats + 1):
+        for name, model in models.items():
+            model.reset()
+            start = time.perf_counter()
+            model.eval(prompt)
+            middle = time.perf_counter()
+            for token in prompt[:64]:
+                model.eval([token])
+            end = time.perf_counter()
+            if turn:  # the first turn warms up
+                taken[name].append((512 / (middle - start), 64 / (end - middle)))
+    names = ("prefill", "decode")
+    return {
+        name: {key: median(turn[i] for turn in turns) for i, key in enumerate(names)} for name, turns in taken.items()
+    }
+
+
+def chat(path: Path) -> dict[str, Any]:
+    """Ask the server of llama-cpp-python one question, greedily, and return its answer."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llama_cpp.server", "--model", str(path), "--port", str(port), "--n_ctx", "1024"]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 48, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        for _ in range(120):
+            try:
+                with urllib.request.urlopen(request, timeout=120) as answer:
+                    choice = json.load(answer)["choices"][0]
+                return {"answer": choice["message"]["content"], "finish_reason": choice["finish_reason"]}
+            except OSError:
+                time.sleep(1)
+        raise RuntimeError("the server did not answer")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def main() -> None:
+    """Write the files into OUT and print the figures as JSON."""
+    given = arguments()
+    checkpoint = open_teacher(given.student)
+    recipe = recipe_from(None, teacher=given.student, data=given.data, context=given.context)
+    blocks = Session(recipe).splits.evaluation.ids[: given.blocks].tolist()
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
+    figures: dict[str, Any] = {
+        "student": Path(given.student).name,
+        "num_parameters": checkpoint.arch.num_parameters,
+        "data": f"{given.data}, the first {len(blocks)} evaluation blocks of {given.context} tokens, seed {recipe.seed}",
+        "versions": {name: version(name) for name in ("llama-cpp-python", "gguf", "transformers", "torch")},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads",
+        "types": {},
+    }
+    for kind in given.types.split(","):
+        done = export(given.student, given.out / f"student-{kind}", quantize=kind, check=kind == "f32", overwrite=True)
+        compared = against_transformers(done.file, model, blocks)
+        figures["types"][kind] = {"num_bytes": done.record["num_bytes"], "tensors": done.record["tensors"], **compared}
+        if kind == "f32":
+            figures["texts"] = done.record["checked"]
+    del model
+    answered = given.out / f"student-{given.speed_type}"
+    paths = {"student": next(answered.glob("*.gguf"))}
+    figures["chat"] = {"question": QUESTION, **chat(paths["student"])}
+    if given.teacher:
+        paths["teacher"] = export(given.teacher, given.out / "teacher", quantize=given.speed_type, overwrite=True).file
+        figures["chat_of_teacher"] = {"question": QUESTION, **chat(paths["teacher"])}
+        figures["teacher_parameters"] = open_teacher(given.teacher).arch.num_parameters
+    figures["tokens_per_second"] = {"type": given.speed_type, **speeds(paths, given.threads, given.repeats)}
+    print(json.dumps(figures, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
