@@ -33,6 +33,7 @@ QUESTION = "What is the capital of France?"
 
 
 def arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student")
     parser.add_argument("teacher", nargs="?")
@@ -50,7 +51,8 @@ def arguments() -> argparse.Namespace:
 def against_transformers(path: Path, model: Any, blocks: list[list[int]]) -> dict[str, float]:
     """Return perplexities of the next tokens of the blocks, KL from transformers in nats, and top-1 agreement."""
     kl, agreed, losses, counted = 0.0, 0, np.zeros(2), 0
-    for block, logits in zip(blocks, llama_cpp.read(path, [], blocks).logits, strict=True):
+    for block in blocks:  # one at a time: the logits of a block take 100 MB
+        [logits] = llama_cpp.read(path, [], [block]).logits
         with torch.no_grad():
             p = model(torch.tensor([block])).logits[0].log_softmax(-1)
         q = torch.from_numpy(logits).float().log_softmax(-1)
@@ -131,7 +133,7 @@ def main() -> None:
     figures: dict[str, Any] = {
         "student": Path(given.student).name,
         "num_parameters": checkpoint.arch.num_parameters,
-        "data": f"{given.data}, the first {len(blocks)} evaluation blocks of {given.context} tokens, seed {recipe.seed}",
+        "data": f"{given.data}, the first {len(blocks)} evaluation blocks of {given.context} tokens, seed 0",
         "versions": {name: version(name) for name in ("llama-cpp-python", "gguf", "transformers", "torch")},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {given.threads} threads",
         "types": {},
