@@ -8,23 +8,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
+from minitron.formats.gguf.pieces import (
+    EXPERTS,
+    MIXER,
+    NORM_PLUS_ONE,
+    PAIRS,
+    SEPARATE,
+    Piece,
+    Pieces,
+    ends,
+    every_second,
+    head_by_head,
+    same,
+    scaled_mixer_input,
+    times,
+    transposed,
+)
 from minitron.formats.gguf.rope import DEFAULT, rope_metadata
 from minitron.formats.gguf.source import Source
 
-Change = Callable[[torch.Tensor, Source], torch.Tensor]
 Metadata = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What becomes of a tensor, or of a part of it."""
-
-    change: Change
-    """Returns the piece, in float32, from the tensor in float32. It computes shapes too, on the meta device."""
-    ending: str | None = None
-    """The end of the piece's name, in the place of the tensor's; None leaves the name as it is."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Architecture:
     """Its name in GGUF files."""
     metadata: Callable[[Source], Metadata] = lambda _: {}
     """Returns entries beyond the sizes, by the names of the `add_` methods of `gguf.GGUFWriter`."""
-    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    pieces: Pieces = field(default_factory=dict)
     """What tensors become whose names have these ends; all others stay as they are."""
     constants: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Config entries that it takes for constants, each with the values that it is right for."""
@@ -43,118 +46,6 @@ class Architecture:
     """Whether it reads an output matrix even of a model whose embeddings are tied."""
     rope_types: tuple[str, ...] = (DEFAULT, "linear", "yarn")
     """The kinds of rotary embeddings that it computes; none where it has no rotary embedding."""
-
-
-def _same(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    return tensor
-
-
-def _adjacent_pairs(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    """Reorder the rows of queries or keys: llama.cpp rotates pairs of neighbours, transformers the halves of a head."""
-    width, rotated = source.arch.axis_size("head_dim"), source.rotated
-    heads = tensor.unflatten(0, (-1, width))
-    pairs = heads[:, :rotated].unflatten(1, (2, rotated // 2)).transpose(1, 2).flatten(1, 2)
-    return torch.cat([pairs, heads[:, rotated:]], 1).flatten(0, 1)
-
-
-def _head_by_head(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    """Reorder rows in which query, key and value of a head are adjacent: all queries, then all keys, all values."""
-    heads: torch.Tensor = tensor.unflatten(0, (source.arch.axis_size("query"), 3, -1))
-    return heads.transpose(0, 1).flatten(0, 2)
-
-
-def _transposed(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    return tensor.transpose(-1, -2)
-
-
-def _plus_one(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    return tensor + 1
-
-
-def _column(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    return tensor.unsqueeze(1)
-
-
-def _decay(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    return -tensor.exp().unsqueeze(1)
-
-
-def _without_middle(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    return tensor.squeeze(1)
-
-
-def _by_group(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    groups: torch.Tensor = tensor.unflatten(0, (source.arch.axis_size("mgroup"), -1))
-    return groups
-
-
-def _times(*entries: str) -> Change:
-    """Return a change that multiplies by config entries: `name`, or `name[i]` of a list."""
-
-    def multiply(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-        for entry in entries:
-            name, _, index = entry.rstrip("]").partition("[")
-            value = source.config[name]
-            tensor = tensor * (value[int(index)] if index else value)
-        return tensor
-
-    return multiply
-
-
-def _scaled_mixer_input(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-    """Multiply the rows of z, x, B, C and dt by Falcon-H1's multipliers of each."""
-    size = source.arch.axis_size
-    wide, state = size("mhead") * size("mchan"), size("mgroup") * size("state")
-    parts = tensor.split([wide, wide, state, state, size("mhead")])
-    factors = source.config["ssm_multipliers"]
-    scaled = [part * factor for part, factor in zip(parts, factors, strict=True)]
-    whole: torch.Tensor = torch.cat(scaled) * source.config["ssm_in_multiplier"]
-    return whole
-
-
-def _part(number: int, count: int) -> Change:
-    return lambda tensor, source: tensor.chunk(count, 0)[number]
-
-
-def _every_second(first: int) -> Change:
-    return lambda tensor, source: tensor[..., first::2]
-
-
-def _projection(axis: str, begins_after: tuple[str, ...], change: Change = _same) -> Change:
-    """Return a change that takes the rows of queries, keys or values from a matrix that holds all of them."""
-
-    def take(tensor: torch.Tensor, source: Source) -> torch.Tensor:
-        size, width = source.arch.axis_size, source.arch.axis_size("head_dim")
-        return change(tensor.narrow(0, width * sum(map(size, begins_after)), width * size(axis)), source)
-
-    return take
-
-
-def _ends(change: Change, *endings: str) -> dict[str, tuple[Piece, ...]]:
-    return {ending: (Piece(change),) for ending in endings}
-
-
-PAIRS = _ends(_adjacent_pairs, "q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")
-MIXER = {
-    ".A_log": (Piece(_decay),),
-    ".D": (Piece(_column),),
-    ".dt_bias": (Piece(_same, ".dt_proj.bias"),),
-    **_ends(_without_middle, "conv1d.weight"),
-    **_ends(_by_group, "mixer.norm.weight", "mamba.norm.weight"),
-}
-NORM_PLUS_ONE = _ends(_plus_one, "norm.weight")
-EXPERTS = {
-    ending: (Piece(_same, ending.replace("mixer.experts", "mlp.experts")),)
-    for ending in ("mixer.experts.up_proj.weight", "mixer.experts.down_proj.weight")
-}
-SEPARATE = {  # Phi-3's joint matrices, taken apart
-    "qkv_proj.weight": (
-        Piece(_projection("query", (), _adjacent_pairs), "q_proj.weight"),
-        Piece(_projection("kv", ("query",), _adjacent_pairs), "k_proj.weight"),
-        Piece(_projection("kv", ("query", "kv")), "v_proj.weight"),
-    ),
-    "gate_up_proj.weight": (Piece(_part(0, 2), "gate_proj.weight"), Piece(_part(1, 2), "up_proj.weight")),
-}
 
 
 def _windows(source: Source) -> Metadata:
@@ -291,7 +182,7 @@ ARCHITECTURES = {
     ),
     "gpt2": Architecture(
         "gpt2",
-        pieces=_ends(_transposed, "c_attn.weight", "c_proj.weight", "c_fc.weight"),
+        pieces=ends(transposed, "c_attn.weight", "c_proj.weight", "c_fc.weight"),
         constants={
             "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
             "scale_attn_weights": (True,),
@@ -302,7 +193,7 @@ ARCHITECTURES = {
     "gpt_neox": Architecture(
         "gptneox",
         lambda source: {"parallel_residual": source.config["use_parallel_residual"]},
-        _ends(_head_by_head, "query_key_value.weight", "query_key_value.bias"),
+        ends(head_by_head, "query_key_value.weight", "query_key_value.bias"),
         {"hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh"), "attention_bias": (True,)},
         has_own_output=True,
         rope_types=(DEFAULT, "linear"),
@@ -311,17 +202,17 @@ ARCHITECTURES = {
         "gpt-oss",
         _gpt_oss,
         {
-            ".sinks": (Piece(_same, ".sinks.weight"),),
+            ".sinks": (Piece(same, ".sinks.weight"),),
             "gate_up_proj": (
-                Piece(lambda t, s: _transposed(t[..., 0::2], s), "gate_proj.weight"),
-                Piece(lambda t, s: _transposed(t[..., 1::2], s), "up_proj.weight"),
+                Piece(lambda t, s: transposed(t[..., 0::2], s), "gate_proj.weight"),
+                Piece(lambda t, s: transposed(t[..., 1::2], s), "up_proj.weight"),
             ),
             "gate_up_proj_bias": (
-                Piece(_every_second(0), "gate_proj.bias"),
-                Piece(_every_second(1), "up_proj.bias"),
+                Piece(every_second(0), "gate_proj.bias"),
+                Piece(every_second(1), "up_proj.bias"),
             ),
-            "down_proj": (Piece(_transposed, "down_proj.weight"),),
-            "down_proj_bias": (Piece(_same, "down_proj.bias"),),
+            "down_proj": (Piece(transposed, "down_proj.weight"),),
+            "down_proj_bias": (Piece(same, "down_proj.bias"),),
         },
         {"swiglu_limit": (7.0,), "swiglu_alpha": (1.702,), "attention_bias": (True,)},
         has_own_output=True,
@@ -333,7 +224,7 @@ ARCHITECTURES = {
         {
             **MIXER,
             **EXPERTS,
-            "gate.e_score_correction_bias": (Piece(_same, "gate.e_score_correction.bias"),),
+            "gate.e_score_correction_bias": (Piece(same, "gate.e_score_correction.bias"),),
         },
         {**MIXER_CONSTANTS, "mlp_hidden_act": ("relu2",), "mamba_hidden_act": ("silu",)},
         rope_types=(),
@@ -346,15 +237,15 @@ ARCHITECTURES = {
         _mamba,
         {
             **MIXER,
-            **_ends(_times("attention_in_multiplier"), "q_proj.weight", "v_proj.weight"),
-            **_ends(_times("attention_in_multiplier", "key_multiplier"), "k_proj.weight"),
-            **_ends(_times("attention_out_multiplier"), "o_proj.weight"),
-            **_ends(_times("mlp_multipliers[0]"), "gate_proj.weight", "gate_proj.bias"),
-            **_ends(_times("mlp_multipliers[1]"), "down_proj.weight", "down_proj.bias"),
-            **_ends(_scaled_mixer_input, "in_proj.weight"),
-            **_ends(_times("ssm_out_multiplier"), "out_proj.weight"),
-            **_ends(_times("embedding_multiplier"), "embed_tokens.weight"),
-            **_ends(_times("lm_head_multiplier"), "lm_head.weight"),
+            **ends(times("attention_in_multiplier"), "q_proj.weight", "v_proj.weight"),
+            **ends(times("attention_in_multiplier", "key_multiplier"), "k_proj.weight"),
+            **ends(times("attention_out_multiplier"), "o_proj.weight"),
+            **ends(times("mlp_multipliers[0]"), "gate_proj.weight", "gate_proj.bias"),
+            **ends(times("mlp_multipliers[1]"), "down_proj.weight", "down_proj.bias"),
+            **ends(scaled_mixer_input, "in_proj.weight"),
+            **ends(times("ssm_out_multiplier"), "out_proj.weight"),
+            **ends(times("embedding_multiplier"), "embed_tokens.weight"),
+            **ends(times("lm_head_multiplier"), "lm_head.weight"),
         },
         {**MIXER_CONSTANTS, **UNBIASED, **SILU, "projectors_bias": (False,)},
         has_own_output=True,

@@ -10,7 +10,8 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from minitron.errors import UserError
-from minitron.formats.gguf.architectures import Architecture, Piece
+from minitron.formats.gguf.architectures import Architecture
+from minitron.formats.gguf.pieces import Piece
 from minitron.formats.gguf.rope import rope_factors
 from minitron.formats.gguf.source import Source
 from minitron.model.anatomy import in_backbone
