@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import minitron
-from minitron.recipe import Recipe, parse_count
+from minitron.quantities import parse_count
+from minitron.recipe import Recipe
 from minitron.session import Session
 
 BEFORE = ("full", "norms", "lora")

@@ -21,7 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from minitron.data.corpus import read_documents
 from minitron.distillation import correct
 from minitron.pipeline import compress
-from minitron.recipe import Recipe, parse_count
+from minitron.quantities import parse_count
+from minitron.recipe import Recipe
 from minitron.session import Session
 
 VOCABULARY, CONTEXT, SEED = 2048, 256, 0

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import minitron
-from minitron.recipe import Recipe, parse_count
+from minitron.quantities import parse_count
+from minitron.recipe import Recipe
 
 WAYS: dict[str, dict[str, Any]] = {
     "logits alone": {"of": []},

@@ -22,7 +22,7 @@ from minitron.data.blocks import Packing, load_tokenizer, read_blocks
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.language_model import load_model
 from minitron.model.source import open_teacher
-from minitron.recipe import parse_count
+from minitron.quantities import parse_count
 
 
 def main() -> None:

@@ -30,7 +30,8 @@ from minitron.model.language_model import load_model
 from minitron.pruning import Importance, measure_importance
 from minitron.pruning.cut import cut_to, write_pruned
 from minitron.pruning.repair import repaired
-from minitron.recipe import BASELINES, parse_count, recipe_from
+from minitron.quantities import parse_count
+from minitron.recipe import BASELINES, recipe_from
 from minitron.session import Session
 
 SHAPES = {

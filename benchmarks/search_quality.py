@@ -24,7 +24,8 @@ from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.nas.zero_shot import divergence
 from minitron.pruning import Importance, prune, read_importance, write_importance
-from minitron.recipe import Recipe, parse_count
+from minitron.quantities import parse_count
+from minitron.recipe import Recipe
 from minitron.session import Session
 
 

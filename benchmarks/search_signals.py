@@ -30,7 +30,8 @@ from minitron.nas.trial import Trial
 from minitron.nas.workspace import Workspace
 from minitron.nas.zero_shot import ZeroShot
 from minitron.pruning import measure_importance
-from minitron.recipe import CUT_ONLY, PruneRecipe, Recipe, parse_count
+from minitron.quantities import parse_count
+from minitron.recipe import CUT_ONLY, PruneRecipe, Recipe
 from minitron.session import Session
 
 EARLY = (16, 4, 2)

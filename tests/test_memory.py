@@ -10,7 +10,7 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model
 from minitron.model.memory import Memory, attention_windows, memory
-from minitron.recipe import parse_context
+from minitron.quantities import parse_context
 
 
 def cached_tensors(layer: Any, *names: str) -> list[Tensor]:

@@ -17,7 +17,8 @@ from minitron.nas.probes import predicted, probes
 from minitron.nas.shapes import Shapes, every_shape, feasible, grid
 from minitron.nas.shortlist import SMALLEST_DIFFERENCE, differing, first_of_each_kind
 from minitron.pruning.selection import kept_share
-from minitron.recipe import BudgetRecipe, Recipe, SearchRecipe, load_recipe, parse_bytes
+from minitron.quantities import parse_bytes
+from minitron.recipe import BudgetRecipe, Recipe, SearchRecipe, load_recipe
 from tests.conftest import make_model
 
 SMOLLM2 = Arch.from_config(

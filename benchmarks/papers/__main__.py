@@ -19,7 +19,7 @@ from benchmarks.papers.page import write_page
 from benchmarks.papers.runner import Bench, run
 from benchmarks.papers.tables import TABLES
 from benchmarks.papers.teachers import TEACHERS, train_teacher, write_texts
-from minitron.recipe import parse_count
+from minitron.quantities import parse_count
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -117,7 +117,7 @@ def bench(
     **settings: Any,
 ) -> Any:
     """How fast models are and how much memory they take: prefill, decoding, time to the first token."""
-    from minitron.recipe import option_lengths
+    from minitron.quantities import option_lengths
 
     batches, contexts = option_lengths("--batch", batch), option_lengths("--context", context)
     return imported("verbs.bench").bench(

@@ -11,7 +11,8 @@ import numpy as np
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.memory import attention_windows, memory
-from minitron.recipe import BudgetRecipe, Target, parse_bytes, parse_count
+from minitron.quantities import parse_bytes, parse_count
+from minitron.recipe import BudgetRecipe, Target
 from minitron.session import Session
 
 COUNTS = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from minitron.errors import UserError, nearest
-from minitron.recipe import parse_bytes, parse_count
+from minitron.quantities import parse_bytes, parse_count
 
 
 class Gpu(NamedTuple):

@@ -34,7 +34,8 @@ def evaluate(
     from minitron.evaluation.agreement import Comparison, TeacherStates
     from minitron.model.language_model import load_model
     from minitron.model.source import open_teacher
-    from minitron.recipe import data_in_words, option_count, recipe_from
+    from minitron.quantities import option_count
+    from minitron.recipe import data_in_words, recipe_from
     from minitron.session import Session, require_one_vocabulary
     from minitron.verbs.workspace import student_of
 

@@ -12,7 +12,7 @@ from minitron.model.arch import Arch
 from minitron.model.config import config_values, has_weights
 from minitron.model.memory import DTYPE_BYTES, Memory, attention_windows, memory
 from minitron.model.source import config_of
-from minitron.recipe import parse_context
+from minitron.quantities import parse_context
 from minitron.reports.figures import Rows
 from minitron.verbs.results import Result
 
