@@ -1,6 +1,10 @@
-"""Finds the Hugging Face folder of a teacher that is given as a hub id, a folder, a GGUF file or a built-in name."""
+"""Finds the Hugging Face folder of a teacher that is given as a hub id, a folder, a GGUF file or a built-in name.
+
+What is quantised there is dequantised once, into a folder in the cache.
+"""
 
 import importlib.util
+import logging
 import os
 import re
 from hashlib import sha256
@@ -10,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from minitron.errors import UserError, courtesy
-from minitron.files import require_space, require_writable, whole_file, whole_folder
-from minitron.history import HUB_ID
+from minitron.files import require_space, require_writable, whole_file, whole_folder, write_json
+from minitron.history import HUB_ID, History, history_of, hub_id_of
 from minitron.model.config import COMPANIONS, config_values
 from minitron.model.families import family_of
 from minitron.progress import Progress
@@ -42,25 +46,26 @@ def open_teacher(teacher: str, family: str | None = None) -> "Checkpoint":
 
 
 def resolve_teacher(teacher: str, weights: bool = True, family: str | None = None) -> Path:
-    """Return the folder of a teacher; a GGUF file is converted once and kept in the cache.
+    """Return the folder of a teacher; a GGUF file or quantised weights are converted once and kept in the cache.
 
     Without `weights`, only the config file of a hub model is downloaded, and its path is returned.
 
     Raises:
-        UserError: the teacher cannot be found, or see `convert_gguf` and `download`.
+        UserError: the teacher cannot be found, or see `convert_gguf`, `convert_quantised` and `download`.
     """
     if teacher in BUILT_IN:
         return convert_gguf(package_file(*BUILT_IN[teacher]), CARDS / f"{teacher}.md")
     path = Path(teacher).expanduser()
     if path.is_dir():
-        return path
+        return convert_quantised(path, family) if weights else path
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"teacher {path} does not exist")
         return convert_gguf(path)
     if path.exists():
         raise UserError(f"teacher {path} is neither a folder nor a .gguf file")
-    return download(teacher, weights, family)
+    found = download(teacher, weights, family)
+    return convert_quantised(found, family) if weights else found
 
 
 def config_of(model: str | Path, family: str | None = None) -> Path:
@@ -103,7 +108,7 @@ def convert_gguf(path: Path, card: Path | None = None) -> Path:
     if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
         raise UserError(f"{path} needs the gguf and accelerate packages: pip install 'minitron[gguf]'")
     with Progress(f"hash {path.name}", path.stat().st_size, "bytes") as progress:
-        folder = cache_folder() / f"{path.stem}-{_content_hash(path, progress)}"
+        folder = cache_folder() / f"{path.stem}-{_content_hash([path], progress)}"
     if folder.is_dir():
         _write_card(path, folder, card)
         return folder
@@ -117,6 +122,47 @@ def convert_gguf(path: Path, card: Path | None = None) -> Path:
             with whole_folder(folder) as staging:
                 _dequantise(path, staging)
     _write_card(path, folder, card)
+    return folder
+
+
+def convert_quantised(source: Path, family: str | None = None) -> Path:
+    """Dequantise a folder of quantised weights into a folder in the cache, once per content, and return that folder.
+
+    A folder that is not quantised, or by a method that is not in `weights.DEQUANTISED`, is returned as it is. The new
+    folder has the tokenizer files, and the history with the licence, of the quantised one.
+
+    Raises:
+        UserError: the weights are stored in a layout that cannot be read (see `quantised.open_quantised`).
+    """
+    from minitron.model.quantised import open_quantised
+    from minitron.model.writing import copy_companions, write_tensors
+
+    if (quantised := open_quantised(source, family)) is None:
+        return source
+    companions = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    files = [source / "config.json", *companions, *sorted(set(quantised.checkpoint.tensors.values()))]
+    name, num_bytes = (hub_id_of(source.resolve()) or source.resolve().name).replace("/", "--"), quantised.num_bytes
+    with Progress(f"hash {name}", sum(path.stat().st_size for path in files), "bytes") as progress:
+        folder = cache_folder() / f"{name}-{_content_hash(files, progress)}"
+    logging.warning(
+        "%s holds weights quantised by %s: read dequantised to %s from %s, with activations that are not quantised",
+        source,
+        quantised.quantisation.method,
+        quantised.dtype_name,
+        folder,
+    )
+    require_writable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():  # another process may have converted it
+            require_space(folder, num_bytes)
+            with Progress(f"dequantise {name}", num_bytes, "bytes") as progress, whole_folder(folder) as staging:
+                write_tensors(staging, quantised.tensors(progress.advance))
+                copy_companions(source, staging)
+                write_json(staging / "config.json", quantised.config_values())
+    if (history := history_of(source)) != History():
+        with courtesy(f"the history of {folder}"):
+            history.write(folder)
     return folder
 
 
@@ -198,12 +244,13 @@ def _dequantise(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _content_hash(path: Path, progress: Progress) -> str:
+def _content_hash(paths: list[Path], progress: Progress) -> str:
     digest = sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 24):
-            digest.update(piece)
-            progress.advance(len(piece))
+    for path in paths:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 24):
+                digest.update(piece)
+                progress.advance(len(piece))
     return digest.hexdigest()[:16]
 
 

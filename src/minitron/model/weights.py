@@ -35,6 +35,8 @@ QUANTISED_ENTRIES = {
     "quantization": "bits",
 }
 """Config entries that state how weights are quantised, each with the entry inside that names the method or width."""
+DEQUANTISED = ("fp8", "compressed-tensors", "modelopt", "mxfp4")
+"""The methods of a `quantization_config` whose weights `open_teacher` dequantises (see `model.quantised`)."""
 
 WRAPPERS = {
     "_orig_mod.": "a model that torch.compile wraps: save the model inside it (`model._orig_mod`)",
@@ -124,7 +126,10 @@ def require_plain_weights(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: its weights are quantised, or it holds a LoRA adapter.
     """
-    convert = "convert them to bfloat16 first, or take an unquantised checkpoint"
+    convert = (
+        "convert them to bfloat16 first, or take an unquantised checkpoint; a teacher is dequantised on reading if its "
+        f"quant_method is one of {', '.join(DEQUANTISED)}"
+    )
     for entry, method in QUANTISED_ENTRIES.items():
         if stated := config.get(entry):
             values = stated if isinstance(stated, dict) else {}

@@ -21,8 +21,17 @@ def write_checkpoint(
 ) -> None:
     """Write a stream of tensors into sharded safetensors, with the config and the teacher's tokenizer files.
 
-    At most two shards are in memory, the one that is being written and the next. `folder` must exist; make it with
-    `files.whole_folder`.
+    `folder` must exist; make it with `files.whole_folder`.
+    """
+    write_tensors(folder, tensors)
+    config.save_pretrained(folder)
+    copy_companions(companions_from, folder)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write a stream of tensors into sharded safetensors, with an index if there are several shards.
+
+    At most two shards are in memory, the one that is being written and the next.
     """
     weight_map: dict[str, int] = {}
     pending: dict[str, torch.Tensor] = {}
@@ -59,8 +68,6 @@ def write_checkpoint(
             "weight_map": {name: names[number] for name, number in sorted(weight_map.items())},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config.save_pretrained(folder)
-    _copy_companions(companions_from, folder)
 
 
 def write_model(folder: Path, model: Any, state: dict[str, torch.Tensor], like: Checkpoint) -> None:
@@ -70,10 +77,11 @@ def write_model(folder: Path, model: Any, state: dict[str, torch.Tensor], like: 
     """
     model.save_pretrained(folder, state_dict=state, max_shard_size=MAX_SHARD_BYTES)
     like.config.save_pretrained(folder)
-    _copy_companions(like.folder, folder)
+    copy_companions(like.folder, folder)
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy the tokenizer files, the generation config and the licence of a model folder."""
     for pattern in COMPANIONS:
         for path in source.glob(pattern):
             if path.is_file():
