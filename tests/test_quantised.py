@@ -70,6 +70,18 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[int, int], torch.dtype, bool]] = 
 }
 
 
+def packed(values: Tensor, bits: int) -> Tensor:
+    """Pack signed integers in the bits of 32-bit integers, by text: the last of eight hexadecimal digits is first."""
+    digits, per = bits // 4, 32 // bits
+    rows = []
+    for row in values.tolist():
+        texts = [f"{value + 2 ** (bits - 1):0{digits}x}" for value in row]
+        texts += ["0" * digits] * (-len(texts) % per)
+        words = [int("".join(reversed(texts[i : i + per])), 16) for i in range(0, len(texts), per)]
+        rows.append([word - 2**32 if word >= 2**31 else word for word in words])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
 def write(folder: Path, tensors: Tensors, quantization_config: dict[str, Any], **entries: Any) -> None:
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
@@ -120,6 +132,31 @@ def test_a_quantised_teacher_is_read_in_floating_point(
     for name in matrices:
         assert (teacher.tensor(name) - original[name]).norm() < 0.05 * original[name].norm()
     require_one_reading(teacher)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_integers_are_unpacked(tmp_path: Path, bits: int) -> None:
+    folder = make_model(tmp_path / "model", "llama-tied", intermediate_size=60)  # which eight does not divide
+    generator, stored = torch.Generator().manual_seed(bits), load_file(folder / "model.safetensors")
+    expected = dict(stored)
+    for name in [name for name in stored if name.endswith("_proj.weight")]:
+        rows, columns = stored.pop(name).shape
+        values = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), generator=generator)
+        pieces = {"": values, SCALES: torch.rand(rows, columns // 12, generator=generator)}
+        stored |= {name + "_packed": packed(values, bits), name + "_shape": torch.tensor([rows, columns])}
+        stored[name + SCALES] = pieces[SCALES]
+        expected[name] = by_entry(pieces, (1, 12))
+    stated = {"num_bits": bits, "strategy": "group", "group_size": 12}
+    write(folder, stored, compressed("pack-quantized", **stated))
+    teacher = open_teacher(str(folder))
+    assert not list(differences(teacher, expected))
+    require_one_reading(teacher)
+    write(folder, stored, compressed("pack-quantized", **{**stated, "num_bits": 12 - bits}))  # the control
+    with pytest.raises(UserError, match=f"does not hold a matrix of shape .* in {12 - bits} bits"):
+        open_teacher(str(folder))
+    write(folder, stored, compressed("pack-quantized", **stated, symmetric=False))
+    with pytest.raises(UserError, match="symmetric False; those of True"):
+        open_teacher(str(folder))
 
 
 def test_scales_that_are_read_otherwise_are_noticed(tmp_path: Path) -> None:
@@ -218,7 +255,7 @@ def without(suffix: str) -> Callable[[Path], None]:
         (stating(quant_method="gptq", bits=4), r"\(gptq\); convert them .* one of fp8, compressed-tensors"),
         (stating(quant_method="bitsandbytes"), r"\(bitsandbytes\); convert"),
         (stating(quant_method="modelopt", quant_algo="NVFP4"), "quant_algo NVFP4; those of FP8 can be"),
-        (stating(**compressed("pack-quantized", num_bits=4)), "format pack-quantized; those of float-quantized"),
+        (stating(**compressed("nvfp4-pack-quantized", num_bits=4)), "format nvfp4-pack-quantized; those of float-quan"),
         (stating(**compressed("int-quantized", num_bits=4)), "num_bits 4; those of 8 can be"),
         (stating(**compressed("int-quantized"), sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
         (stating(**compressed("int-quantized"), transform_config={"config_groups": {"R1": {}}}), "transform_config"),

@@ -1,10 +1,10 @@
 """Reads the tensors of a folder whose weights are quantised, each in floating point.
 
-A quantised matrix is stored as numbers of eight bits and the scales that they are multiplied by: one for the matrix,
-for each of its rows, or for each block of it. The layouts are those of `compressed-tensors` (`float-quantized`,
-`int-quantized`, `naive-quantized`), of FP8 in blocks as DeepSeek and Qwen release it (transformers'
-`FineGrainedFP8Config`), of NVIDIA Model Optimizer's FP8, and of the MXFP4 experts of GPT-OSS. Tensors are read one by
-one, and no code of the folder is run.
+A quantised matrix is stored as numbers of eight or four bits and the scales that they are multiplied by: one for the
+matrix, for each of its rows, or for each block of it. The layouts are those of `compressed-tensors` (`float-quantized`,
+`int-quantized`, `naive-quantized`, and `pack-quantized` without zero points), of FP8 in blocks as DeepSeek and Qwen
+release it (transformers' `FineGrainedFP8Config`), of NVIDIA Model Optimizer's FP8, and of the MXFP4 experts of GPT-OSS.
+Tensors are read one by one, and no code of the folder is run.
 """
 
 import math
@@ -23,11 +23,17 @@ from minitron.model.checkpoint import Checkpoint
 from minitron.model.config import read_config
 from minitron.model.weights import DEQUANTISED, FLOATS, QUANTISED_ENTRIES, locate_tensors
 
-COMPRESSED_FORMATS = ("float-quantized", "int-quantized", "naive-quantized")
-"""The formats of compressed-tensors that store one number per weight."""
+PACKED_FORMAT = "pack-quantized"
+COMPRESSED_FORMATS = {
+    **dict.fromkeys(("float-quantized", "int-quantized", "naive-quantized"), (8,)),
+    PACKED_FORMAT: (4, 8),
+}
+"""The formats of compressed-tensors that can be read, and the bits that a weight may have in each."""
 WEIGHT_SCALES = ("_scale", "_scale_inv")
 """What follows the name of a matrix in the name of its scales; both kinds are multiplied by."""
 ZERO_POINT = "_zero_point"
+PACKED, SHAPE = "_packed", "_shape"
+"""What follows the name of a matrix in the names of its values, packed in integers of 32 bits, and of its shape."""
 BLOCKS, EXPONENTS = "_blocks", "_scales"
 """What follows the name of an MXFP4 tensor in the names of its packed values and of its exponents."""
 OF_ACTIVATIONS = (
@@ -45,6 +51,8 @@ class Quantisation:
     method: str
     block: tuple[int, int] | None = None
     """Rows and columns of a matrix that share a scale; None: all of a matrix, or all of a row."""
+    packed_bits: int | None = None
+    """The bits of a weight where several are packed in one integer."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,11 @@ class QuantisedFolder:
     def num_bytes(self) -> int:
         """About the size of the dequantised weights."""
         shapes = {name: self.checkpoint.shape(name) for name in self.checkpoint.tensors}
-        counts = (math.prod(shape) * (2 if name.endswith(BLOCKS) else 1) for name, shape in shapes.items())
+        held = {BLOCKS: 2, PACKED: 32 // (self.quantisation.packed_bits or 32)}
+        counts = (
+            math.prod(shape) * next((held[kind] for kind in held if name.endswith(kind)), 1)
+            for name, shape in shapes.items()
+        )
         return sum(counts) * self.dtype.itemsize
 
     @property
@@ -85,7 +97,13 @@ class QuantisedFolder:
                 quantised.
         """
         names = self.checkpoint.tensors
-        scales = {name: name + suffix for name in names for suffix in WEIGHT_SCALES if name + suffix in names}
+        scales = {
+            name: scale
+            for name in names
+            for suffix in WEIGHT_SCALES
+            if (scale := name.removesuffix(PACKED) + suffix) in names
+        }
+        shapes = {name: name.removesuffix(PACKED) + SHAPE for name in scales if name.endswith(PACKED)}
         zero_points = {name: name + ZERO_POINT for name in scales if name + ZERO_POINT in names}
         exponents = {
             name: exponent
@@ -97,7 +115,7 @@ class QuantisedFolder:
                 f"{self.checkpoint.folder}: the config states weights quantised by {self.quantisation.method}, "
                 "but no tensor has scales"
             )
-        beside = {*scales.values(), *zero_points.values(), *exponents.values()}
+        beside = {*shapes.values(), *scales.values(), *zero_points.values(), *exponents.values()}
         for name in names:
             if name in beside or name.rpartition(".")[2] in OF_ACTIVATIONS:
                 continue
@@ -113,10 +131,13 @@ class QuantisedFolder:
                     "nor a quantised one with its scales"
                 )
             advance(value.nbytes)
-            yield name.removesuffix(BLOCKS) if name in exponents else name, value
+            yield (name.removesuffix(BLOCKS).removesuffix(PACKED) if name in {*exponents, *shapes} else name), value
 
     def _scaled(self, name: str, scale: str, zero_point: str | None) -> Tensor:
         """Return the matrix (q - zero point) · scale, computed in float32."""
+        if name.endswith(PACKED):
+            values = self._unpacked(name)
+            return (values * self._spread(scale, values)).to(self.dtype)
         dtype = self.checkpoint.stored_dtype(name)
         if dtype not in {"F8_E4M3", "F8_E5M2", "I8"} or len(self.checkpoint.shape(name)) != 2:
             raise UserError(
@@ -128,6 +149,20 @@ class QuantisedFolder:
             values -= self._spread(zero_point, values)
         values *= self._spread(scale, values)
         return values.to(self.dtype)
+
+    def _unpacked(self, name: str) -> Tensor:
+        """Return the matrix of integers, in float32, that is packed along its rows, the lowest bits first."""
+        bits, shape = self.quantisation.packed_bits, name.removesuffix(PACKED) + SHAPE
+        packed = self.checkpoint.tensor(name)
+        stated = self.checkpoint.tensor(shape).tolist() if shape in self.checkpoint.tensors else []
+        if not bits or packed.dtype != torch.int32 or not _holds(list(packed.shape), stated, bits):
+            raise UserError(
+                f"{self.checkpoint.folder}: tensor {name} of shape {list(packed.shape)} does not hold a matrix of "
+                f"shape {stated} in {bits} bits"
+            )
+        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+        unsigned = (packed[..., None] >> shifts) & ((1 << bits) - 1)
+        return unsigned.flatten(1)[:, : stated[1]].float() - (1 << (bits - 1))
 
     def _spread(self, name: str, values: Tensor) -> Tensor:
         """Return the scales or zero points of a matrix, repeated so that they can be multiplied by it."""
@@ -210,7 +245,7 @@ def _quantisation(folder: Path, stated: dict[str, Any]) -> Quantisation:
         return Quantisation("fp8", None if block is None else _block(folder, block))
     if method == "mxfp4":
         return Quantisation("mxfp4")
-    blocks = set()
+    blocks, packed_bits = set(), set()
     for entry in ("sparsity_config", "transform_config"):
         values = stated.get(entry) or {}
         if values.get("config_groups") or values.get("format", "dense") != "dense":
@@ -218,15 +253,25 @@ def _quantisation(folder: Path, stated: dict[str, Any]) -> Quantisation:
     for group in (stated.get("config_groups") or {}).values():
         if not (weights := group.get("weights")):
             continue
-        _require(folder, "format", group.get("format") or stated.get("format"), COMPRESSED_FORMATS)
-        _require(folder, "num_bits", weights.get("num_bits"), (8,))
+        format, bits = str(group.get("format") or stated.get("format")), weights.get("num_bits")
+        _require(folder, "format", format, tuple(COMPRESSED_FORMATS))
+        _require(folder, "num_bits", bits, COMPRESSED_FORMATS[format])
+        if format == PACKED_FORMAT:
+            _require(folder, "symmetric", weights.get("symmetric", True), (True,))
+            packed_bits.add(bits)
         if weights.get("strategy") == "group":
             blocks.add(_block(folder, [1, weights.get("group_size")]))
         elif weights.get("strategy") == "block":
             blocks.add(_block(folder, weights.get("block_structure")))
-    if len(blocks) > 1:
-        raise UserError(f"{folder} holds weights quantised in blocks of several sizes: {sorted(blocks)}")
-    return Quantisation("compressed-tensors", next(iter(blocks), None))
+    if len(blocks) > 1 or len(packed_bits) > 1:
+        several = sorted(blocks) if len(blocks) > 1 else sorted(packed_bits)
+        raise UserError(f"{folder} holds weights quantised in blocks, or packed in bits, of several sizes: {several}")
+    return Quantisation("compressed-tensors", next(iter(blocks), None), next(iter(packed_bits), None))
+
+
+def _holds(packed: list[int], shape: list[int], bits: int) -> bool:
+    """Return whether integers of 32 bits of one shape hold the entries of a matrix of another."""
+    return len(shape) == 2 and packed == [shape[0], math.ceil(shape[1] * bits / 32)]
 
 
 def _require(folder: Path, entry: str, value: Any, accepted: tuple[Any, ...]) -> None:
