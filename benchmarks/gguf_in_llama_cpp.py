@@ -18,13 +18,13 @@ import time
 import urllib.request
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
 from minitron import Session, export, open_teacher
+from minitron.evaluation.speed import figures_of
 from minitron.formats.gguf import llama_cpp
 from minitron.model.language_model import load_model
 from minitron.recipe import recipe_from
@@ -68,33 +68,6 @@ def against_transformers(path: Path, model: Any, blocks: list[list[int]]) -> dic
         "perplexity": float(engine_ppl),
         "perplexity_in_transformers": float(transformers_ppl),
         "num_tokens": counted,
-    }
-
-
-def speeds(paths: dict[str, Path], threads: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Return tokens per second of a prefill of 512 tokens and of decoding 64, the median of turns taken in turn."""
-    import llama_cpp as engine
-
-    models = {
-        name: engine.Llama(str(path), n_ctx=640, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
-        for name, path in paths.items()
-    }
-    prompt = [100 + i % 1000 for i in range(512)]
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    for turn in range(repeats + 1):
-        for name, model in models.items():
-            model.reset()
-            start = time.perf_counter()
-            model.eval(prompt)
-            middle = time.perf_counter()
-            for token in prompt[:64]:
-                model.eval([token])
-            end = time.perf_counter()
-            if turn:  # the first turn warms up
-                taken[name].append((512 / (middle - start), 64 / (end - middle)))
-    names = ("prefill", "decode")
-    return {
-        name: {key: median(turn[i] for turn in turns) for i, key in enumerate(names)} for name, turns in taken.items()
     }
 
 
@@ -152,7 +125,10 @@ def main() -> None:
         paths["teacher"] = export(given.teacher, given.out / "teacher", quantize=given.speed_type, overwrite=True).file
         figures["chat_of_teacher"] = {"question": QUESTION, **chat(paths["teacher"])}
         figures["teacher_parameters"] = open_teacher(given.teacher).arch.num_parameters
-    figures["tokens_per_second"] = {"type": given.speed_type, **speeds(paths, given.threads, given.repeats)}
+    timing = llama_cpp.alternate(paths, given.context, threads=given.threads, repeats=given.repeats)
+    sizes = {name: {"num_bytes": path.stat().st_size} for name, path in paths.items()}
+    conditions = {"type": given.speed_type, "context": given.context, "decoded_tokens": llama_cpp.DECODED_TOKENS}
+    figures["speed"] = {**conditions, "repeats": given.repeats, **figures_of(timing.speeds, sizes)}
     print(json.dumps(figures, indent=2, ensure_ascii=False))
 
 

@@ -140,7 +140,7 @@ def test_what_is_measured_of_a_run_later_is_in_its_report(
     assert teacher["tasks"] == both["teacher_tasks"]
     monkeypatch.setattr("minitron.evaluation.peak_memory.peak_memory", lambda *_: 2**20)  # a process for each model
     speeds = bench(run, context=[16], repeats=1, device="cpu").figures
-    assert json.loads((run / "bench.json").read_text()) == speeds
+    assert json.loads((run / "bench.json").read_text()) == {"transformers": speeds}
     assert speeds["run"] == str(run)
     against = evaluate(run, max_tokens=256, **settings).figures
     assert against["perplexity"] == json.loads((run / "eval.json").read_text())["student"]["perplexity"]

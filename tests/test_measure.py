@@ -200,7 +200,7 @@ def test_models_are_timed_in_turn() -> None:
     found = alternate({"a": Timed("a", 0.002), "b": Timed("b", 0.006)}, batch=2, context=4, repeats=3)
     assert order == ["a", "b"] * 4  # the first turn of each only warms up
     assert [len(speeds) for speeds in found.values()] == [3, 3]
-    figures = figures_of(found, {"a": 1, "b": 2})
+    figures = figures_of(found, {"a": {"peak_memory": 1}, "b": {"peak_memory": 2}})
     assert 1.5 < figures["speed_up"]["prefill"]["median"] < 4
     assert figures["speed_up"]["prefill"]["low"] <= figures["speed_up"]["prefill"]["median"]
     order.clear()

@@ -114,6 +114,10 @@ def bench(
     batch: Annotated[str, typer.Option(help="Sequences, several with commas.")] = "1",
     context: Annotated[str, typer.Option(help="Tokens of each, several with commas: 512,4k.")] = "512",
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each model, after one to warm up.")] = 5,
+    engine: Annotated[str, typer.Option(help="What runs the models: transformers or llama.cpp.")] = "transformers",
+    quantize: Annotated[
+        str | None, typer.Option(help="Type of the matrices in llama.cpp, as in export; by default q8_0.")
+    ] = None,
     **settings: Any,
 ) -> Any:
     """How fast models are and how much memory they take: prefill, decoding, time to the first token."""
@@ -121,7 +125,14 @@ def bench(
 
     batches, contexts = option_lengths("--batch", batch), option_lengths("--context", context)
     return imported("verbs.bench").bench(
-        model, against=against, batch=batches, context=contexts, repeats=repeats, **settings
+        model,
+        against=against,
+        batch=batches,
+        context=contexts,
+        repeats=repeats,
+        engine=engine,
+        quantize=quantize,
+        **settings,
     )
 
 

@@ -95,10 +95,11 @@ def _seconds(model: Any, context: int, passes: int) -> float:
     return sum(_timed(model, ids, {})[0] for _ in range(passes))
 
 
-def figures_of(speeds: Mapping[str, list[Speed]], peaks: Mapping[str, int]) -> dict[str, Any]:
-    """Return the medians of the speeds that `alternate` measured; for two models, also the first's speed-up.
+def figures_of(speeds: Mapping[str, list[Speed]], sizes: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
+    """Return the medians of speeds that were measured in turn, and sizes; for two models, also the first's speed-up.
 
-    The speed-up divides the runs of one turn and is given as median, lowest and highest ratio.
+    `sizes` holds what is counted once for each model: parameters, bytes. The speed-up divides the runs of one turn and
+    is given as median, lowest and highest ratio.
     """
     figures: dict[str, Any] = {}
     for name, runs in speeds.items():
@@ -106,7 +107,7 @@ def figures_of(speeds: Mapping[str, list[Speed]], peaks: Mapping[str, int]) -> d
             "prefill_tokens_per_second": statistics.median(run.prefill_tokens_per_second for run in runs),
             "decode_tokens_per_second": statistics.median(run.decode_tokens_per_second for run in runs),
             "time_to_first_token": statistics.median(run.prefill_seconds for run in runs),
-            "peak_memory": peaks[name],
+            **sizes[name],
         }
     if len(speeds) == 2:
         model, other = speeds.values()

@@ -13,6 +13,9 @@ LABELS = {
 }
 RETAINED = {"perplexity": "perplexity retained", "bits_per_byte": "bits per byte retained"}
 """Figures of which less is better: the student retains the teacher's figure divided by its own."""
+BENCH_SPEEDS = ("prefill tokens/s", "decode tokens/s", "first token")
+BENCH_SIZES = {"num_parameters": "parameters", "peak_memory": "peak memory", "num_bytes": "file"}
+"""What is counted of a model that is timed; peak memory in transformers, the size of the file in other engines."""
 
 
 def figures_table(results: Results) -> Rows:
@@ -93,9 +96,15 @@ def tasks_conditions(record: dict[str, Any]) -> str:
     return "; ".join([items, *notes, *skipped])
 
 
+def bench_by_engine(stored: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the measurements that a `bench.json` holds, by engine; earlier files hold one, of transformers."""
+    return {"transformers": stored} if "rows" in stored else stored
+
+
 def bench_table(record: dict[str, Any]) -> Rows:
-    """Return speeds and memory of a `bench.json`, a row per model, batch size and context."""
-    rows = [["batch", "context", "", "prefill tokens/s", "decode tokens/s", "first token", "peak memory"]]
+    """Return speeds and sizes of a measurement in `bench.json`, a row per model, batch size and context."""
+    sizes = {key: label for key, label in BENCH_SIZES.items() if all(key in row["model"] for row in record["rows"])}
+    rows = [["batch", "context", "", *BENCH_SPEEDS, *sizes.values()]]
     names = (
         {"model": "student", "against": "teacher"} if record.get("run") else {"model": "model", "against": "against"}
     )
@@ -108,19 +117,27 @@ def bench_table(record: dict[str, Any]) -> Rows:
                 f"{row[key]['decode_tokens_per_second']:,.1f}",
                 f"{row[key]['time_to_first_token'] * 1e3:,.0f} ms",
             ]
-            memory = f"{row[key]['peak_memory'] / 2**20:,.0f} MiB"
-            rows.append([str(row["batch"]), f"{row['context']:,}", name, *speeds, memory])
+            counts = [
+                f"{row[key][size]:,}" if size == "num_parameters" else f"{row[key][size] / 2**20:,.0f} MiB"
+                for size in sizes
+            ]
+            rows.append([str(row["batch"]), f"{row['context']:,}", name, *speeds, *counts])
         if ratios := row.get("speed_up"):
             cells = [ratio_in_words(ratio) for ratio in ratios.values()]
-            memory_ratio = row["model"]["peak_memory"] / row["against"]["peak_memory"]
-            rows.append(["", "", "ratio", *cells, "", f"{memory_ratio:.2f}×"])
+            shares = [f"{row['model'][size] / row['against'][size]:.2f}×" for size in sizes]
+            rows.append(["", "", "ratio", *cells, "", *shares])
     return rows
 
 
 def bench_conditions(record: dict[str, Any]) -> str:
-    """Return how often and on what the speeds of a `bench.json` were measured."""
+    """Return how often, in what and on what the speeds of a measurement in `bench.json` were measured."""
     rounds = f"medians of {record['repeats']} rounds after {record['warm_up']} warm-up; ratios with their range"
-    return f"{rounds}; {record['device']}, {record['dtype']}, {record['threads']} threads"
+    tokens = f"random tokens of seed 0, {record['decoded_tokens']} decoded"
+    engine, versions = record.get("engine", "transformers"), record["versions"]
+    software = f"{engine} {versions['transformers']}"
+    if engine == "llama.cpp":
+        software = f"{engine} (llama-cpp-python {versions['llama-cpp-python']})"
+    return f"{rounds}; {tokens}; {software}, {record['device']}, {record['dtype']}, {record['threads']} threads"
 
 
 def format_figure(value: Any) -> str:

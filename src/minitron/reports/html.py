@@ -14,6 +14,7 @@ from minitron.reports.candidates import Row, draw_candidates, last_kl, speeds_co
 from minitron.reports.charts import draw_curves, draw_layer_importance, draw_shape, heatmaps
 from minitron.reports.figures import (
     LABELS,
+    bench_by_engine,
     bench_conditions,
     bench_table,
     figures_table,
@@ -33,11 +34,6 @@ from minitron.reports.words import licence_name
 NUM_UNTRAINED_SHOWN = 12
 PREFERS_WIDTH = 16 * 10**9
 """Parameters up to which the papers prefer cutting width: their "15B" has 15.6 billion (arXiv 2407.14679, table 5)."""
-LATER_MEASUREMENTS = (
-    ("Benchmarks", "tasks.json", tasks_table, tasks_conditions),
-    ("Speed", "bench.json", bench_table, bench_conditions),
-)
-"""Headings, files and tables of what `evaluate --tasks` and `bench` add to a run directory."""
 
 
 def write_report(folder: Path) -> None:
@@ -83,9 +79,10 @@ def _title(run: RunFiles) -> str:
 def _sections(run: RunFiles) -> Iterator[tuple[str, str]]:
     yield "Stages", "" if run.made else _stages(run)
     yield "Figures", table(figures_table(run.results)) + _conditions(run) if run.results else ""
-    for heading, file, rows, conditions in LATER_MEASUREMENTS:
-        if measured := run.read(file):
-            yield heading, table(rows(measured)) + note(conditions(measured))
+    if tasks := run.read("tasks.json"):
+        yield "Benchmarks", table(tasks_table(tasks)) + note(tasks_conditions(tasks))
+    for engine, speeds in bench_by_engine(run.read("bench.json") or {}).items():
+        yield f"Speed in {engine}", table(bench_table(speeds)) + note(bench_conditions(speeds))
     yield "How it was made", _steps(run)
     yield "Shape", _shape(run)
     yield "Importance", _importance(run)

@@ -1,4 +1,4 @@
-"""llama.cpp itself, where llama-cpp-python is installed: quantises files, and runs them to compare.
+"""llama.cpp itself, where llama-cpp-python is installed: quantises files, runs them to compare, and times them.
 
 Every call runs in a process of its own, since llama.cpp ends the process where an assertion fails.
 """
@@ -6,7 +6,10 @@ Every call runs in a process of its own, since llama.cpp ends the process where 
 import importlib.util
 import logging
 import multiprocessing
-from collections.abc import Callable
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,12 +18,15 @@ from typing import Any
 import numpy as np
 
 from minitron.errors import UserError
+from minitron.evaluation.speed import Speed
 
 QUANTISED = (
     *("q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0"),
     *("iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k"),
 )
 """The types that llama.cpp's own tool makes without a matrix of importance."""
+DECODED_TOKENS = 64
+"""The number of tokens that are decoded after each prefill that is timed."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,16 @@ class Reading:
     logits: list[np.ndarray]
     """Logits of shape (tokens, vocabulary) of each of the sequences that were given."""
     version: str
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast llama.cpp ran files on the CPU."""
+
+    speeds: dict[str, list[Speed]]
+    """The turns of each file, in their order."""
+    version: str
+    """That of llama-cpp-python."""
 
 
 def is_installed() -> bool:
@@ -69,6 +85,19 @@ def read(path: Path, texts: list[str], sequences: list[list[int]]) -> Reading:
     return _isolated(_read, path, texts, sequences)  # type: ignore[no-any-return]
 
 
+def alternate(paths: Mapping[str, Path], context: int, *, threads: int, repeats: int) -> Timing:
+    """Time GGUF files in turn on the CPU, once each to warm up and then `repeats` times.
+
+    A turn is a prefill of `context` random tokens, with the logits of the last one, and then `DECODED_TOKENS` tokens
+    one by one; their median is the time of a decoded token. Nothing is sampled. All files are in memory together.
+
+    Raises:
+        UserError: llama-cpp-python is missing, or llama.cpp cannot load a file.
+    """
+    require_installed("timing")
+    return _isolated(_alternate, dict(paths), context, threads, repeats)  # type: ignore[no-any-return]
+
+
 def _quantise(source: Path, target: Path, type: str) -> None:
     import llama_cpp
 
@@ -95,6 +124,39 @@ def _read(path: Path, texts: list[str], sequences: list[list[int]]) -> Reading:
     return Reading(ids, logits, llama_cpp.__version__)
 
 
+def _alternate(paths: dict[str, Path], context: int, threads: int, repeats: int) -> Timing:
+    import llama_cpp
+
+    models = {
+        name: llama_cpp.Llama(
+            str(path),
+            n_ctx=context + DECODED_TOKENS,
+            n_threads=threads,
+            n_threads_batch=threads,
+            op_offload=False,  # where a GPU is there, long prompts would run on it
+            verbose=False,
+        )
+        for name, path in paths.items()
+    }
+    speeds: dict[str, list[Speed]] = {name: [] for name in models}
+    for turn in range(repeats + 1):
+        for name, model in models.items():
+            draw = random.Random(0)
+            prompt = [draw.randrange(model.n_vocab()) for _ in range(context)]
+            model.reset()
+            prefill = _seconds(model, prompt)
+            decode = [_seconds(model, prompt[-1:]) for _ in range(DECODED_TOKENS)]
+            if turn:
+                speeds[name].append(Speed(prefill, statistics.median(decode), 1, context))
+    return Timing(speeds, llama_cpp.__version__)
+
+
+def _seconds(model: Any, tokens: list[int]) -> float:
+    started = time.perf_counter()
+    model.eval(tokens)
+    return time.perf_counter() - started
+
+
 def _isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     processes = multiprocessing.get_context("spawn")
     receiver, sender = processes.Pipe(duplex=False)
@@ -106,6 +168,9 @@ def _isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     except EOFError as error:
         process.join()
         raise UserError(f"llama.cpp ended its process, with exit code {process.exitcode}") from error
+    except BaseException:  # interrupted
+        process.terminate()
+        raise
     finally:
         process.join()
     if isinstance(result, Exception):

@@ -1,0 +1,163 @@
+"""`bench --engine llama.cpp`: with a stand-in for llama-cpp-python, and in llama.cpp itself where it is installed."""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minitron
+from minitron.errors import UserError
+from minitron.evaluation.speed import Speed
+from minitron.formats.gguf import llama_cpp
+from minitron.reports.figures import bench_by_engine, bench_conditions, bench_table
+from tests.exports import make_exported
+
+STAND_IN = """
+import json, time
+from pathlib import Path
+
+__version__ = "0.0.stand-in"
+now = 0.0
+time.perf_counter = lambda: now
+
+class Llama:
+    def __init__(self, path, **options):
+        if Path(__file__).with_name("refuses").exists():
+            raise ValueError("Failed to load\\nmodel from file")
+        self.name, self.options = Path(path).stem, options
+        self.seconds = 0.25 if self.name.startswith("model-") else 0.75
+
+    def n_vocab(self):
+        return 300
+
+    def reset(self):
+        self.record("reset", self.options)
+
+    def eval(self, tokens):
+        global now
+        now += self.seconds * (1 + (len(tokens) > 1))
+        self.record("eval", tokens)
+
+    def record(self, call, given):
+        with Path(__file__).with_name("calls").open("a") as file:
+            file.write(json.dumps([self.name, call, given]) + "\\n")
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a module with its own clock in the place of llama-cpp-python; temporary files go into their own folder."""
+    folder = tmp_path / "stand-in"
+    folder.mkdir()
+    (folder / "llama_cpp.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(folder)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Return a run directory with a teacher and a student whose embeddings are tied."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    make_exported(tmp_path / "teacher", "llama")
+    make_exported(folder / "student", "llama-tied")
+    (folder / "run.json").write_text("{}")
+    (folder / "teacher").symlink_to(tmp_path / "teacher")
+    return folder
+
+
+def test_student_and_teacher_take_turns_in_llama_cpp(stand_in: Path, run: Path, tmp_path: Path) -> None:
+    earlier = {"model": "m", "rows": [], "device": "cpu"}
+    (run / "bench.json").write_text(json.dumps(earlier))
+    found = minitron.bench(run, engine="llama.cpp", context=[16], repeats=2)
+    record = found.figures
+    assert json.loads((run / "bench.json").read_text()) == {"transformers": earlier, "llama.cpp": record}
+    assert (record["engine"], record["dtype"], record["device"]) == ("llama.cpp", "q8_0", "cpu")
+    [row] = record["rows"]
+    for name, folder in (("model", run / "student"), ("against", run / "teacher")):
+        assert row[name]["num_parameters"] == minitron.open_teacher(str(folder)).arch.num_parameters
+        assert row[name]["num_bytes"] > row[name]["num_parameters"]
+    assert row["model"]["num_bytes"] < row["against"]["num_bytes"]
+    assert row["speed_up"] == {key: {"median": 3, "low": 3, "high": 3} for key in ("prefill", "decode")}
+    assert row["model"]["prefill_tokens_per_second"] == 16 / (2 * 0.25)
+    assert row["against"]["decode_tokens_per_second"] == 1 / 0.75
+
+    calls = [json.loads(line) for line in (stand_in / "calls").read_text().splitlines()]
+    turns = [(name, options) for name, call, options in calls if call == "reset"]
+    assert [name for name, _ in turns] == ["model-q8_0", "against-q8_0"] * 3  # the first turn warms up
+    assert {options["n_threads"] for _, options in turns} == {record["threads"]}
+    assert {options["n_threads_batch"] for _, options in turns} == {record["threads"]}
+    lengths = [len(tokens) for _, call, tokens in calls if call == "eval"]
+    assert lengths == ([16] + [1] * record["decoded_tokens"]) * 6
+    assert not list((tmp_path / "temporary").glob("minitron-bench-*"))
+
+    head, student, teacher, ratio = bench_table(record)
+    assert head[-2:] == ["parameters", "file"]
+    assert student[2] == "student"
+    assert teacher[-2] == f"{row['against']['num_parameters']:,}"
+    assert ratio[-2] == f"{row['model']['num_parameters'] / row['against']['num_parameters']:.2f}×"
+    assert f"llama-cpp-python 0.0.stand-in), cpu, q8_0, {record['threads']} threads" in bench_conditions(record)
+
+
+def test_each_engine_keeps_its_figures(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timing = llama_cpp.Timing({name: [Speed(0.5, 0.1, 1, 8)] for name in ("model", "against")}, "0.0")
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
+    monkeypatch.setattr(llama_cpp, "alternate", lambda *_, **__: timing)
+    monkeypatch.setattr("minitron.evaluation.peak_memory.peak_memory", lambda *_: 2**20)  # a process for each model
+    second = minitron.bench(run, context=[8], repeats=1, device="cpu").figures
+    first = minitron.bench(run, engine="llama.cpp", context=[8], repeats=1, quantize="f16").figures
+    stored = bench_by_engine(json.loads((run / "bench.json").read_text()))
+    assert stored == {"llama.cpp": first, "transformers": second}
+    assert first["dtype"] == "f16"
+    assert bench_table(second)[0][-2:] == ["parameters", "peak memory"]
+    assert bench_conditions(first) != bench_conditions(second)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "llama_cpp"}, "--engine llama_cpp: did you mean 'llama.cpp'?"),
+        ({"engine": "transformers", "quantize": "q8_0"}, "--quantize q8_0 is for --engine llama.cpp"),
+        ({"batch": [1, 2]}, "--batch 1,2: --engine llama.cpp is timed with one sequence"),
+        ({"device": "cuda"}, "--device cuda: --engine llama.cpp is timed on the CPU"),
+        ({"dtype": "float32"}, "--dtype float32: in --engine llama.cpp, --quantize names the type"),
+        ({"quantize": "q8"}, "--quantize q8: did you mean 'q8_0'?"),
+        ({"context": [4096]}, "context 4096 is above the 256 tokens"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(
+    stand_in: Path, run: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        minitron.bench(run, **{"engine": "llama.cpp", "context": [16], **options})
+    assert not (stand_in / "calls").exists()
+    assert not (run / "bench.json").exists()
+    assert not list((tmp_path / "temporary").glob("minitron-bench-*"))
+
+
+def test_a_model_that_llama_cpp_refuses_ends_in_one_line(stand_in: Path, run: Path, tmp_path: Path) -> None:
+    (stand_in / "refuses").touch()
+    with pytest.raises(UserError, match=r"^llama\.cpp: Failed to load model from file$"):
+        minitron.bench(run, engine="llama.cpp", context=[16])
+    assert not (run / "bench.json").exists()
+    assert not list((tmp_path / "temporary").glob("minitron-bench-*"))
+
+
+def test_llama_cpp_is_needed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    with pytest.raises(UserError, match=r"--engine llama.cpp needs llama.cpp: pip install 'minitron\[llama-cpp\]'"):
+        minitron.bench(run, engine="llama.cpp", context=[16])
+
+
+@pytest.mark.skipif(not llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("name", ["llama", "mamba2"])
+def test_llama_cpp_is_timed(name: str, tmp_path: Path) -> None:
+    folder = make_exported(tmp_path / "model", name)
+    [row] = minitron.bench(folder, against=folder, engine="llama.cpp", context=[16], repeats=1).figures["rows"]
+    for each in ("model", "against"):
+        assert row[each]["prefill_tokens_per_second"] > row[each]["decode_tokens_per_second"] > 0
