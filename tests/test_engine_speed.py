@@ -99,7 +99,7 @@ def test_student_and_teacher_take_turns_in_llama_cpp(stand_in: Path, run: Path, 
     head, student, teacher, ratio = bench_table(record)
     assert head[-2:] == ["parameters", "file"]
     assert student[2] == "student"
-    assert teacher[-2] == f"{row['against']['num_parameters']:,}"
+    assert teacher[-2] == f"{row['against']['num_parameters'] / 1e6:.1f}M"
     assert ratio[-2] == f"{row['model']['num_parameters'] / row['against']['num_parameters']:.2f}×"
     assert f"llama-cpp-python 0.0.stand-in), cpu, q8_0, {record['threads']} threads" in bench_conditions(record)
 

@@ -118,7 +118,7 @@ def bench_table(record: dict[str, Any]) -> Rows:
                 f"{row[key]['time_to_first_token'] * 1e3:,.0f} ms",
             ]
             counts = [
-                f"{row[key][size]:,}" if size == "num_parameters" else f"{row[key][size] / 2**20:,.0f} MiB"
+                f"{row[key][size] / 1e6:,.1f}M" if size == "num_parameters" else f"{row[key][size] / 2**20:,.0f} MiB"
                 for size in sizes
             ]
             rows.append([str(row["batch"]), f"{row['context']:,}", name, *speeds, *counts])
