@@ -61,7 +61,9 @@ def _ends(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
 
     stated: Any = None
     if (checkpoint.folder / "generation_config.json").is_file():
-        stated = GenerationConfig.from_pretrained(checkpoint.folder, local_files_only=True).eos_token_id
+        folder = checkpoint.folder
+        read = GenerationConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        stated = read.eos_token_id
     listed = stated if isinstance(stated, list) else [stated]
     numbers = (tokenizer.eos_token_id, *listed)
     return list(dict.fromkeys(n for n in numbers if n is not None and tokenizer.convert_ids_to_tokens(n) is not None))
