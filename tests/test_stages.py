@@ -103,7 +103,9 @@ def test_pages_state_what_a_stage_did(made: Path) -> None:
 
 def test_a_finished_stage_is_not_taken_again(made: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "_take_stage", lambda *_, **__: pytest.fail("a stage was taken again"))
-    pipeline.compress_series(recipe(place, STAGES), made)
+    figures = pipeline.compress_series(recipe(place, STAGES), made)
+    assert figures == {name: json.loads((made / name / "eval.json").read_text()) for name in figures}
+    assert list(figures) == [stage["name"] for stage in STAGES]
 
 
 def ids(recipe: Recipe) -> list[list[int]]:

@@ -58,12 +58,7 @@ def write_importance(folder: Path, session: Session, removed: set[int] | None = 
     """
     statistics, importance = _measure(session, removed)
     sums = {key: value for key, value in statistics.items() if key != STREAM_MOMENT}  # stored with the scores
-    source = session.source
-    metadata = {
-        "teacher": source.identity(),
-        "settings": json.dumps(_scoring_settings(session.recipe, source.arch)),
-        "measured": json.dumps(how_measured(session)),
-    }
+    metadata = {"teacher": session.source.identity(), "measured": json.dumps(how_measured(session))}
     for name, tensors in (("calibration", sums), ("importance", importance)):
         with whole_file(folder / f"{name}.safetensors") as staging:
             entries = {key: value.contiguous() for key, value in tensors.items()}
@@ -89,10 +84,11 @@ def read_importance(path: Path, session: Session) -> Importance:
     metadata = file.metadata() or {}
     if metadata.get("teacher") != teacher.identity():
         raise UserError(f"{path} is not the importance of this teacher: it was measured on other weights")
-    if "settings" not in metadata:
+    if (recorded := read_how_measured(path)) is None:
         logger.warning("%s does not record the settings that it was measured with", path)
         return importance
-    measured = json.loads(metadata["settings"])
+    measured = {f"calibration.{key}": value for key, value in recorded["scores"].items()}
+    measured |= {f"depth.{key}": value for key, value in recorded["depth"].items()}
     for key, wanted in _scoring_settings(session.recipe, teacher.arch).items():
         if measured.get(key) != wanted:
             before = measured.get(key) or "null"
