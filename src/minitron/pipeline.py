@@ -223,15 +223,16 @@ def _begin(run: Run, session: Session, num_parameters: int) -> None:
     Raises:
         UserError: teacher or text are not those that the run was started with, or there is too little space.
     """
-    with Progress("check teacher", session.teacher.num_bytes, "bytes") as progress:
-        run.bind("teacher", session.teacher.fingerprint(progress.advance))
-    if session.larger:
-        run.bind("larger", session.source.fingerprint())
-    run.bind("data", session.splits.fingerprint())
-    warn_of_repetition(session)
-    if not run.is_begun:
-        # Pruned model and student in the teacher's dtype; two checkpoints of weights and two AdamW moments in float32.
-        require_space(run.folder, 2 * session.teacher.num_bytes + 2 * 12 * num_parameters)
+    if session.runtime.world.is_main:  # hashing a teacher takes as long as reading it
+        with Progress("check teacher", session.teacher.num_bytes, "bytes") as progress:
+            run.bind("teacher", session.teacher.fingerprint(progress.advance))
+        if session.larger:
+            run.bind("larger", session.source.fingerprint())
+        run.bind("data", session.splits.fingerprint())
+        warn_of_repetition(session)
+        if not run.is_begun:
+            # Pruned model and student in the teacher's dtype; two checkpoints of weights and AdamW moments in float32.
+            require_space(run.folder, 2 * session.teacher.num_bytes + 2 * 12 * num_parameters)
     run.begin()
     run.link("teacher", session.teacher.folder)
     run.share(session.runtime.world)

@@ -116,8 +116,6 @@ class Run:
         Raises:
             UserError: the input has changed since.
         """
-        if self._follows:
-            return
         if self.record["sources"].setdefault(source, fingerprint) == fingerprint:
             return
         if not self._replaces:

@@ -36,7 +36,7 @@ def require_format(name: str) -> Format:
     """Return a format whose library is installed.
 
     Raises:
-        UserError: there is no such format, or its library is missing.
+        UserError: the format is unknown, or its library is missing.
     """
     if name not in FORMATS:
         raise UserError(f"--format {name}: {nearest(name, list(FORMATS))}")

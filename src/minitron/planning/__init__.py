@@ -100,7 +100,8 @@ def plan_stages(recipe: Recipe, teacher: Teacher, machine: Machine, dtype: str) 
     A stage starts from the student of the one before; of a budget, the largest shape within it is taken.
 
     Raises:
-        UserError: see `stages_of`; a shape cannot be cut, or no shape is within a budget; or there is no target.
+        UserError: see `stages_of`; a shape cannot be cut, or no shape is within a budget; or the recipe states no
+            target.
     """
     stages = stages_of(recipe) or (Stage("run", recipe),)
     is_series = isinstance(recipe.target_params, tuple)
