@@ -112,7 +112,14 @@ def main() -> None:
         "types": {},
     }
     for kind in given.types.split(","):
-        done = export(given.student, given.out / f"student-{kind}", quantize=kind, check=kind == "f32", overwrite=True)
+        done = export(
+            given.student,
+            given.out / f"student-{kind}",
+            format="gguf",
+            quantize=kind,
+            check=["llama.cpp"] if kind == "f32" else [],
+            overwrite=True,
+        )
         compared = against_transformers(done.file, model, blocks)
         figures["types"][kind] = {"num_bytes": done.record["num_bytes"], "tensors": done.record["tensors"], **compared}
         if kind == "f32":
@@ -122,7 +129,9 @@ def main() -> None:
     paths = {"student": next(answered.glob("*.gguf"))}
     figures["chat"] = {"question": QUESTION, **chat(paths["student"])}
     if given.teacher:
-        paths["teacher"] = export(given.teacher, given.out / "teacher", quantize=given.speed_type, overwrite=True).file
+        paths["teacher"] = export(
+            given.teacher, given.out / "teacher", format="gguf", quantize=given.speed_type, overwrite=True
+        ).file
         figures["chat_of_teacher"] = {"question": QUESTION, **chat(paths["teacher"])}
         figures["teacher_parameters"] = open_teacher(given.teacher).arch.num_parameters
     timing = llama_cpp.alternate(paths, given.context, threads=given.threads, repeats=given.repeats)

@@ -35,7 +35,6 @@ def test_every_verb_takes_the_common_options() -> None:
         needed = {
             "chat": {"seed", "device", "dtype"},
             "report": {"as_json"},
-            "export": {"as_json"},
             "push": {"as_json"},
             "plan": {"as_json", "device", "dtype"},
         }

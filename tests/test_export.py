@@ -46,7 +46,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[
     def make(name: str) -> tuple[Path, Path]:
         folder = tmp_path_factory.mktemp(name)
         model = make_exported(folder / "model", name)
-        return model, minitron.export(model, folder / "out").file
+        return model, minitron.export(model, folder / "out", format="gguf").file
 
     return make
 
@@ -136,7 +136,7 @@ def test_a_file_without_the_reordering_is_read_as_another_model(
 ) -> None:
     folder = make_exported(tmp_path / "model", "llama")
     monkeypatch.setitem(architectures.ARCHITECTURES, "llama", replace(architectures.LLAMA, pieces={}))
-    path = minitron.export(folder, tmp_path / "out").file
+    path = minitron.export(folder, tmp_path / "out", format="gguf").file
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     assert float((logits_of(read_back(path, folder)) - logits_of(original)).abs().max()) > 0.1
 
@@ -168,17 +168,17 @@ def test_llama_cpp_quantises(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "llama", vocab_size=VOCABULARY, hidden_size=256, num_attention_heads=4,
                         num_key_value_heads=2, head_dim=64, intermediate_size=256)  # fmt: skip
     merging_tokenizer().save_pretrained(folder)
-    done = minitron.export(folder, tmp_path / "out", quantize="q4_k_m")
+    done = minitron.export(folder, tmp_path / "out", quantize="q4_k_m", format="gguf")
     assert done.record["tensors"]["q4_k"] > 0
     assert sorted(path.name for path in done.out.iterdir()) == ["Modelfile", "export.json", "model-q4_k_m.gguf"]
 
 
 @pytest.mark.skipif(llama_cpp.is_installed(), reason="llama-cpp-python is installed")
-@pytest.mark.parametrize("options", [{"quantize": "q4_k_m"}, {"check": True}])
+@pytest.mark.parametrize("options", [{"quantize": "q4_k_m"}, {"check": "llama.cpp"}])
 def test_what_needs_llama_cpp_says_so_before_any_work(tmp_path: Path, options: dict[str, Any]) -> None:
     folder = make_exported(tmp_path / "model", "llama")
     with pytest.raises(UserError, match=r"needs llama.cpp: pip install 'minitron\[llama-cpp\]'"):
-        minitron.export(folder, tmp_path / "out", **options)
+        minitron.export(folder, tmp_path / "out", **options, format="gguf")
     assert not (tmp_path / "out").exists()
 
 
@@ -209,8 +209,8 @@ def test_what_is_written_is_recorded(exported: Callable[[str], tuple[Path, Path]
 
 def test_eight_bits_are_near_and_narrow_rows_stay_in_sixteen(tmp_path: Path) -> None:
     folder = make_exported(tmp_path / "model", "llama")
-    exact = tensors_of(minitron.export(folder, tmp_path / "exact").file)
-    done = minitron.export(folder, tmp_path / "out", quantize="q8_0")
+    exact = tensors_of(minitron.export(folder, tmp_path / "exact", format="gguf").file)
+    done = minitron.export(folder, tmp_path / "out", quantize="q8_0", format="gguf")
     rough = tensors_of(done.file)
     assert exact.keys() == rough.keys()
     for name, value in exact.items():
@@ -246,7 +246,7 @@ def test_what_llama_cpp_does_not_compute_is_refused_before_any_work(tmp_path: Pa
     variant, changes, message = REFUSED[name]
     folder = make_model(tmp_path / "model", variant, **changes)
     with pytest.raises(UserError, match=re.escape(message)) as refused:
-        minitron.export(folder, tmp_path / "out")
+        minitron.export(folder, tmp_path / "out", format="gguf")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 
@@ -255,6 +255,8 @@ def test_what_llama_cpp_does_not_compute_is_refused_before_any_work(tmp_path: Pa
     ("options", "message"),
     [
         ({"format": "gguff"}, "--format gguff: did you mean 'gguf'?"),
+        ({"format": None}, "export needs --format"),
+        ({"check": "vllm"}, "--check vllm: this format is checked in llama.cpp"),
         ({"quantize": "q4_k"}, "--quantize q4_k: did you mean 'q4_k_"),
         ({"out": None}, "export needs OUT"),
     ],
@@ -262,13 +264,13 @@ def test_what_llama_cpp_does_not_compute_is_refused_before_any_work(tmp_path: Pa
 def test_bad_options_are_named(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     folder = make_exported(tmp_path / "model", "llama")
     with pytest.raises(UserError, match=re.escape(message)):
-        minitron.export(folder, **{"out": tmp_path / "out", **options})
+        minitron.export(folder, **{"out": tmp_path / "out", "format": "gguf", **options})
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_remains_of_an_export_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_exported(tmp_path / "model", "llama")
-    kept = minitron.export(folder, tmp_path / "out").file.read_bytes()
+    kept = minitron.export(folder, tmp_path / "out", format="gguf").file.read_bytes()
     written, encoded = [], encoded_tensor
 
     def fail_later(*arguments: Any) -> np.ndarray:
@@ -280,7 +282,7 @@ def test_nothing_remains_of_an_export_that_fails(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(file, "encoded", fail_later)
     for name in ("new", "out"):
         with pytest.raises(OSError, match="No space left"):
-            minitron.export(folder, tmp_path / name, overwrite=True)
+            minitron.export(folder, tmp_path / name, overwrite=True, format="gguf")
     assert not (tmp_path / "new").exists()
     assert (tmp_path / "out" / "model-f32.gguf").read_bytes() == kept
     assert sorted(path.name for path in (tmp_path / "out").iterdir() if path.suffix != ".lock") == [
@@ -295,14 +297,14 @@ def test_numbers_beyond_float16_are_named(tmp_path: Path) -> None:
         model.model.layers[1].mlp.up_proj.weight[0, 0] = 1e6
     model.save_pretrained(folder)
     with pytest.raises(UserError, match=r"model.layers.1.mlp.up_proj.weight holds numbers beyond the range of float16"):
-        minitron.export(folder, tmp_path / "out", quantize="f16")
-    assert minitron.export(folder, tmp_path / "out", quantize="bf16").record["tensors"]["bf16"] == 30
+        minitron.export(folder, tmp_path / "out", quantize="f16", format="gguf")
+    assert minitron.export(folder, tmp_path / "out", quantize="bf16", format="gguf").record["tensors"]["bf16"] == 30
 
 
 def test_a_window_that_shortens_the_context_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_exported(tmp_path / "model", "mistral-wide")
     with caplog.at_level(logging.WARNING):
-        minitron.export(folder, tmp_path / "out")
+        minitron.export(folder, tmp_path / "out", format="gguf")
     assert "the file states a context of 16 tokens, the model's window, in place of 256" in caplog.text
 
 
@@ -415,14 +417,14 @@ def test_a_template_of_another_kind_is_left_to_ollama() -> None:
 def test_an_export_of_a_run_directory_goes_into_it(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "run.json").write_text("{}")
+    (run / "run.json").write_text(json.dumps({"recipe": {"teacher": str(tmp_path / "teacher"), "seed": 3}}))
     with pytest.raises(UserError, match="has no student yet"):
-        minitron.export(run)
+        minitron.export(run, format="gguf")
     make_exported(run / "student", "llama")
-    done = minitron.export(run, quantize="q8_0")
+    done = minitron.export(run, quantize="q8_0", format="gguf")
     assert done.file == run / "gguf-q8_0" / "run-q8_0.gguf"
     with pytest.raises(UserError, match="--overwrite"):
-        minitron.export(run, quantize="q8_0")
+        minitron.export(run, quantize="q8_0", format="gguf")
 
 
 def test_llama_cpp_is_accepted_where_its_table_of_engines_accepts() -> None:
@@ -445,5 +447,5 @@ def test_a_changed_folder_is_another_model(tmp_path: Path, exported: Callable[[s
     with torch.no_grad():
         model.transformer.h[0].attn.c_attn.weight[0, 0] += 1
     model.save_pretrained(other)
-    changed, before = tensors_of(minitron.export(other, tmp_path / "out").file), tensors_of(path)
+    changed, before = tensors_of(minitron.export(other, tmp_path / "out", format="gguf").file), tensors_of(path)
     assert [name for name in before if not np.array_equal(before[name], changed[name])] == ["blk.0.attn_qkv.weight"]

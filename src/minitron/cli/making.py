@@ -8,7 +8,6 @@ import typer
 from minitron.cli.options import (
     BUDGET,
     CONTEXT,
-    FAMILY,
     TARGET,
     TEXT,
     TRAINING,
@@ -99,28 +98,28 @@ def correct(teacher: Teacher, out: Out, overwrite: Overwrite = False, **settings
     return imported("verbs.correct").correct(teacher, out, overwrite=overwrite, **settings)
 
 
-@verb(FAMILY, has_recipe=False)
+@verb(CONTEXT, *TEXT)
 def export(
     model: Annotated[str, typer.Argument(help="A run directory, for its student, or a model as in compress.")],
     out: Annotated[
         Path | None,
         typer.Argument(help="The folder to make; by default one in the run directory.", resolve_path=True),
     ] = None,
-    format: Annotated[str, typer.Option(help="gguf, which llama.cpp, Ollama and others read.")] = "gguf",
+    format: Annotated[str | None, typer.Option(help="gguf, which llama.cpp, Ollama and others read.")] = None,
     quantize: Annotated[
         str | None,
         typer.Option(help="The type of matrices: f32, f16, bf16, q8_0; with llama.cpp q4_k_m, q6_k and others too."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Run the file in llama.cpp and compare it with transformers.")
-    ] = False,
+        list[str] | None,
+        typer.Option(metavar="ENGINE", help="Compare the answers of an engine with transformers: llama.cpp."),
+    ] = None,
     overwrite: Overwrite = False,
     **settings: Any,
 ) -> Any:
     """Write a model in the format of another engine, with what runs it there: a folder at OUT."""
-    family = settings.get("family")
     return imported("verbs.export").export(
-        model, out, format=format, quantize=quantize, check=check, family=family, overwrite=overwrite
+        model, out, format=format, quantize=quantize, check=check or (), overwrite=overwrite, **settings
     )
 
 

@@ -1,25 +1,26 @@
-"""Formats in which a model leaves this project for engines that do not read Hugging Face folders.
+"""Formats in which a model leaves this project for other engines.
 
-A format is a function `export(checkpoint, folder, name=…, quantize=…, checks=…)` that writes files into an existing
-folder and returns what was written and checked, for JSON. A further format is one module with such a function, or a
-package where it takes several, and its line in `FORMATS`.
+A format is a function `export(session, folder, request)` that writes files into an existing folder and returns what was
+written and checked, for JSON. A further format is one module with such a function, or a package where it takes
+several, and its line in `FORMATS`.
 """
 
 import importlib.util
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from minitron.errors import UserError, nearest
 from minitron.files import write_json
-from minitron.model.checkpoint import Checkpoint
+from minitron.session import Session
 
 RECORD = "export.json"
 """What an exported folder holds beside the files: what they are, and what was checked."""
 
 
 class Format(NamedTuple):
-    """A format, and what it needs."""
+    """A format, what it needs, and what runs it."""
 
     module: str
     """The module within this package that has its `export`."""
@@ -27,9 +28,24 @@ class Format(NamedTuple):
     """The library that writes the format."""
     extra: str
     """The extra of this project that installs the library."""
+    engine: str
+    """The engine whose answers a check compares with those of transformers."""
 
 
-FORMATS = {"gguf": Format("gguf.export", "gguf", "gguf")}
+FORMATS = {"gguf": Format("gguf.export", "gguf", "gguf", "llama.cpp")}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an export is asked for."""
+
+    format: str
+    name: str
+    """That of the model, by which files are named."""
+    quantize: str | None = None
+    """The type of the matrices, for formats that have several; None: they keep theirs."""
+    checks: bool = False
+    """Whether the engine's answers are compared with those of transformers."""
 
 
 def require_format(name: str) -> Format:
@@ -46,23 +62,23 @@ def require_format(name: str) -> Format:
     return chosen
 
 
-def export(
-    checkpoint: Checkpoint, folder: Path, *, format: str, name: str, quantize: str | None, checks: bool
-) -> dict[str, Any]:
-    """Write a model in a format into an existing folder, with `export.json` beside it, and return what that holds.
+def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
+    """Write the session's teacher in a format into an existing folder, with `export.json` beside it.
+
+    The text of the session is read by formats that measure activations. Returns what `export.json` holds.
 
     Raises:
         UserError: see `require_format`, or the format cannot represent the model.
     """
     from minitron import __version__
 
-    module = import_module(f"minitron.formats.{require_format(format).module}")
-    written = module.export(checkpoint, folder, name=name, quantize=quantize, checks=checks)
+    module = import_module(f"minitron.formats.{require_format(request.format).module}")
+    written = module.export(session, folder, request)
     record = {
-        "format": format,
+        "format": request.format,
         **written,
-        "model": checkpoint.folder.name,
-        "num_parameters": checkpoint.arch.num_parameters,
+        "model": session.teacher.folder.name,
+        "num_parameters": session.teacher.arch.num_parameters,
         "minitron": __version__,
     }
     write_json(folder / RECORD, record)

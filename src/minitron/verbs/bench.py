@@ -11,6 +11,7 @@ from minitron.verbs.results import Measured
 if TYPE_CHECKING:
     from minitron.model.checkpoint import Checkpoint
     from minitron.runtime import Runtime
+    from minitron.session import Session
 
 ENGINES = ("transformers", "llama.cpp")
 QUANTIZE = "q8_0"
@@ -42,7 +43,6 @@ def bench(
     import torch
 
     from minitron.files import read_json, write_json
-    from minitron.model.source import open_teacher
     from minitron.recipe import recipe_from
     from minitron.reports.figures import bench_by_engine, bench_conditions, bench_table
     from minitron.run import versions
@@ -62,12 +62,15 @@ def bench(
     recipe, other = student_of(recipe, str(against) if against else None)
     session = Session(recipe)
     session.validate()
-    checkpoints = {"model": session.teacher} | ({"against": open_teacher(other)} if other else {})
+    sessions = {"model": session} | (
+        {"against": Session(recipe.model_copy(update={"teacher": other}))} if other else {}
+    )
+    checkpoints = {name: each.teacher for name, each in sessions.items()}
     for checkpoint in checkpoints.values():
         longest = getattr(checkpoint.config, "max_position_embeddings", None) or max(context)
         _require_context(context, longest, f"{checkpoint.folder} was made for")
     if engine == "llama.cpp":
-        measured = _in_llama_cpp(checkpoints, context, repeats=repeats, quantize=quantize or QUANTIZE)
+        measured = _in_llama_cpp(sessions, context, repeats=repeats, quantize=quantize or QUANTIZE)
     else:
         grid = [(size, length) for size in batch for length in context]
         measured = _in_transformers(checkpoints, grid, repeats=repeats, runtime=session.runtime)
@@ -116,24 +119,24 @@ def _in_transformers(
 
 
 def _in_llama_cpp(
-    checkpoints: Mapping[str, "Checkpoint"], context: Sequence[int], *, repeats: int, quantize: str
+    sessions: Mapping[str, "Session"], context: Sequence[int], *, repeats: int, quantize: str
 ) -> dict[str, Any]:
     import torch
 
     from minitron.evaluation.speed import figures_of
-    from minitron.formats import export
+    from minitron.formats import Request, export
     from minitron.formats.gguf import llama_cpp
     from minitron.progress import Progress
 
     paths, sizes, rows, version = {}, {}, [], ""
     with (
         tempfile.TemporaryDirectory(prefix="minitron-bench-") as folder,
-        Progress("bench", len(checkpoints) + len(context), "files and contexts") as progress,
+        Progress("bench", len(sessions) + len(context), "files and contexts") as progress,
     ):
-        for name, checkpoint in checkpoints.items():
+        for name, session in sessions.items():
             (out := Path(folder) / name).mkdir()
-            written = export(checkpoint, out, format="gguf", name=name, quantize=quantize, checks=False)
-            _require_context(context, written["context"] or max(context), f"{checkpoint.folder} has in llama.cpp")
+            written = export(session, out, Request("gguf", name, quantize))
+            _require_context(context, written["context"] or max(context), f"{session.teacher.folder} has in llama.cpp")
             paths[name] = out / written["file"]
             sizes[name] = {key: written[key] for key in ("num_parameters", "num_bytes")}
             progress.advance(1)

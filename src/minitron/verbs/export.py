@@ -1,11 +1,15 @@
 """Write a model in the format of another engine."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron.errors import UserError
 from minitron.verbs.results import Result
+
+if TYPE_CHECKING:
+    from minitron.recipe import RecipeSource
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,45 +34,78 @@ def export(
     model: str | Path,
     out: str | Path | None = None,
     *,
-    format: str = "gguf",
+    format: str | None = None,
     quantize: str | None = None,
-    check: bool = False,
-    family: str | None = None,
+    check: Sequence[str] | str = (),
     overwrite: bool = False,
+    recipe: "RecipeSource" = None,
+    **settings: Any,
 ) -> Exported:
     """Write a model in the format of another engine into a new folder at `out`.
 
     `model` is a run directory, for its student, or any model that a verb accepts. Without `out`, the export of a run
     directory goes into a folder of that directory, such as `gguf-q8_0`. `quantize` names the type of the matrices; by
-    default they keep theirs. With `check`, the engine's own answers are compared with those of transformers.
+    default they keep theirs. `check` names the engine whose answers are compared with those of transformers. Text that
+    a format measures activations on is that of the recipe, by default a run's own, under the keyword arguments.
 
     Raises:
         UserError: the format cannot represent the model, `out` may not be written, or what is asked for needs a
             package that is missing.
     """
-    from minitron.formats import RECORD, require_format
+    from minitron.formats import FORMATS, RECORD, Request, require_format
     from minitron.formats import export as write
-    from minitron.model.source import open_teacher
     from minitron.output import Output
-    from minitron.run import RUN_RECORD
+    from minitron.recipe import recipe_from
+    from minitron.run import local_inputs
+    from minitron.session import Session
+    from minitron.verbs.workspace import run_directory
 
-    require_format(format)
-    run = Path(model).expanduser()
-    is_run = (run / RUN_RECORD).is_file()
-    if is_run and not (run / "student").is_dir():
-        raise UserError(f"{run} has no student yet")
-    if out is None and not is_run:
+    if format is None:
+        raise UserError(f"export needs --format: {', '.join(FORMATS)}")
+    checks = _is_checked(require_format(format).engine, [check] if isinstance(check, str) else check)
+    given = recipe_from(recipe, teacher=model, **settings)
+    run = run_directory(given)
+    if run is not None:
+        given = recipe_from(recipe or _recipe_of(run), **settings, teacher=str(run / "student"))
+    if out is None and run is None:
         raise UserError(
             "export needs OUT, the folder to make; only an export of a run directory has a place of its own"
         )
-    folder = Path(out) if out is not None else run / "-".join(filter(None, (format, quantize)))
-    checkpoint = open_teacher(str(run / "student" if is_run else model), family)
+    folder = Path(out) if out is not None else Path(str(run)) / "-".join(filter(None, (format, quantize)))
+    session = Session(given)
+    source = session.teacher.folder
     output = Output(folder.absolute(), RECORD)
-    output.require_usable(overwrite, (checkpoint.folder,))
-    name = run.absolute().name if is_run else checkpoint.folder.name
+    output.require_usable(overwrite, (source, *local_inputs(given)))
+    name = run.absolute().name if run else source.name
     with output.work("export") as work:
         exported = work / "exported"
         exported.mkdir()
-        record = write(checkpoint, exported, format=format, name=name, quantize=quantize, checks=check)
+        record = write(session, exported, Request(format, name, quantize, checks))
         output.publish(exported)
     return Exported(output.path, record)
+
+
+def _is_checked(engine: str, asked: Sequence[str]) -> bool:
+    """Return whether a check in the engine of a format is asked for.
+
+    Raises:
+        UserError: the check in another engine is.
+    """
+    if others := [name for name in asked if name != engine]:
+        raise UserError(f"--check {others[0]}: this format is checked in {engine}")
+    return bool(asked)
+
+
+def _recipe_of(run: Path) -> "RecipeSource":
+    """Return the recipe of a run directory.
+
+    Raises:
+        UserError: the run has no student yet.
+    """
+    from minitron.files import read_json
+    from minitron.recipe import Recipe, validate
+    from minitron.run import RUN_RECORD
+
+    if not (run / "student").is_dir():
+        raise UserError(f"{run} has no student yet")
+    return validate(Recipe, read_json(run / RUN_RECORD)["recipe"], str(run / RUN_RECORD))

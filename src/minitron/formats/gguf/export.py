@@ -7,6 +7,7 @@ import torch
 
 from minitron.data.blocks import load_tokenizer
 from minitron.errors import UserError, nearest
+from minitron.formats import Request
 from minitron.formats.gguf import check, llama_cpp
 from minitron.formats.gguf.file import FILE_TYPES, write_file
 from minitron.formats.gguf.limits import require_architecture
@@ -14,18 +15,20 @@ from minitron.formats.gguf.ollama import modelfile
 from minitron.formats.gguf.source import Source
 from minitron.formats.gguf.vocabulary import read_vocabulary
 from minitron.model.checkpoint import Checkpoint
+from minitron.session import Session
 
 EXACT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
-def export(checkpoint: Checkpoint, folder: Path, *, name: str, quantize: str | None, checks: bool) -> dict[str, Any]:
+def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
     """Write NAME-TYPE.gguf and a Modelfile into an existing folder; return what was written and checked.
 
     Raises:
         UserError: llama.cpp does not run the model as transformers does, or what is asked for needs llama.cpp.
     """
+    checkpoint, name, checks = session.teacher, request.name, request.checks
     exact = EXACT[checkpoint.dtype]
-    type = quantize or exact
+    type = request.quantize or exact
     if type not in FILE_TYPES and type not in llama_cpp.QUANTISED:
         raise UserError(f"--quantize {type}: {nearest(type, [*FILE_TYPES, *llama_cpp.QUANTISED])}")
     source = Source.of(checkpoint)
