@@ -1,4 +1,4 @@
-"""`bench --engine llama.cpp`: with a stand-in for llama-cpp-python, and in llama.cpp itself where it is installed."""
+"""`bench --engine llama.cpp`: with a stand-in for xllamacpp, and in llama.cpp itself."""
 
 import json
 import re
@@ -16,43 +16,41 @@ from minitron.reports.figures import bench_by_engine, bench_conditions, bench_ta
 from tests.exports import make_exported
 
 STAND_IN = """
-import json, time
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 __version__ = "0.0.stand-in"
-now = 0.0
-time.perf_counter = lambda: now
 
-class Llama:
-    def __init__(self, path, **options):
+class CommonParams(SimpleNamespace):
+    def __init__(self):
+        super().__init__(model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace())
+
+class Server:
+    def __init__(self, options):
         if Path(__file__).with_name("refuses").exists():
-            raise ValueError("Failed to load\\nmodel from file")
-        self.name, self.options = Path(path).stem, options
+            raise RuntimeError("Failed to\\nload")
+        self.name, self.options = Path(options.model.path).stem, options
         self.seconds = 0.25 if self.name.startswith("model-") else 0.75
 
-    def n_vocab(self):
-        return 300
-
-    def reset(self):
-        self.record("reset", self.options)
-
-    def eval(self, tokens):
-        global now
-        now += self.seconds * (1 + (len(tokens) > 1))
-        self.record("eval", tokens)
-
-    def record(self, call, given):
+    def handle_completions(self, request):
+        threads = [self.options.cpuparams.n_threads, self.options.cpuparams_batch.n_threads]
         with Path(__file__).with_name("calls").open("a") as file:
-            file.write(json.dumps([self.name, call, given]) + "\\n")
+            file.write(json.dumps([self.name, threads, request]) + "\\n")
+        if len(request["prompt"]) + request["n_predict"] > self.options.n_ctx:
+            return {"error": "too long"}
+        timings = {"prompt_ms": 2000 * self.seconds, "predicted_per_token_ms": 1000 * self.seconds}
+        return {"choices": [], "timings": timings}
 """
+"""A module whose llama.cpp takes longer for teachers than for students."""
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put a module with its own clock in the place of llama-cpp-python; temporary files go into their own folder."""
+    """Put a module with its own clock in the place of xllamacpp; temporary files go into their own folder."""
     folder = tmp_path / "stand-in"
     folder.mkdir()
-    (folder / "llama_cpp.py").write_text(STAND_IN)
+    (folder / "xllamacpp.py").write_text(STAND_IN)
     monkeypatch.syspath_prepend(folder)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -88,12 +86,13 @@ def test_student_and_teacher_take_turns_in_llama_cpp(stand_in: Path, run: Path, 
     assert row["against"]["decode_tokens_per_second"] == 1 / 0.75
 
     calls = [json.loads(line) for line in (stand_in / "calls").read_text().splitlines()]
-    turns = [(name, options) for name, call, options in calls if call == "reset"]
-    assert [name for name, _ in turns] == ["model-q8_0", "against-q8_0"] * 3  # the first turn warms up
-    assert {options["n_threads"] for _, options in turns} == {record["threads"]}
-    assert {options["n_threads_batch"] for _, options in turns} == {record["threads"]}
-    lengths = [len(tokens) for _, call, tokens in calls if call == "eval"]
-    assert lengths == ([16] + [1] * record["decoded_tokens"]) * 6
+    assert [name for name, _, _ in calls] == ["model-q8_0", "against-q8_0"] * 3  # the first turn warms up
+    assert all(threads == [record["threads"]] * 2 for _, threads, _ in calls)
+    for _, _, request in calls:
+        assert len(request["prompt"]) == 16
+        assert max(request["prompt"]) < 320
+        assert request["n_predict"] == record["decoded_tokens"]
+        assert not request["cache_prompt"]
     assert not list((tmp_path / "temporary").glob("minitron-bench-*"))
 
     head, student, teacher, ratio = bench_table(record)
@@ -101,12 +100,12 @@ def test_student_and_teacher_take_turns_in_llama_cpp(stand_in: Path, run: Path, 
     assert student[2] == "student"
     assert teacher[-2] == f"{row['against']['num_parameters'] / 1e6:.1f}M"
     assert ratio[-2] == f"{row['model']['num_parameters'] / row['against']['num_parameters']:.2f}×"
-    assert f"llama-cpp-python 0.0.stand-in), cpu, q8_0, {record['threads']} threads" in bench_conditions(record)
+    assert f"xllamacpp 0.0.stand-in), cpu, q8_0, {record['threads']} threads" in bench_conditions(record)
 
 
 def test_each_engine_keeps_its_figures(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timing = llama_cpp.Timing({name: [Speed(0.5, 0.1, 1, 8)] for name in ("model", "against")}, "0.0")
-    monkeypatch.setattr(llama_cpp, "is_installed", lambda: True)
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda *_: True)
     monkeypatch.setattr(llama_cpp, "alternate", lambda *_, **__: timing)
     monkeypatch.setattr("minitron.evaluation.peak_memory.peak_memory", lambda *_: 2**20)  # a process for each model
     second = minitron.bench(run, context=[8], repeats=1, device="cpu").figures
@@ -142,19 +141,18 @@ def test_what_cannot_be_timed_is_refused(
 
 def test_a_model_that_llama_cpp_refuses_ends_in_one_line(stand_in: Path, run: Path, tmp_path: Path) -> None:
     (stand_in / "refuses").touch()
-    with pytest.raises(UserError, match=r"^llama\.cpp: Failed to load model from file$"):
+    with pytest.raises(UserError, match=r"^llama\.cpp: it cannot load model-q8_0\.gguf: Failed to load$"):
         minitron.bench(run, engine="llama.cpp", context=[16])
     assert not (run / "bench.json").exists()
     assert not list((tmp_path / "temporary").glob("minitron-bench-*"))
 
 
 def test_llama_cpp_is_needed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda *_: False)
     with pytest.raises(UserError, match=r"--engine llama.cpp needs llama.cpp: pip install 'minitron\[llama-cpp\]'"):
         minitron.bench(run, engine="llama.cpp", context=[16])
 
 
-@pytest.mark.skipif(not llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
 @pytest.mark.parametrize("name", ["llama", "mamba2"])
 def test_llama_cpp_is_timed(name: str, tmp_path: Path) -> None:
     folder = make_exported(tmp_path / "model", name)

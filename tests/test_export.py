@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import minitron
 from minitron.errors import UserError
 from minitron.formats.gguf import architectures, file, llama_cpp
-from minitron.formats.gguf.check import TEXTS
+from minitron.formats.gguf.check import TEXTS, divergence
 from minitron.formats.gguf.limits import require_architecture
 from minitron.formats.gguf.ollama import modelfile
 from minitron.formats.gguf.source import Source
@@ -35,7 +35,9 @@ READ_BY_TRANSFORMERS = (
     "gemma3", "phi3", "gpt2",
 )  # fmt: skip
 IDS = torch.randint(0, 300, (1, 24), generator=torch.Generator().manual_seed(2))
-needs_llama_cpp = pytest.mark.skipif(not llama_cpp.is_installed(), reason="llama-cpp-python is not installed")
+needs_quantiser = pytest.mark.skipif(
+    not llama_cpp.is_installed(llama_cpp.QUANTISER), reason="llama-cpp-python is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -141,29 +143,46 @@ def test_a_file_without_the_reordering_is_read_as_another_model(
     assert float((logits_of(read_back(path, folder)) - logits_of(original)).abs().max()) > 0.1
 
 
-@needs_llama_cpp
 @pytest.mark.parametrize("name", EXPORTED)
 def test_llama_cpp_computes_the_model(name: str, exported: Callable[[str], tuple[Path, Path]]) -> None:
     folder, path = exported(name)
     context = Source.of(open_checkpoint(folder)).context
-    ids = IDS[:, :context]
-    [logits] = llama_cpp.read(path, [], ids.tolist()).logits
-    expected = logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), ids)[0]
-    p, q = expected.log_softmax(-1), torch.from_numpy(logits).float().log_softmax(-1)
-    assert float((p.exp() * (p - q)).sum(-1).mean()) < 1e-3
-    assert float((p.argmax(-1) == q.argmax(-1)).float().mean()) >= 0.95
+    ids = IDS[:, : context - 1]  # the server generates a token after the longest part
+    expected = logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), ids)[0].log_softmax(
+        -1
+    )
+    [whole] = llama_cpp.read(path, [], ids.tolist(), likeliest=expected.shape[1]).predictions
+    kl = divergence(expected, whole)
+    assert whole.tokens.shape == expected.shape
+    assert float(kl.mean()) < 1e-3
+    assert float((expected.argmax(-1) == torch.from_numpy(whole.tokens[:, 0])).float().mean()) >= 0.95
+    assert float(divergence(expected.roll(1, 0), whole).mean()) > 10 * float(kl.mean())  # the control
 
 
-@needs_llama_cpp
+def test_unlisted_tokens_are_compared_as_one_class() -> None:
+    p, q = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    ranked = q.sort(descending=True)
+    listed = {n: llama_cpp.Prediction(ranked.indices[:, :n].numpy(), ranked.values[:, :n].numpy()) for n in (8, 32)}
+    exact = (p.exp() * (p - q)).sum(-1)
+    torch.testing.assert_close(divergence(p, listed[32]), exact)
+    lumped = []
+    for each in (p, q):
+        first, others = each.gather(1, ranked.indices).exp().split([8, 24], dim=1)
+        lumped.append(torch.cat([first, others.sum(1, keepdim=True)], dim=1))
+    expected = (lumped[0] * (lumped[0] / lumped[1]).log()).sum(-1)
+    torch.testing.assert_close(divergence(p, listed[8]), expected)
+    assert bool((divergence(p, listed[8]) < exact).all())
+
+
 def test_llama_cpp_reads_the_tokens_that_transformers_reads(exported: Callable[[str], tuple[Path, Path]]) -> None:
     folder, path = exported("llama")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     ids = [tokenizer(text)["input_ids"] for text in (*TEXTS, "<s>user\nHi<tool></s>")]
-    assert llama_cpp.read(path, [*TEXTS, "<s>user\nHi<tool></s>"], [[1]]).ids == ids
+    assert llama_cpp.read(path, [*TEXTS, "<s>user\nHi<tool></s>"], [], likeliest=1).ids == ids
     assert max(map(max, ids)) > 256  # merges and special tokens are among them
 
 
-@needs_llama_cpp
+@needs_quantiser
 def test_llama_cpp_quantises(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "llama", vocab_size=VOCABULARY, hidden_size=256, num_attention_heads=4,
                         num_key_value_heads=2, head_dim=64, intermediate_size=256)  # fmt: skip
@@ -173,13 +192,25 @@ def test_llama_cpp_quantises(tmp_path: Path) -> None:
     assert sorted(path.name for path in done.out.iterdir()) == ["Modelfile", "export.json", "model-q4_k_m.gguf"]
 
 
-@pytest.mark.skipif(llama_cpp.is_installed(), reason="llama-cpp-python is installed")
-@pytest.mark.parametrize("options", [{"quantize": "q4_k_m"}, {"check": "llama.cpp"}])
-def test_what_needs_llama_cpp_says_so_before_any_work(tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("options", "extra"), [({"quantize": "q4_k_m"}, "llama-cpp-python"), ({"check": "llama.cpp"}, "llama-cpp")]
+)
+def test_what_needs_llama_cpp_says_so_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], extra: str
+) -> None:
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda package=None: False)
     folder = make_exported(tmp_path / "model", "llama")
-    with pytest.raises(UserError, match=r"needs llama.cpp: pip install 'minitron\[llama-cpp\]'"):
+    with pytest.raises(UserError, match=rf"needs llama.cpp: pip install 'minitron\[{extra}\]'"):
         minitron.export(folder, tmp_path / "out", **options, format="gguf")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_checked_in_llama_cpp(tmp_path: Path) -> None:
+    folder = make_exported(tmp_path / "model", "llama")
+    checked = minitron.export(folder, tmp_path / "out", format="gguf", check="llama.cpp").record["checked"]
+    assert checked["kl"] < 1e-6
+    assert checked["agreement"] > 0.98  # the random model has tokens that are equally likely but for rounding
+    assert checked["texts_with_equal_tokens"] == checked["texts"] == len(TEXTS)
 
 
 def test_sizes_are_stated_where_they_do_not_follow(exported: Callable[[str], tuple[Path, Path]]) -> None:

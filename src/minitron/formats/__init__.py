@@ -9,11 +9,13 @@ import importlib.util
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from minitron.errors import UserError, nearest
 from minitron.files import write_json
-from minitron.session import Session
+
+if TYPE_CHECKING:
+    from minitron.session import Session
 
 RECORD = "export.json"
 """What an exported folder holds beside the files: what they are, and what was checked."""
@@ -62,7 +64,7 @@ def require_format(name: str) -> Format:
     return chosen
 
 
-def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
+def export(session: "Session", folder: Path, request: Request) -> dict[str, Any]:
     """Write the session's teacher in a format into an existing folder, with `export.json` beside it.
 
     The text of the session is read by formats that measure activations. Returns what `export.json` holds.

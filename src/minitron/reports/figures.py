@@ -136,7 +136,7 @@ def bench_conditions(record: dict[str, Any]) -> str:
     engine, versions = record.get("engine", "transformers"), record["versions"]
     software = f"{engine} {versions['transformers']}"
     if engine == "llama.cpp":
-        software = f"{engine} (llama-cpp-python {versions['llama-cpp-python']})"
+        software = f"{engine} (xllamacpp {versions['xllamacpp']})"
     return f"{rounds}; {tokens}; {software}, {record['device']}, {record['dtype']}, {record['threads']} threads"
 
 

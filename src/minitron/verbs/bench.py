@@ -149,7 +149,7 @@ def _in_llama_cpp(
         "decoded_tokens": llama_cpp.DECODED_TOKENS,
         "device": "cpu",
         "dtype": quantize,
-        "versions": {"llama-cpp-python": version},
+        "versions": {"xllamacpp": version},
         "rows": rows,
     }
 

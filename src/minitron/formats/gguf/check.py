@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from minitron.errors import UserError
 from minitron.formats.gguf import llama_cpp
@@ -21,6 +22,9 @@ TEXTS = (
     "🦙🚀 emoji 👩‍💻👍🏽 and   spaces\n\n\nand lines\r\nend",
 )
 """English with numbers, code, several scripts, and emoji."""
+LIKELIEST = 4096
+"""The number of tokens whose probabilities are compared one by one. All others are one class, which can only lower the
+divergence."""
 LARGEST_KL = 0.01
 """The mean KL divergence, in nats per token, above which a file that is not quantised holds another model."""
 
@@ -35,19 +39,18 @@ def compare(path: Path, checkpoint: Checkpoint, tokenizer: Any, *, is_quantised:
         UserError: the file is not quantised, and llama.cpp computes another function or reads other tokens.
     """
     ids = [tokenizer(text)["input_ids"] for text in TEXTS]
-    reading = llama_cpp.read(path, list(TEXTS), ids)
+    reading = llama_cpp.read(path, list(TEXTS), ids, likeliest=LIKELIEST)
     model = load_model(checkpoint, torch.device("cpu"), torch.float32)
     kl, agreed, counted = 0.0, 0, 0
     with torch.no_grad():
-        for sequence, logits in zip(ids, reading.logits, strict=True):
-            p = model(torch.tensor([sequence])).logits[0].float().log_softmax(-1)
-            q = torch.from_numpy(logits).float().log_softmax(-1)
-            kl += float((p.exp() * (p - q)).sum())
-            agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        for sequence, prediction in zip(ids, reading.predictions, strict=True):
+            expected = model(torch.tensor([sequence])).logits[0].float().log_softmax(-1)
+            kl += float(divergence(expected, prediction).sum())
+            agreed += int((expected.argmax(-1) == torch.from_numpy(prediction.tokens[:, 0])).sum())
             counted += len(sequence)
     equal = sum(ours == theirs for ours, theirs in zip(ids, reading.ids, strict=True))
     figures = {
-        "engine": f"llama.cpp (llama-cpp-python {reading.version})",
+        "engine": f"llama.cpp (xllamacpp {reading.version})",
         "kl": kl / counted,
         "agreement": agreed / counted,
         "num_tokens": counted,
@@ -60,3 +63,17 @@ def compare(path: Path, checkpoint: Checkpoint, tokenizer: Any, *, is_quantised:
         other = next(text for text, a, b in zip(TEXTS, ids, reading.ids, strict=True) if a != b)
         raise UserError(f"llama.cpp reads other tokens than transformers, for example in {other[:40]!r}")
     return figures
+
+
+def divergence(expected: Tensor, prediction: llama_cpp.Prediction) -> Tensor:
+    """Return the KL divergence of predictions from the expected log-probabilities (tokens, vocabulary), token by token.
+
+    Tokens that llama.cpp does not list among its likeliest are one class.
+    """
+    q = torch.from_numpy(prediction.log_probabilities).float()
+    p = expected.gather(1, torch.from_numpy(prediction.tokens))
+    listed = (p.exp() * (p - q)).sum(-1)
+    if p.shape[1] == expected.shape[1]:
+        return listed
+    others_p, others_q = ((1 - each.exp().sum(-1)).clamp(min=1e-9) for each in (p, q))
+    return listed + others_p * (others_p / others_q).log()

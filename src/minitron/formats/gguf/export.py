@@ -33,8 +33,10 @@ def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
         raise UserError(f"--quantize {type}: {nearest(type, [*FILE_TYPES, *llama_cpp.QUANTISED])}")
     source = Source.of(checkpoint)
     architecture = require_architecture(source)
-    if type in llama_cpp.QUANTISED or checks:
-        llama_cpp.require_installed("--check" if checks else f"--quantize {type}")
+    if type in llama_cpp.QUANTISED:
+        llama_cpp.require_installed(f"--quantize {type}", llama_cpp.QUANTISER)
+    if checks:
+        llama_cpp.require_installed("--check llama.cpp")
     tokenizer = load_tokenizer(checkpoint.folder)
     ends = _ends(checkpoint, tokenizer)
     vocabulary = read_vocabulary(tokenizer, source.arch.axis_size("vocab"), ends)
