@@ -2,7 +2,10 @@
 
 import json
 import re
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +162,84 @@ def test_llama_cpp_is_timed(name: str, tmp_path: Path) -> None:
     [row] = minitron.bench(folder, against=folder, engine="llama.cpp", context=[16], repeats=1).figures["rows"]
     for each in ("model", "against"):
         assert row[each]["prefill_tokens_per_second"] > row[each]["decode_tokens_per_second"] > 0
+
+
+VLLM_STAND_IN = """
+import json, time
+from pathlib import Path
+from types import SimpleNamespace
+
+__version__ = "0.0.stand-in"
+now = 0.0
+time.perf_counter = lambda: now
+
+class SamplingParams(SimpleNamespace):
+    pass
+
+class LLM:
+    def __init__(self, model, **options):
+        if Path(__file__).parent.with_name("refuses").exists():
+            raise ValueError("no such\\nmodel")
+        self.model_config = SimpleNamespace(get_vocab_size=lambda: 300)
+        self.model, self.options, self.seconds = model, options, 0.25 if model.endswith("student") else 0.75
+
+    def generate(self, prompts, sampling, use_tqdm):
+        global now
+        with Path(__file__).parent.with_name("calls").open("a") as file:
+            lengths = [len(prompt["prompt_token_ids"]) for prompt in prompts]
+            file.write(json.dumps([self.model, lengths, sampling.max_tokens, self.options]) + "\\n")
+        now += self.seconds * (2 + sampling.max_tokens)
+"""
+"""A vLLM with its own clock, which takes two tokens' time for a prompt."""
+
+
+@pytest.fixture
+def vllm_stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Put a package with its own clock in the place of vLLM."""
+    package = tmp_path / "stand-in" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(VLLM_STAND_IN)
+    (package / "platforms.py").write_text(
+        'from types import SimpleNamespace as N\ncurrent_platform = N(device_type="cpu")'
+    )
+    monkeypatch.setattr("time.perf_counter", time.perf_counter)  # restored afterwards
+    for name in ("vllm", "vllm.platforms"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(package.parent)
+    yield package.parent
+    for name in ("vllm", "vllm.platforms"):
+        sys.modules.pop(name, None)
+
+
+def test_student_and_teacher_take_turns_in_vllm(vllm_stand_in: Path, run: Path) -> None:
+    record = minitron.bench(run, engine="vllm", context=[8, 16], batch=[1, 2], repeats=2).figures
+    assert json.loads((run / "bench.json").read_text()) == {"vllm": record}
+    assert [(row["batch"], row["context"]) for row in record["rows"]] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+    for row in record["rows"]:
+        assert row["speed_up"] == {key: {"median": 3, "low": 3, "high": 3} for key in ("prefill", "decode")}
+        assert row["model"]["prefill_tokens_per_second"] == row["batch"] * row["context"] / (3 * 0.25)
+        assert row["against"]["decode_tokens_per_second"] == pytest.approx(row["batch"] / 0.75)
+    calls = [json.loads(line) for line in (vllm_stand_in / "calls").read_text().splitlines()]
+    assert [Path(model).name for model, *_ in calls[:4]] == ["student", "student", "teacher", "teacher"]
+    assert [tokens for _, _, tokens, _ in calls[:4]] == [1, 1 + record["decoded_tokens"]] * 2
+    assert calls[-1][1] == [16, 16]
+    assert all(options["max_model_len"] == 16 + 1 + record["decoded_tokens"] for *_, options in calls)
+    assert not any(options["enable_prefix_caching"] or options["trust_remote_code"] for *_, options in calls)
+    assert "vllm 0.0.stand-in, cpu, auto" in bench_conditions(record)
+
+
+def test_what_vllm_cannot_do_ends_in_one_line(vllm_stand_in: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"quantize": "q8_0"}, "--quantize q8_0 is for --engine llama.cpp: vllm runs models as they are"),
+        ({"device": "cpu"}, "--device cpu: --engine vllm runs on the device"),
+    )
+    for options, message in refused:
+        with pytest.raises(UserError, match=re.escape(message)):
+            minitron.bench(run, engine="vllm", context=[16], **options)
+    (vllm_stand_in / "refuses").touch()
+    with pytest.raises(UserError, match=r"^vLLM cannot load .*student: no such model$"):
+        minitron.bench(run, engine="vllm", context=[16])
+    assert not (run / "bench.json").exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    with pytest.raises(UserError, match="--engine vllm needs vLLM"):
+        minitron.bench(run, engine="vllm", context=[16])

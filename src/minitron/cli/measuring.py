@@ -114,7 +114,9 @@ def bench(
     batch: Annotated[str, typer.Option(help="Sequences, several with commas.")] = "1",
     context: Annotated[str, typer.Option(help="Tokens of each, several with commas: 512,4k.")] = "512",
     repeats: Annotated[int, typer.Option(min=1, help="Turns of each model, after one to warm up.")] = 5,
-    engine: Annotated[str, typer.Option(help="What runs the models: transformers or llama.cpp.")] = "transformers",
+    engine: Annotated[
+        str, typer.Option(help="What runs the models: transformers, llama.cpp or vllm.")
+    ] = "transformers",
     quantize: Annotated[
         str | None, typer.Option(help="Type of the matrices in llama.cpp, as in export; by default q8_0.")
     ] = None,

@@ -134,9 +134,8 @@ def bench_conditions(record: dict[str, Any]) -> str:
     rounds = f"medians of {record['repeats']} rounds after {record['warm_up']} warm-up; ratios with their range"
     tokens = f"random tokens of seed 0, {record['decoded_tokens']} decoded"
     engine, versions = record.get("engine", "transformers"), record["versions"]
-    software = f"{engine} {versions['transformers']}"
-    if engine == "llama.cpp":
-        software = f"{engine} (xllamacpp {versions['xllamacpp']})"
+    package = {"llama.cpp": "xllamacpp", "vllm": "vllm"}.get(engine, "transformers")
+    software = f"{engine} {versions[package]}" if package == engine else f"{engine} ({package} {versions[package]})"
     return f"{rounds}; {tokens}; {software}, {record['device']}, {record['dtype']}, {record['threads']} threads"
 
 

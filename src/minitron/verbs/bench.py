@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from minitron.runtime import Runtime
     from minitron.session import Session
 
-ENGINES = ("transformers", "llama.cpp")
+ENGINES = ("transformers", "llama.cpp", "vllm")
 QUANTIZE = "q8_0"
 """The type of the matrices in llama.cpp, where no other is asked for."""
 
@@ -34,7 +34,8 @@ def bench(
     A run directory stands for its student, and is compared with its teacher; `bench.json` in it keeps the figures of
     each engine for its report. The models take turns; ratios divide turns next to each other. In the engine `llama.cpp`
     both run as GGUF files with matrices of the type `quantize` (q8_0 by default), made for the time of the
-    measurement, one sequence at a time on the CPU.
+    measurement, one sequence at a time on the CPU. In `vllm` both folders run as they are, quantised ones too, on the
+    device that vLLM was built for.
 
     Raises:
         UserError: a context is above what a model was made for; the engine does not run a model, is not installed, or
@@ -50,12 +51,14 @@ def bench(
     from minitron.verbs.workspace import run_directory, student_of
 
     recipe = recipe_from(None, teacher=model, **settings)
+    if engine not in ENGINES:
+        raise UserError(f"--engine {engine}: {nearest(engine, list(ENGINES))}")
     if engine == "llama.cpp":
         _require_llama_cpp(batch, recipe.device, recipe.dtype)
-    elif engine not in ENGINES:
-        raise UserError(f"--engine {engine}: {nearest(engine, list(ENGINES))}")
     elif quantize:
-        raise UserError(f"--quantize {quantize} is for --engine llama.cpp: transformers runs models as they are")
+        raise UserError(f"--quantize {quantize} is for --engine llama.cpp: {engine} runs models as they are")
+    if engine == "vllm":
+        _require_vllm(recipe.device)
     run = run_directory(recipe) if against is None else None
     stored = run / "bench.json" if run else None
     kept = bench_by_engine(read_json(stored)) if stored and stored.is_file() else {}
@@ -69,10 +72,12 @@ def bench(
     for checkpoint in checkpoints.values():
         longest = getattr(checkpoint.config, "max_position_embeddings", None) or max(context)
         _require_context(context, longest, f"{checkpoint.folder} was made for")
+    grid = [(size, length) for size in batch for length in context]
     if engine == "llama.cpp":
         measured = _in_llama_cpp(sessions, context, repeats=repeats, quantize=quantize or QUANTIZE)
+    elif engine == "vllm":
+        measured = _in_vllm(sessions, grid, repeats=repeats, dtype=recipe.dtype)
     else:
-        grid = [(size, length) for size in batch for length in context]
         measured = _in_transformers(checkpoints, grid, repeats=repeats, runtime=session.runtime)
     record = {
         "run": str(run) if run else None,
@@ -152,6 +157,42 @@ def _in_llama_cpp(
         "versions": {"xllamacpp": version},
         "rows": rows,
     }
+
+
+def _in_vllm(
+    sessions: Mapping[str, "Session"], grid: list[tuple[int, int]], *, repeats: int, dtype: str
+) -> dict[str, Any]:
+    from minitron.evaluation.speed import figures_of
+    from minitron.evaluation.vllm_speed import DECODED_TOKENS, load
+    from minitron.progress import Progress
+
+    folders = {}
+    for name, session in sessions.items():  # vLLM reads quantised folders itself, which a session dequantises
+        given = Path(session.recipe.teacher).expanduser()
+        folders[name] = given if given.is_dir() else session.teacher.folder
+    rows = []
+    with Progress("bench", len(grid) * len(folders) * (repeats + 1), "measurements") as progress:
+        batch, context = (max(sizes) for sizes in zip(*grid, strict=True))
+        models = load(folders, batch=batch, context=context, dtype=dtype)
+        sizes = {name: {"num_parameters": each.teacher.arch.num_parameters} for name, each in sessions.items()}
+        for size, length in grid:
+            speeds = models.alternate(size, length, repeats, progress.advance)
+            rows.append({"batch": size, "context": length, **figures_of(speeds, sizes)})
+    return {
+        "decoded_tokens": DECODED_TOKENS,
+        "device": models.device,
+        "dtype": dtype,
+        "versions": {"vllm": models.version},
+        "rows": rows,
+    }
+
+
+def _require_vllm(device: str) -> None:
+    from minitron.evaluation.vllm_speed import require_installed
+
+    require_installed()
+    if device != "auto":
+        raise UserError(f"--device {device}: --engine vllm runs on the device that vLLM was built for")
 
 
 def _require_llama_cpp(batch: Sequence[int], device: str, dtype: str) -> None:
