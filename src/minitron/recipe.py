@@ -193,6 +193,10 @@ class SearchRecipe(_Strict):
     fixed: tuple[str, ...] = ()
     """Sizes that stay as they are in the teacher, by config name, unless `space` lists them. Heads that are fixed keep
     their number per group, if groups are dropped."""
+    engine: Literal["vllm", "trtllm", "megatron", "llama.cpp"] | None = None
+    """Offer only the shapes that this engine runs, by what was read in its sources (docs/how-to/engines.md)."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Number of GPUs over which the engine splits every tensor."""
     probe_tokens: CountOrNone = 4_096
     """Tokens on which each probe is distilled: one shape per axis, cut along this axis alone, to learn what cuts of it
     cost. Much longer probes predict worse. 0 compares the probes untrained."""
@@ -210,6 +214,12 @@ class SearchRecipe(_Strict):
     tokens: Count = 16_384
     """Held-out tokens that rank candidates and follow every distillation. Fewer tokens do not distinguish good shapes:
     between two of them, the difference on one block of 512 tokens varies by 0.07 nats."""
+
+    @model_validator(mode="after")
+    def _engine_is_named(self) -> "SearchRecipe":
+        if self.tensor_parallel > 1 and self.engine is None:
+            raise ValueError("tensor_parallel is the number of GPUs of an engine: name it by engine (--for)")
+        return self
 
 
 DEEP_CUT = 0.75

@@ -92,6 +92,15 @@ BUDGET = (
         "Tokens in a block; with --memory, --throughput or --latency, tokens of the sequences that are served (128k).",
     ),
 )
+SERVED = (
+    Setting(
+        "engine",
+        "search.engine",
+        "Offer only shapes that this engine runs: vllm, trtllm, megatron or llama.cpp.",
+        option="--for",
+    ),
+    Setting("tensor_parallel", "search.tensor_parallel", "GPUs over which it splits every tensor.", int, minimum=1),
+)
 TRAINING = (
     Setting("tokens", "distill.tokens", "Tokens to distil on, such as 2M."),
     Setting("teacher_states", "distill.teacher_states", "Run the teacher once and keep its outputs in this folder."),

@@ -109,19 +109,13 @@ def stated_model_type(folder: Path) -> str:
     return str(read_json(_file(folder))["model_type"])
 
 
-def student_config(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) -> Any:
-    """Return the teacher's config with the sizes of `arch`; per-layer lists keep the entries of `kept_layers`.
+def student_values(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) -> dict[str, Any]:
+    """Return the entries of the teacher's config with the sizes of `arch`, as no config class has read them yet.
 
-    It has the teacher's `model_type`, unless that config class refuses the shape (`Arch.restatement`).
-
-    Raises:
-        UserError: the config class refuses the shape; the message names both.
+    Per-layer lists keep the entries of `kept_layers`. The `model_type` is the teacher's, unless that config class
+    refuses the shape (`Arch.restatement`).
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    values = teacher.config.to_dict()
+    values: dict[str, Any] = teacher.config.to_dict()
     for name in arch.family.per_layer_lists:
         if isinstance(values.get(name), list):
             values[name] = [values[name][i] for i in kept_layers]
@@ -132,6 +126,20 @@ def student_config(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) ->
     if restatement := arch.restatement:
         values.update(restatement.values, model_type=restatement.restated_as)
         values.pop("architectures", None)
+    return values
+
+
+def student_config(teacher: "Checkpoint", arch: Arch, kept_layers: list[int]) -> Any:
+    """Return transformers' config of the entries that `student_values` returns.
+
+    Raises:
+        UserError: the config class refuses the shape; the message names both.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    values = student_values(teacher, arch, kept_layers)
     model_type = values.pop("model_type")
     try:
         with quiet_transformers():

@@ -15,6 +15,7 @@ from minitron.nas.offer import (
     with_ranked_layers,
 )
 from minitron.nas.probes import predict
+from minitron.nas.runnable import warn_of_engine
 from minitron.nas.shapes import Shapes, removed_layers
 from minitron.nas.shortlist import make_short_list
 from minitron.nas.trial import choose, compete
@@ -61,6 +62,8 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
     chosen = choose(finalists)
     workspace.finish(candidates, chosen, budget, len(shapes))
     if workspace.world.is_main:
-        source = session.source
-        warn_of_engines(source, chosen.arch, kept_layers(importance, source.arch, chosen.arch).tolist())
+        source, arch = session.source, chosen.arch
+        kept = kept_layers(importance, source.arch, arch).tolist()
+        warn_of_engines(source, arch, kept)
+        warn_of_engine(source, arch, kept, session.recipe.search)
     return chosen.arch

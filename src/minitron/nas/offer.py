@@ -17,6 +17,7 @@ from minitron.model.engines import added_obstacles, order_obstacles
 from minitron.model.memory import attention_windows
 from minitron.nas.acceptance import RELATED, Acceptance, combinations
 from minitron.nas.budget import Budget, budget_of
+from minitron.nas.runnable import require_runnable, runnable
 from minitron.nas.shapes import Shapes, SplitDepth, every_shape, feasible
 from minitron.nas.trial import trial_recipe
 from minitron.pruning import Importance, ranked_depth, require_measurable
@@ -35,7 +36,8 @@ def shapes_within(session: Session) -> tuple[Shapes, Budget]:
     Raises:
         UserError: the recipe has no budget, several targets or stages, the budget is not understood, or no shape fits
             it; or something that the search would need later is missing (`require_measurable`, `require_trainable`); or
-            the stated shape cannot be cut (`Arch.require_prunable_to`, `check_shape`).
+            the stated shape cannot be cut (`Arch.require_prunable_to`, `check_shape`), or the engine that the recipe
+            names runs no shape (`runnable`, `require_runnable`).
     """
     target, source = session.recipe.target_params, session.source
     if isinstance(target, tuple):
@@ -58,6 +60,7 @@ def _stated(session: Session) -> Shapes:
     source = session.source.arch
     shape = source.resized(**session.recipe.shape)
     source.require_prunable_to(shape)
+    require_runnable(session.source, shape, session.recipe.search)
     check_shape(session, shape)
     return Shapes.of(source, [shape], {"num_parameters": np.array([shape.num_parameters])})
 
@@ -99,7 +102,8 @@ def _offered(session: Session, budget: Budget, split: SplitDepth | None = None) 
     source = session.source
     windows = attention_windows(source.config.to_dict())
     shapes = every_shape(source.arch, budget, session.recipe.search, windows, split=split)
-    return feasible(Acceptance(source).of(shapes), budget)
+    shapes = runnable(source, Acceptance(source).of(shapes), session.recipe.search)
+    return feasible(shapes, budget)
 
 
 def check_shape(session: Session, shape: Arch) -> None:

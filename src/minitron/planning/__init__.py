@@ -191,12 +191,14 @@ def _students(stage: Stage, teacher: Teacher, source: Arch) -> tuple[list[Arch],
     if not recipe.has_budget:
         raise UserError("the recipe states no student: give a shape (--set shape.hidden_size=448) or target_params")
     from minitron.nas.budget import parse_budget
+    from minitron.nas.runnable import of_passing_sizes
     from minitron.nas.shapes import every_shape, feasible
 
     assert not isinstance(recipe.target_params, tuple)
     target = recipe.target_params
     budget = parse_budget(target, recipe.budget, recipe.search.tolerance, teacher.arch, teacher.windows)
-    shapes = feasible(every_shape(source, budget, recipe.search, teacher.windows), budget)
+    shapes = of_passing_sizes(every_shape(source, budget, recipe.search, teacher.windows), recipe.search)
+    shapes = feasible(shapes, budget)
     counts = shapes.figures["num_parameters"]
     return [shapes[int(counts.argmin())], shapes[int(counts.argmax())]], len(shapes)
 

@@ -179,8 +179,9 @@ def _engines(config: dict[str, Any]) -> str:
         commands = "\n".join(engine.commands for engine in running)
         parts.append(f"By the sources of {read}, it also runs there:\n\n```sh\n{commands}\n```")
     for engine in ENGINES:
-        if reasons := engine.obstacles(config):
-            parts.append(f"{engine.title} does not run it as transformers does: {'; '.join(reasons.values())}.")
+        if found := engine.obstacles(config):
+            reasons = "; ".join(obstacle.reason for obstacle in found)
+            parts.append(f"{engine.title} does not run it as transformers does: {reasons}.")
     return "\n\n".join(parts)
 
 
