@@ -113,14 +113,22 @@ def export(
     ] = None,
     check: Annotated[
         list[str] | None,
-        typer.Option(metavar="ENGINE", help="Compare the answers of an engine with transformers: llama.cpp."),
+        typer.Option(
+            metavar="ENGINE",
+            help="With --format, compare the answers of its engine with transformers; without, check the folder by the "
+            "sources of vllm, trtllm, megatron or llama.cpp. Repeatable.",
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(min=1, help="GPUs over which the engine of --check splits every tensor.")
     ] = None,
     overwrite: Overwrite = False,
     **settings: Any,
 ) -> Any:
-    """Write a model in the format of another engine, with what runs it there: a folder at OUT."""
+    """Write a model in the format of another engine, a folder at OUT; or check which engines run it as it is."""
+    served = {} if tensor_parallel is None else {"tensor_parallel": tensor_parallel}
     return imported("verbs.export").export(
-        model, out, format=format, quantize=quantize, check=check or (), overwrite=overwrite, **settings
+        model, out, format=format, quantize=quantize, check=check or (), overwrite=overwrite, **served, **settings
     )
 
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
@@ -182,6 +183,9 @@ def verb(
             result = function(**arguments, **(assigned | chosen))
             if result is not None:
                 _print(result, as_json)
+                if failure := getattr(result, "failure", None):
+                    print(failure, file=sys.stderr)
+                    sys.exit(1)
 
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -1,4 +1,4 @@
-"""Write a model in the format of another engine."""
+"""Write a model in the format of another engine, or check which engines run it as it is."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from minitron.errors import UserError
 from minitron.verbs.results import Result
 
 if TYPE_CHECKING:
-    from minitron.recipe import RecipeSource
+    from minitron.recipe import Recipe, RecipeSource
+    from minitron.verbs.engine_check import Checked
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,16 +38,20 @@ def export(
     format: str | None = None,
     quantize: str | None = None,
     check: Sequence[str] | str = (),
+    tensor_parallel: int | None = None,
     overwrite: bool = False,
     recipe: "RecipeSource" = None,
     **settings: Any,
-) -> Exported:
-    """Write a model in the format of another engine into a new folder at `out`.
+) -> "Exported | Checked":
+    """Write a model in the format of another engine into a new folder at `out`, or check which engines run its folder.
 
     `model` is a run directory, for its student, or any model that a verb accepts. Without `out`, the export of a run
     directory goes into a folder of that directory, such as `gguf-q8_0`. `quantize` names the type of the matrices; by
     default they keep theirs. `check` names the engine whose answers are compared with those of transformers. Text that
     a format measures activations on is that of the recipe, by default a run's own, under the keyword arguments.
+
+    Without `format`, nothing is written: `check` names engines, by whose sources the model's config is checked for
+    `tensor_parallel` GPUs (`check_folder`).
 
     Raises:
         UserError: the format cannot represent the model, `out` may not be written, or what is asked for needs a
@@ -60,9 +65,16 @@ def export(
     from minitron.session import Session
     from minitron.verbs.workspace import run_directory
 
+    asked = [check] if isinstance(check, str) else check
     if format is None:
-        raise UserError(f"export needs --format: {', '.join(FORMATS)}")
-    checks = _is_checked(require_format(format).engine, [check] if isinstance(check, str) else check)
+        if not asked:
+            raise UserError(f"export needs --format ({', '.join(FORMATS)}), or --check and an engine")
+        if out is not None or quantize is not None:
+            raise UserError("export --check writes nothing without --format: give that, or neither OUT nor --quantize")
+        return _checked(recipe_from(recipe, teacher=model, **settings), asked, tensor_parallel or 1)
+    if tensor_parallel is not None:
+        raise UserError("--tensor-parallel belongs to --check without --format")
+    checks = _is_checked(require_format(format).engine, asked)
     given = recipe_from(recipe, teacher=model, **settings)
     run = run_directory(given)
     if run is not None:
@@ -83,6 +95,18 @@ def export(
         record = write(session, exported, Request(format, name, quantize, checks))
         output.publish(exported)
     return Exported(output.path, record)
+
+
+def _checked(recipe: "Recipe", engines: Sequence[str], tensor_parallel: int) -> "Checked":
+    """Return what engines make of the folder of a model, of a run directory of its student."""
+    from minitron.run import teacher_of
+    from minitron.verbs.engine_check import check_folder
+    from minitron.verbs.workspace import run_directory, student_of
+
+    run = run_directory(recipe)
+    known = {"teacher": str(teacher_of(run))} if run else {}
+    folder, family = student_of(recipe, None)[0].teacher, None if run else recipe.family
+    return check_folder(folder, engines, tensor_parallel=tensor_parallel, family=family, **known)
 
 
 def _is_checked(engine: str, asked: Sequence[str]) -> bool:

@@ -21,6 +21,11 @@ class Result(ABC):
         """Return the result as tables, each with a caption and a line below it, as the terminal prints them."""
         return [(self.rows(), "", "")]
 
+    @property
+    def failure(self) -> str | None:
+        """What the command line adds to a result that is not as asked for, before it exits with status 1."""
+        return None
+
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON, as `--json` prints it."""

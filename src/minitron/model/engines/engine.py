@@ -6,6 +6,7 @@ so that an engine may refuse it, or compute another function, although it runs t
 not read for an engine are not in its table: nothing is stated about them.
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -204,7 +205,7 @@ class Engine:
 
     def commands_for(self, path: str, gpus: int, teacher: str = "TEACHER") -> list[tuple[str, str]]:
         """Return the purpose and the text of every command, for a folder and a number of GPUs."""
-        filled = {"path": path, "gpus": gpus, "teacher": teacher}
+        filled = {"path": shlex.quote(path), "gpus": gpus, "teacher": shlex.quote(teacher)}
         return [(use.purpose, use.command.format(**filled)) for use in self.uses]
 
 
