@@ -13,8 +13,7 @@ from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.config import student_config
-from minitron.model.engines import ENGINES, added_obstacles, order_obstacles
-from minitron.model.families import FAMILIES
+from minitron.model.engines import BY_NAME, ENGINES, added_obstacles, order_obstacles
 from minitron.nas.acceptance import Acceptance
 from minitron.nas.budget import parse_budget
 from minitron.nas.probes import probes
@@ -126,6 +125,17 @@ RULES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("llama.cpp", "bamba", {"mamba_expand": 3}, {"mamba_expand": 2}),
     ("llama.cpp", "nemotron_h", {"layers_block_type": ["linear_attention", "mlp"]},
      {"layers_block_type": ["linear_attention", "moe"]}),
+    ("TensorRT-LLM", "phi3", {**HEADS, "hidden_size": 48}, {**HEADS, "hidden_size": 64}),
+    ("TensorRT-LLM", "gpt_oss", {"layer_types": LAYERS}, {"layer_types": LAYERS[4:] * 3}),
+    ("TensorRT-LLM", "qwen3", {"sliding_window": 16, "max_position_embeddings": 32}, {"sliding_window": None}),
+    ("TensorRT-LLM", "qwen3_moe", {"mlp_only_layers": [1]}, {"mlp_only_layers": []}),
+    ("TensorRT-LLM", "nemotron", {"tie_word_embeddings": True}, {"tie_word_embeddings": False}),
+    ("Megatron-Bridge", "llama", {"attention_bias": True}, {"attention_bias": False}),
+    ("Megatron-Bridge", "nemotron", {"mlp_bias": True}, {"mlp_bias": False}),
+    ("Megatron-Bridge", "qwen2", {"sliding_window": 16, "max_position_embeddings": 32}, {"sliding_window": None}),
+    ("Megatron-Bridge", "gemma3_text", {"layer_types": LAYERS[2:] * 2}, {"layer_types": LAYERS * 2}),
+    ("Megatron-Bridge", "gpt_oss", {"layer_types": LAYERS}, {"layer_types": LAYERS[4:] * 3}),
+    ("Megatron-Bridge", "qwen3_moe", {"decoder_sparse_step": 2}, {"decoder_sparse_step": 1}),
 ]  # fmt: skip
 
 
@@ -133,24 +143,30 @@ RULES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
 def test_each_fact_of_the_table_has_an_effect(
     engine: str, family: str, wrong: dict[str, Any], right: dict[str, Any]
 ) -> None:
-    of = next(each for each in ENGINES if each.name == engine)
-    plain = {"model_type": family, "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
-    plain |= {"head_dim": 16} | ({"query_pre_attn_scalar": 16} if "gemma" in family else {})
-    assert not {o.source for o in of.obstacles({**plain, **right})} & {
-        o.source for o in of.obstacles({**plain, **wrong})
+    of = next(each for each in BY_NAME.values() if each.name == engine)
+    before, after = ({one.source for one in of.network_obstacles({**plain(family), **entries}, gpus=2)}
+                     for entries in (right, wrong))  # fmt: skip
+    assert after
+    assert not before & after
+    if of in ENGINES and engine != "TensorRT-LLM":
+        new = added_obstacles({**plain(family), **right}, {**plain(family), **wrong})
+        assert of.version in new[engine]
+
+
+def plain(family: str) -> dict[str, Any]:
+    values = {"model_type": family, "num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
+    return values | {"head_dim": 16} | ({"query_pre_attn_scalar": 16} if "gemma" in family else {})
+
+
+def test_every_limit_of_every_engine_is_shown_by_a_rule() -> None:
+    shown = {
+        (of.name, obstacle.source)
+        for of in BY_NAME.values()
+        for engine, family, wrong, _ in RULES
+        if engine == of.name
+        for obstacle in of.network_obstacles({**plain(family), **wrong}, gpus=2)
     }
-    new = added_obstacles({**plain, **right}, {**plain, **wrong})
-    assert engine in new
-    assert of.version in new[engine]
-
-
-def test_the_table_concerns_known_families_and_gives_its_sources() -> None:
-    for engine in ENGINES:
-        families = {*engine.families, *engine.unsupported}
-        assert families == FAMILIES.keys()
-        assert all(limit.families <= engine.families and limit.source for limit in engine.limits)
-    checked = {(engine, family) for engine, family, *_ in RULES}
-    assert {engine for engine, _ in checked} == {engine.name for engine in ENGINES}
+    assert shown == {(of.name, limit.source) for of in BY_NAME.values() for limit in of.limits}
 
 
 def test_an_unknown_family_is_not_spoken_of() -> None:

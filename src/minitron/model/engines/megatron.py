@@ -39,20 +39,17 @@ ABSENT: Mapping[str, str] = {
 BRIDGES = "megatron/bridge/models"
 CORE = "Megatron-LM: megatron/core"
 REMOVED_IN = "0.7.0"
-OLD_SHAPES: Mapping[str, tuple[tuple[str, str], frozenset[tuple[int, int]]]] = {
-    "Nemotron-H v1 and Nemotron Nano 2": (
-        ("hidden", "layer"),
-        frozenset({(3072, 52), (4096, 52), (8192, 98), (8192, 118), (4480, 56), (5120, 62)}),
+OLD_SHAPES: Mapping[str, frozenset[tuple[int, int]]] = {
+    "Nemotron-H v1 and Nemotron Nano 2": frozenset(
+        {(3072, 52), (4096, 52), (8192, 98), (8192, 118), (4480, 56), (5120, 62)}
     ),
-    "Mistral 7B and Mistral Small 3": (("hidden", "layer"), frozenset({(4096, 32), (5120, 40)})),
-    "Llama 2": (("vocab", "position"), frozenset({(32000, 4096)})),
+    "Mistral 7B and Mistral Small 3": frozenset({(4096, 32), (5120, 40)}),
 }
-"""Models that it recognises by two sizes."""
+"""The hidden sizes and numbers of layers by which it recognises models."""
 
 
 def _old_shape(sizes: Sizes, gpus: int, model: str) -> str | None:
-    axes, shapes = OLD_SHAPES[model]
-    if tuple(sizes.get(AXES[axis]) for axis in axes) not in shapes:
+    if (sizes.get(AXES["hidden"]), sizes.get(AXES["layer"])) not in OLD_SHAPES[model]:
         return None
     return f"models of this size are deprecated as {model}, to be removed in {REMOVED_IN}"
 
@@ -158,7 +155,7 @@ MEGATRON = Engine(
         ),
         *(
             Note(names(family), partial(_old_shape, model=model), f"{BRIDGES}/_deprecation.py: _deprecated_model_name")
-            for family, model in zip(("nemotron_h", "mistral", "llama"), OLD_SHAPES, strict=True)
+            for family, model in zip(("nemotron_h", "mistral"), OLD_SHAPES, strict=True)
         ),
     ),
     uses=(
