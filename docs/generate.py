@@ -1,4 +1,4 @@
-"""Writes the pages of the reference from the source while mkdocs builds the site: verbs, recipe keys, Python API.
+"""Writes the pages of the reference from the source while mkdocs builds the site: verbs, recipe keys, engines, …
 
 mkdocs calls `on_files` and `on_post_page` (hooks of mkdocs.yml). Nothing that is written here is a file of the
 repository.
@@ -21,6 +21,7 @@ import minitron
 from minitron import recipe
 from minitron.cli import app
 from minitron.model.anatomy import AXES
+from minitron.model.engines import BY_NAME, Engine
 from minitron.model.families import FAMILIES
 
 VERBS = {
@@ -40,6 +41,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         ("recipe", recipe_page()),
         ("python", api_page()),
         ("families", families_page()),
+        ("engines", engines_page()),
     ):
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
@@ -174,6 +176,45 @@ def api_page() -> str:
         lines.append(f"## {title}")
         lines += [f"::: {homes[name]}.{name}\n    options: {{heading: minitron.{name}}}" for name in names]
     return "\n\n".join(lines) + "\n"
+
+
+def engines_page() -> str:
+    """Return a page of what engines run and what they ask of a folder, each fact with its source."""
+    lines = [
+        "# Engines",
+        "What was read in the sources of engines that run or train model folders; nothing was run. "
+        "[Engines](../how-to/engines.md) explains how a folder is checked and how a search uses this. GPUs are those "
+        "over which every tensor is split. An `@` stands before the commit at which a file was read.",
+    ]
+    for name, engine in BY_NAME.items():
+        lines += [f"## {engine.name} {{ #{name} }}", *_engine(engine)]
+    return "\n\n".join(lines) + "\n"
+
+
+def _engine(engine: Engine) -> list[str]:
+    def quoted(families: frozenset[str]) -> str:
+        return "all" if families == engine.families else ", ".join(f"`{family}`" for family in sorted(families))
+
+    sizes = [
+        (", ".join(f"`{AXES[axis]}`" for axis in limit.axes), limit.rule, quoted(limit.families), f"`{limit.source}`")
+        for limit in engine.size_limits
+    ]
+    networks = [(quoted(limit.families), f"`{limit.source}`") for limit in engine.limits]
+    absent = [(f"`{family}`", reason) for family, reason in sorted(engine.unsupported.items())]
+    notes = [(quoted(note.families), f"`{note.source}`") for note in engine.notes]
+    tables = (
+        ("Sizes that pass:", ("Size", "Passes", "Families", "Read in"), sizes),
+        ("Networks that it computes otherwise, or refuses:", ("Families", "Read in"), networks),
+        ("What it does by itself, or has announced:", ("Families", "Read in"), notes),
+        ("Families that it does not run:", ("Family", "Reason"), absent),
+    )
+    lines = [
+        f"Version {engine.version} of [{engine.repository.removeprefix('https://')}]({engine.repository}).",
+        f"Families: {', '.join(f'`{family}`' for family in sorted(engine.families))}.",
+    ]
+    for title, head, rows in tables:
+        lines += [title, _table(head, rows)] if rows else []
+    return lines
 
 
 def families_page() -> str:

@@ -1,4 +1,4 @@
-"""What is known of an engine: the families that it runs, the conditions that it sets, and its commands.
+"""An engine: the families that it runs, the conditions that it sets, and its commands.
 
 An engine that reads a folder takes some sizes from the config, computes others, and holds some as constants; on several
 GPUs it splits tensors along axes, whose sizes have to be divisible. A student has the teacher's family and other sizes,
@@ -54,9 +54,11 @@ class SizeLimit:
     """The axes whose sizes it concerns, where a model has them."""
     accepts: Callable[[int, int], bool]
     """Returns whether a size passes on a number of GPUs."""
-    refusal: str
-    """What follows the name and the value of a size that does not pass; `{gpus}` is the number of GPUs."""
+    rule: str
+    """The sizes that it accepts, in words."""
     source: str
+    refusal: str = "cannot be split over {gpus} GPUs"
+    """What follows the name and the value of a size that does not pass; `{gpus}` is the number of GPUs."""
 
     def passing(self, size: int, gpus: int) -> tuple[int, ...]:
         """Return the next smaller and the next larger size that pass, as far as there are any."""

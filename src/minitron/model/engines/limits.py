@@ -77,4 +77,6 @@ def copied_heads(sizes: Sizes, gpus: int) -> str | None:
     return f"each of the {heads} KV heads is held by {gpus // heads} GPUs" if is_copied else None
 
 
-CANNOT_BE_SPLIT = "cannot be split over {gpus} GPUs"
+MULTIPLE = "a multiple of the GPUs"
+MULTIPLE_OR_DIVISOR = "a multiple or a divisor of the GPUs"
+MULTIPLE_OR_ONE = "a multiple of the GPUs, or 1"

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from minitron.model.anatomy import AXES
 from minitron.model.engines.engine import Config, Engine, Limit, Note, SizeLimit, Sizes, Use, names
 from minitron.model.engines.limits import (
-    CANNOT_BE_SPLIT,
+    MULTIPLE,
+    MULTIPLE_OR_DIVISOR,
     copied_heads,
     full_attention_out_of_step,
     heads_unlike_hidden,
@@ -97,50 +98,51 @@ TENSORRT_LLM = Engine(
             FAMILIES,
             ("query",),
             is_divisible,
-            CANNOT_BE_SPLIT,
+            MULTIPLE,
             "tensorrt_llm/_torch/attention/attention.py@930bd1a: Attention asserts num_heads % tp_size == 0",
         ),
         SizeLimit(
             FAMILIES,
             ("kv",),
             is_divisible_or_copied,
-            CANNOT_BE_SPLIT,
+            MULTIPLE_OR_DIVISOR,
             f"{MODELS}/checkpoints/hf/weight_mapper.py@f59aed0: HfWeightMapper._duplicate_kv asserts it",
         ),
         SizeLimit(
             FAMILIES,
             ("head_dim",),
             lambda width, gpus: width in HEAD_SIZES,
-            "is not a head size of its attention",
+            f"one of {', '.join(map(str, sorted(HEAD_SIZES)))}",
             "cpp/tensorrt_llm/kernels/decoderMaskedMultiheadAttention.cu@0ab9d17: MMHA_SUPPORTED_HEAD_SIZES; "
             "cpp/tensorrt_llm/common/attentionOp.cpp@00dbe28: AttentionOp::initialize checks it",
+            "is not a head size of its attention",
         ),
         SizeLimit(
             FAMILIES - EXPERTS_OF_FFN,
             ("ffn", "shared_ffn"),
             is_divisible,
-            CANNOT_BE_SPLIT,
+            MULTIPLE,
             f"{MODULES}/linear.py@00bbf71: Linear asserts it; {MODULES}/gated_mlp.py@01503f5",
         ),
         SizeLimit(
             EXPERTS_OF_FFN,
             ("ffn",),
             is_divisible,
-            CANNOT_BE_SPLIT,
+            MULTIPLE,
             f"{MODULES}/fused_moe/interface.py@567239f: MoE divides intermediate_size and drops the remainder",
         ),
         SizeLimit(
             names("qwen3_moe nemotron_h"),
             ("expert_ffn",),
             is_divisible,
-            CANNOT_BE_SPLIT,
+            MULTIPLE,
             f"{MODULES}/fused_moe/interface.py@567239f: MoE divides intermediate_size and drops the remainder",
         ),
         SizeLimit(
             names("nemotron_h"),
             ("mhead", "mgroup"),
             is_divisible,
-            CANNOT_BE_SPLIT,
+            MULTIPLE,
             f"{MODULES}/mamba/mamba2_mixer.py@02140fd: Mamba2Mixer divides heads and groups and drops the remainder; "
             f"{MODELS}/checkpoints/hf/nemotron_h_weight_mapper.py@fbbc05d splits them in equal parts",
         ),
