@@ -49,9 +49,8 @@ def test_limits_and_notes_concern_families_that_the_engine_runs() -> None:
     for engine in BY_NAME.values():
         assert engine.families | engine.unsupported.keys() == FAMILIES.keys()
         assert not engine.families & engine.unsupported.keys()
-        for fact in (*engine.limits, *engine.size_limits, *engine.notes):
-            assert fact.families <= engine.families
-            assert fact.source
+        facts: list[Any] = [*engine.limits, *engine.size_limits, *engine.notes]
+        assert all(fact.families <= engine.families and fact.source for fact in facts)
 
 
 def test_recipes_accept_the_engines_of_the_tables() -> None:

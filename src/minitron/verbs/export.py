@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from minitron.errors import UserError
 from minitron.verbs.results import Result
@@ -29,6 +29,12 @@ class Exported(Result):
     def to_dict(self) -> dict[str, Any]:
         """Return the folder and the record."""
         return {"out": str(self.out), **self.record}
+
+
+@overload
+def export(model: str | Path, out: str | Path | None = None, *, format: str, **settings: Any) -> Exported: ...
+@overload
+def export(model: str | Path, out: None = None, *, check: Sequence[str] | str, **settings: Any) -> "Checked": ...
 
 
 def export(
