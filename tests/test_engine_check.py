@@ -53,6 +53,15 @@ def test_limits_and_notes_concern_families_that_the_engine_runs() -> None:
         assert all(fact.families <= engine.families and fact.source for fact in facts)
 
 
+def test_a_family_under_another_name_has_equal_limits_of_sizes() -> None:
+    """A search judges sizes by the teacher's family, also where the student is written as another one."""
+    pairs = [(family, each.demand.restated_as) for family, each in FAMILIES.items() if each.demand]
+    for family, other in ((family, other) for family, other in pairs if other):
+        for engine in BY_NAME.values():
+            of = [[limit.source for limit in engine.size_limits if name in limit.families] for name in (family, other)]
+            assert of[0] == of[1] or family in engine.unsupported
+
+
 def test_recipes_accept_the_engines_of_the_tables() -> None:
     assert {*get_args(get_args(SearchRecipe.model_fields["engine"].annotation)[0])} == BY_NAME.keys()
     with pytest.raises(ValueError, match="name it by engine"):

@@ -155,6 +155,8 @@ class Workspace:
             "speed_of": {**asdict(self.speeds.serving), **self.speeds.conditions},
             "teacher_speed": self.speeds.of_teacher,
             "probes": self.probe_losses,
+            "engine": session.recipe.search.engine,
+            "tensor_parallel": session.recipe.search.tensor_parallel,
             "feasible": num_shapes,
             "compared": {"shapes": len(candidates), "tokens_each": self.zero_shot_blocks.num_tokens},
             "distilled": {"shapes": len(trials), "tokens": sum(trials), "tokens_each": longest},
