@@ -130,8 +130,8 @@ def test_an_unknown_type_with_unknown_tensors_names_no_flag(place: Place, refuse
 
 
 def test_quantised_weights(place: Place, refused: Run) -> None:
-    place.config(quantization_config={"quant_method": "awq"})
-    assert "holds quantised weights (awq); convert them to bfloat16 first" in refused(*compress(place))
+    place.config(quantization_config={"quant_method": "aqlm"})
+    assert "holds quantised weights (aqlm); convert them to bfloat16 first" in refused(*compress(place))
 
 
 def test_a_config_alone_may_be_of_a_quantised_model(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,62 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[int, int], torch.dtype, bool]] = 
 
 
 def packed(values: Tensor, bits: int) -> Tensor:
-    """Pack signed integers in the bits of 32-bit integers, by text: the last of eight hexadecimal digits is first."""
-    digits, per = bits // 4, 32 // bits
+    """Pack numbers without sign along rows in integers of 32 bits, by text: the last digits are those of the first."""
+    per = 32 // bits
     rows = []
     for row in values.tolist():
-        texts = [f"{value + 2 ** (bits - 1):0{digits}x}" for value in row]
-        texts += ["0" * digits] * (-len(texts) % per)
-        words = [int("".join(reversed(texts[i : i + per])), 16) for i in range(0, len(texts), per)]
+        texts = [f"{value:0{bits}b}" for value in row]
+        texts += ["0" * bits] * (-len(texts) % per)
+        words = [int("".join(reversed(texts[i : i + per])), 2) for i in range(0, len(texts), per)]
         rows.append([word - 2**32 if word >= 2**31 else word for word in words])
     return torch.tensor(rows, dtype=torch.int32)
+
+
+@dataclass
+class Grouped:
+    """A random matrix of numbers without sign, whose columns in a group have a scale and a zero point per row."""
+
+    values: Tensor
+    zeros: Tensor
+    scales: Tensor
+    groups: Tensor
+
+    @property
+    def expected(self) -> Tensor:
+        """The matrix, entry by entry: the slow formula."""
+        rows, columns = self.values.shape
+        values, zeros, scales, groups = (x.tolist() for x in (self.values, self.zeros, self.scales, self.groups))
+        return torch.tensor(
+            [[(values[r][c] - zeros[r][groups[c]]) * scales[r][groups[c]] for c in range(columns)] for r in range(rows)]
+        )
+
+
+def grouped(shape: torch.Size, bits: int, *, size: int, is_ordered: bool = False) -> Grouped:
+    rows, columns = shape
+    grid, generator = (rows, columns // size), torch.Generator().manual_seed(rows + columns + bits)
+    order = torch.randperm(columns, generator=generator) if is_ordered else torch.arange(columns)
+    return Grouped(
+        torch.randint(0, 2**bits, shape, generator=generator),
+        torch.randint(0, 2**bits, grid, generator=generator),
+        torch.rand(grid, generator=generator),
+        order // size,
+    )
+
+
+def store_matrices(
+    folder: Path, stated: dict[str, Any], store: Callable[[torch.Size], tuple[Pieces, Tensor]]
+) -> Tensors:
+    """Replace the matrices of the layers by what `store` makes, each piece `x.ENDING`; return what is to be read."""
+    stored: Tensors = {}
+    expected: Tensors = load_file(folder / "model.safetensors")
+    for name, value in expected.items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = value
+            continue
+        pieces, expected[name] = store(value.shape)
+        stored |= {name.removesuffix("weight") + ending: piece for ending, piece in pieces.items()}
+    write(folder, stored, stated)
+    return expected
 
 
 def write(folder: Path, tensors: Tensors, quantization_config: dict[str, Any], **entries: Any) -> None:
@@ -134,28 +182,93 @@ def test_a_quantised_teacher_is_read_in_floating_point(
     require_one_reading(teacher)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packed_integers_are_unpacked(tmp_path: Path, bits: int) -> None:
+@pytest.mark.parametrize(("bits", "is_ordered"), [(2, False), (4, False), (8, True)])
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_packed_integers_are_unpacked(tmp_path: Path, bits: int, is_ordered: bool, is_symmetric: bool) -> None:
+    def store(shape: torch.Size) -> tuple[Pieces, Tensor]:
+        matrix = grouped(shape, bits, size=12, is_ordered=is_ordered)
+        pieces = {"weight_packed": packed(matrix.values, bits), "weight_shape": torch.tensor(shape)}
+        pieces["weight_scale"] = matrix.scales
+        if is_symmetric:
+            matrix.zeros.fill_(2 ** (bits - 1))
+        else:
+            pieces["weight_zero_point"] = packed(matrix.zeros.T, bits).T
+        if is_ordered:
+            pieces["weight_g_idx"] = matrix.groups.int()
+        return pieces, matrix.expected
+
     folder = make_model(tmp_path / "model", "llama-tied", intermediate_size=60)  # which eight does not divide
-    generator, stored = torch.Generator().manual_seed(bits), load_file(folder / "model.safetensors")
-    expected = dict(stored)
-    for name in [name for name in stored if name.endswith("_proj.weight")]:
-        rows, columns = stored.pop(name).shape
-        values = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (rows, columns), generator=generator)
-        pieces = {"": values, SCALES: torch.rand(rows, columns // 12, generator=generator)}
-        stored |= {name + "_packed": packed(values, bits), name + "_shape": torch.tensor([rows, columns])}
-        stored[name + SCALES] = pieces[SCALES]
-        expected[name] = by_entry(pieces, (1, 12))
-    stated = {"num_bits": bits, "strategy": "group", "group_size": 12}
-    write(folder, stored, compressed("pack-quantized", **stated))
+    weights = {"num_bits": bits, "strategy": "group", "group_size": 12, "symmetric": is_symmetric}
+    stated = compressed("pack-quantized", **weights)
+    expected = store_matrices(folder, stated, store)
     teacher = open_teacher(str(folder))
     assert not list(differences(teacher, expected))
     require_one_reading(teacher)
-    write(folder, stored, compressed("pack-quantized", **{**stated, "num_bits": 12 - bits}))  # the control
-    with pytest.raises(UserError, match=f"does not hold a matrix of shape .* in {12 - bits} bits"):
+    tensors = load_file(folder / "model.safetensors")
+    write(folder, tensors, compressed("pack-quantized", **{**weights, "num_bits": 12 - bits if bits > 2 else 4}))
+    with pytest.raises(UserError, match=r"does not hold a matrix of shape .* in . bits"):
         open_teacher(str(folder))
-    write(folder, stored, compressed("pack-quantized", **stated, symmetric=False))
-    with pytest.raises(UserError, match="symmetric False; those of True"):
+    changed = "_g_idx" if is_ordered else SCALES if is_symmetric else ZEROS  # the control
+    write(folder, {name: x.flip(0) if name.endswith(changed) else x for name, x in tensors.items()}, stated)
+    assert list(differences(open_teacher(str(folder)), expected))
+
+
+@pytest.mark.parametrize(("bits", "is_ordered"), [(2, False), (4, True), (8, False)])
+@pytest.mark.parametrize("format", ["gptq", "gptq_v2"])
+def test_gptq_is_read_in_both_formats(tmp_path: Path, bits: int, is_ordered: bool, format: str) -> None:
+    def store(shape: torch.Size) -> tuple[Pieces, Tensor]:
+        matrix = grouped(shape, bits, size=12, is_ordered=is_ordered)
+        zeros = packed(matrix.zeros.T, bits)
+        if format == "gptq":
+            zeros -= sum(2**place for place in range(0, 32, bits))
+        pieces = {"qweight": packed(matrix.values, bits).T, "qzeros": zeros, "scales": matrix.scales.T}
+        return pieces | {"g_idx": matrix.groups.int(), "bias": torch.zeros(shape[0])}, matrix.expected
+
+    folder = make_model(tmp_path / "model", "llama-tied", intermediate_size=60)
+    stated = {"quant_method": "gptq", "bits": bits, "group_size": 12}
+    expected = store_matrices(folder, {**stated, "checkpoint_format": format}, store)
+    teacher = open_teacher(str(folder))
+    assert not list(differences(teacher, expected))
+    require_one_reading(teacher)
+    tensors = load_file(folder / "model.safetensors")
+    if not is_ordered:
+        in_order = {name: 0 * x if name.endswith("g_idx") else x for name, x in tensors.items()}
+        write(folder, in_order, {**stated, "checkpoint_format": format})
+        assert not list(differences(open_teacher(str(folder)), expected))
+    write(folder, tensors, {**stated, "checkpoint_format": "gptq_v2" if format == "gptq" else "gptq"})  # the control
+    assert list(differences(open_teacher(str(folder)), expected))
+
+
+def in_awq(shape: torch.Size) -> tuple[Pieces, Tensor]:
+    matrix = grouped(shape, 4, size=16)
+    interleaved = torch.tensor([8 * (i // 8) + [0, 2, 4, 6, 1, 3, 5, 7][i % 8] for i in range(shape[0])])
+    values, zeros = (packed(x.T[:, interleaved], 4) for x in (matrix.values, matrix.zeros))
+    return {"qweight": values, "qzeros": zeros, "scales": matrix.scales.T}, matrix.expected
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
+
+
+def test_awq_is_read_in_its_own_order(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama-tied")
+    expected = store_matrices(folder, AWQ, in_awq)
+    teacher = open_teacher(str(folder))
+    assert not list(differences(teacher, expected))
+    require_one_reading(teacher)
+    tensors = load_file(folder / "model.safetensors")
+    write(folder, {name: x.flip(1) if name.endswith("qzeros") else x for name, x in tensors.items()}, AWQ)
+    assert list(differences(open_teacher(str(folder)), expected))
+
+
+def test_a_bias_that_the_model_lacks_is_left_out_only_if_it_is_zero(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama-biases")
+    stated = load_file(folder / "model.safetensors")
+    expected = store_matrices(folder, AWQ, in_awq)
+    assert not list(differences(open_teacher(str(folder)), expected))  # biases of the model stay
+    assert any(name.endswith("_proj.bias") and stated[name].any() for name in expected)
+    for entry in ("attention_bias", "mlp_bias"):
+        write(folder, load_file(folder / "model.safetensors"), AWQ, **{entry: False})
+    with pytest.raises(UserError, match=r"no row of the llama table matches tensor .*bias"):
         open_teacher(str(folder))
 
 
@@ -252,8 +365,11 @@ def without(suffix: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (stating(quant_method="gptq", bits=4), r"\(gptq\); convert them .* one of fp8, compressed-tensors"),
-        (stating(quant_method="bitsandbytes"), r"\(bitsandbytes\); convert"),
+        (stating(quant_method="aqlm", bits=4), r"\(aqlm\); convert them .* one of fp8, compressed-tensors"),
+        (stating(quant_method="gptq", bits=3), "bits 3; those of 2, 4, 8 can be"),
+        (stating(quant_method="gptq", bits=4, checkpoint_format="marlin"), "format marlin; those of gptq, g"),
+        (stating(quant_method="awq", bits=4, version="gemv"), "version gemv; those of gemm can be"),
+        (stating(quant_method="awq", bits=4, group_size=0), r"blocks of \[1, 0\], not two"),
         (stating(quant_method="modelopt", quant_algo="NVFP4"), "quant_algo NVFP4; those of FP8 can be"),
         (stating(**compressed("nvfp4-pack-quantized", num_bits=4)), "format nvfp4-pack-quantized; those of float-quan"),
         (stating(**compressed("int-quantized", num_bits=4)), "num_bits 4; those of 8 can be"),
