@@ -5,7 +5,7 @@
 Each library packs a random matrix, Minitron reads the tensors from a file, and the library dequantises them. A line
 states the largest difference, and that of a control: the matrix read with one piece of the layout misread. Libraries
 that are not installed are left out, with a line that states it: compressed-tensors (0.20; 0.9 for
-columns ordered by activation), gptqmodel, autoawq.
+columns ordered by activation), gptqmodel, autoawq, bitsandbytes.
 """
 
 import argparse
@@ -151,9 +151,35 @@ def _quantised(size: int, groups: Tensor, bits: int) -> tuple[torch.nn.Linear, T
     return linear, scales, zeros
 
 
+def bitsandbytes(size: int) -> Iterator[Case]:
+    """LLM.int8, and nf4 and fp4 with and without quantised scales, also of a matrix that blocks do not divide.
+
+    Its rows are of odd length: the CPU kernel of bitsandbytes 0.50.2 takes other scales than were stored for rows of even
+    length that are not whole blocks, as its own generic version shows (`_dequantize_4bit_compute`).
+    """
+    from bitsandbytes import functional
+
+    name = f"bitsandbytes {version('bitsandbytes')}"
+    stated = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    values, scales, _ = functional.int8_vectorwise_quant(torch.randn(size, size).half())
+    expected = functional.int8_vectorwise_dequant(values, scales)
+    yield f"{name}, int8", stated, stated, {"weight": values, "SCB": scales}, expected
+    stated = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    for kind in ("nf4", "fp4"):
+        for nested in (False, True):
+            for columns in (size, size + 3):
+                weight = torch.randn(size + 1, columns)
+                packed, state = functional.quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+                tensors = {"weight": packed} | {
+                    f"weight.{part}": value for part, value in state.as_dict(packed=True).items()
+                }
+                expected = functional.dequantize_4bit(packed, state)
+                yield f"{name}, {kind}, nested {nested}, {columns} columns", stated, stated, tensors, expected
+
+
 def misread(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors of which one that decides values is in another order."""
-    deciding = ("weight_g_idx", "weight_zero_point", "weight_scale", "qzeros")
+    deciding = ("weight_g_idx", "weight_zero_point", "weight_scale", "SCB", "weight.absmax", "qzeros")
     name = next(name for name in deciding if name in tensors)
     return {**tensors, name: tensors[name].roll(1, 0)}
 
@@ -164,7 +190,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     size = parser.parse_args().size
     sources: tuple[Callable[[int], Iterator[Case]], ...] = (
-        *(compressed_tensors, ordered_by_activations, gptqmodel, autoawq),
+        *(compressed_tensors, ordered_by_activations, gptqmodel, autoawq, bitsandbytes),
     )
     for source in sources:
         torch.manual_seed(0)

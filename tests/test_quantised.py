@@ -17,7 +17,9 @@ from minitron.errors import UserError
 from minitron.history import History, history_of
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.crosscheck import require_one_reading
+from minitron.model.quantised.methods import METHODS
 from minitron.model.source import cache_folder, open_teacher
+from minitron.model.weights import DEQUANTISED
 from tests.conftest import make_model
 
 Tensors = dict[str, Tensor]
@@ -260,6 +262,82 @@ def test_awq_is_read_in_its_own_order(tmp_path: Path) -> None:
     assert list(differences(open_teacher(str(folder)), expected))
 
 
+def in_four_bits(shape: torch.Size, kind: str, *, is_nested: bool) -> tuple[Pieces, Tensor]:
+    """Store random numbers as bitsandbytes does, with tables and scales whose products are exact in float32."""
+    generator, block, nested_block = torch.Generator().manual_seed(sum(shape)), 64, 4
+    count = shape.numel()
+    table = torch.randint(-64, 64, (16,), generator=generator) / 64
+    codes = torch.randint(0, 16, (count,), generator=generator)
+    scales = torch.randint(0, 256, (-(-count // block),), generator=generator)
+    state: dict[str, Any] = {"quant_type": kind, "blocksize": block, "dtype": "float32", "shape": list(shape)}
+    pieces = {"weight": (codes[::2] * 16 + codes[1::2])[:, None].to(torch.uint8), "weight.quant_map": table}
+    if is_nested:
+        nested_table = torch.randint(0, 256, (256,), generator=generator) / 256
+        nested_scales = 2.0 ** torch.randint(-2, 2, (-(-len(scales) // nested_block),), generator=generator)
+        state |= {"nested_blocksize": nested_block, "nested_dtype": "float32", "nested_offset": 0.75}
+        pieces |= {"weight.absmax": scales.to(torch.uint8), "weight.nested_absmax": nested_scales}
+        pieces["weight.nested_quant_map"] = nested_table
+        pairs = enumerate(scales.tolist())
+        scales = torch.tensor([nested_table[q] * nested_scales[i // nested_block] + 0.75 for i, q in pairs])
+    else:
+        scales = pieces["weight.absmax"] = scales / 64
+    written = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    pieces[f"weight.quant_state.bitsandbytes__{kind}"] = written
+    values = [table[code] * scales[i // block] for i, code in enumerate(codes.tolist())]
+    return pieces, torch.tensor(values).reshape(shape)
+
+
+FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize(("kind", "is_nested"), [("nf4", False), ("nf4", True), ("fp4", True)])
+def test_four_bits_of_bitsandbytes_are_read(tmp_path: Path, kind: str, is_nested: bool) -> None:
+    folder = make_model(tmp_path / "model", "llama-tied", intermediate_size=54)  # whose blocks are not whole
+    expected = store_matrices(folder, FOUR_BITS, lambda shape: in_four_bits(shape, kind, is_nested=is_nested))
+    teacher = open_teacher(str(folder))
+    assert not list(differences(teacher, expected))
+    require_one_reading(teacher)
+    tensors = load_file(folder / "model.safetensors")
+    write(folder, {name: x.roll(1) if name.endswith(".absmax") else x for name, x in tensors.items()}, FOUR_BITS)
+    assert list(differences(open_teacher(str(folder)), expected))  # the control
+    name = next(name for name in tensors if name.endswith("absmax" if is_nested else kind))
+    write(folder, {each: tensors[each] for each in tensors if each != name}, FOUR_BITS)
+    with pytest.raises(UserError, match="nor a quantised one with its scales"):
+        open_teacher(str(folder))
+
+
+def test_int8_of_bitsandbytes_is_read(tmp_path: Path) -> None:
+    def store(shape: torch.Size) -> tuple[Pieces, Tensor]:
+        generator = torch.Generator().manual_seed(sum(shape))
+        values = torch.randint(-127, 128, shape, generator=generator).to(torch.int8)
+        scales = torch.rand(shape[0], generator=generator) + 0.5
+        expected = torch.tensor(
+            [[q * s / 127 for q in row] for row, s in zip(values.tolist(), scales.tolist(), strict=True)]
+        )
+        return {"weight": values, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}, expected
+
+    folder = make_model(tmp_path / "model", "llama-tied")
+    stated = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    expected = store_matrices(folder, stated, store)
+    teacher = open_teacher(str(folder))
+    for name in teacher.tensors:
+        torch.testing.assert_close(teacher.tensor(name), expected[name], rtol=1e-6, atol=0)
+    require_one_reading(teacher)
+    tensors = load_file(folder / "model.safetensors")
+    write(folder, {name: x.flip(0) if name.endswith("SCB") else x for name, x in tensors.items()}, stated)
+    other = open_teacher(str(folder))
+    assert any(
+        not torch.allclose(other.tensor(name), expected[name], rtol=1e-3) for name in other.tensors
+    )  # the control
+    write(folder, {name: x + 1 if name.endswith("weight_format") else x for name, x in tensors.items()}, stated)
+    with pytest.raises(UserError, match="in the order of a kernel"):
+        open_teacher(str(folder))
+
+
+def test_every_method_that_is_dequantised_can_be_read() -> None:
+    assert set(DEQUANTISED) == set(METHODS)
+
+
 def test_a_bias_that_the_model_lacks_is_left_out_only_if_it_is_zero(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "llama-biases")
     stated = load_file(folder / "model.safetensors")
@@ -368,6 +446,7 @@ def without(suffix: str) -> Callable[[Path], None]:
         (stating(quant_method="aqlm", bits=4), r"\(aqlm\); convert them .* one of fp8, compressed-tensors"),
         (stating(quant_method="gptq", bits=3), "bits 3; those of 2, 4, 8 can be"),
         (stating(quant_method="gptq", bits=4, checkpoint_format="marlin"), "format marlin; those of gptq, g"),
+        (stating(quant_method="bitsandbytes"), "load_in_4bit and load_in_8bit False; those of True can be"),
         (stating(quant_method="awq", bits=4, version="gemv"), "version gemv; those of gemm can be"),
         (stating(quant_method="awq", bits=4, group_size=0), r"blocks of \[1, 0\], not two"),
         (stating(quant_method="modelopt", quant_algo="NVFP4"), "quant_algo NVFP4; those of FP8 can be"),

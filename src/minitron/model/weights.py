@@ -35,7 +35,7 @@ QUANTISED_ENTRIES = {
     "quantization": "bits",
 }
 """Config entries that state how weights are quantised, each with the entry inside that names the method or width."""
-DEQUANTISED = ("fp8", "compressed-tensors", "modelopt", "mxfp4", "awq", "gptq")
+DEQUANTISED = ("fp8", "compressed-tensors", "modelopt", "mxfp4", "awq", "gptq", "bitsandbytes")
 """The methods of a `quantization_config` whose weights `open_teacher` dequantises (see `model.quantised`)."""
 
 WRAPPERS = {

@@ -6,6 +6,7 @@ from typing import Any
 
 from minitron.errors import UserError
 from minitron.files import read_json
+from minitron.model.quantised.bitsandbytes import FOUR_BITS, LLM_INT8
 from minitron.model.quantised.layout import Quantisation
 from minitron.model.quantised.mxfp4 import MXFP4
 from minitron.model.quantised.packed import PACKED
@@ -120,6 +121,12 @@ def _in_groups(
     )
 
 
+def _bitsandbytes(folder: Path, stated: dict[str, Any]) -> Quantisation:
+    bits = next((bits for bits in (4, 8) if stated.get(f"load_in_{bits}bit")), None)
+    _require(folder, "load_in_4bit and load_in_8bit", bits is not None, (True,))
+    return Quantisation("bitsandbytes", (*FOUR_BITS, LLM_INT8), (bits or 8,))
+
+
 METHODS: dict[str, Callable[[Path, dict[str, Any]], Quantisation]] = {
     "fp8": _fp8,
     "compressed-tensors": _compressed_tensors,
@@ -127,6 +134,7 @@ METHODS: dict[str, Callable[[Path, dict[str, Any]], Quantisation]] = {
     "mxfp4": _mxfp4,
     "awq": _awq,
     "gptq": _gptq,
+    "bitsandbytes": _bitsandbytes,
 }
 """How the entries of each method are read; `weights.DEQUANTISED` lists the methods where torch is not imported."""
 
