@@ -154,8 +154,8 @@ def _quantised(size: int, groups: Tensor, bits: int) -> tuple[torch.nn.Linear, T
 def bitsandbytes(size: int) -> Iterator[Case]:
     """LLM.int8, and nf4 and fp4 with and without quantised scales, also of a matrix that blocks do not divide.
 
-    Its rows are of odd length: the CPU kernel of bitsandbytes 0.50.2 takes other scales than were stored for rows of even
-    length that are not whole blocks, as its own generic version shows (`_dequantize_4bit_compute`).
+    Its rows are of odd length: for rows of even length that are not whole blocks, the CPU kernel of bitsandbytes 0.50.2
+    takes the wrong scales, as its own generic version shows (`_dequantize_4bit_compute`).
     """
     from bitsandbytes import functional
 

@@ -26,7 +26,10 @@ from minitron.formats.gguf.ollama import modelfile
 from minitron.formats.gguf.source import Source
 from minitron.formats.gguf.tensors import encoded as encoded_tensor
 from minitron.formats.gguf.vocabulary import GPT4O, LLAMA3, QWEN2, TEKKEN, read_vocabulary
+from minitron.history import HISTORY, History, history_of
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.source import resolve_teacher
+from minitron.reports.steps import stored_weights
 from tests.conftest import make_config, make_model
 from tests.exports import EXPORTED, VOCABULARY, copy_of, make_exported, merging_tokenizer
 
@@ -236,6 +239,22 @@ def test_what_is_written_is_recorded(exported: Callable[[str], tuple[Path, Path]
     assert record["checked"] is None
     assert record["tensors"] == {"f32": len(tensors_of(path))}
     assert record["num_bytes"] == path.stat().st_size
+
+
+def test_a_teacher_that_is_read_from_a_file_states_the_types_of_its_weights(tmp_path: Path) -> None:
+    folder = make_exported(tmp_path / "model", "llama")
+    paths = {
+        kind: minitron.export(folder, tmp_path / kind, format="gguf", quantize=kind).file for kind in ("f32", "q8_0")
+    }
+    read = resolve_teacher(str(paths["q8_0"]))
+    step = {"step": "dequantise", "method": "gguf", "types": ["Q8_0"], "dtype": "float32"}
+    assert history_of(read).steps == (step,)
+    assert stored_weights(step) == "GGUF, Q8_0"
+    assert history_of(resolve_teacher(str(paths["f32"]))).steps == ()  # the control: nothing was quantised
+    # Folders that were made before histories had this step, and cards that have changed since.
+    (read / HISTORY).unlink()
+    (read / "README.md").write_text("---\nlicense: mit\n---\n")
+    assert history_of(resolve_teacher(str(paths["q8_0"]))) == History(card={"license": "mit"}, steps=(step,))
 
 
 def test_eight_bits_are_near_and_narrow_rows_stay_in_sixteen(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.mxfp4 import FP4_VALUES
 
+import minitron
 from minitron.errors import UserError
 from minitron.history import History, history_of
 from minitron.model.checkpoint import Checkpoint
@@ -414,7 +415,9 @@ def test_weights_are_dequantised_once_with_their_history(tmp_path: Path) -> None
     (folder / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: someone/tiny\n---\n")
     first = open_teacher(str(folder)).folder
     assert first.is_relative_to(cache_folder())
-    assert history_of(first) == history_of(folder) != History()
+    assert history_of(folder) != History()
+    step = {"step": "dequantise", "method": "compressed-tensors", "bits": [8], "dtype": "float32"}
+    assert history_of(first) == history_of(folder).then(step)
     assert (first / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert "quantization_config" not in json.loads((first / "config.json").read_text())
     written = (first / "model.safetensors").stat().st_mtime_ns
@@ -467,3 +470,25 @@ def test_what_cannot_be_dequantised_is_refused(tmp_path: Path, change: Callable[
         open_teacher(str(folder))
     assert "\n" not in str(caught.value)
     assert not list(cache_folder().glob(".*partial*"))
+
+
+def test_a_student_states_how_the_weights_of_its_teacher_were_stored(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("\n".join(f"{i} times {i} is {i * i}." for i in range(200)))
+    settings: dict[str, Any] = {"data": str(tmp_path / "text.txt"), "context": 32, "device": "cpu"}
+    cards = []
+    for stated in (AWQ, None):
+        place = tmp_path / ("quantised" if stated else "plain")
+        folder = make_model(place / "model", "llama-tied")
+        if stated:
+            store_matrices(folder, stated, in_awq)
+        minitron.prune(folder, place / "cut", num_hidden_layers=3, calibration={"tokens": 64}, **settings)
+        minitron.distill(folder, place / "cut", place / "student", distill={"tokens": 64, "batch_size": 1}, **settings)
+        steps = [step["step"] for step in history_of(place / "student").steps]
+        assert steps == (["dequantise"] if stated else []) + ["prune", "distill"]
+        cards.append((place / "student" / "README.md").read_text())
+    assert "### Dequantisation of the teacher\n" in cards[0]
+    assert cards[0].count("| weights stored | awq, 4 bits |\n| read in | float32 |") == 1
+    assert "The teacher's weights were stored quantised (awq, 4 bits) and were read in float32." in cards[0]
+    assert "quantis" not in cards[1]  # the control
+    assert cards[0].splitlines()[-1] == cards[1].splitlines()[-1]
+    assert "\n# model, " in cards[0]

@@ -18,7 +18,7 @@ INHERITED = ("language", "license", "license_link", "license_name")
 HUB_ID = r"[\w.-]+/[\w.-]+"
 
 Step = dict[str, Any]
-"""What one stage did: `step` names it (prune, distill, correct), the other entries state how."""
+"""What was done: `step` names it (dequantise, prune, distill, correct), the other entries state how."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def history_of(folder: Path) -> History:
             history = History(**{**values, "steps": tuple(values["steps"])})
     elif (folder / "README.md").is_file():
         with courtesy(f"{folder / 'README.md'}: the licence and language of the model card"):
-            history = _history_from_card(folder / "README.md")
+            history = history_of_card(folder / "README.md")
     return replace(history, base_model=hub_id_of(folder) or history.base_model)
 
 
@@ -86,7 +86,8 @@ def bibtex_entries(text: str) -> list[str]:
     return list(dict.fromkeys(entries))
 
 
-def _history_from_card(readme: Path) -> History:
+def history_of_card(readme: Path) -> History:
+    """Return what a model card states: the nearest ancestor on the hub, licence, language and citation."""
     from huggingface_hub.repocard import metadata_load
 
     metadata: Any = metadata_load(readme)

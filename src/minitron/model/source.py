@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import re
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,10 @@ from filelock import FileLock
 
 from minitron.errors import UserError, courtesy
 from minitron.files import require_space, require_writable, whole_file, whole_folder, write_json
-from minitron.history import HUB_ID, History, history_of, hub_id_of
+from minitron.history import HISTORY, HUB_ID, History, Step, history_of, history_of_card, hub_id_of
 from minitron.model.config import COMPANIONS, config_values
 from minitron.model.families import family_of
+from minitron.model.weights import FLOATS
 from minitron.progress import Progress
 
 if TYPE_CHECKING:
@@ -100,7 +102,8 @@ def package_file(module: str, requirement: str, file: str) -> Path:
 def convert_gguf(path: Path, card: Path | None = None) -> Path:
     """Dequantise a GGUF file into a float32 safetensors folder in the cache, once per content, and return the folder.
 
-    The folder holds the model card `card`, by default one with what the file states about its origin and licence.
+    The folder holds the model card `card`, by default one with what the file states about its origin and licence, and a
+    history that begins with this step.
 
     Raises:
         UserError: packages are missing, or the file cannot be read.
@@ -110,7 +113,7 @@ def convert_gguf(path: Path, card: Path | None = None) -> Path:
     with Progress(f"hash {path.name}", path.stat().st_size, "bytes") as progress:
         folder = cache_folder() / f"{path.stem}-{_content_hash([path], progress)}"
     if folder.is_dir():
-        _write_card(path, folder, card)
+        _write_origin(path, folder, card)
         return folder
     num_weights = _count_weights(path)
     require_writable(folder)
@@ -121,7 +124,7 @@ def convert_gguf(path: Path, card: Path | None = None) -> Path:
             require_space(folder, 4 * num_weights)
             with whole_folder(folder) as staging:
                 _dequantise(path, staging)
-    _write_card(path, folder, card)
+    _write_origin(path, folder, card)
     return folder
 
 
@@ -129,7 +132,7 @@ def convert_quantised(source: Path, family: str | None = None) -> Path:
     """Dequantise a folder of quantised weights into a folder in the cache, once per content, and return that folder.
 
     A folder that is not quantised, or by a method that is not in `weights.DEQUANTISED`, is returned as it is. The new
-    folder has the tokenizer files, and the history with the licence, of the quantised one.
+    folder has the tokenizer files, and the history with the licence, of the quantised one, with this step added.
 
     Raises:
         UserError: the weights are stored in a layout that cannot be read (see `quantised.open_quantised`).
@@ -160,10 +163,34 @@ def convert_quantised(source: Path, family: str | None = None) -> Path:
                 write_tensors(staging, quantised.tensors(progress.advance))
                 copy_companions(source, staging)
                 write_json(staging / "config.json", quantised.config_values())
-    if (history := history_of(source)) != History():
-        with courtesy(f"the history of {folder}"):
-            history.write(folder)
+    method, bits = quantised.quantisation.method, list(quantised.quantisation.bits)
+    step = {"step": "dequantise", "method": method, "bits": bits, "dtype": quantised.dtype_name}
+    with courtesy(f"the history of {folder}"):
+        _write_history(folder, history_of(source).then(step))
     return folder
+
+
+def _write_origin(path: Path, folder: Path, card: Path | None) -> None:
+    """Write the model card of a converted GGUF file, and its history with the types of the file's weights."""
+    _write_card(path, folder, card)
+    with courtesy(f"the history of {folder}"):
+        steps = history_of(folder).steps if (folder / HISTORY).is_file() else _dequantisation(path)
+        _write_history(folder, replace(history_of_card(folder / "README.md"), steps=steps))
+
+
+def _write_history(folder: Path, history: History) -> None:
+    if (folder / HISTORY).is_file() and history_of(folder) == history:
+        return
+    with FileLock(f"{folder}.lock"):
+        history.write(folder)
+
+
+def _dequantisation(path: Path) -> tuple[Step, ...]:
+    """Return the step of reading a GGUF file, by its types of tensors; none where these are floating point."""
+    from gguf import GGUFReader
+
+    types = sorted({tensor.tensor_type.name for tensor in GGUFReader(path).tensors} - FLOATS)
+    return ({"step": "dequantise", "method": "gguf", "types": types, "dtype": "float32"},) if types else ()
 
 
 def _write_card(path: Path, folder: Path, card: Path | None) -> None:

@@ -52,8 +52,8 @@ def write_card(folder: Path, model: Arch, run: RunFiles | None = None) -> None:
 
 
 def _name(steps: list[Step]) -> str:
-    first = steps[0] if steps else {}
-    return model_name(first.get("of") or first.get("teacher") or "A model").rsplit("/", 1)[-1]
+    names = (step.get("of") or step.get("teacher") for step in steps)
+    return model_name(next(filter(None, names), "A model")).rsplit("/", 1)[-1]
 
 
 def _metadata(history: History, steps: list[Step], run: RunFiles | None) -> str:

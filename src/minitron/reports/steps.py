@@ -8,7 +8,12 @@ from minitron.model.anatomy import AXES
 from minitron.recipe import data_in_words
 from minitron.reports.figures import Rows, versions_in_words
 
-TITLES = {"prune": "Pruning", "correct": "Correction of the teacher", "distill": "Distillation"}
+TITLES = {
+    "dequantise": "Dequantisation of the teacher",
+    "prune": "Pruning",
+    "correct": "Correction of the teacher",
+    "distill": "Distillation",
+}
 LOSSES = {
     "forward_kl": "KL(teacher, student) of next-token distributions",
     "reverse_kl": "KL(student, teacher) of next-token distributions",
@@ -58,11 +63,19 @@ def step_title(step: Step) -> str:
 
 def step_table(step: Step) -> Rows:
     """Return what a step did, a row per setting; the head is empty."""
+    if step["step"] == "dequantise":
+        return [["", ""], ["weights stored", stored_weights(step)], ["read in", step["dtype"]]]
     if step["step"] == "prune":
         return [["", ""], *(_random_rows(step) if "random_seed" in step else _pruning_rows(step)), *_common_rows(step)]
     text = [["model", model_name(step.get("of", ""))], ["loss", "cross-entropy of the text itself"]]
     matching = _matching_rows(step) if step["step"] == "distill" else text
     return [["", ""], *matching, *_training_rows(step), *_common_rows(step)]
+
+
+def stored_weights(step: Step) -> str:
+    """Return how the weights were stored that a step dequantised: the method, and their bits or types."""
+    kinds = step["types"] if "types" in step else [f"{bits} bits" for bits in step["bits"]]
+    return f"{step['method'].upper() if step['method'] == 'gguf' else step['method']}, {' and '.join(kinds)}"
 
 
 def model_name(name: str) -> str:

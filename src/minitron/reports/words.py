@@ -4,7 +4,7 @@ from typing import Any
 
 from minitron.history import History, Step
 from minitron.model.arch import Arch
-from minitron.reports.steps import model_name
+from minitron.reports.steps import in_order, model_name, stored_weights
 
 LEAST_PER_PARAMETER = 11
 """Tokens per parameter on which the papers' students were trained at least: 94 billion for Minitron-8B, of 8.27 billion
@@ -20,6 +20,11 @@ def origin_in_words(history: History, model: Arch) -> str:
     descent = f" Its nearest ancestor on the Hugging Face Hub is {ancestor}." if ancestor else ""
     if not history.steps:
         return f"{kind}.{descent}"
+    descent += "".join(
+        f" The teacher's weights were stored quantised ({stored_weights(step)}) and were read in {step['dtype']}."
+        for step in in_order(history)
+        if step["step"] == "dequantise"
+    )
     prunings = [step for step in history.steps if step["step"] == "prune"]
     trainings = [step for step in history.steps if step["step"] == "distill"]
     tokens = f"{sum(step['tokens'] for step in trainings):,} tokens"
@@ -30,7 +35,7 @@ def origin_in_words(history: History, model: Arch) -> str:
         return f"{kind}{', a teacher trained further on text,' if corrected else ''} {learnt}.{descent}"
     last = prunings[-1]
     whole, source = prunings[0]["num_parameters"][0], model_name(last["of"])
-    first = model_name(history.steps[0].get("of") or prunings[0]["of"])
+    first = model_name(next(step["of"] for step in history.steps if "of" in step))
     share = f"{model.num_parameters / whole:.1%} of the parameters of `{first}`"
     if "random_seed" in last:
         return f"{kind}, {share}. It began with random weights and was {learnt}.{descent}"
