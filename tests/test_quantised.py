@@ -1,8 +1,10 @@
 """Teachers with quantised weights: what is read equals a direct formula, and transformers' own dequantisation."""
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers.integrations.mxfp4 import FP4_VALUES
 import minitron
 from minitron.errors import UserError
 from minitron.history import History, history_of
+from minitron.model import content
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.crosscheck import require_one_reading
 from minitron.model.quantised.methods import METHODS
@@ -492,3 +495,35 @@ def test_a_student_states_how_the_weights_of_its_teacher_were_stored(tmp_path: P
     assert "quantis" not in cards[1]  # the control
     assert cards[0].splitlines()[-1] == cards[1].splitlines()[-1]
     assert "\n# model, " in cards[0]
+
+
+def test_the_hash_of_files_is_kept_until_one_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other, cache = tmp_path / "weights", tmp_path / "config", tmp_path / "cache"
+    path.write_bytes(b"one")
+    other.write_bytes(b"{}")
+
+    def found() -> str:
+        return content.content_hash("files", [path, other], cache)
+
+    def change(data: bytes) -> None:
+        """Write other data of equal size and set the time of writing back."""
+        times = path.stat()
+        path.write_bytes(data)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    one = found()
+    assert one == sha256(b"one{}").hexdigest()[:16]
+    assert not cache.exists()  # the files have only just been written, and may be written again at an equal time
+    monkeypatch.setattr(content, "SETTLED_NANOSECONDS", -(10**12))
+    assert found() == one
+    [kept] = [each for each in (cache / content.HASHES).iterdir() if each.name != "lock"]
+    kept.write_text("0" * 16)
+    assert found() == "0" * 16  # read from the cache, not from the files
+    kept.write_text("0")
+    assert found() == one  # a file that is cut off is not a hash
+    change(b"two")
+    assert found() == sha256(b"two{}").hexdigest()[:16]
+    monkeypatch.setattr(content, "_stamp", lambda paths: "".join(str(each.stat().st_mtime_ns) for each in paths))
+    two = found()
+    change(b"six")
+    assert found() == two  # the control: sizes and times of writing alone do not show the change

@@ -8,7 +8,6 @@ import logging
 import os
 import re
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from minitron.errors import UserError, courtesy
 from minitron.files import require_space, require_writable, whole_file, whole_folder, write_json
 from minitron.history import HISTORY, HUB_ID, History, Step, history_of, history_of_card, hub_id_of
 from minitron.model.config import COMPANIONS, config_values
+from minitron.model.content import content_hash
 from minitron.model.families import family_of
 from minitron.model.weights import FLOATS
 from minitron.progress import Progress
@@ -110,8 +110,7 @@ def convert_gguf(path: Path, card: Path | None = None) -> Path:
     """
     if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
         raise UserError(f"{path} needs the gguf and accelerate packages: pip install 'minitron[gguf]'")
-    with Progress(f"hash {path.name}", path.stat().st_size, "bytes") as progress:
-        folder = cache_folder() / f"{path.stem}-{_content_hash([path], progress)}"
+    folder = cache_folder() / f"{path.stem}-{content_hash(path.name, [path], cache_folder())}"
     if folder.is_dir():
         _write_origin(path, folder, card)
         return folder
@@ -145,8 +144,7 @@ def convert_quantised(source: Path, family: str | None = None) -> Path:
     companions = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
     files = [source / "config.json", *companions, *sorted(set(quantised.checkpoint.tensors.values()))]
     name, num_bytes = (hub_id_of(source.resolve()) or source.resolve().name).replace("/", "--"), quantised.num_bytes
-    with Progress(f"hash {name}", sum(path.stat().st_size for path in files), "bytes") as progress:
-        folder = cache_folder() / f"{name}-{_content_hash(files, progress)}"
+    folder = cache_folder() / f"{name}-{content_hash(name, files, cache_folder())}"
     logging.warning(
         "%s holds weights quantised by %s: read dequantised to %s from %s, with activations that are not quantised",
         source,
@@ -269,16 +267,6 @@ def _dequantise(path: Path, folder: Path) -> None:
     plain.tie_weights()
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _content_hash(paths: list[Path], progress: Progress) -> str:
-    digest = sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while piece := file.read(1 << 24):
-                digest.update(piece)
-                progress.advance(len(piece))
-    return digest.hexdigest()[:16]
 
 
 WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
