@@ -127,6 +127,8 @@ class Family:
     """Whether a block's output is multiplied by a number from the config before it is added to the residual stream."""
     is_centred: bool = False
     """Whether its norms subtract the mean."""
+    is_transposed: bool = False
+    """Whether the matrices of its layers are stored with their inputs first."""
     window_switch: str | None = None
     """A config boolean without which `sliding_window` has no effect."""
     window_period: int | None = None

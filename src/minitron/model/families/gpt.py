@@ -57,6 +57,7 @@ GPT2 = Family(
     ffn_multiple=4,
     product=HEADS,
     is_centred=True,
+    is_transposed=True,
 )
 
 GPT_NEOX = Family(
