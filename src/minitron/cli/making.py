@@ -99,24 +99,32 @@ def correct(teacher: Teacher, out: Out, overwrite: Overwrite = False, **settings
     return imported("verbs.correct").correct(teacher, out, overwrite=overwrite, **settings)
 
 
-@verb(CONTEXT, *TEXT)
+@verb(Setting("tokens", "calibration.tokens", "Tokens on which fp8 measures how large inputs are."), CONTEXT, *TEXT)
 def export(
     model: Annotated[str, typer.Argument(help="A run directory, for its student, or a model as in compress.")],
     out: Annotated[
         Path | None,
         typer.Argument(help="The folder to make; by default one in the run directory.", resolve_path=True),
     ] = None,
-    format: Annotated[str | None, typer.Option(help="gguf, which llama.cpp, Ollama and others read.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="gguf, which llama.cpp, Ollama and others read; or fp8, w8a8, w4a16, which vLLM and transformers read."
+        ),
+    ] = None,
     quantize: Annotated[
         str | None,
-        typer.Option(help="The type of matrices: f32, f16, bf16, q8_0; with llama.cpp q4_k_m, q6_k and others too."),
+        typer.Option(
+            help="The type of matrices in gguf: f32, f16, bf16, q8_0; with llama.cpp q4_k_m, q6_k and others too."
+        ),
     ] = None,
     check: Annotated[
         list[str] | None,
         typer.Option(
             metavar="ENGINE",
-            help="With --format, compare the answers of its engine with transformers; without, check the folder by the "
-            "sources of vllm, trtllm, megatron or llama.cpp. Repeatable.",
+            help="With --format, compare what its engine computes (llama.cpp for gguf, transformers for the others) with "
+            "the model itself; without, check the folder by the sources of vllm, trtllm, megatron or llama.cpp. "
+            "Repeatable.",
         ),
     ] = None,
     tensor_parallel: Annotated[

@@ -34,7 +34,12 @@ class Format(NamedTuple):
     """The engine whose answers a check compares with those of transformers."""
 
 
-FORMATS = {"gguf": Format("gguf.export", "gguf", "gguf", "llama.cpp")}
+COMPRESSED = Format("compressed.export", "compressed_tensors", "compressed", "transformers")
+FORMATS = {
+    "gguf": Format("gguf.export", "gguf", "gguf", "llama.cpp"),
+    **dict.fromkeys(("fp8", "w8a8", "w4a16"), COMPRESSED),
+}
+"""The formats by name. FP8, and integers of eight or four bits, are one layout, which vLLM and transformers read."""
 
 
 @dataclass(frozen=True)

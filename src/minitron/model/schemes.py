@@ -55,14 +55,20 @@ SCHEMES = {
 def scheme_for(name: str, arch: Arch) -> Scheme:
     """Return a scheme for the matrices of a model; all groups of a model have one size, the largest that divides them.
 
+    Inputs of a model with experts are rounded with a scale for each token: vLLM reads no other FP8 experts with a scale
+    for each row (its `CompressedTensorsW8A8Fp8MoEMethod`).
+
     Raises:
         UserError: the scheme is unknown, see `quantised_rows`, or no size of groups divides the inputs of all matrices.
     """
     if name not in SCHEMES:
         raise UserError(f"scheme {name}: {nearest(name, list(SCHEMES))}")
-    scheme, widths = SCHEMES[name], {row.shape(arch.axis_size)[1]: row for row in quantised_rows(arch)}
+    scheme, rows = SCHEMES[name], quantised_rows(arch)
+    if scheme.activations and any(row.is_per_expert for row in rows):
+        scheme = replace(scheme, activations="token")
     if scheme.group is None:
         return scheme
+    widths = {row.shape(arch.axis_size)[1]: row for row in rows}
     for group in GROUPS:
         if all(width % group == 0 for width in widths):
             return replace(scheme, group=group)

@@ -24,6 +24,8 @@ from minitron.reports.words import ethics_in_words, intended_use, licence_in_wor
 
 CITATIONS = Path(__file__).with_name("citations.bib")
 """The papers of the method; the last one is that of Mamba heads and their channels."""
+EXPORT = "export.json"
+"""The file in which an export records what it has written and checked."""
 MAMBA_SIZES = ("mamba_num_heads", "mamba_head_dim")
 
 
@@ -31,10 +33,11 @@ def write_card(folder: Path, model: Arch, run: RunFiles | None = None) -> None:
     """Write `README.md` into a model folder, from its `minitron.json`, and from the figures of the run that made it."""
     history = history_of(folder)
     steps = in_order(history)
+    checked = read_json(folder / EXPORT)["checked"] if (folder / EXPORT).is_file() else None
     sections = {
         "How it was made": _made(steps),
         "Training data": _training_data(steps),
-        "Evaluation": _evaluation(steps, run),
+        "Evaluation": _evaluation(steps, run) if checked is None else _checked(checked),
         "Use": _use(folder),
         "Intended use": intended_use(history),
         "Limits": limits_in_words(steps, model),
@@ -64,7 +67,8 @@ def _metadata(history: History, steps: list[Step], run: RunFiles | None) -> str:
     sources = [source for step in trainings for source in _sources(step["data"])]
     descends = history.base_model is not None and not any("random_seed" in step for step in history.steps)
     done = {step["step"] for step in history.steps}
-    tags = {"pruned": "prune" in done, "distilled": "distill" in done}
+    tags = {"pruned": "prune" in done, "distilled": "distill" in done, "quantised": "quantise" in done}
+    relation = "quantized" if done == {"quantise"} else "finetune"  # the hub knows adapter and merge besides
     figures: dict[str, Any] = {}
     if run:
         student, recipe = run.results["student"], run.record["recipe"]
@@ -86,7 +90,7 @@ def _metadata(history: History, steps: list[Step], run: RunFiles | None) -> str:
     card = ModelCardData(
         **history.card,
         base_model=history.base_model if descends else None,
-        base_model_relation="finetune" if descends else None,  # the hub knows adapter, merge, quantized and finetune
+        base_model_relation=relation if descends else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["minitron", *(tag for tag, is_true in tags.items() if is_true)],
@@ -144,6 +148,21 @@ def _evaluation(steps: list[Step], run: RunFiles | None) -> str:
     return "\n\n".join(parts)
 
 
+def _checked(checked: dict[str, Any]) -> str:
+    """Return the figures of an export that was compared with the model that it was made of, with their conditions."""
+    table = [
+        ["", "before quantisation", "quantised"],
+        ["perplexity", f"{checked['perplexity_before']:,.4g}", f"{checked['perplexity']:,.4g}"],
+        ["KL to the model before, nats per token", "0", f"{checked['kl']:.4g}"],
+        ["equal most likely tokens", "100 %", f"{checked['agreement']:.2%}".replace("%", " %")],
+    ]
+    return (
+        f"{_markdown(table)}\n\nMeasured in {checked['engine']} on {checked['num_tokens']:,} tokens of "
+        f"`{checked['data']}`, in blocks of {checked['context']} tokens, seed {checked['seed']}, in {checked['dtype']} "
+        f"on {checked['device']}. The inputs of quantised matrices were {checked['inputs']}."
+    )
+
+
 def _use(folder: Path) -> str:
     config = read_json(folder / "config.json")
     ask = 'inputs = tokenizer("The capital of France is", return_tensors="pt")'
@@ -162,7 +181,13 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))
 ```
 
-This is a stock Hugging Face checkpoint of {config["architectures"][0]}. {_engines(config)}""".rstrip()
+{_kind(config)} {_engines(config)}""".rstrip()
+
+
+def _kind(config: dict[str, Any]) -> str:
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    needs = f", which transformers reads with the package `{method}`" if method else ""
+    return f"This is a stock Hugging Face checkpoint of {config['architectures'][0]}{needs}."
 
 
 def _has_chat_template(folder: Path) -> bool:

@@ -13,7 +13,20 @@ TITLES = {
     "prune": "Pruning",
     "correct": "Correction of the teacher",
     "distill": "Distillation",
+    "quantise": "Quantisation",
 }
+SCHEMES = {
+    "fp8": "FP8 (E4M3), a scale for each row",
+    "int8": "integers of 8 bits, a scale for each row",
+    "int4": "integers of 4 bits, a scale for each {group} entries of a row",
+}
+"""How the schemes of a quantisation store the matrices of the layers."""
+INPUTS = {
+    "tensor": "rounded alike, with a scale for each matrix",
+    "token": "rounded alike, with a scale for each token, computed as the model runs",
+    None: "not rounded",
+}
+"""How the inputs of quantised matrices are treated."""
 LOSSES = {
     "forward_kl": "KL(teacher, student) of next-token distributions",
     "reverse_kl": "KL(student, teacher) of next-token distributions",
@@ -67,6 +80,8 @@ def step_table(step: Step) -> Rows:
         return [["", ""], ["weights stored", stored_weights(step)], ["read in", step["dtype"]]]
     if step["step"] == "prune":
         return [["", ""], *(_random_rows(step) if "random_seed" in step else _pruning_rows(step)), *_common_rows(step)]
+    if step["step"] == "quantise":
+        return [["", ""], *_quantisation_rows(step), *_common_rows(step)]
     text = [["model", model_name(step.get("of", ""))], ["loss", "cross-entropy of the text itself"]]
     matching = _matching_rows(step) if step["step"] == "distill" else text
     return [["", ""], *matching, *_training_rows(step), *_common_rows(step)]
@@ -143,6 +158,24 @@ def _pruning_rows(step: Step) -> Rows:
         rows.append(["query heads", "dropped ones merged into those kept"])
     done = {"norms rescaled": step["rescales_norms"], "matrices refitted by least squares": step["refits"]}
     return [*rows, ["repair", ", ".join(name for name, is_done in done.items() if is_done) or "none"]]
+
+
+def _quantisation_rows(step: Step) -> Rows:
+    rows = [
+        ["model", model_name(step["of"])],
+        ["matrices of the layers", scheme_in_words(step)],
+        ["their inputs", INPUTS[step["activations"]]],
+        ["everything else", "bfloat16, or as it was: embeddings, the output matrix, norms, routers, convolutions"],
+    ]
+    if measured := step["calibration"]:
+        on = f"{measured['tokens']:,} tokens of {data_in_words(measured['data'])}, context {measured['context']}"
+        rows.append(["scales of inputs", f"from the largest inputs on {on}"])
+    return [*rows, ["written with", f"compressed-tensors {step['library']['compressed-tensors']}"]]
+
+
+def scheme_in_words(step: Step) -> str:
+    """Return how a quantisation stores the matrices of the layers."""
+    return SCHEMES[step["scheme"]].format(group=step["group"])
 
 
 def _importance(step: Step, cut: dict[str, tuple[int, int]]) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from minitron.history import History, Step
 from minitron.model.arch import Arch
-from minitron.reports.steps import in_order, model_name, stored_weights
+from minitron.reports.steps import in_order, model_name, scheme_in_words, stored_weights
 
 LEAST_PER_PARAMETER = 11
 """Tokens per parameter on which the papers' students were trained at least: 94 billion for Minitron-8B, of 8.27 billion
@@ -18,13 +18,16 @@ def origin_in_words(history: History, model: Arch) -> str:
     kind = f"A {model.model_type} model of {model.num_parameters:,} parameters"
     ancestor = _link(history.base_model)
     descent = f" Its nearest ancestor on the Hugging Face Hub is {ancestor}." if ancestor else ""
-    if not history.steps:
-        return f"{kind}.{descent}"
+    for step in history.steps:
+        if step["step"] == "quantise":
+            descent = f" The matrices of its layers are quantised: {scheme_in_words(step)}.{descent}"
     descent += "".join(
         f" The teacher's weights were stored quantised ({stored_weights(step)}) and were read in {step['dtype']}."
         for step in in_order(history)
         if step["step"] == "dequantise"
     )
+    if {step["step"] for step in history.steps} <= {"quantise"}:
+        return f"{kind}.{descent}"
     prunings = [step for step in history.steps if step["step"] == "prune"]
     trainings = [step for step in history.steps if step["step"] == "distill"]
     tokens = f"{sum(step['tokens'] for step in trainings):,} tokens"

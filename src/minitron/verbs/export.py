@@ -19,11 +19,11 @@ class Exported(Result):
 
     out: Path
     record: dict[str, Any]
-    """What `export.json` holds: the file, its type and size, its tensors by type, and what was checked."""
+    """What `export.json` holds: the file, its type and size, and what was checked."""
 
     @property
     def file(self) -> Path:
-        """The model's file."""
+        """The model's file, or the index of its files."""
         return self.out / str(self.record["file"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,9 +52,10 @@ def export(
     """Write a model in the format of another engine into a new folder at `out`, or check which engines run its folder.
 
     `model` is a run directory, for its student, or any model that a verb accepts. Without `out`, the export of a run
-    directory goes into a folder of that directory, such as `gguf-q8_0`. `quantize` names the type of the matrices; by
-    default they keep theirs. `check` names the engine whose answers are compared with those of transformers. Text that
-    a format measures activations on is that of the recipe, by default a run's own, under the keyword arguments.
+    directory goes into a folder of that directory, such as `gguf-q8_0` or `fp8`. `quantize` names the type of the
+    matrices in GGUF; by default they keep theirs. `check` names the engine whose answers are compared with those of the
+    model itself in transformers. Text that a format measures activations on, and that a check reads, is that of the
+    recipe, by default a run's own, under the keyword arguments.
 
     Without `format`, nothing is written: `check` names engines, by whose sources the model's config is checked for
     `tensor_parallel` GPUs (`check_folder`).
@@ -67,6 +68,7 @@ def export(
     from minitron.formats import export as write
     from minitron.output import Output
     from minitron.recipe import recipe_from
+    from minitron.reports.card import write_card
     from minitron.run import local_inputs
     from minitron.session import Session
     from minitron.verbs.workspace import run_directory
@@ -99,6 +101,8 @@ def export(
         exported = work / "exported"
         exported.mkdir()
         record = write(session, exported, Request(format, name, quantize, checks))
+        if (exported / "config.json").is_file():
+            write_card(exported, session.teacher.arch)
         output.publish(exported)
     return Exported(output.path, record)
 

@@ -132,6 +132,8 @@ class Engine:
     limits: tuple[Limit, ...]
     commands: str
     """How a model folder PATH is run, for the model card."""
+    quantisations: frozenset[str] = frozenset()
+    """The `quant_method` of quantised weights that it is known to read as `minitron export` writes them."""
     unsupported_source: str = ""
     """The file that lists what it runs; the version by itself where it is empty."""
     size_limits: tuple[SizeLimit, ...] = ()
@@ -176,7 +178,9 @@ class Engine:
 
     def runs(self, config: Config) -> bool:
         """Return whether the engine is known to run a model as transformers does."""
-        return _family(config) in self.families and not self.obstacles(config)
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        is_read = method is None or method in self.quantisations
+        return is_read and _family(config) in self.families and not self.obstacles(config)
 
     def verdict(self, config: Config, gpus: int = 1) -> Verdict:
         """Return whether the engine runs a model on a number of GPUs, why not, and what it does by itself.

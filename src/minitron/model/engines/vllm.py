@@ -75,6 +75,8 @@ VLLM = Engine(
         ),
     ),
     commands="vllm serve PATH                                                   # vLLM",
+    # vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py: CompressedTensorsConfig
+    quantisations=names("compressed-tensors"),
     size_limits=(
         SizeLimit(
             FAMILIES,
