@@ -62,7 +62,7 @@ def compare(session: Session, folder: Path, scheme: Scheme) -> dict[str, Any]:
 
 
 def load_quantised(folder: Path, session: Session, blocks: Blocks) -> Any:
-    """Return transformers' model of an exported folder, its weights dequantised by a first pass over one token."""
+    """Return transformers' model of an exported folder, its weights dequantised, as its first pass leaves them."""
     runtime = session.runtime
     with Progress(f"load {folder.name}"), _without_bars():
         model = AutoModelForCausalLM.from_pretrained(
@@ -75,7 +75,7 @@ def load_quantised(folder: Path, session: Session, blocks: Blocks) -> Any:
         )
         model = model.to(runtime.device).eval()
         with torch.no_grad():
-            model.base_model(input_ids=blocks.ids[:1, :1].to(runtime.device), use_cache=False)
+            model(input_ids=blocks.ids[:1, :1].to(runtime.device), use_cache=False)
     return model
 
 

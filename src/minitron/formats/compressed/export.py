@@ -46,8 +46,8 @@ def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
         )
     checkpoint = session.teacher
     scheme = scheme_for(SCHEME_OF[request.format], checkpoint.arch)
-    if scheme.name == "int8" and any(row.is_per_expert for row in schemes.quantised_rows(checkpoint.arch)):
-        raise UserError(f"--format {request.format}: transformers reads no experts of eight-bit integers; take fp8")
+    if reason := _unreadable(checkpoint.arch, scheme):
+        raise UserError(f"--format {request.format}: {reason}; take fp8")
     if request.checks:
         _ = session.splits  # text that cannot be read ends the export before any work
     inputs = largest_inputs(session) if scheme.activations == "tensor" else {}
@@ -72,6 +72,15 @@ def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
         "calibration": step["calibration"],
         "checked": compare(session, folder, scheme) if request.checks else None,
     }
+
+
+def _unreadable(arch: Arch, scheme: Scheme) -> str | None:
+    """Return why transformers (5.23) loads no such folder, or None."""
+    if scheme.name == "int8" and any(row.is_per_expert for row in schemes.quantised_rows(arch)):
+        return "transformers loads no experts of eight-bit integers"  # integrations/compressed_tensors.py
+    if scheme.name == "int4" and arch.model_type == "mamba2":
+        return "transformers loads no packed matrices in mamba2 models"  # modeling_mamba2.py: _init_weights
+    return None
 
 
 def quantisation_config(arch: Arch, scheme: Scheme) -> dict[str, Any]:
