@@ -45,8 +45,8 @@ def arguments() -> argparse.Namespace:
 def row(name: str, session: Session, model: Any, observer: Any, **further: Any) -> dict[str, Any]:
     """Measure a model, and print its row."""
     figures = measure(model, session.teacher, session.splits.evaluation, stage=name, observer=observer)
-    kept = {key: figures[key] for key in ("perplexity", "kl", "top1") if key in figures}
-    values = {"name": name, **kept, "num_tokens": figures["num_tokens"], **further}
+    kept: dict[str, Any] = {key: figures[key] for key in ("perplexity", "kl", "top1") if key in figures}
+    values: dict[str, Any] = {"name": name, **kept, "num_tokens": figures["num_tokens"], **further}
     print(json.dumps(values), flush=True)
     return values
 

@@ -21,6 +21,8 @@ from minitron.model.quantised import open_quantised
 from minitron.model.schemes import scheme_for
 from minitron.model.source import resolve_teacher
 from minitron.recipe import recipe_from
+from minitron.reports.figures import exports_table
+from minitron.reports.run_files import RunFiles
 from minitron.session import Session
 from tests.conftest import VARIANTS, make_model
 
@@ -175,6 +177,22 @@ def test_card_and_record_state_what_was_checked(tmp_path: Path, made: Callable[.
     [step] = json.loads((tmp_path / "out" / "minitron.json").read_text())["steps"]
     assert step["library"].keys() == {"compressed-tensors"}
     assert step["calibration"]["tokens"] == 64
+
+
+def test_the_page_of_a_run_lists_its_exports(tmp_path: Path, text_file: Path) -> None:
+    run = tmp_path / "run"
+    wide_model(run / "student", "llama")
+    recipe = {"teacher": str(tmp_path / "teacher"), "data": str(text_file), **TEXT}
+    (run / "run.json").write_text(json.dumps({"recipe": recipe, "stages": {}, "sources": {}, "seed": 0}))
+    checked = minitron.export(run, format="w8a8", check="transformers")
+    minitron.export(run, format="fp8")
+    assert checked.out == run / "w8a8"
+    head, *rows = exports_table(RunFiles(run).exports)
+    assert [row[:2] for row in rows] == [["fp8", "fp8"], ["w8a8", "int8"]]
+    assert rows[0][3:] == ["", "", ""]
+    assert rows[1][3] == f"{checked.record['checked']['kl']:.4g}"
+    assert len(head) == len(rows[0])
+    assert "Exports" in minitron.report(run).report.read_text()
 
 
 def test_other_values_in_transformers_fail_the_check_and_nothing_remains(

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from rich.filesize import decimal
+
 Results = dict[str, dict[str, Any]]
 """What `eval.json` holds: figures by model, of which tokens per second are not compared: see `speed_up_in_words`."""
 Rows = list[list[str]]
@@ -144,3 +146,13 @@ def format_figure(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def exports_table(exports: dict[str, dict[str, Any]]) -> Rows:
+    """Return a table of exports, by folder: what each one takes, and how far it is from the student, where checked."""
+    rows = [["export", "type", "size", "KL, nats per token", "top-1 agreement", "checked in"]]
+    for folder, record in exports.items():
+        checked = record["checked"]
+        figures = [f"{checked['kl']:.4g}", f"{checked['agreement']:.2%}", checked["engine"]] if checked else [""] * 3
+        rows.append([folder, record["type"], decimal(record["num_bytes"]), *figures])
+    return rows

@@ -17,6 +17,7 @@ from minitron.reports.figures import (
     bench_by_engine,
     bench_conditions,
     bench_table,
+    exports_table,
     figures_table,
     format_figure,
     kl_in_words,
@@ -83,6 +84,7 @@ def _sections(run: RunFiles) -> Iterator[tuple[str, str]]:
         yield "Benchmarks", table(tasks_table(tasks)) + note(tasks_conditions(tasks))
     for engine, speeds in bench_by_engine(run.read("bench.json") or {}).items():
         yield f"Speed in {engine}", table(bench_table(speeds)) + note(bench_conditions(speeds))
+    yield "Exports", table(exports_table(run.exports)) if run.exports else ""
     yield "How it was made", _steps(run)
     yield "Shape", _shape(run)
     yield "Importance", _importance(run)

@@ -47,6 +47,11 @@ class RunFiles:
         """What `eval.json` holds: figures by model, of those that have been measured so far."""
         return dict(self.read("eval.json") or {})
 
+    @cached_property
+    def exports(self) -> dict[str, dict[str, Any]]:
+        """What the exports in folders of the run directory have recorded, by folder."""
+        return {path.parent.name: read_json(path) for path in sorted(self.folder.glob("*/export.json"))}
+
     @property
     def made(self) -> dict[str, Any] | None:
         """Figures of the model that the run has made, a student or a corrected teacher; None before it is measured."""
