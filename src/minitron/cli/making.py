@@ -122,7 +122,7 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="ENGINE",
-            help="With --format, compare what its engine computes (llama.cpp for gguf, transformers for the others) with "
+            help="With --format, compare what its engine computes (llama.cpp for gguf, transformers for others) with "
             "the model itself; without, check the folder by the sources of vllm, trtllm, megatron or llama.cpp. "
             "Repeatable.",
         ),
