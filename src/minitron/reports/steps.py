@@ -22,7 +22,7 @@ SCHEMES = {
 }
 """How the schemes of a quantisation store the matrices of the layers."""
 INPUTS = {
-    "tensor": "rounded alike, with a scale for each matrix",
+    "tensor": "rounded alike, with a scale for each matrix; in vLLM this needs an NVIDIA GPU",
     "token": "rounded alike, with a scale for each token, computed as the model runs",
     None: "not rounded",
 }
