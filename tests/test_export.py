@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import minitron
 from minitron.errors import UserError
+from minitron.formats.agreement import TEXTS
 from minitron.formats.gguf import architectures, file, llama_cpp
-from minitron.formats.gguf.check import TEXTS, divergence
+from minitron.formats.gguf.check import divergence
 from minitron.formats.gguf.limits import require_architecture
 from minitron.formats.gguf.ollama import modelfile
 from minitron.formats.gguf.source import Source
