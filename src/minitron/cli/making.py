@@ -109,13 +109,15 @@ def export(
     format: Annotated[
         str | None,
         typer.Option(
-            help="gguf, which llama.cpp, Ollama and others read; or fp8, w8a8, w4a16, which vLLM and transformers read."
+            help="gguf, which llama.cpp, Ollama and others read; fp8, w8a8 or w4a16, which vLLM and transformers read; "
+            "or onnx."
         ),
     ] = None,
     quantize: Annotated[
         str | None,
         typer.Option(
-            help="The type of matrices in gguf: f32, f16, bf16, q8_0; with llama.cpp q4_k_m, q6_k and others too."
+            help="The type of matrices. gguf: f32, f16, bf16, q8_0; with llama.cpp q4_k_m, q6_k and others too. "
+            "onnx: f32, f16, int8, int4."
         ),
     ] = None,
     check: Annotated[

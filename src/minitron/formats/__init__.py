@@ -37,6 +37,7 @@ class Format(NamedTuple):
 COMPRESSED = Format("compressed.export", "compressed_tensors", "compressed", "transformers")
 FORMATS = {
     "gguf": Format("gguf.export", "gguf", "gguf", "llama.cpp"),
+    "onnx": Format("onnx.export", "onnxscript", "onnx", "onnxruntime"),
     **dict.fromkeys(("fp8", "w8a8", "w4a16"), COMPRESSED),
 }
 """The formats by name. FP8, and integers of eight or four bits, are one layout, which vLLM and transformers read."""

@@ -1,0 +1,108 @@
+"""Exports a model as an ONNX graph, in the folder that Transformers.js and Optimum expect."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minitron.data.blocks import load_tokenizer
+from minitron.errors import UserError, nearest
+from minitron.files import read_json, write_json
+from minitron.formats import Request
+from minitron.formats.agreement import TEXTS, agreement, require_agreement
+from minitron.formats.onnx.decoder import Decoder, engine
+from minitron.formats.onnx.graph import data_of, trace, write_graph
+from minitron.formats.onnx.quantised import BITS, quantise, store_transposed
+from minitron.model.checkpoint import Checkpoint
+from minitron.model.language_model import load_model
+from minitron.model.writing import copy_companions
+from minitron.session import Session
+
+TYPES = {"f32": ("", "fp32"), "f16": ("_fp16", "fp16"), "int8": ("_int8", "int8"), "int4": ("_q4", "q4")}
+"""The types of matrices: how the file's name ends, and what Transformers.js calls the type."""
+
+
+def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
+    """Write onnx/model.onnx with its weights, the config and the tokenizer into an existing folder.
+
+    Returns what was written and checked. By default matrices are float32, which holds bfloat16 exactly and which ONNX
+    Runtime computes with on every processor; a model in float16 keeps its type.
+
+    Raises:
+        UserError: the graph cannot be what transformers computes, or the check finds that it is not.
+    """
+    checkpoint = session.teacher
+    type = request.quantize or ("f16" if checkpoint.dtype == torch.float16 else "f32")
+    require_graph(checkpoint, type)
+    tokenizer = load_tokenizer(checkpoint.folder) if request.checks else None
+    ending, name = TYPES[type]
+    path = folder / "onnx" / f"model{ending}.onnx"
+    path.parent.mkdir()
+    write_model(checkpoint, path, type)
+    copy_companions(checkpoint.folder, folder)
+    checkpoint.config.save_pretrained(folder)
+    config = folder / "config.json"
+    reading = {"dtype": name, "use_external_data_format": {path.name: 1}}
+    write_json(config, {**read_json(config), "transformers.js_config": reading})
+    return {
+        "file": str(path.relative_to(folder)),
+        "type": type,
+        "num_bytes": path.stat().st_size + data_of(path).stat().st_size,
+        "checked": check(checkpoint, tokenizer, path, is_quantised=type in BITS) if request.checks else None,
+    }
+
+
+def require_graph(checkpoint: Checkpoint, type: str) -> None:
+    """Check that a model can be one graph whose state is the keys and values of its layers, in a type of `TYPES`.
+
+    Raises:
+        UserError: it cannot; the message is one line that names the reason.
+    """
+    arch, config = checkpoint.arch, checkpoint.config
+    if type not in TYPES:
+        raise UserError(f"--quantize {type}: {nearest(type, list(TYPES))}")
+    if "mamba" in arch.layers:
+        raise UserError(
+            f"--format onnx does not take {arch.model_type} models: the usual inputs and outputs of a decoder are keys "
+            "and values, and layers with Mamba have other states"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if "dynamic" in {entry.get("rope_type") for entry in (rope, *rope.values()) if isinstance(entry, dict)}:
+        raise UserError("--format onnx does not take rope_type dynamic: its frequencies depend on the length of the text")
+    if type in BITS and ("expert" in arch.axes or arch.model_type == "gpt2"):
+        raise UserError(
+            f"--quantize {type}: ONNX Runtime's tool leaves most matrices of {arch.model_type} models as they are, "
+            "since it rounds plain products of matrices only: f16 halves them"
+        )
+
+
+def write_model(checkpoint: Checkpoint, path: Path, type: str) -> None:
+    """Write the graph of a model, with the matrices in a type of `TYPES`."""
+    dtype = torch.float16 if type == "f16" else torch.float32
+    graph = trace(load_model(checkpoint, torch.device("cpu"), dtype))
+    if type not in BITS:
+        write_graph(graph, path)
+        return
+    store_transposed(graph)
+    whole = path.with_name(".whole.onnx")
+    write_graph(graph, whole)
+    del graph  # and the model with it: the tool holds another copy
+    quantise(whole, path, type)
+    whole.unlink()
+    data_of(whole).unlink()
+
+
+def check(checkpoint: Checkpoint, tokenizer: Any, path: Path, *, is_quantised: bool) -> dict[str, Any]:
+    """Return how far ONNX Runtime's logits are from transformers' on the built-in texts.
+
+    The first half of each text is read at once, the rest token by token, with the keys and values so far.
+
+    Raises:
+        UserError: the graph is not quantised, and computes another function.
+    """
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    decoder = Decoder(path)
+    figures = {"engine": engine(), **agreement(checkpoint, ids, map(decoder.logits, ids)), "texts": len(TEXTS)}
+    if not is_quantised:
+        require_agreement("onnxruntime", figures)
+    return figures

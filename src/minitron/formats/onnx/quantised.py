@@ -1,0 +1,54 @@
+"""Rounds the matrices of a graph to integers of eight or four bits, with ONNX Runtime's own tool."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from minitron.formats.onnx.graph import quiet, write_graph
+from minitron.progress import Progress
+
+BITS = {"int8": 8, "int4": 4}
+"""Types of rounded matrices, and the bits of a weight."""
+BLOCK = 32
+"""The number of weights that share a scale."""
+
+
+def store_transposed(graph: Any) -> None:
+    """Store the matrices of a graph that it would transpose while it runs, so that they can be rounded.
+
+    In a tied model that is the embeddings, which the graph reads in two layouts: they are stored twice from then on.
+    """
+    from onnxscript.optimizer import fold_constants
+
+    fold_constants(graph, input_size_limit=2**62, output_size_limit=2**62, should_fold=_is_transposed_weight)
+
+
+def quantise(source: Path, target: Path, type: str) -> None:
+    """Write a copy of a graph with its matrices in a type of `BITS`, in blocks with a scale each; int4 has the embeddings too."""
+    import onnx_ir
+
+    matmul_nbits_quantizer = _tool()
+    with Progress(f"round to {type}"), quiet():
+        tool = matmul_nbits_quantizer.MatMulNBitsQuantizer(
+            str(source),
+            bits=BITS[type],
+            block_size=BLOCK,
+            is_symmetric=True,
+            op_types_to_quantize=("MatMul", "Gather") if type == "int4" else ("MatMul",),  # embeddings: four bits only
+        )
+        tool.process()
+        write_graph(onnx_ir.from_proto(tool.model.model), target)
+
+
+def _tool() -> Any:
+    """Import ONNX Runtime's tool, which sets up logging for the whole process when it is imported."""
+    level, handlers = logging.root.level, list(logging.root.handlers)
+    from onnxruntime.quantization import matmul_nbits_quantizer
+
+    logging.root.setLevel(level)
+    logging.root.handlers = handlers
+    return matmul_nbits_quantizer
+
+
+def _is_transposed_weight(node: Any) -> bool:
+    return node.op_type == "Transpose" and node.inputs[0].is_initializer()
