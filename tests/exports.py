@@ -112,8 +112,13 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_exported(folder: Path, name: str) -> Path:
-    """Make one of the models of `EXPORTED`, with a tokenizer that has fewer tokens than the model embeddings."""
+    """Make one of the models of `EXPORTED`."""
     variant, changes = EXPORTED[name]
+    return make_served(folder, variant, **changes)
+
+
+def make_served(folder: Path, variant: str, **changes: Any) -> Path:
+    """Make a model of a variant with a tokenizer that has fewer tokens than the model embeddings."""
     make_model(folder, variant, vocab_size=VOCABULARY, **changes)
     for path in folder.glob("*token*"):
         path.unlink()

@@ -61,7 +61,7 @@ def require_graph(checkpoint: Checkpoint, type: str) -> None:
     arch, config = checkpoint.arch, checkpoint.config
     if type not in TYPES:
         raise UserError(f"--quantize {type}: {nearest(type, list(TYPES))}")
-    if "mamba" in arch.layers:
+    if "mhead" in arch.axes:
         raise UserError(
             f"--format onnx does not take {arch.model_type} models: the usual inputs and outputs of a decoder are keys "
             "and values, and layers with Mamba have other states"

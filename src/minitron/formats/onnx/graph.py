@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from minitron.errors import UserError
 from minitron.progress import Progress
 
 BATCH, PAST, NEW = 2, 5, 3
@@ -30,6 +31,9 @@ def trace(model: Any) -> Any:
 
     Sequences, their length, and the length of their past may be of any number. Sliding windows are part of the graph:
     the masks of their layers apply them, and the keys and values of all tokens are kept.
+
+    Raises:
+        UserError: the model computes something that the exporter cannot put into a graph.
     """
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from transformers.exporters import OnnxConfig, OnnxExporter
@@ -46,7 +50,11 @@ def trace(model: Any) -> Any:
     }
     with Progress("trace the model"), quiet():
         config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=OPSET)
-        graph, _ = OnnxExporter().export_program(model, example, config)
+        try:
+            graph, _ = OnnxExporter().export_program(model, example, config)
+        except Exception as error:  # of torch's, onnxscript's and transformers' own kinds
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"transformers cannot trace this {model.config.model_type} model: {reason}") from error
     ClearMetadataAndDocStringPass()(graph)  # every node's place in the sources, with the paths of this machine
     for value in (*graph.graph.inputs, *graph.graph.outputs):
         value.name = _usual(value.name)
