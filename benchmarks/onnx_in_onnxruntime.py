@@ -4,8 +4,8 @@
     python -m benchmarks.onnx_in_onnxruntime models STUDENT [TEACHER] --out FOLDER [--types f32,int4] [--data wiki]
 
 For families, the logits of transformers are compared with those of a prompt, of tokens decoded one by one, and of a
-batch whose first sequence is padded on its left. For models, perplexity and KL are of the first evaluation blocks of the
-data, and speeds are those of teacher and student in turn, on the threads that are asked for.
+batch whose first sequence is padded on its left. For models, perplexity and KL are of the first evaluation blocks of
+the data, and speeds are those of teacher and student in turn, on the threads that are asked for.
 Needs `pip install 'minitron[onnx]'`.
 """
 

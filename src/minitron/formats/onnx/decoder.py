@@ -40,7 +40,7 @@ class Decoder:
         return logits, dict(zip(names, present, strict=True))
 
     def logits(self, ids: list[int]) -> np.ndarray:
-        """Return the logits (tokens, vocabulary) of a sequence: its first half read at once, the rest token by token."""
+        """Return the logits (tokens, vocabulary) of a sequence, whose second half is read token by token."""
         tokens = np.array([ids])
         start = max(1, len(ids) // 2)
         first, cache = self(tokens[:, :start])

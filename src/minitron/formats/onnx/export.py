@@ -68,7 +68,9 @@ def require_graph(checkpoint: Checkpoint, type: str) -> None:
         )
     rope = getattr(config, "rope_parameters", None) or {}
     if "dynamic" in {entry.get("rope_type") for entry in (rope, *rope.values()) if isinstance(entry, dict)}:
-        raise UserError("--format onnx does not take rope_type dynamic: its frequencies depend on the length of the text")
+        raise UserError(
+            "--format onnx does not take rope_type dynamic: its frequencies depend on the length of the text"
+        )
     if type in BITS and ("expert" in arch.axes or arch.model_type == "gpt2"):
         raise UserError(
             f"--quantize {type}: ONNX Runtime's tool leaves most matrices of {arch.model_type} models as they are, "

@@ -1,8 +1,8 @@
 """A transformers model as one ONNX graph, which reads a prompt and continues it with the keys and values so far.
 
 Inputs and outputs have the names that Optimum and Transformers.js expect of a decoder: `input_ids`, `attention_mask`,
-`position_ids` and `past_key_values.{layer}.key` and `.value` go in, `logits` and `present.{layer}.key` and `.value` come
-out. Keys and values are of shape (batch, key-value heads, tokens, channels of a head); without a past they have 0 tokens.
+`position_ids` and `past_key_values.{layer}.key` and `.value` go in, `logits` and `present.{layer}.key` and `.value`
+come out. Keys and values are of shape (batch, key-value heads, tokens, channels of a head), without a past of 0 tokens.
 """
 
 import io

@@ -24,7 +24,7 @@ def store_transposed(graph: Any) -> None:
 
 
 def quantise(source: Path, target: Path, type: str) -> None:
-    """Write a copy of a graph with its matrices in a type of `BITS`, in blocks with a scale each; int4 has the embeddings too."""
+    """Write a copy of a graph with its matrices in a type of `BITS`, in int4 the embeddings too."""
     import onnx_ir
 
     matmul_nbits_quantizer = _tool()
@@ -51,4 +51,4 @@ def _tool() -> Any:
 
 
 def _is_transposed_weight(node: Any) -> bool:
-    return node.op_type == "Transpose" and node.inputs[0].is_initializer()
+    return bool(node.op_type == "Transpose" and node.inputs[0].is_initializer())
