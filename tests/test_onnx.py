@@ -26,9 +26,8 @@ from tests.exports import WIDE, make_served
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {**WIDE, "num_hidden_layers": 1}),
     "gemma3": ("gemma3", {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}),
-    "mixtral": ("mixtral", {"num_hidden_layers": 1}),
 }
-"""A window of 16 tokens and heads wider than the residual stream; layers of two kinds; experts.
+"""A window of 16 tokens and heads wider than the residual stream; layers of two kinds.
 
 Every further family is in benchmarks/onnx_in_onnxruntime.py: tracing a model takes seconds per layer.
 """
@@ -100,9 +99,16 @@ def test_a_folder_has_what_other_programs_read(exported: Exports) -> None:
     assert [value.name for value in graph.outputs] == ["logits", *(f"present.{name}" for name in state)]
     stored = sum(value.const_value.size for value in graph.initializers.values())
     assert stored == pytest.approx(open_checkpoint(folder).arch.num_parameters, rel=0.01)  # tied weights once
+    assert [str(size) for size in graph.inputs[3].shape] == ["batch_size", "3", "past_sequence_length", "8"]
     assert b"site-packages" not in done.file.read_bytes()
     reading = {"dtype": "fp32", "use_external_data_format": {"model.onnx": 1}}
     assert read_json(done.out / "config.json")["transformers.js_config"] == reading
+    genai = read_json(done.out / "genai_config.json")["model"]
+    assert (done.out / genai["decoder"]["filename"]) == done.file
+    assert [genai["decoder"][name] for name in ("num_key_value_heads", "head_size")] == [3, 8]
+    assert genai["eos_token_id"][0] == AutoTokenizer.from_pretrained(folder).eos_token_id
+    template = (folder / "chat_template.jinja").read_text()
+    assert read_json(done.out / "tokenizer_config.json")["chat_template"] == template
     assert AutoConfig.from_pretrained(done.out).to_dict().items() >= {"model_type": "gemma3_text"}.items()
     assert len(AutoTokenizer.from_pretrained(done.out)) == len(AutoTokenizer.from_pretrained(folder))
 

@@ -8,13 +8,13 @@ import torch
 from minitron.data.blocks import load_tokenizer
 from minitron.errors import UserError, nearest
 from minitron.formats import Request
+from minitron.formats.answers import ends_of
 from minitron.formats.gguf import check, llama_cpp
 from minitron.formats.gguf.file import FILE_TYPES, write_file
 from minitron.formats.gguf.limits import require_architecture
 from minitron.formats.gguf.ollama import modelfile
 from minitron.formats.gguf.source import Source
 from minitron.formats.gguf.vocabulary import read_vocabulary
-from minitron.model.checkpoint import Checkpoint
 from minitron.session import Session
 
 EXACT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -38,7 +38,7 @@ def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
     if checks:
         llama_cpp.require_installed("--check llama.cpp")
     tokenizer = load_tokenizer(checkpoint.folder)
-    ends = _ends(checkpoint, tokenizer)
+    ends = ends_of(checkpoint, tokenizer)
     vocabulary = read_vocabulary(tokenizer, source.arch.axis_size("vocab"), ends)
     path = folder / f"{name}-{type}.gguf"
     first = path if type in FILE_TYPES else folder / f".{name}-{exact}.gguf"
@@ -58,20 +58,6 @@ def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
         "tensors": types,
         "checked": figures,
     }
-
-
-def _ends(checkpoint: Checkpoint, tokenizer: Any) -> list[int]:
-    """Return the tokens at which an answer ends: those of the generation config, and the tokenizer's."""
-    from transformers import GenerationConfig
-
-    stated: Any = None
-    if (checkpoint.folder / "generation_config.json").is_file():
-        folder = checkpoint.folder
-        read = GenerationConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        stated = read.eos_token_id
-    listed = stated if isinstance(stated, list) else [stated]
-    numbers = (tokenizer.eos_token_id, *listed)
-    return list(dict.fromkeys(n for n in numbers if n is not None and tokenizer.convert_ids_to_tokens(n) is not None))
 
 
 def _types(path: Path) -> dict[str, int]:

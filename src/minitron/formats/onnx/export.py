@@ -1,4 +1,4 @@
-"""Exports a model as an ONNX graph, in the folder that Transformers.js and Optimum expect."""
+"""Exports a model as an ONNX graph, in a folder that Transformers.js, Optimum and onnxruntime-genai read."""
 
 from pathlib import Path
 from typing import Any
@@ -7,15 +7,14 @@ import torch
 
 from minitron.data.blocks import load_tokenizer
 from minitron.errors import UserError, nearest
-from minitron.files import read_json, write_json
 from minitron.formats import Request
 from minitron.formats.agreement import TEXTS, agreement, require_agreement
+from minitron.formats.onnx.companions import write_companions
 from minitron.formats.onnx.decoder import Decoder, engine
 from minitron.formats.onnx.graph import data_of, trace, write_graph
 from minitron.formats.onnx.quantised import BITS, quantise, store_transposed
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model
-from minitron.model.writing import copy_companions
 from minitron.session import Session
 
 TYPES = {"f32": ("", "fp32"), "f16": ("_fp16", "fp16"), "int8": ("_int8", "int8"), "int4": ("_q4", "q4")}
@@ -23,7 +22,7 @@ TYPES = {"f32": ("", "fp32"), "f16": ("_fp16", "fp16"), "int8": ("_int8", "int8"
 
 
 def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
-    """Write onnx/model.onnx with its weights, the config and the tokenizer into an existing folder.
+    """Write onnx/model.onnx with its weights, configs and the tokenizer into an existing folder.
 
     Returns what was written and checked. By default matrices are float32, which holds bfloat16 exactly and which ONNX
     Runtime computes with on every processor; a model in float16 keeps its type.
@@ -34,16 +33,12 @@ def export(session: Session, folder: Path, request: Request) -> dict[str, Any]:
     checkpoint = session.teacher
     type = request.quantize or ("f16" if checkpoint.dtype == torch.float16 else "f32")
     require_graph(checkpoint, type)
-    tokenizer = load_tokenizer(checkpoint.folder) if request.checks else None
-    ending, name = TYPES[type]
+    tokenizer = load_tokenizer(checkpoint.folder)
+    ending, dtype = TYPES[type]
     path = folder / "onnx" / f"model{ending}.onnx"
     path.parent.mkdir()
     write_model(checkpoint, path, type)
-    copy_companions(checkpoint.folder, folder)
-    checkpoint.config.save_pretrained(folder)
-    config = folder / "config.json"
-    reading = {"dtype": name, "use_external_data_format": {path.name: 1}}
-    write_json(config, {**read_json(config), "transformers.js_config": reading})
+    write_companions(folder, path, checkpoint, tokenizer=tokenizer, dtype=dtype)
     return {
         "file": str(path.relative_to(folder)),
         "type": type,

@@ -58,6 +58,7 @@ def trace(model: Any) -> Any:
     ClearMetadataAndDocStringPass()(graph)  # every node's place in the sources, with the paths of this machine
     for value in (*graph.graph.inputs, *graph.graph.outputs):
         value.name = _usual(value.name)
+    _name_sizes(graph.graph)
     return graph
 
 
@@ -96,6 +97,28 @@ def _usual(name: str) -> str:
         return name
     side, layer, kind = place.groups()
     return f"{'past_key_values' if side == 'input' else 'present'}.{layer}.{kind}"
+
+
+def _name_sizes(graph: Any) -> None:
+    """Give the sizes that may be any number their usual names, by which Transformers.js makes the empty past."""
+    import onnx_ir
+
+    shapes = {value.name: value.shape for value in graph.inputs}
+    sizes = (
+        (shapes["input_ids"], ("batch_size", "sequence_length")),
+        (shapes["attention_mask"], (None, "total_sequence_length")),
+        (shapes["past_key_values.0.key"], (None, None, "past_sequence_length")),
+    )
+    names = {str(shape[axis]): name for shape, words in sizes for axis, name in enumerate(words) if name}
+
+    def usual(size: Any) -> Any:
+        if not isinstance(size, onnx_ir.SymbolicDim) or size.value is None:
+            return size
+        return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
+
+    for value in (*graph.inputs, *(output for node in graph.all_nodes() for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape([usual(size) for size in value.shape])
 
 
 @contextmanager
