@@ -21,14 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir
 import torch
 
 from minitron import Session, export, open_teacher
 from minitron.evaluation.speed import Speed, figures_of
+from minitron.files import read_json
+from minitron.formats import RECORD
+from minitron.formats.onnx import export as onnx_export
 from minitron.formats.onnx.decoder import Decoder, engine
+from minitron.formats.onnx.quantised import BITS
 from minitron.model.language_model import load_model
 from minitron.progress import disable_progress
 from minitron.recipe import recipe_from
+from minitron.verbs.export import Exported
 from tests.exports import EXPORTED, make_exported
 
 VERSIONS = ("onnx", "onnxscript", "onnxruntime", "transformers", "torch")
@@ -139,6 +145,24 @@ def speeds(paths: dict[str, Path], given: argparse.Namespace) -> dict[str, Any]:
     return figures_of(turns, sizes)
 
 
+def exported(given: argparse.Namespace, who: str, type: str) -> Exported:
+    """Export the student or the teacher in a type, unless an earlier call has.
+
+    Graphs are traced in floating point only, which takes a minute or more: rounding starts from that in float32.
+    """
+    out = given.out / f"{who}-{type}"
+    if (out / RECORD).is_file():
+        return Exported(out, read_json(out / RECORD))
+    traced = onnx_export.trace
+    try:
+        if type in BITS:
+            whole = exported(given, who, "f32").file
+            onnx_export.trace = lambda _: onnx_ir.load(whole)
+        return export(getattr(given, who), out, format="onnx", quantize=type, check="onnxruntime")
+    finally:
+        onnx_export.trace = traced
+
+
 def models(given: argparse.Namespace) -> dict[str, Any]:
     """Export a student in every type, compare it with transformers, and time it in turn with its teacher."""
     checkpoint = open_teacher(given.student)
@@ -153,14 +177,7 @@ def models(given: argparse.Namespace) -> dict[str, Any]:
     }
     files: dict[str, dict[str, Path]] = {}
     for type in given.types.split(","):
-        done = export(
-            given.student,
-            given.out / f"student-{type}",
-            format="onnx",
-            quantize=type,
-            check="onnxruntime",
-            overwrite=True,
-        )
+        done = exported(given, "student", type)
         compared = against_transformers(done.file, model, blocks, given.threads)
         figures["types"][type] = {
             "num_bytes": done.record["num_bytes"],
@@ -173,10 +190,8 @@ def models(given: argparse.Namespace) -> dict[str, Any]:
         figures["teacher_parameters"] = open_teacher(given.teacher).arch.num_parameters
         figures["speed"] = {"context": given.context, "decoded_tokens": DECODED_TOKENS, "repeats": given.repeats}
         for type in given.speed_types.split(","):
-            teacher = export(
-                given.teacher, given.out / f"teacher-{type}", format="onnx", quantize=type, overwrite=True
-            ).file
-            figures["speed"][type] = speeds({**files[type], "teacher": teacher}, given)
+            paths = {**files[type], "teacher": exported(given, "teacher", type).file}
+            figures["speed"][type] = speeds(paths, given)
             figures["speed"][f"{type}_load"] = os.getloadavg()
     return figures
 
