@@ -24,23 +24,24 @@ def store_transposed(graph: Any) -> None:
 
 
 def quantise(source: Path, target: Path, type: str) -> None:
-    """Write a copy of a graph with its matrices in a type of `BITS`, in int4 the embeddings too."""
+    """Write a copy of a graph with its matrices in a type of `BITS`; embeddings keep theirs.
+
+    Eight bits are rounded to nearest. Of four bits, scales and zeros are fitted by HQQ (half-quadratic quantisation),
+    which needs no text either.
+    """
     import onnx_ir
 
-    matmul_nbits_quantizer = _tool()
+    tools = _tools()
     with Progress(f"round to {type}"), quiet():
-        tool = matmul_nbits_quantizer.MatMulNBitsQuantizer(
-            str(source),
-            bits=BITS[type],
-            block_size=BLOCK,
-            is_symmetric=True,
-            op_types_to_quantize=("MatMul", "Gather") if type == "int4" else ("MatMul",),  # embeddings: four bits only
+        hqq = tools.HQQWeightOnlyQuantConfig(block_size=BLOCK, bits=BITS[type]) if type == "int4" else None
+        tool = tools.MatMulNBitsQuantizer(
+            str(source), bits=BITS[type], block_size=BLOCK, is_symmetric=True, algo_config=hqq
         )
         tool.process()
         write_graph(onnx_ir.from_proto(tool.model.model), target)
 
 
-def _tool() -> Any:
+def _tools() -> Any:
     """Import ONNX Runtime's tool, which sets up logging for the whole process when it is imported."""
     level, handlers = logging.root.level, list(logging.root.handlers)
     from onnxruntime.quantization import matmul_nbits_quantizer
