@@ -59,11 +59,11 @@ def agreement(
     return {"kl": kl / counted, "agreement": agreed / counted, "num_tokens": counted}
 
 
-def require_agreement(engine: str, figures: dict[str, Any]) -> None:
-    """Check that a file which is not quantised holds the model that was exported.
+def require_agreement(engine: str, figures: dict[str, Any], largest: float = LARGEST_KL) -> None:
+    """Check that a file holds the model that was exported, up to a KL divergence that its type explains.
 
     Raises:
-        UserError: the KL divergence is above `LARGEST_KL`, or not a number.
+        UserError: the KL divergence is above `largest`, or not a number.
     """
-    if not figures["kl"] <= LARGEST_KL:
+    if not figures["kl"] <= largest:
         raise UserError(f"{engine} computes another function of this model: KL {figures['kl']:.4f} nats per token")
