@@ -19,6 +19,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx_ir
@@ -153,14 +154,12 @@ def exported(given: argparse.Namespace, who: str, type: str) -> Exported:
     out = given.out / f"{who}-{type}"
     if (out / RECORD).is_file():
         return Exported(out, read_json(out / RECORD))
-    traced = onnx_export.trace
-    try:
-        if type in BITS:
-            whole = exported(given, who, "f32").file
-            onnx_export.trace = lambda _: onnx_ir.load(whole)
-        return export(getattr(given, who), out, format="onnx", quantize=type, check="onnxruntime")
-    finally:
-        onnx_export.trace = traced
+    asked: dict[str, Any] = {"format": "onnx", "quantize": type, "check": "onnxruntime"}
+    if type not in BITS:
+        return export(getattr(given, who), out, **asked)
+    whole = exported(given, who, "f32").file
+    with patch.object(onnx_export, "trace", lambda _: onnx_ir.load(whole)):
+        return export(getattr(given, who), out, **asked)
 
 
 def models(given: argparse.Namespace) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import torch
 
 from minitron.data.blocks import load_tokenizer
 from minitron.errors import UserError, nearest
-from minitron.formats import Request, agreement
+from minitron.formats import Request
+from minitron.formats.agreement import LARGEST_KL, TEXTS, agreement, require_agreement
 from minitron.formats.onnx.companions import write_companions
 from minitron.formats.onnx.decoder import Decoder, engine
 from minitron.formats.onnx.graph import data_of, trace, write_graph
@@ -20,7 +21,7 @@ from minitron.session import Session
 
 TYPES = {"f32": ("", "fp32"), "f16": ("_fp16", "fp16"), "int8": ("_int8", "int8"), "int4": ("_q4", "q4")}
 """The types of matrices: how the file's name ends, and what Transformers.js calls the type."""
-LARGEST_KL = {"f32": agreement.LARGEST_KL, "f16": 10 * agreement.LARGEST_KL, "int8": math.inf, "int4": math.inf}
+LARGEST_KL_OF = {"f32": LARGEST_KL, "f16": 10 * LARGEST_KL, "int8": math.inf, "int4": math.inf}
 """The KL divergence, in nats per token, above which a graph in a type holds another model.
 
 In f16 activations are rounded too, at tokens with a large residual stream to few digits, in transformers as here.
@@ -104,7 +105,8 @@ def check(checkpoint: Checkpoint, tokenizer: Any, path: Path, *, type: str) -> d
     Raises:
         UserError: the graph computes another function.
     """
-    ids = [tokenizer(text)["input_ids"] for text in agreement.TEXTS]
-    compared = agreement.agreement(checkpoint, ids, map(Decoder(path).logits, ids))
-    agreement.require_agreement("onnxruntime", compared, LARGEST_KL[type])
+    ids = [tokenizer(text)["input_ids"] for text in TEXTS]
+    logits = list(map(Decoder(path).logits, ids))  # before transformers' own copy of the model is in memory
+    compared = agreement(checkpoint, ids, logits)
+    require_agreement("onnxruntime", compared, LARGEST_KL_OF[type])
     return {"engine": engine(), **compared, "texts": len(ids)}
