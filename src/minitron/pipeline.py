@@ -4,7 +4,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ from minitron.distillation import (
     stored_teacher,
     warn_of_repetition,
 )
+from minitron.distillation.rounding import simulate_rounding
 from minitron.errors import UserError, courtesy
 from minitron.evaluation import measure
 from minitron.evaluation.agreement import Comparison, TeacherStates
@@ -36,6 +37,7 @@ from minitron.pruning import how_measured, prune, require_scores, write_importan
 from minitron.pruning.selection import kept_layers
 from minitron.recipe import Recipe, Target
 from minitron.reports.card import write_card
+from minitron.reports.figures import rounded_name
 from minitron.reports.html import write_report
 from minitron.reports.run_files import RunFiles
 from minitron.reports.series import write_series_report
@@ -142,7 +144,10 @@ def _train(run: Run, session: Session, start: str = "pruned") -> None:
         if is_taken:
             _record_resumption(run, session)
             distill(session, open_checkpoint(pruned), student, work=run.folder)
-    _evaluate(run, session, {"teacher": session.teacher.folder, start: pruned, "student": student})
+    models = {"teacher": session.teacher.folder, start: pruned, "student": student}
+    if scheme := session.recipe.distill.quantize:
+        models[rounded_name(scheme)] = student
+    _evaluate(run, session, models)
 
 
 @contextmanager
@@ -258,23 +263,31 @@ def _measure(run: Run, session: Session, models: dict[str, Path]) -> None:
     """Measure models, by name; results go to `eval.json` one by one.
 
     The first model is the teacher. The others are compared with its last hidden states, so that one model is in memory
-    at a time. After an interruption the teacher runs again for its states; what has been measured stays.
+    at a time. After an interruption the teacher runs again for its states; what has been measured stays. A student that
+    was trained for a scheme is measured as it is saved, and under a name of its own as the scheme rounds it.
     """
+    scheme = session.recipe.distill.quantize
     path, runtime, blocks = run.path("eval.json"), session.runtime, session.splits.evaluation
     figures = read_json(path) if path.exists() else {}
     missing = [name for name in models if name not in figures]
     states = TeacherStates(blocks)
     for name in dict.fromkeys(["teacher", *missing]) if missing else ():
         checkpoint = session.teacher if name == "teacher" else open_checkpoint(models[name])
-        model = load_model(checkpoint, runtime.device, runtime.dtype, runtime.attention)
-        measured = measure(
-            model,
-            checkpoint,
-            blocks,
-            stage=f"evaluate {name}",
-            num_samples=NUM_SAMPLES if name in missing else 0,
-            observer=states if name == "teacher" else Comparison(states),
-        )
+        rounding = scheme if scheme and name == rounded_name(scheme) else None
+        # What is rounded is computed as in training: from weights in float32, under autocast.
+        dtype = runtime.weights_dtype if rounding else runtime.dtype
+        model = load_model(checkpoint, runtime.device, dtype, runtime.attention)
+        if rounding:
+            simulate_rounding(model, checkpoint, rounding)
+        with runtime.autocast() if rounding else nullcontext():
+            measured = measure(
+                model,
+                checkpoint,
+                blocks,
+                stage=f"evaluate {name}",
+                num_samples=NUM_SAMPLES if name in missing else 0,
+                observer=states if name == "teacher" else Comparison(states),
+            )
         del model
         figures.setdefault(name, measured)
         write_json(path, figures)

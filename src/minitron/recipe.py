@@ -329,6 +329,10 @@ class DistillRecipe(_Strict):
     end (needs peft)."""
     lora_rank: int = Field(16, ge=1)
     """Rank of the adapters, with `trains: lora`."""
+    quantize: Literal["fp8", "int8", "int4"] | None = None
+    """Train the student for an export in this scheme (quantisation-aware distillation): its matrices compute with the
+    values that the export will hold, and are saved as they were before this rounding. None trains the student as it
+    is saved."""
     loss: Literal["forward_kl", "reverse_kl", "jsd", "mse", "cosine", "probability_mse", "probability_cosine"] = (
         "forward_kl"
     )
@@ -373,6 +377,8 @@ class DistillRecipe(_Strict):
             raise ValueError("stored: top_k needs top_k, the number of tokens to store")
         if self.top_k is not None and self.loss in {"mse", "cosine"}:
             raise ValueError(f"top_k needs a loss of probabilities, not {self.loss}")
+        if self.quantize is not None and self.trains == "lora":
+            raise ValueError("quantize rounds the matrices themselves, which trains: lora leaves; give full or norms")
         if self.teacher_states is not None:
             if self.intermediate.of:
                 raise ValueError("intermediate needs the teacher in memory; teacher_states holds only its last states")

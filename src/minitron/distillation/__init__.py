@@ -107,6 +107,8 @@ def require_correctable(session: Session) -> None:
     """Check what a training of the session's teacher on the text would fail on; see `require_trainable`."""
     if session.recipe.distill.intermediate.of:
         raise UserError("distill.intermediate compares a student with a teacher; correct trains the teacher alone")
+    if session.recipe.distill.quantize is not None:
+        raise UserError("distill.quantize rounds a student; correct trains the teacher alone, which stays as it is")
     require_trainable(session, session.teacher.arch)
     _recipe_of_correction(session)
 

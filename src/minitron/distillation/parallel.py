@@ -9,6 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+from minitron.distillation.rounding import rounds_from
 from minitron.model.arch import Arch
 from minitron.model.language_model import Headless
 from minitron.recipe import DistillRecipe
@@ -19,14 +20,14 @@ def shard(model: Headless, arch: Arch, runtime: Runtime, *, is_teacher: bool = F
     """Shard parameters, gradients and optimizer state over the ranks, layer by layer (FSDP2), on the runtime's device.
 
     With a forward pass in bfloat16, layers are gathered in bfloat16 and their gradients summed in float32; tensors
-    outside the layers, such as the output matrix, are gathered in their own dtype. A teacher's output matrix stays
-    gathered, since the student's loss reads it.
+    outside the layers, such as the output matrix, are gathered in their own dtype, and so are layers whose matrices are
+    rounded from values of another dtype. A teacher's output matrix stays gathered, since the student's loss reads it.
     """
     if runtime.world.size == 1:
         return
     mesh = init_device_mesh(runtime.device.type, (runtime.world.size,))
     policy = MixedPrecisionPolicy()
-    if runtime.dtype == torch.bfloat16:
+    if runtime.dtype == torch.bfloat16 and rounds_from(model) in {None, torch.bfloat16}:
         policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers_of(model, arch):
         fully_shard(layer, mesh=mesh, mp_policy=policy)

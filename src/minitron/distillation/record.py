@@ -36,6 +36,7 @@ def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
         **(_matching(trainer, session, student) if trainer.teacher else {"of": session.recipe.teacher}),
         "trains": recipe.trains,
         "lora_rank": recipe.lora_rank if recipe.trains == "lora" else None,
+        "quantize": recipe.quantize,
         "learning_rate": recipe.learning_rate,
         "min_learning_rate": recipe.learning_rate * recipe.min_learning_rate_ratio,
         "schedule": recipe.schedule,

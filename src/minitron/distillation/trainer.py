@@ -23,6 +23,7 @@ from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import learning_rate, make_optimizer, take_step
 from minitron.distillation.parallel import lighten, shard, whole
 from minitron.distillation.parameters import choose_parameters
+from minitron.distillation.rounding import require_roundable, simulate_rounding
 from minitron.distillation.teacher import Learning, Live, Teacher
 from minitron.errors import UserError, courtesy
 from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation
@@ -94,6 +95,8 @@ class Trainer:
         recipe, runtime = self.recipe, self.runtime
         # Evaluation mode throughout: dropout has no place in matching another model's outputs.
         headless = Headless(load_model(pruned, runtime.loading_device, runtime.weights_dtype, runtime.attention))
+        if recipe.quantize is not None:
+            simulate_rounding(headless.model, pruned, recipe.quantize)
         intermediate = self._intermediate(headless, pruned)
         student = Student(headless, pruned, choose_parameters(headless.model, pruned.arch, recipe, runtime.seed))
         lighten(headless, pruned.arch, recipe)
@@ -232,7 +235,8 @@ def require_trainable(recipe: DistillRecipe, student: Arch, dtype: torch.dtype, 
 
     Raises:
         UserError: the batch cannot be split among the ranks, an option runs in one process only, `top_k` is the whole
-            vocabulary, a tracker is not installed, or the dtype is float16.
+            vocabulary, the scheme of `quantize` does not fit the student, a tracker is not installed, or the dtype is
+            float16.
     """
     if recipe.batch_size % num_ranks:
         raise UserError(f"distill.batch_size {recipe.batch_size} cannot be split equally among {num_ranks} ranks")
@@ -243,6 +247,8 @@ def require_trainable(recipe: DistillRecipe, student: Arch, dtype: torch.dtype, 
             raise UserError(f"distill.{key} lora runs in one process; accepted under torchrun: full, norms")
     if recipe.top_k is not None and recipe.top_k >= student.axis_size("vocab"):
         raise UserError(f"distill.top_k {recipe.top_k} leaves no tail of {student.axis_size('vocab')} tokens")
+    if recipe.quantize is not None:
+        require_roundable(student, recipe.quantize)
     require_trackers(recipe.trackers)
     if dtype == torch.float16:
         raise UserError("gradients of distillation are too small for float16; accepted: auto, float32, bfloat16")

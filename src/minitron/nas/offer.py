@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from minitron.distillation import require_trainable
+from minitron.distillation.rounding import is_divided, require_roundable
 from minitron.errors import UserError
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
@@ -103,6 +104,8 @@ def _offered(session: Session, budget: Budget, split: SplitDepth | None = None) 
     windows = attention_windows(source.config.to_dict())
     shapes = every_shape(source.arch, budget, session.recipe.search, windows, split=split)
     shapes = runnable(source, Acceptance(source).of(shapes), session.recipe.search)
+    if scheme := session.recipe.distill.quantize:
+        shapes = shapes.at(np.broadcast_to(is_divided(source.arch, scheme, shapes.sizes), len(shapes)))
     return feasible(shapes, budget)
 
 
@@ -110,13 +113,15 @@ def check_shape(session: Session, shape: Arch) -> None:
     """Check a shape that is asked for before any work, and warn of engines that will not run it.
 
     Raises:
-        UserError: the config class refuses the shape or one on the way to it, or there are too few calibration tokens
-            to repair it.
+        UserError: the config class refuses the shape or one on the way to it, the scheme of `distill.quantize` cannot
+            round it, or there are too few calibration tokens to repair it.
     """
     source, recipe = session.source, session.recipe
     acceptance = Acceptance(source)
     for arch in (shape, *shapes_between(source.arch, shape, recipe.prune.rounds)):
         acceptance.require(arch)
+    if recipe.distill.quantize is not None:
+        require_roundable(shape, recipe.distill.quantize)
     require_tokens(source.arch, shape, recipe.prune, recipe.calibration.tokens)
     teacher = source.config.to_dict()
     student = student_config(source, shape, source.arch.first_layers(shape)).to_dict()

@@ -66,7 +66,7 @@ class Trial:
 
 
 def trial_recipe(recipe: Recipe) -> DistillRecipe:
-    """Return how candidates are distilled: as the student will be, on fewer tokens, with logits alone.
+    """Return how candidates are distilled: as the student will be, on fewer tokens, with logits alone, not rounded.
 
     The learning rate stays at its peak for the first half of the tokens, within which candidates are dropped, and falls
     over the second half (`wsd`, see `distillation.optimizers.learning_rate`): near the peak all candidates differ less.
@@ -81,6 +81,7 @@ def trial_recipe(recipe: Recipe) -> DistillRecipe:
         "warmup_steps": None,  # a number of the long training's steps
         "intermediate": IntermediateRecipe(of=()),
         "correction": CorrectionRecipe(),
+        "quantize": None,
     }
     if recipe.distill.teacher_states is None:
         changes["stored"] = "hidden"

@@ -72,17 +72,17 @@ class Layer:
         """The most channels that leave a matrix which reads the stream."""
         return max((matrix.leaves for matrix in self.matrices if matrix.reads_stream), default=self.hidden)
 
-    def kept_bytes(self, place: Place) -> float:
+    def kept_bytes(self, place: Place, *, rounds_inputs: bool = False) -> float:
         """Return the bytes per token that autograd keeps of the layer.
 
         Kept are the input of a norm and the normalised input, in float32; what enters a matrix; what leaves a matrix
         that reads the stream: queries, keys, values, both factors of a gated MLP; and the logsumexp of attention. The
-        readers of a norm share its output in float32, but autocast makes a copy for each.
+        readers of a norm share its output in float32, but autocast makes a copy for each, and so does rounding.
         """
         readers = [matrix for matrix in self.matrices if matrix.reads_stream]
         others = [matrix.enters for matrix in self.matrices if not matrix.reads_stream]
         left = sum(matrix.leaves for matrix in readers)
-        num_inputs = len(readers) if place.is_mixed else self._num_blocks
+        num_inputs = len(readers) if place.is_mixed or rounds_inputs else self._num_blocks
         channels = num_inputs * self.hidden + left + sum(others) + self.activated + place.masked * self.repeated
         pairs = place.context * self.query_heads * self.bytes_per_pair
         return place.width * channels + FLOAT32 * (self.norms + self.query_heads) + pairs

@@ -186,7 +186,9 @@ class _Step:
         largest = max((prod(matrix.sides) for matrix in layer.matrices), default=0)
         of_layer += (FLOAT32 + (self.place.width if self.place.is_mixed else 0)) * largest
         if self.recipe.activation_checkpointing:
-            of_layer += max(layer.kept_bytes(self.place) for _, layer in layers_of(self.student)) * self.tokens
+            rounds = self._rounds_inputs
+            kept = (layer.kept_bytes(self.place, rounds_inputs=rounds) for _, layer in layers_of(self.student))
+            of_layer += max(kept) * self.tokens
         if self.place.num_ranks > 1:  # gradients of a gathered layer, before they are summed over the ranks
             of_layer += (self.place.width + FLOAT32) * layer.num_parameters
         return self._earlier | self._forward | {
@@ -225,10 +227,28 @@ class _Step:
             gathered = self._gathered_layer(arch, place.width) + FLOAT32 * _outside_layers(arch)
         return {
             "student activations": self._student_kept,
+            "rounded weights": self._rounded_weights,
             "gathered layers": gathered,
             "teacher outputs": self._outputs + self._teacher_kept,
             "intermediate states": self._intermediate_states,
         }
+
+    @property
+    def _rounds_inputs(self) -> bool:
+        return self.recipe.quantize in {"fp8", "int8"}
+
+    @property
+    def _rounded_weights(self) -> float:
+        """The values that matrices compute with, which autograd keeps, of all layers or of the one that runs.
+
+        Where autocast casts them in a single process, they are counted as weights in bfloat16.
+        """
+        if self.recipe.quantize is None or (self.place.is_mixed and self.place.num_ranks == 1):
+            return 0
+        sizes = [(count, sum(prod(m.sides) for m in layer.matrices)) for count, layer in layers_of(self.student)]
+        if self.recipe.activation_checkpointing:
+            return self.place.width * max(size for _, size in sizes)
+        return self.place.width * sum(count * size for count, size in sizes)
 
     def _cast(self, *, is_backward: bool) -> float:
         """Weights in the dtype of the forward pass: autocast keeps all until that is over, autograd those it needs."""
@@ -241,7 +261,7 @@ class _Step:
 
     @property
     def _student_kept(self) -> float:
-        return _kept(self.student, self.recipe, self.place) * self.tokens
+        return _kept(self.student, self.recipe, self.place, rounds_inputs=self._rounds_inputs) * self.tokens
 
     @property
     def _teacher_kept(self) -> float:
@@ -304,12 +324,13 @@ class _Step:
         return LAYERS_GATHERED * width * max(layer.num_parameters for _, layer in layers_of(arch))
 
 
-def _kept(arch: Arch, recipe: DistillRecipe, place: Place) -> float:
+def _kept(arch: Arch, recipe: DistillRecipe, place: Place, *, rounds_inputs: bool = False) -> float:
     """Return the bytes per token that autograd keeps of a forward pass."""
     hidden, final = arch.axis_size("hidden"), 3 * FLOAT32 * arch.axis_size("hidden")
     if recipe.activation_checkpointing:
         return arch.axis_size("layer") * FLOAT32 * hidden + final
-    return sum(count * layer.kept_bytes(place) for count, layer in layers_of(arch)) + final
+    layers = ((count, layer.kept_bytes(place, rounds_inputs=rounds_inputs)) for count, layer in layers_of(arch))
+    return sum(count * kept for count, kept in layers) + final
 
 
 def _outside_layers(arch: Arch) -> int:

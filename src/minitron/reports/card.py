@@ -13,6 +13,7 @@ from minitron.recipe import data_in_words
 from minitron.reports.figures import (
     Rows,
     figures_table,
+    rounded_conditions,
     speed_up_conditions,
     tasks_conditions,
     tasks_table,
@@ -140,8 +141,9 @@ def _evaluation(steps: list[Step], run: RunFiles | None) -> str:
     conditions = (
         f"Measured on {student['num_tokens']:,} tokens of `{data_in_words(recipe['data'])}` that no other stage has "
         f"seen, in blocks of {student['context']} tokens, seed {recipe['seed']}, "
-        f"{versions_in_words(run.record['versions'])}. {speed_up_conditions(student)}"
-    ).rstrip()
+        f"{versions_in_words(run.record['versions'])}."
+    )
+    conditions = " ".join(filter(None, (conditions, rounded_conditions(run.results), speed_up_conditions(student))))
     parts = [_markdown(figures_table(run.results)), conditions]
     if tasks := run.read("tasks.json"):
         parts += [_markdown(tasks_table(tasks)), f"Benchmarks: {tasks_conditions(tasks)}."]

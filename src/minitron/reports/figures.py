@@ -15,9 +15,16 @@ LABELS = {
 }
 RETAINED = {"perplexity": "perplexity retained", "bits_per_byte": "bits per byte retained"}
 """Figures of which less is better: the student retains the teacher's figure divided by its own."""
+ROUNDED = "student in "
+"""How the name of a student that was measured in a scheme begins; the scheme follows."""
 BENCH_SPEEDS = ("prefill tokens/s", "decode tokens/s", "first token")
 BENCH_SIZES = {"num_parameters": "parameters", "peak_memory": "peak memory", "num_bytes": "file"}
 """What is counted of a model that is timed; peak memory in transformers, the size of the file in other engines."""
+
+
+def rounded_name(scheme: str) -> str:
+    """Return the name in `eval.json` of a student whose matrices are rounded by a scheme (`distill.quantize`)."""
+    return f"{ROUNDED}{scheme}"
 
 
 def figures_table(results: Results) -> Rows:
@@ -31,11 +38,25 @@ def figures_table(results: Results) -> Rows:
         rows.append(["KL to the teacher (agreement)", *distances])
     if {"teacher", "student"} <= set(names):
         for key, label in RETAINED.items():
-            share = results["teacher"][key] / results["student"][key]
-            rows.append([label, *("" if name != "student" else f"{share:.1%}" for name in names)])
+            shares = {name: results["teacher"][key] / results[name][key] for name in names if _is_student(name)}
+            rows.append([label, *(f"{shares[name]:.1%}" if name in shares else "" for name in names)])
         if speed_up := speed_up_in_words(results["student"]):
             rows.append(["speed-up", *("" if name != "student" else speed_up for name in names)])
     return rows
+
+
+def _is_student(name: str) -> bool:
+    return name == "student" or name.startswith(ROUNDED)
+
+
+def rounded_conditions(results: Results) -> str:
+    """Return which student each figure is of, where one was measured in a scheme as well; else an empty string."""
+    return " ".join(
+        f'"student" was measured as it is saved, "{name}" with its matrices rounded as in training, which are the '
+        f"values that an export in {name.removeprefix(ROUNDED)} holds."
+        for name in results
+        if name.startswith(ROUNDED)
+    )
 
 
 def kl_in_words(figures: dict[str, Any]) -> str:

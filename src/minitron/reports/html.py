@@ -21,6 +21,7 @@ from minitron.reports.figures import (
     figures_table,
     format_figure,
     kl_in_words,
+    rounded_conditions,
     speed_up_conditions,
     speed_up_in_words,
     tasks_conditions,
@@ -123,9 +124,9 @@ def _conditions(run: RunFiles, prefix: str = "") -> str:
     versions = f", {versions_in_words(record['versions'])}" if "versions" in record else ""
     text = (
         f"{prefix}{measured['num_tokens']:,} tokens of {data_in_words(record['recipe']['data'])} that no other stage "
-        f"has seen, context {measured['context']}, seed {record['seed']}{versions}. {speed_up_conditions(measured)}"
+        f"has seen, context {measured['context']}, seed {record['seed']}{versions}."
     )
-    return note(text.rstrip())
+    return note(" ".join(filter(None, (text, rounded_conditions(run.results), speed_up_conditions(measured)))))
 
 
 def _shape(run: RunFiles) -> str:

@@ -240,6 +240,7 @@ def _training_rows(step: Step) -> Rows:
     )
     rows = [
         ["weights trained", trained],
+        *_rounding_rows(step),
         ["tokens", f"{step['tokens']:,} processed, {step['unique_tokens']:,} of them unique{learns}"],
         ["steps", f"{step['steps']:,} of {step['batch_size']} × {step['context']:,} tokens{apart}{skipped}"],
         ["learning rate", rate],
@@ -248,8 +249,16 @@ def _training_rows(step: Step) -> Rows:
     ]
     if heldout := step.get("heldout"):
         change = f"{heldout['before']:,.4g} before, {heldout['after']:,.4g} after"
-        rows.append(["held-out perplexity", f"{change}, on {heldout['tokens']:,} tokens of the data"])
+        rounded = f", rounded to {step['quantize']}" if step.get("quantize") else ""
+        rows.append(["held-out perplexity", f"{change}, on {heldout['tokens']:,} tokens of the data{rounded}"])
     return rows
+
+
+def _rounding_rows(step: Step) -> Rows:
+    scheme = step.get("quantize")  # earlier histories have no such entry
+    if scheme is None:
+        return []
+    return [["rounding", f"matrices of the layers computed in {scheme}; the weights are saved as before this rounding"]]
 
 
 def _common_rows(step: Step) -> Rows:
