@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--data", default="wiki")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--tokens", type=parse_count, default=40_000)
-    parser.add_argument("--skip-tokens", type=parse_count, default=40_000)
+    parser.add_argument("--skip-tokens", type=int, default=40_000)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -20,6 +20,7 @@ from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import module_of
 from minitron.model.schemes import (
     GROUPS,
+    SCHEMES,
     Scheme,
     input_scale,
     quantised_rows,
@@ -103,7 +104,7 @@ def is_divided(arch: Arch, name: str, sizes: Mapping[str, Any]) -> Any:
 
     `sizes` are integers or integer arrays by config name, as the result is a boolean or an array of these.
     """
-    if scheme_for(name, arch).group is None:
+    if SCHEMES[name].group is None:
         return True
     widths = (row.shape(lambda axis: sizes[AXES[axis]])[1] for row in quantised_rows(arch))
     return reduce(operator.and_, (width % GROUPS[-1] == 0 for width in widths))

@@ -21,7 +21,14 @@ from minitron.reports.figures import (
 )
 from minitron.reports.run_files import RunFiles
 from minitron.reports.steps import cut_sizes, data_rows, in_order, model_name, step_table, step_title
-from minitron.reports.words import ethics_in_words, intended_use, licence_in_words, limits_in_words, origin_in_words
+from minitron.reports.words import (
+    ethics_in_words,
+    export_in_words,
+    intended_use,
+    licence_in_words,
+    limits_in_words,
+    origin_in_words,
+)
 
 CITATIONS = Path(__file__).with_name("citations.bib")
 """The papers of the method; the last one is that of Mamba heads and their channels."""
@@ -39,7 +46,7 @@ def write_card(folder: Path, model: Arch, run: RunFiles | None = None) -> None:
         "How it was made": _made(steps),
         "Training data": _training_data(steps),
         "Evaluation": _evaluation(steps, run) if checked is None else _checked(checked),
-        "Use": _use(folder),
+        "Use": "\n\n".join(filter(None, (_use(folder), export_in_words(history)))),
         "Intended use": intended_use(history),
         "Limits": limits_in_words(steps, model),
         "Ethical considerations": ethics_in_words(history, run.read("tasks.json") if run else None),

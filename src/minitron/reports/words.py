@@ -9,6 +9,8 @@ from minitron.reports.steps import in_order, model_name, scheme_in_words, stored
 LEAST_PER_PARAMETER = 11
 """Tokens per parameter on which the papers' students were trained at least: 94 billion for Minitron-8B, of 8.27 billion
 parameters (arXiv 2407.14679, table 2)."""
+EXPORTS = {"fp8": "fp8", "int8": "w8a8", "int4": "w4a16"}
+"""The format in which a model that was trained for a scheme (`distill.quantize`) is exported."""
 SAFETY = ("bbq", "crows_pairs", "hhh", "realtoxicityprompts", "toxigen", "truthfulqa", "winogender", "wmdp")
 """Beginnings of the names of benchmarks that measure bias, toxicity, truthfulness or hazardous knowledge."""
 
@@ -44,6 +46,17 @@ def origin_in_words(history: History, model: Arch) -> str:
         return f"{kind}, {share}. It began with random weights and was {learnt}.{descent}"
     cut = f"It was cut out of `{source}` by the importance of its parts"
     return f"{kind}, {share}. {cut}, and {learnt}.{descent}"
+
+
+def export_in_words(history: History) -> str:
+    """Return which export holds the values that the model was trained with; empty where it was not trained for one."""
+    scheme = history.steps[-1].get("quantize") if history.steps else None
+    if scheme is None:
+        return ""
+    return (
+        f"The model was trained to be exported in {scheme}: `minitron export PATH OUT --format {EXPORTS[scheme]}` "
+        "writes the values that its matrices were trained with. This folder holds the weights before that rounding."
+    )
 
 
 def intended_use(history: History) -> str:
