@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=parse_count, default=40_000)
     parser.add_argument("--skip-tokens", type=int, default=40_000)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--micro-batch-size", type=int, default=1)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
@@ -69,6 +70,7 @@ class Study:
                 "calibration": {"tokens": options.context}, "evaluation": {"tokens": 16_384},
                 "search": {"tokens": 2_048, "distill_tokens": 0},
                 "distill": {"tokens": options.tokens, "batch_size": options.batch_size,
+                            "micro_batch_size": options.micro_batch_size,
                             "skip_tokens": options.skip_tokens, "teacher_states": "states"},
             }
         )  # fmt: skip

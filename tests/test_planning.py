@@ -15,6 +15,7 @@ import minitron
 from minitron.data.blocks import Blocks
 from minitron.distillation.optimizers import make_optimizer, make_state
 from minitron.distillation.parameters import choose_parameters
+from minitron.distillation.rounding import simulate_rounding
 from minitron.distillation.teacher import Live
 from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError
@@ -122,6 +123,26 @@ def test_activations_are_those_that_autograd_keeps(variant: str, dtype: str) -> 
     measured = saved_bytes(model, is_mixed)
     assert predicted(arch, place) == pytest.approx(measured, rel=0.08)
     assert predicted(arch.resized(num_hidden_layers=3), place) != pytest.approx(measured, rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantize", ["fp8", "int4"])
+def test_rounded_matrices_and_inputs_are_kept_too(quantize: str, dtype: str, tmp_path: Path) -> None:
+    """Within 8 %; the control is the prediction without rounding, except where autocast copies as much by itself."""
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}
+    checkpoint, is_mixed = open_checkpoint(make_model(tmp_path, "llama-tied", **sizes)), dtype == "bfloat16"
+    model = load_model(checkpoint, CPU, torch.float32)
+    simulate_rounding(model, checkpoint, quantize)
+
+    def predicted(**changes: Any) -> float:
+        recipe = DistillRecipe(batch_size=1, **changes)
+        parts = training_memory(checkpoint.arch, None, recipe, Place(64, dtype, "cpu")).parts
+        kept = ("student activations", "rounded weights", "weights cast to bfloat16")
+        return sum(parts.get(name, 0) for name in kept)
+
+    measured = saved_bytes(Headless(model), is_mixed)
+    assert predicted(quantize=quantize) == pytest.approx(measured, rel=0.08)
+    assert (predicted() == pytest.approx(measured, rel=0.08)) == is_mixed
 
 
 @pytest.mark.parametrize("trains", ["full", "norms"])

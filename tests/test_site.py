@@ -182,7 +182,8 @@ def smaller_stage(stage: dict[str, Any]) -> dict[str, Any]:
 
 def set_up(folder: Path) -> None:
     """Make the built-in teacher and text of pages in a folder, in tiny."""
-    make_model(folder / "smollm2", "llama-tied", num_hidden_layers=3)
+    divided = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4}  # by groups of 32 entries
+    make_model(folder / "smollm2", "llama-tied", num_hidden_layers=3, **divided)
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "smollm2")
