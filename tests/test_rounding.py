@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.model.schemes import SCHEMES, quantised_tensors, scheme_for
 from minitron.recipe import DistillRecipe
+from minitron.reports.html import write_comparison
 from minitron.runtime import Runtime
 from minitron.session import Session
 from tests.conftest import VARIANTS, make_model, variant_arch
@@ -122,7 +124,7 @@ def test_shapes_whose_groups_do_not_divide_are_not_offered() -> None:
     sizes = {"hidden_size": np.array([48, 64, 64, 64, 64]), "intermediate_size": np.array([32, 32, 48, 96, 96]),
              "num_attention_heads": np.array([4, 4, 4, 4, 6])}  # fmt: skip
     for name, expected in (("int4", [False, True, False, True, False]), ("int8", [True] * 5)):
-        found = is_divided(arch, name, {**arch.sizes, **sizes})
+        found = is_divided(arch, name, sizes)
         assert np.broadcast_to(found, 5).tolist() == expected
         for i, is_accepted in enumerate(expected):
             shape = arch.resized(**{key: int(values[i]) for key, values in sizes.items()}, num_key_value_heads=2)
@@ -134,7 +136,7 @@ def test_shapes_whose_groups_do_not_divide_are_not_offered() -> None:
 def test_the_gradient_passes_straight_through(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs, gradient = torch.randn(5, 64, generator=generator), torch.randn(5, 24, generator=generator)
-    scheme = schemes.replace(SCHEMES[name], group=32) if name == "int4" else SCHEMES[name]
+    scheme = replace(SCHEMES[name], group=32) if name == "int4" else SCHEMES[name]
     linear: Any = torch.nn.Linear(64, 24)
     linear.__class__ = RoundedLinear
     linear.scheme, linear.saved = scheme, torch.float32
@@ -297,8 +299,8 @@ def test_two_processes_round_as_one(models: tuple[Path, Path], tmp_path: Path, d
     sys.argv = [*program[:2], str(tmp_path / "one.safetensors"), dtype]
     exec(compile(STEP, "step", "exec"), {})
     one, two = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "two"))
-    exact = {"atol": 1e-12, "rtol": 1e-9} if dtype == "float64" else {"atol": 1e-2, "rtol": 1e-2}
-    torch.testing.assert_close(two, one, **exact)
+    atol, rtol = (1e-12, 1e-9) if dtype == "float64" else (1e-2, 1e-2)
+    torch.testing.assert_close(two, one, atol=atol, rtol=rtol)
     assert torch.equal(two["states"], one["states"]) or dtype == "float64"
 
 
@@ -321,6 +323,8 @@ def test_a_run_measures_the_student_as_saved_and_rounded(tmp_path: Path, text_fi
         assert "as it is saved" in text
         assert "student in int4" in text
     assert "minitron export PATH OUT --format w4a16" in card
+    write_comparison([tmp_path / "run"], tmp_path / "compared.html")
+    assert f"{figures['student in int4']['perplexity']:.4g} in int4" in (tmp_path / "compared.html").read_text()
 
 
 def test_what_makes_no_sense_is_refused_before_any_work(

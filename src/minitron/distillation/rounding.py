@@ -30,7 +30,6 @@ from minitron.model.schemes import (
     scheme_for,
 )
 
-
 ENTRIES_AT_ONCE = 2**17
 """Entries of a matrix that are rounded at a time on a CPU: few enough for its caches, in which the search of scales for
 four bits takes a third of the time."""
@@ -113,11 +112,13 @@ def require_roundable(arch: Arch, name: str) -> None:
 def is_divided(arch: Arch, name: str, sizes: Mapping[str, Any]) -> Any:
     """Return whether the groups of a scheme divide the inputs of all matrices of shapes of an arch.
 
-    `sizes` are integers or integer arrays by config name, as the result is a boolean or an array of these.
+    `sizes` are the sizes that shapes have of their own, by config name: integers or integer arrays, and so the result
+    is a boolean or an array.
     """
     if SCHEMES[name].group is None:
         return True
-    widths = (row.shape(lambda axis: sizes[AXES[axis]])[1] for row in quantised_rows(arch))
+    every = {**arch.sizes, **sizes}
+    widths = (row.shape(lambda axis: every[AXES[axis]])[1] for row in quantised_rows(arch))
     return reduce(operator.and_, (width % GROUPS[-1] == 0 for width in widths))
 
 

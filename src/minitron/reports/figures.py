@@ -59,6 +59,12 @@ def rounded_conditions(results: Results) -> str:
     )
 
 
+def rounded_in_words(results: dict[str, Any]) -> str:
+    """Return the perplexity of a student in the scheme that it was trained for; empty where none was measured."""
+    rounded = {name.removeprefix(ROUNDED): figures for name, figures in results.items() if name.startswith(ROUNDED)}
+    return ", ".join(f"{format_figure(figures['perplexity'])} in {scheme}" for scheme, figures in rounded.items())
+
+
 def kl_in_words(figures: dict[str, Any]) -> str:
     """Return a model's KL to its teacher in nats per token, and their agreement; empty where they were not compared."""
     return f"{format_figure(figures['kl'])} ({figures['top1']:.1%})" if "kl" in figures else ""

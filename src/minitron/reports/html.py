@@ -22,6 +22,7 @@ from minitron.reports.figures import (
     format_figure,
     kl_in_words,
     rounded_conditions,
+    rounded_in_words,
     speed_up_conditions,
     speed_up_in_words,
     tasks_conditions,
@@ -242,6 +243,9 @@ def _compared_figures(runs: dict[str, RunFiles]) -> str:
     for key, label in LABELS.items():
         students = [format_figure(figures["student"][key]) for figures in results.values()]
         rows.append([label, format_figure(teacher[key]), *students])
+    rounded = [rounded_in_words(figures) for figures in results.values()]
+    if any(rounded):
+        rows.append(["perplexity, matrices rounded", "", *rounded])
     distances = [kl_in_words(figures["student"]) for figures in results.values()]
     if any(distances):
         rows.append(["KL to its own teacher (agreement)", "", *distances])

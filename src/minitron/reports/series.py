@@ -6,7 +6,7 @@ from pathlib import Path
 from minitron.files import read_json
 from minitron.recipe import Recipe, data_in_words, validate
 from minitron.reports.charts import draw_curves
-from minitron.reports.figures import LABELS, format_figure, kl_in_words, speed_up_in_words
+from minitron.reports.figures import LABELS, format_figure, kl_in_words, rounded_in_words, speed_up_in_words
 from minitron.reports.page import note, stacked, table, write_page
 from minitron.reports.run_files import RunFiles
 from minitron.stages import stages_of
@@ -62,6 +62,9 @@ def _figures_table(runs: dict[str, RunFiles]) -> list[list[str]]:
         if key == "num_parameters":
             shares = [f"{figures[key] / teacher[key]:.1%}" for figures in models]
             rows.append(["share of the teacher", *shares])
+    rounded = [rounded_in_words(run.results) for run in runs.values()]
+    if any(rounded):
+        rows.append(["perplexity, matrices rounded", "", *rounded])
     for when, each in {"before": before, "after": models[1:]}.items():
         if any(distances := [kl_in_words(figures) for figures in each]):
             rows.append([f"KL to its own teacher {when} training (agreement)", "", *distances])
