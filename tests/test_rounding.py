@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from minitron import cli, pipeline
 from minitron.data.blocks import Blocks
@@ -352,3 +353,22 @@ def test_stock_trainings_hold_no_rounded_module(models: tuple[Path, Path], train
     for quantize, number in ((None, 0), ("int4", 4 * 7)):
         model = trainer(f"{quantize}", quantize, tokens=48).trained(open_checkpoint(models[1])).headless.model
         assert sum(isinstance(module, RoundedLinear) for module in model.modules()) == number
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library that reads the export
+def test_the_export_holds_what_was_trained(models: tuple[Path, Path], trainer: Train, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    pytest.importorskip("minitron.formats.compressed")
+    pruned, student = open_checkpoint(models[1]), tmp_path / "student"
+    trained = trainer("trained").trained(pruned).headless.model
+    trainer("saved").distill(pruned, student)
+    cli.app(["export", str(student), str(tmp_path / "export"), "--format", "w4a16"], standalone_mode=False)
+    quantisation = CompressedTensorsConfig(dequantize=True)
+    exported = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", dtype=torch.float32, quantization_config=quantisation
+    )
+    for name in quantised_tensors(pruned.arch):
+        module = trained.get_submodule(name.removesuffix(".weight"))
+        held = exported.get_parameter(name)
+        assert torch.equal(as_exported(module.weight.detach(), module.scheme).float(), held)
+        assert not torch.equal(module.weight, held)
