@@ -368,7 +368,7 @@ def test_the_export_holds_what_was_trained(models: tuple[Path, Path], trainer: T
         tmp_path / "export", dtype=torch.float32, quantization_config=quantisation
     )
     for name in quantised_tensors(pruned.arch):
-        module = trained.get_submodule(name.removesuffix(".weight"))
+        module: Any = trained.get_submodule(name.removesuffix(".weight"))
         held = exported.get_parameter(name)
         assert torch.equal(as_exported(module.weight.detach(), module.scheme).float(), held)
         assert not torch.equal(module.weight, held)
