@@ -154,12 +154,12 @@ def exported(given: argparse.Namespace, who: str, type: str) -> Exported:
     out = given.out / f"{who}-{type}"
     if (out / RECORD).is_file():
         return Exported(out, read_json(out / RECORD))
-    asked: dict[str, Any] = {"format": "onnx", "quantize": type, "check": "onnxruntime"}
+    model: Path = getattr(given, who)
     if type not in BITS:
-        return export(getattr(given, who), out, **asked)
+        return export(model, out, format="onnx", quantize=type, check="onnxruntime")
     whole = exported(given, who, "f32").file
     with patch.object(onnx_export, "trace", lambda _: onnx_ir.load(whole)):
-        return export(getattr(given, who), out, **asked)
+        return export(model, out, format="onnx", quantize=type, check="onnxruntime")
 
 
 def models(given: argparse.Namespace) -> dict[str, Any]:
