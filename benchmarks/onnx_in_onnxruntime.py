@@ -151,7 +151,7 @@ def exported(given: argparse.Namespace, who: str, type: str) -> Exported:
 
     Graphs are traced in floating point only, which takes a minute or more: rounding starts from that in float32.
     """
-    out = given.out / f"{who}-{type}"
+    out: Path = given.out / f"{who}-{type}"
     if (out / RECORD).is_file():
         return Exported(out, read_json(out / RECORD))
     model: Path = getattr(given, who)
