@@ -161,7 +161,8 @@ def test_llama_cpp_is_timed(name: str, tmp_path: Path) -> None:
     folder = make_exported(tmp_path / "model", name)
     [row] = minitron.bench(folder, against=folder, engine="llama.cpp", context=[16], repeats=1).figures["rows"]
     for each in ("model", "against"):
-        assert row[each]["prefill_tokens_per_second"] > row[each]["decode_tokens_per_second"] > 0
+        assert row[each]["prefill_tokens_per_second"] > 0
+        assert row[each]["decode_tokens_per_second"] > 0
 
 
 VLLM_STAND_IN = """

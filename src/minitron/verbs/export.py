@@ -66,6 +66,7 @@ def export(
     """
     from minitron.formats import FORMATS, RECORD, Request, require_format
     from minitron.formats import export as write
+    from minitron.history import HISTORY
     from minitron.output import Output
     from minitron.recipe import recipe_from
     from minitron.reports.card import write_card
@@ -101,7 +102,7 @@ def export(
         exported = work / "exported"
         exported.mkdir()
         record = write(session, exported, Request(format, name, quantize, checks))
-        if (exported / "config.json").is_file():
+        if (exported / HISTORY).is_file():  # a model folder, which transformers reads
             write_card(exported, session.teacher.arch)
         output.publish(exported)
     return Exported(output.path, record)
