@@ -358,7 +358,6 @@ def test_stock_trainings_hold_no_rounded_module(models: tuple[Path, Path], train
 @pytest.mark.filterwarnings("ignore")  # of the library that reads the export
 def test_the_export_holds_what_was_trained(models: tuple[Path, Path], trainer: Train, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    pytest.importorskip("minitron.formats.compressed")
     pruned, student = open_checkpoint(models[1]), tmp_path / "student"
     trained = trainer("trained").trained(pruned).headless.model
     trainer("saved").distill(pruned, student)
