@@ -221,6 +221,18 @@ def test_what_accompanies_a_run_is_tried_again_and_costs_nothing_else(
     assert (run / "report.html").exists()
 
 
+def test_a_run_of_a_version_with_fewer_keys_continues(first: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(first / "run", run, symlinks=True)
+    record = json.loads((run / RUN_RECORD).read_text())
+    del record["recipe"]["search"]["engine"], record["recipe"]["search"]["tensor_parallel"]
+    (run / RUN_RECORD).write_text(json.dumps(record))
+    pipeline.compress(recipe(first / "model", first / "text.txt", **QUICK), run)
+    changed: dict[str, Any] = {**QUICK, "search.engine": "vllm"}
+    with pytest.raises(UserError, match=r"search\.engine is None in the folder and vllm now"):
+        pipeline.compress(recipe(first / "model", first / "text.txt", **changed), run)
+
+
 def test_a_run_is_replaced_once_the_new_one_is_finished(
     first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,7 +17,7 @@ from minitron.errors import UserError
 from minitron.files import PARTIAL, read_json, whole_file, write_json
 from minitron.history import HISTORY
 from minitron.output import Output, visible
-from minitron.recipe import Recipe
+from minitron.recipe import Recipe, validate
 
 if TYPE_CHECKING:
     from minitron.runtime import World
@@ -64,7 +64,7 @@ class Run:
         record = read_json(self.record_path)
         if not isinstance(record, dict) or not {"recipe", "sources", "stages"} <= set(record):
             raise UserError(f"{self.record_path} is not the record of a run: choose another folder")
-        difference = _first_difference(record["recipe"], self._fresh["recipe"])
+        difference = _first_difference(_with_defaults(record["recipe"]), self._fresh["recipe"])
         if difference and not self._replaces:
             raise UserError(
                 f"{self.folder} belongs to another recipe ({difference}): choose another folder or pass --overwrite"
@@ -251,6 +251,17 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def _with_defaults(recipe: Any) -> Any:
+    """Return the values of a recipe with the defaults of keys that it lacks, which an earlier version did not have.
+
+    One that this version does not accept is returned as it is.
+    """
+    try:
+        return validate(Recipe, recipe, RUN_RECORD).model_dump(mode="json")
+    except UserError:
+        return recipe
 
 
 def _first_difference(there: Any, here: Any, where: str = "") -> str | None:
