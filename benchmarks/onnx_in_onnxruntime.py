@@ -1,7 +1,7 @@
 """Runs models' ONNX graphs in ONNX Runtime: tiny models of every family, or a student and its teacher.
 
     python -m benchmarks.onnx_in_onnxruntime families [NAME …]
-    python -m benchmarks.onnx_in_onnxruntime models STUDENT [TEACHER] --out FOLDER [--types f32,int4] [--data wiki]
+    python -m benchmarks.onnx_in_onnxruntime models STUDENT [TEACHER] --out FOLDER [--types f32,int8] [--data wiki]
 
 For families, the logits of transformers are compared with those of a prompt, of tokens decoded one by one, and of a
 batch whose first sequence is padded on its left. For models, perplexity and KL are of the first evaluation blocks of
@@ -31,7 +31,7 @@ from minitron.files import read_json
 from minitron.formats import RECORD
 from minitron.formats.onnx import export as onnx_export
 from minitron.formats.onnx.decoder import Decoder, engine
-from minitron.formats.onnx.quantised import BITS
+from minitron.formats.onnx.export import ROUNDED
 from minitron.model.language_model import load_model
 from minitron.progress import disable_progress
 from minitron.recipe import recipe_from
@@ -52,8 +52,8 @@ def arguments() -> argparse.Namespace:
     models.add_argument("student")
     models.add_argument("teacher", nargs="?")
     models.add_argument("--out", type=Path, required=True)
-    models.add_argument("--types", default="f32,f16,int8,int4")
-    models.add_argument("--speed-types", default="f32,int4")
+    models.add_argument("--types", default="f32,f16,int8")
+    models.add_argument("--speed-types", default="f32,int8")
     models.add_argument("--data", default="wiki")
     models.add_argument("--context", type=int, default=512)
     models.add_argument("--blocks", type=int, default=4)
@@ -154,12 +154,13 @@ def exported(given: argparse.Namespace, who: str, type: str) -> Exported:
     out: Path = given.out / f"{who}-{type}"
     if (out / RECORD).is_file():
         return Exported(out, read_json(out / RECORD))
-    model: Path = getattr(given, who)
-    if type not in BITS:
-        return export(model, out, format="onnx", quantize=type, check="onnxruntime")
-    whole = exported(given, who, "f32").file
-    with patch.object(onnx_export, "trace", lambda _: onnx_ir.load(whole)):
-        return export(model, out, format="onnx", quantize=type, check="onnxruntime")
+    again: Any = nullcontext()
+    if type == ROUNDED:
+        whole = exported(given, who, "f32").file
+        again = patch.object(onnx_export, "trace", lambda _: onnx_ir.load(whole))
+    with again:
+        done: Exported = export(getattr(given, who), out, format="onnx", quantize=type, check="onnxruntime")
+    return done
 
 
 def models(given: argparse.Namespace) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def export(
         str | None,
         typer.Option(
             help="The type of matrices. gguf: f32, f16, bf16, q8_0; with llama.cpp q4_k_m, q6_k and others too. "
-            "onnx: f32, f16, int8, int4."
+            "onnx: f32, f16, int8."
         ),
     ] = None,
     check: Annotated[

@@ -14,14 +14,15 @@ from minitron.formats.agreement import LARGEST_KL, TEXTS, agreement, require_agr
 from minitron.formats.onnx.companions import write_companions
 from minitron.formats.onnx.decoder import Decoder, engine
 from minitron.formats.onnx.graph import data_of, trace, write_graph
-from minitron.formats.onnx.quantised import BITS, quantise, store_transposed
+from minitron.formats.onnx.quantised import quantise, store_transposed
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model
 from minitron.session import Session
 
-TYPES = {"f32": ("", "fp32"), "f16": ("_fp16", "fp16"), "int8": ("_int8", "int8"), "int4": ("_q4", "q4")}
+TYPES = {"f32": ("", "fp32"), "f16": ("_fp16", "fp16"), "int8": ("_int8", "int8")}
 """The types of matrices: how the file's name ends, and what Transformers.js calls the type."""
-LARGEST_KL_OF = {"f32": LARGEST_KL, "f16": 10 * LARGEST_KL, "int8": math.inf, "int4": math.inf}
+ROUNDED = "int8"
+LARGEST_KL_OF = {"f32": LARGEST_KL, "f16": 10 * LARGEST_KL, "int8": math.inf}
 """The KL divergence, in nats per token, above which a graph in a type holds another model.
 
 In f16 activations are rounded too, at tokens with a large residual stream to few digits, in transformers as here.
@@ -74,7 +75,7 @@ def require_graph(checkpoint: Checkpoint, type: str) -> None:
         raise UserError(
             "--format onnx does not take rope_type dynamic: its frequencies depend on the length of the text"
         )
-    if type in BITS and ("expert" in arch.axes or arch.model_type == "gpt2"):
+    if type == ROUNDED and ("expert" in arch.axes or arch.model_type == "gpt2"):
         raise UserError(
             f"--quantize {type}: ONNX Runtime's tool leaves most matrices of {arch.model_type} models as they are, "
             "since it rounds plain products of matrices only: f16 halves them"
@@ -85,14 +86,14 @@ def write_model(checkpoint: Checkpoint, path: Path, type: str) -> None:
     """Write the graph of a model, with the matrices in a type of `TYPES`."""
     dtype = torch.float16 if type == "f16" else torch.float32
     graph = trace(load_model(checkpoint, torch.device("cpu"), dtype))
-    if type not in BITS:
+    if type != ROUNDED:
         write_graph(graph, path)
         return
     store_transposed(graph)
     whole = path.with_name(".whole.onnx")
     write_graph(graph, whole)
     del graph  # and the model with it: the tool holds another copy
-    quantise(whole, path, type)
+    quantise(whole, path)
     whole.unlink()
     data_of(whole).unlink()
 

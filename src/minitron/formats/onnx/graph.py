@@ -23,7 +23,7 @@ from minitron.progress import Progress
 BATCH, PAST, NEW = 2, 5, 3
 """Sizes of the example that is traced: sizes of 1 would become constants of the graph."""
 OPSET = 21
-"""The version of ONNX's operators, the first that has integers of four bits."""
+"""The version of ONNX's operators, the first that ONNX Runtime's tool for rounding accepts without a change."""
 
 
 def trace(model: Any) -> Any:
