@@ -16,6 +16,7 @@ import platform
 import statistics
 import tempfile
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
