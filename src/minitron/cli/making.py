@@ -124,9 +124,9 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="ENGINE",
-            help="With --format, compare what its engine computes (llama.cpp for gguf, transformers for others) with "
-            "the model itself; without, check the folder by the sources of vllm, trtllm, megatron or llama.cpp. "
-            "Repeatable.",
+            help="With --format, compare what its engine computes (llama.cpp for gguf, onnxruntime for onnx, "
+            "transformers for others) with the model itself; without, check the folder by the sources of vllm, trtllm, "
+            "megatron or llama.cpp. Repeatable.",
         ),
     ] = None,
     tensor_parallel: Annotated[
