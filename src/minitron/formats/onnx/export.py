@@ -75,7 +75,7 @@ def require_graph(checkpoint: Checkpoint, type: str) -> None:
         raise UserError(
             "--format onnx does not take rope_type dynamic: its frequencies depend on the length of the text"
         )
-    if type == ROUNDED and ("expert" in arch.axes or arch.model_type == "gpt2"):
+    if type == ROUNDED and ("expert" in arch.axes or arch.family.is_transposed):
         raise UserError(
             f"--quantize {type}: ONNX Runtime's tool leaves most matrices of {arch.model_type} models as they are, "
             "since it rounds plain products of matrices only: f16 halves them"
