@@ -8,6 +8,7 @@ of which operations may mix devices are those of here, and `test_placement.py` c
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ WIDENED = {ATEN.mm.dtype, ATEN.mm.dtype_out, ATEN.addmm.dtype, ATEN.addmm.dtype_
 HALVES = {torch.bfloat16, torch.float16}
 
 
+DRIVER: dict[str, Any] = {
+    "device_count": lambda: 1,
+    "get_device_name": lambda *_: "a pretended GPU",
+    "mem_get_info": lambda *_: (2**33, 2**34),
+    "max_memory_allocated": lambda *_: 0,
+    "synchronize": lambda *_: None,
+    "get_rng_state": lambda *_: torch.get_rng_state(),
+    "set_rng_state": lambda *_: None,
+    "manual_seed_all": lambda *_: None,
+}
+"""The functions of `torch.cuda` that a driver answers."""
+
+
 class MixedDevicesError(RuntimeError):
     """An operation reads tensors of several devices."""
 
@@ -36,18 +50,13 @@ class MixedDevicesError(RuntimeError):
 def pretended_gpu() -> Iterator[None]:
     """Within the block, `cuda` is a device that tensors can be moved to and made on."""
     marks = _Marks()
-    autocast = torch.autocast
+    with patch.multiple(torch.cuda, **DRIVER), patch("torch.autocast", _OnTheCpu), _Checks(marks), _Places(marks):
+        yield
 
-    class OnTheCpu(torch.autocast):
-        def __init__(self, _: str, *args: Any, **kwargs: Any) -> None:
-            super().__init__("cpu", *args, **kwargs)
 
-    torch.autocast = OnTheCpu  # type: ignore[misc]
-    try:
-        with _Checks(marks), _Places(marks):
-            yield
-    finally:
-        torch.autocast = autocast  # type: ignore[misc]
+class _OnTheCpu(torch.autocast):
+    def __init__(self, _: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu", *args, **kwargs)
 
 
 class _Marks:
