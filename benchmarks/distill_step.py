@@ -91,7 +91,7 @@ def make_student(session: Session) -> Any:
     arch = session.teacher.arch.resized(**SIZES)
     torch.manual_seed(0)
     config = student_config(session.teacher, arch, list(range(arch.axis_size("layer"))))
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(session.runtime.device)
 
 
 def our_steps(session: Session, way: str, options: argparse.Namespace) -> Iterator[None]:

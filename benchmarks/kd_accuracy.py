@@ -38,16 +38,23 @@ def main() -> None:
     student = load_model(open_teacher(options.student), device, torch.bfloat16)
     with torch.no_grad(), session.teacher_model() as teacher:
         said, own = (Headless(model)(ids.to(device), States) for model in (teacher, student))
+    for way, found in errors(own, said).items():
+        print(json.dumps({"way": way, **found}))
+    print(json.dumps({"loss": float(exact(own, said)[0]), "tokens": ids.numel(), "torch": torch.__version__}))
+
+
+def errors(own: States, said: States) -> dict[str, dict[str, float]]:
+    """The relative errors of each way of computing the loss, of a student's and a teacher's states in bfloat16."""
     wanted = exact(own, said)
     ways = {
         "minitron": ours(own, said), "minitron, as on CUDA": ours(own, said, torch.bfloat16),
         "logits in bfloat16": rounded(own, said),
     }  # fmt: skip
-    for way, found in ways.items():
-        errors = [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True)]
-        names = ("loss", "gradient by states", "gradient by output matrix")
-        print(json.dumps({"way": way, **dict(zip(names, errors, strict=True))}))
-    print(json.dumps({"loss": float(wanted[0]), "tokens": ids.numel(), "torch": torch.__version__}))
+    names = ("loss", "gradient by states", "gradient by output matrix")
+    return {
+        way: {n: float((a.double() - b).norm() / b.norm()) for n, a, b in zip(names, found, wanted, strict=True)}
+        for way, found in ways.items()
+    }
 
 
 def gradients(loss: Tensor, states: Tensor, head: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@
 Each figure is of a process of its own, the ways in turn, so that a drift of the machine's speed hits all alike. Peers
 are measured where they are installed: `pip install trl liger-kernel nvidia-modelopt`. All compute forward KL at
 temperature 1, averaged over tokens, in float32, from last hidden states to the gradients of the student's states and
-output matrix.
+output matrix. `benchmarks/on_gpu.sh` measures the ways on a GPU, there from states and matrices in bfloat16.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minitron.distillation.fused import States, logit_loss
+from minitron.distillation.fused import LossOptions, States, logit_loss
 from minitron.distillation.losses import forward_kl_
 from minitron.model.language_model import Head
 
@@ -29,10 +29,14 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def minitron() -> Loss:
-    """Ours."""
-    return lambda student, head, teacher, teacher_head: logit_loss(
-        student, Head(head), States(teacher, Head(teacher_head)), forward_kl_, len(student)
-    )
+    """Ours, with the operands that a training has: those of bfloat16 are multiplied as they are on a GPU."""
+
+    def loss(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
+        options = LossOptions(operands=torch.bfloat16 if student.dtype == torch.bfloat16 else None)
+        outputs = States(teacher, Head(teacher_head))
+        return logit_loss(student, Head(head), outputs, forward_kl_, len(student), options)
+
+    return loss
 
 
 def naive() -> Loss:
@@ -51,23 +55,23 @@ def trl() -> Loss:
     from trl.experimental.gkd import GKDTrainer
 
     def loss(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-        labels = torch.zeros(1, len(student), dtype=torch.int64)
+        labels = torch.zeros(1, len(student), dtype=torch.int64, device=student.device)
         logits = (student @ head.T)[None], (teacher @ teacher_head.T)[None]
         return GKDTrainer.generalized_jsd_loss(*logits, labels=labels, beta=0.0)  # type: ignore[no-any-return]
 
     return loss
 
 
-def liger(chunk: int) -> Loss:
+def liger(chunk: int, compiled: bool = False) -> Loss:
     """The chunked loss of liger-kernel, at β = 0, without its cross-entropy."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     found = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False, chunk_size=chunk
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled, chunk_size=chunk
     )
 
     def loss(student: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor) -> Tensor:
-        labels = torch.zeros(len(student), dtype=torch.int64)
+        labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
         return found(student, head, teacher, teacher_head, labels)  # type: ignore[no-any-return]
 
     return loss
@@ -87,6 +91,7 @@ WAYS: dict[str, Callable[[], Loss]] = {
     "trl": trl,
     "liger-1024": lambda: liger(1024),
     "liger-256": lambda: liger(256),
+    "liger-compiled": lambda: liger(1024, compiled=True),
     "modelopt": modelopt,
 }
 
@@ -136,20 +141,29 @@ def spread(values: list[float]) -> str:
 
 def measure(way: str, vocab: int, tokens: int, hidden: int) -> dict[str, float]:
     """One forward and backward in this process: extra peak memory in MB, seconds, and the loss."""
-    loss_of = WAYS[way]()
-    torch.manual_seed(0)
-    student, teacher = torch.randn(tokens, hidden), torch.randn(tokens, hidden)
-    head, teacher_head = (torch.randn(vocab, hidden).mul_(0.05) for _ in range(2))
-    student.requires_grad_()
-    head.requires_grad_()
+    loss_of, inputs = WAYS[way](), random_inputs(vocab, tokens, hidden, torch.device("cpu"), torch.float32)
+    student, head, teacher, teacher_head = inputs
     loss_of(student[:8], head[:64], teacher[:8], teacher_head[:64]).backward()  # loads the libraries
     student.grad = head.grad = None
     before = memory_mb("VmRSS")
     started = time.perf_counter()
-    loss = loss_of(student, head, teacher, teacher_head)
+    loss = loss_of(*inputs)
     loss.backward()
     seconds = time.perf_counter() - started
     return {"extra_mb": memory_mb("VmHWM") - before, "seconds": seconds, "loss": float(loss.detach())}
+
+
+def random_inputs(
+    vocab: int, tokens: int, hidden: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A student's states (tokens, hidden) and output matrix (vocab, hidden), which want gradients, and a teacher's."""
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = [(tokens, hidden), (vocab, hidden)] * 2
+    states = [torch.randn(shape, generator=generator, device=device) for shape in shapes]
+    for head in states[1::2]:
+        head.mul_(0.05)
+    student, matrix, teacher, teacher_matrix = (each.to(dtype) for each in states)
+    return student.requires_grad_(), matrix.requires_grad_(), teacher, teacher_matrix
 
 
 def memory_mb(field: str) -> float:

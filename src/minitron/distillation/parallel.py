@@ -23,8 +23,6 @@ def shard(model: Headless, arch: Arch, runtime: Runtime, *, is_teacher: bool = F
     outside the layers, such as the output matrix, are gathered in their own dtype, and so are layers whose matrices are
     rounded from values of another dtype. A teacher's output matrix stays gathered, since the student's loss reads it.
     """
-    if runtime.world.size == 1:
-        return
     mesh = init_device_mesh(runtime.device.type, (runtime.world.size,))
     policy = MixedPrecisionPolicy()
     if runtime.dtype == torch.bfloat16 and rounds_from(model) in {None, torch.bfloat16}:
