@@ -2,7 +2,7 @@
 
 Values stay on the CPU, so that whatever depends on them runs to its end: losses that are read, masks, random
 initialisers, a whole training. torch's FakeTensorMode, which knows shapes alone, stops at the first of them; its rules
-of which operations may mix devices are those of here, and `test_placement.py` compares the two.
+of which operations may mix devices hold here too, and `test_placement.py` compares the two.
 """
 
 from collections.abc import Iterator, Mapping
@@ -150,6 +150,8 @@ class _Checks(TorchDispatchMode):
         before = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if func in WIDENED and device == GPU:
             result = _widened_product(func, args, kwargs)
+        elif func == ATEN.histc.default and device == GPU:  # that of a GPU takes integers
+            result = func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
         else:
             result = func(*args, **kwargs)
         known = {StorageWeakRef(each.untyped_storage()) for each in before if each.layout == torch.strided}
@@ -169,6 +171,7 @@ class _Checks(TorchDispatchMode):
         if func in INDEXED and self.marks.device(args[0]) == CPU:
             devices |= {self.marks.device(each) for each in args[1] if each is not None}
         if len(devices) > 1:
+            tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
             shapes = ", ".join(f"{tuple(each.shape)} on {self.marks.device(each)}" for each in tensors)
             raise MixedDevicesError(f"{func} of {shapes}")
         return next(iter(devices), CPU)
