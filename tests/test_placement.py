@@ -72,7 +72,9 @@ def test_torch_lets_these_mix(name: str) -> None:
         MAY_MIX[name](torch.empty(4, 4, device=GPU), torch.empty(4, 4))
 
 
-@pytest.mark.parametrize("name", sorted(MAY_NOT.keys() - {"parameter", "backward"}))  # they draw numbers, and run backwards
+@pytest.mark.parametrize(
+    "name", sorted(MAY_NOT.keys() - {"parameter", "backward"})
+)  # they draw numbers, and run backwards
 def test_torch_lets_none_of_these(name: str) -> None:
     with FakeTensorMode(), pytest.raises(RuntimeError, match="same device|Unhandled FakeTensor Device Propagation"):
         MAY_NOT[name](torch.empty(4, 4, device=GPU), torch.empty(4, 4))
