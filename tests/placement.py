@@ -35,6 +35,7 @@ DRIVER: dict[str, Any] = {
     "mem_get_info": lambda *_: (2**33, 2**34),
     "max_memory_allocated": lambda *_: 0,
     "synchronize": lambda *_: None,
+    "get_device_capability": lambda *_: (9, 0),
     "get_rng_state": lambda *_: torch.get_rng_state(),
     "set_rng_state": lambda *_: None,
     "manual_seed_all": lambda *_: None,
@@ -156,9 +157,9 @@ class _Checks(TorchDispatchMode):
             result = func(*args, **kwargs)
         known = {StorageWeakRef(each.untyped_storage()) for each in before if each.layout == torch.strided}
         for each in tree_leaves(result):
-            if isinstance(each, Tensor) and each.layout == torch.strided and not each.is_meta:
-                if StorageWeakRef(each.untyped_storage()) not in known:
-                    self.marks.place(each, device)
+            is_whole = isinstance(each, Tensor) and each.layout == torch.strided and not each.is_meta
+            if is_whole and StorageWeakRef(each.untyped_storage()) not in known:
+                self.marks.place(each, device)
         return result
 
     def _device(self, func: Any, args: Any, kwargs: Any) -> torch.device:

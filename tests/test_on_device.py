@@ -56,7 +56,7 @@ CPU = torch.device("cpu")
 IDS = torch.randint(0, 258, (8, 24), generator=torch.Generator().manual_seed(0))
 BLOCKS = Blocks(IDS, torch.ones_like(IDS, dtype=torch.int32))
 PLAIN = ("llama-tied", "gpt2", "gemma2", "qwen3_moe", "nemotron_h")
-"""A variant for each way of the pruning: rotated and tied, transposed, not rotated, experts, layers of several kinds."""
+"""A variant for each way of pruning: rotated and tied, transposed, not rotated, with experts, with layers of kinds."""
 
 
 @pytest.fixture

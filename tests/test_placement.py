@@ -76,7 +76,7 @@ def test_torch_lets_these_mix(name: str) -> None:
     "name", sorted(MAY_NOT.keys() - {"parameter", "backward"})
 )  # they draw numbers, and run backwards
 def test_torch_lets_none_of_these(name: str) -> None:
-    with FakeTensorMode(), pytest.raises(RuntimeError, match="same device|Unhandled FakeTensor Device Propagation"):
+    with FakeTensorMode(), pytest.raises(RuntimeError, match=r"same device|Device Propagation"):
         MAY_NOT[name](torch.empty(4, 4, device=GPU), torch.empty(4, 4))
 
 

@@ -42,7 +42,8 @@ ELSEWHERE = {
     "examples/custom_loss.py": "test_examples.py",
 }
 """Words of commands that are accepted here and run by another file of tests."""
-OTHERS = {"pip", "hf", "python", "llama-server", "vllm", "trtllm-serve", "trtllm-eval", "trtllm-bench", "make", "git"}
+OTHERS = {"pip", "hf", "python", "llama-server", "vllm", "trtllm-serve", "trtllm-eval", "trtllm-bench", "make", "git",
+          "benchmarks/on_gpu.sh"}  # fmt: skip
 """Programs of other people, and scripts; only blocks that name what they need may call them, apart from examples."""
 
 
