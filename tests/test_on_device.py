@@ -84,7 +84,8 @@ def test_losses(gpu: torch.device, kind: str) -> None:
     assert_close(found.cpu().double(), expected, rtol=1e-4, atol=1e-6)
     for one, other in zip(moved[:2], given[:2], strict=True):
         assert_close(one.grad.cpu().double(), other.grad, rtol=1e-3, atol=1e-6)  # type: ignore[union-attr]
-    assert abs(float(fused(moved, kind, softcaps=(3.0, 4.0))) - float(expected)) > 1e-4  # type: ignore[arg-type]
+    uncapped = fused(moved, kind, temperature=2.0)  # type: ignore[arg-type]
+    assert float((uncapped.detach().cpu() - expected.detach()).abs()) > 1e-4
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
@@ -156,14 +157,15 @@ def test_trainings(gpu: torch.device, name: str, tmp_path: Path) -> None:
             source = Learning(load_model(teacher, device, torch.float32), recipe.correction, 0)
         else:
             source = Live(load_model(teacher, device, runtime.dtype))
-        Trainer(source, recipe, blocks, runtime, work, blocks[:2]).distill(pruned, work / "out")
+        heldout = blocks[:2] if name == "plain" else None
+        Trainer(source, recipe, blocks, runtime, work, heldout).distill(pruned, work / "out")
         rows = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
         assert open_checkpoint(work / "out").arch == pruned.arch
-        return [row.get("loss", row["heldout_perplexity"]) for row in rows if "loss" in row or row["step"] == 0]
+        return [row[key] for row in rows for key in ("loss", "heldout_perplexity") if key in row]
 
     on_cpu, on_gpu = losses(CPU), losses(gpu)
     assert on_gpu == pytest.approx(on_cpu, rel=0.02 if name == "in bfloat16" else 1e-3)
-    assert on_gpu[-1] != pytest.approx(on_gpu[1], rel=1e-3)  # the weights have moved
+    assert on_gpu[-1] != pytest.approx(on_gpu[0], rel=1e-3)  # the weights have moved
 
 
 def importance_of(teacher: Checkpoint, device: torch.device) -> Importance:
