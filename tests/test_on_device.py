@@ -51,6 +51,7 @@ from tests.conftest import Verb, make_model
 from tests.placement import GPU, MixedDevicesError, pretended_gpu
 from tests.test_losses import fused, problem
 from tests.test_trim import cut_everywhere
+from tests.test_trim import cut_to as as_wide
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 258, (8, 24), generator=torch.Generator().manual_seed(0))
@@ -180,11 +181,9 @@ def test_pruning(gpu: torch.device, teacher: Checkpoint) -> None:
     for axis, scores in importance.items():
         assert_close(found[axis], scores, rtol=1e-3, atol=1e-5)
         assert found[axis].device == CPU
-    whole = teacher.arch.axis_size("hidden")
-    narrow = cut_everywhere(teacher.arch)
     for student, recipe in (
-        (narrow, PruneRecipe(merge_heads="query" in teacher.arch.prunable_axes)),
-        (narrow.resized(hidden_size=whole), PruneRecipe(refit=True, ridge=0.1)),
+        (cut_everywhere(teacher.arch), PruneRecipe(merge_heads="query" in teacher.arch.prunable_axes)),
+        (as_wide(teacher.arch, "all but hidden"), PruneRecipe(refit=True, ridge=0.1)),
     ):
         cut = cut_to(student, teacher, importance, recipe)
         made = [
