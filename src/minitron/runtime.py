@@ -1,6 +1,8 @@
 """Where and how a run computes: device, dtype, seed, the processes that torchrun started, and stopping on signals."""
 
+import ctypes
 import os
+import platform
 import re
 import signal
 import threading
@@ -22,6 +24,8 @@ Result = TypeVar("Result")
 LONGEST_WAIT = timedelta(days=1)
 """How long a process waits for the others, which may be calibrating or training a longer candidate."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+"""Parameters of glibc's `mallopt`, by the numbers of its header malloc.h."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class Runtime:
     seed: int = 0
     world: World = World()
     attention: str | None = None
+    rounds: bool = False
+    """Whether `training` rounds the operands of float32 products; see `rounds_products`."""
 
     @property
     def loading_device(self) -> torch.device:
@@ -99,6 +105,7 @@ class Runtime:
         """The bytes of the device's memory that are free, or that the system can free; None where it does not say."""
         if self.device.type == "cuda":
             return int(torch.cuda.mem_get_info(self.device)[0])
+        release_memory()
         table = Path("/proc/meminfo")
         entries = dict(line.split(":", 1) for line in table.read_text().splitlines()) if table.exists() else {}
         return int(entries["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in entries else None
@@ -108,22 +115,77 @@ class Runtime:
         """`float32` and the like."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def training_dtype(self) -> str:
+        """In what trainings compute, as records name it: `float32, operands of products in bfloat16` and the like."""
+        return self.dtype_name + (", operands of products in bfloat16" if self.rounds else "")
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Compute matrix products as trainings do, in forward and backward passes, while the block runs.
+
+        Where the runtime rounds, oneDNN rounds the operands of float32 products to bfloat16 and adds up in float32;
+        everything else stays in float32. The setting is the process's: no other thread may rely on exact products.
+        """
+        if not self.rounds:
+            yield
+            return
+        matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
+
     def autocast(self) -> torch.autocast:
         """Compute in `dtype` with float32 weights, where `dtype` is bfloat16."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype == torch.bfloat16)
 
 
 def configure_backends() -> None:
-    """Let oneDNN multiply float32 on AMD processors with AVX-512, for the whole process; the command line calls it.
+    """Set up products and memory as the command line does, for the whole process.
 
-    MKL, which PyTorch uses by default, takes about twice the time there. PyTorch gives products to oneDNN where these
-    may round their operands to bfloat16. oneDNN rounds only with tile registers (AMX); without them its products are
-    float32 with MKL's errors (docs/studies/processors.md). On other machines nothing changes. Results with and without
-    differ in their last bits: a run that was begun on the command line continues to equal bits only after this call.
+    **Products.** On AMD processors with AVX-512, oneDNN multiplies float32. MKL, which PyTorch uses by default, takes
+    about twice the time there. PyTorch gives products to oneDNN where these may round their operands to bfloat16.
+    oneDNN rounds only with tile registers (AMX); without them its products are float32 with MKL's errors
+    (docs/studies/processors.md). On other processors products stay as they are. Results with and without differ in
+    their last bits: a run that was begun on the command line continues to equal bits only after this call.
+
+    **Memory.** glibc's malloc keeps what is freed, for the next tensors of the process: fresh pages of the system are
+    slower than many operations that fill them. `release_memory` returns it.
     """
-    processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # recent versions of torch have it
+    processor = _processor()
     if "AMD" in processor.get("cpu_name", "") and processor.get("avx512_f") and not processor.get("amx_tile"):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
+    if (libc := _glibc()) is not None and libc.mallopt(M_MMAP_MAX, 0):  # large tensors come from the heap,
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # whose end is never returned
+
+
+def release_memory() -> None:
+    """Return freed memory, which malloc keeps, to the system; where the C library is not glibc, do nothing."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def rounds_products(dtype: str, device: torch.device) -> bool:
+    """Return whether a name of a dtype lets trainings round the operands of float32 products to bfloat16.
+
+    `auto` does on CPUs with tile registers for bfloat16 (AMX), where such products take a quarter to a half of the time
+    (docs/studies/processors.md); `float32` never does.
+    """
+    processor = _processor()
+    return dtype == "auto" and device.type == "cpu" and bool(processor.get("amx_tile") and processor.get("amx_bf16"))
+
+
+def _processor() -> dict[str, Any]:
+    """Return what torch knows of the processor; nothing in versions of torch that cannot say."""
+    return getattr(torch.cpu, "get_capabilities", dict)()  # type: ignore[no-any-return]
+
+
+def _glibc() -> Any:
+    """Return the C library, or None where it is not glibc."""
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 def resolve_device(device: str) -> torch.device:
@@ -145,7 +207,7 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name: `auto` is bfloat16 on CUDA and float32 elsewhere.
+    """Return the dtype of a name: `auto` is bfloat16 on CUDA and float32 elsewhere; see also `rounds_products`.
 
     Raises:
         UserError: the name is not auto, float32, bfloat16, float16 or float64.

@@ -14,7 +14,17 @@ from minitron.model.crosscheck import require_one_reading
 from minitron.model.language_model import load_model, require_attention
 from minitron.model.source import open_teacher
 from minitron.recipe import Recipe
-from minitron.runtime import Runtime, World, is_main_process, joined_world, num_ranks, resolve_device, resolve_dtype
+from minitron.runtime import (
+    Runtime,
+    World,
+    is_main_process,
+    joined_world,
+    num_ranks,
+    release_memory,
+    resolve_device,
+    resolve_dtype,
+    rounds_products,
+)
 
 
 class Session:
@@ -70,7 +80,8 @@ class Session:
         """Device, dtype and seed of the recipe, in one process unless processes have joined; see `joined`."""
         device = resolve_device(self.recipe.device)
         dtype = resolve_dtype(self.recipe.dtype, device)
-        return Runtime(device, dtype, self.recipe.seed, self._world, self.recipe.attn_implementation)
+        rounds = rounds_products(self.recipe.dtype, device)
+        return Runtime(device, dtype, self.recipe.seed, self._world, self.recipe.attn_implementation, rounds)
 
     @contextmanager
     def joined(self) -> Iterator[Runtime]:
@@ -106,6 +117,7 @@ class Session:
             yield self._models[checkpoint.folder]
         finally:
             del self._models[checkpoint.folder]
+            release_memory()
 
     @cached_property
     def context(self) -> int:

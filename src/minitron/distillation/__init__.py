@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from minitron.data.blocks import Blocks
 from minitron.distillation import trainer
@@ -19,7 +20,7 @@ from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.language_model import load_model, read_head
+from minitron.model.language_model import attention_in_training, load_model, read_head
 from minitron.recipe import DistillRecipe, data_in_words
 from minitron.runtime import is_main_process, num_ranks
 from minitron.session import Session
@@ -132,12 +133,21 @@ def _warn_once(message: str) -> None:
 def stored_teacher(session: Session, folder: Path, blocks: Blocks, recipe: DistillRecipe) -> Teacher:
     """Return a teacher whose outputs on some blocks are read from a folder; the teacher runs first for what is missing.
 
+    It runs as in trainings (`Runtime.training`), so that stored outputs are those of a teacher in memory.
+
     Raises:
         UserError: see `teacher.stored`.
     """
     runtime = session.runtime
-    identity = {"teacher": session.teacher.fingerprint(), "blocks": blocks.fingerprint(), "dtype": str(runtime.dtype)}
-    source = Source(identity, session.teacher_model, read_head(session.teacher, runtime.device, runtime.dtype))
+    dtype = str(runtime.dtype) + runtime.training_dtype.removeprefix(runtime.dtype_name)
+    identity = {"teacher": session.teacher.fingerprint(), "blocks": blocks.fingerprint(), "dtype": dtype}
+
+    @contextmanager
+    def model() -> Iterator[Any]:
+        with session.teacher_model() as loaded, runtime.training():
+            yield loaded
+
+    source = Source(identity, model, read_head(session.teacher, runtime.device, runtime.dtype))
     return stored(folder, source, blocks, recipe, runtime.world)
 
 
@@ -181,7 +191,8 @@ def _teacher_of(session: Session) -> Iterator[Teacher]:
     recipe, teacher, runtime = session.recipe.distill, session.teacher, session.runtime
     if recipe.correction.trains != "nothing":
         # A model of its own, since it changes: the session's stays as it is.
-        model = load_model(teacher, runtime.loading_device, runtime.weights_dtype, runtime.attention)
+        attention = attention_in_training(teacher.arch, recipe.micro_batch_size, session.context, runtime)
+        model = load_model(teacher, runtime.loading_device, runtime.weights_dtype, attention)
         yield Learning(model, recipe.correction, runtime.seed)
     elif recipe.teacher_states is not None:
         yield stored_teacher(session, Path(recipe.teacher_states), session.splits.train, recipe)

@@ -42,6 +42,10 @@ class Metrics:
                 track(row)
                 self.trackers[name] = track
 
+    def last(self, name: str) -> Any:
+        """Return the entry of a name in the last row that has it, or None."""
+        return next((row[name] for row in reversed(self.rows) if name in row), None)
+
     @property
     def num_skipped_last(self) -> int:
         """The number of steps skipped since the last step that was taken."""

@@ -43,8 +43,9 @@ class Objective:
         # The one place where losses are normalised: by the tokens of the whole step, on all ranks.
         counts = max(1, int(blocks.teaches.sum())), max(1, int((blocks.targets >= 0).sum()))
         mine = torch.arange(len(blocks)).chunk(world.size)[world.rank]
-        for part in mine.split(self.recipe.micro_batch_size):
-            losses += self._micro_batch(student, blocks[part], numbers[part], counts)
+        with self.runtime.training():
+            for part in mine.split(self.recipe.micro_batch_size):
+                losses += self._micro_batch(student, blocks[part], numbers[part], counts)
         return losses
 
     def _micro_batch(self, student: Headless, block: Blocks, numbers: Tensor, counts: tuple[int, int]) -> Tensor:

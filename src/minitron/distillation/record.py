@@ -52,7 +52,7 @@ def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
         "tokens": num_blocks * train.context,
         "unique_tokens": min(num_blocks, len(train)) * train.context,
         "num_parameters": student.num_parameters,
-        "dtype": str(trainer.runtime.dtype).removeprefix("torch."),
+        "dtype": ", then ".join(row["dtype"] for row in rows if "dtype" in row) or trainer.runtime.training_dtype,
         "device": trainer.runtime.device.type,
         "seed": trainer.runtime.seed,
         "versions": versions(),

@@ -31,7 +31,7 @@ from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import whole_folder
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.language_model import Headless, load_model
+from minitron.model.language_model import Headless, attention_in_training, load_model
 from minitron.model.writing import write_model
 from minitron.progress import Progress
 from minitron.recipe import DistillRecipe, IntermediateRecipe
@@ -94,7 +94,8 @@ class Trainer:
         """
         recipe, runtime = self.recipe, self.runtime
         # Evaluation mode throughout: dropout has no place in matching another model's outputs.
-        headless = Headless(load_model(pruned, runtime.loading_device, runtime.weights_dtype, runtime.attention))
+        attention = attention_in_training(pruned.arch, recipe.micro_batch_size, self.train.context, runtime)
+        headless = Headless(load_model(pruned, runtime.loading_device, runtime.weights_dtype, attention))
         if recipe.quantize is not None:
             simulate_rounding(headless.model, pruned, recipe.quantize)
         intermediate = self._intermediate(headless, pruned)
@@ -196,6 +197,8 @@ class _Loop:
         is_finite = math.isfinite(loss) and math.isfinite(norm)
         self.step += 1
         row: dict[str, Any] = {"step": self.step, "tokens": self.step * self.step_tokens, "learning_rate": rate}
+        if self.trainer.runtime.training_dtype != self.metrics.last("dtype"):  # the first step here, or on this machine
+            row["dtype"] = self.trainer.runtime.training_dtype
         row |= {"loss": loss, "grad_norm": norm} if is_finite else {"skipped": f"loss {loss}, gradient {norm}"}
         if self.objective.intermediate and is_finite:
             weight = added_loss / intermediate_loss if intermediate_loss else 0.0

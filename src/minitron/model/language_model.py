@@ -14,8 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 from minitron.errors import UserError
 from minitron.model.anatomy import Norm, Row
+from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.families import family_of
+from minitron.model.memory import writes_out_attention
 from minitron.progress import Progress
 from minitron.runtime import Runtime
 
@@ -111,6 +113,16 @@ def require_attention(checkpoint: Checkpoint, runtime: Runtime) -> None:
     except (ImportError, ValueError) as error:
         first_sentence = " ".join(str(error).split()).partition(". ")[0]
         raise UserError(f"attn_implementation {name}: {first_sentence}") from error
+
+
+def attention_in_training(arch: Arch, num_blocks: int, context: int, runtime: Runtime) -> str | None:
+    """Return the attention of a model that is trained, as in `Runtime`: what the user asked for, or the faster one.
+
+    See `writes_out_attention`; a training takes `num_blocks` blocks of `context` tokens at a time.
+    """
+    if runtime.attention is None and writes_out_attention(arch, num_blocks, context, runtime.device.type):
+        return "eager"
+    return runtime.attention
 
 
 def load_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, attention: str | None = None) -> Any:

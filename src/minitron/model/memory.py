@@ -18,6 +18,22 @@ FEWEST_TOKENS = 256
 ROWS_BYTES = {"cpu": 2**21, "cuda": 2**29}
 """The size of the part of a buffer that is compared at a time: it is read many times and should fit a CPU's caches."""
 
+PAIRS_BYTES = 2**31
+"""The most bytes that a training on a CPU keeps for pairs of tokens where attention is written out."""
+
+
+def writes_out_attention(arch: Arch, num_blocks: int, context: int, device: str) -> bool:
+    """Return whether a training computes attention in products and a softmax, not in PyTorch's fused kernel.
+
+    On a CPU the backward pass of the fused kernel takes longer than all products written out, which keep a float32
+    number per pair of tokens, query head and layer: they are chosen where the numbers of `num_blocks` blocks of
+    `context` tokens take at most `PAIRS_BYTES` (docs/studies/processors.md). Sizes alone decide, not the memory that is
+    free, so that a resumed training computes to equal bits.
+    """
+    num_layers = _num_layers_along(arch, "query", arch.sizes)
+    num_pairs = num_blocks * context**2 * num_layers * (arch.axis_size("query") if num_layers else 0)
+    return device == "cpu" and 0 < 4 * num_pairs <= PAIRS_BYTES
+
 
 def tokens_at_once(num_tokens: int, vocab: int, device: str) -> int:
     """Return how many of `num_tokens` tokens a buffer of float32 logits holds on `cpu` or `cuda`, in equal parts."""

@@ -127,7 +127,8 @@ def _stage_plan(
 ) -> StagePlan:
     recipe, arch = stage.recipe, teacher.arch
     context = recipe.context_within(teacher.longest or recipe.context)
-    place = Place(context, dtype, machine.device, machine.num_devices, _masked(recipe, teacher, context))
+    masked, attention = _masked(recipe, teacher, context), recipe.attn_implementation
+    place = Place(context, dtype, machine.device, machine.num_devices, masked, attention)
     archs, num_shapes = _students(stage, teacher, source)
     student = archs[-1]
     distill = recipe.distill

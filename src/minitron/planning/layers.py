@@ -24,6 +24,8 @@ class Place:
     num_ranks: int = 1
     masked: float = 0.0
     """The share of the attention layers that need a mask, for windows or documents: keys and values are repeated."""
+    attention: str | None = None
+    """The recipe's `attn_implementation`; None: as the training chooses, see `memory.writes_out_attention`."""
 
     @property
     def width(self) -> int:
@@ -72,8 +74,8 @@ class Layer:
         """The most channels that leave a matrix which reads the stream."""
         return max((matrix.leaves for matrix in self.matrices if matrix.reads_stream), default=self.hidden)
 
-    def kept_bytes(self, place: Place, *, rounds_inputs: bool = False) -> float:
-        """Return the bytes per token that autograd keeps of the layer.
+    def kept_bytes(self, place: Place, *, rounds_inputs: bool = False, writes_out: bool = False) -> float:
+        """Return the bytes per token that autograd keeps of the layer; `writes_out`: attention is written out in torch.
 
         Kept are the input of a norm and the normalised input, in float32; what enters a matrix; what leaves a matrix
         that reads the stream: queries, keys, values, both factors of a gated MLP; and the logsumexp of attention. The
@@ -83,8 +85,11 @@ class Layer:
         others = [matrix.enters for matrix in self.matrices if not matrix.reads_stream]
         left = sum(matrix.leaves for matrix in readers)
         num_inputs = len(readers) if place.is_mixed or rounds_inputs else self._num_blocks
-        channels = num_inputs * self.hidden + left + sum(others) + self.activated + place.masked * self.repeated
-        pairs = place.context * self.query_heads * self.bytes_per_pair
+        repeated = self.repeated * (1 if writes_out else place.masked)
+        channels = num_inputs * self.hidden + left + sum(others) + self.activated + repeated
+        # The softmax is kept in float32, and as what it multiplies the values by.
+        per_pair = self.bytes_per_pair or writes_out * (FLOAT32 + (place.width if place.is_mixed else 0))
+        pairs = place.context * self.query_heads * per_pair
         return place.width * channels + FLOAT32 * (self.norms + self.query_heads) + pairs
 
     @property

@@ -95,23 +95,27 @@ def described_machine(gpus: str, memory: str | None, flops: str | None, dtype: s
 def this_machine(device: str, flops: str | None, dtype: str) -> Machine:
     """Return the device that a recipe would run on here, of a CPU with the speed of one product, timed now.
 
+    `device` and `dtype` are as in the recipe.
+
     Raises:
-        UserError: see `runtime.resolve_device`.
+        UserError: see `runtime.resolve_device` and `runtime.resolve_dtype`.
     """
     import torch
 
-    from minitron.runtime import Runtime, configure_backends, resolve_device
+    from minitron.runtime import Runtime, configure_backends, resolve_device, resolve_dtype, rounds_products
 
     configure_backends()
-    place, found = resolve_device(device), getattr(torch, dtype)
+    place = resolve_device(device)
+    runtime = Runtime(place, resolve_dtype(dtype, place), rounds=rounds_products(dtype, place))
     if place.type == "cuda":
         properties = torch.cuda.get_device_properties(place)
         gpu = _sheet_of(properties.name)
-        operations = None if gpu is None else (gpu.bfloat16 if dtype == "bfloat16" else gpu.float32) * 1e12
+        operations = None if gpu is None else (gpu.float32 if runtime.dtype == torch.float32 else gpu.bfloat16) * 1e12
         source = "this machine" if gpu is None else f"this machine, {gpu.source}"
         return Machine(properties.name, "cuda", 1, properties.total_memory, _operations(flops) or operations, source)
-    free = Runtime(place, found).free_memory
-    timed = _operations(flops) or _timed_product(found)
+    free = runtime.free_memory
+    with runtime.training():
+        timed = _operations(flops) or _timed_product(runtime.dtype)
     source = "free memory of this machine" + (", a product timed now" if flops is None else "")
     return Machine("CPU", "cpu", 1, free, timed, source)
 

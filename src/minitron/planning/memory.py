@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 
 from minitron.model.arch import Arch
-from minitron.model.memory import ROWS_BYTES, tokens_at_once
+from minitron.model.memory import ROWS_BYTES, tokens_at_once, writes_out_attention
 from minitron.planning.layers import FLOAT32, Place, layers_of
 from minitron.recipe import CorrectionRecipe, DistillRecipe
 
@@ -187,7 +187,8 @@ class _Step:
         of_layer += (FLOAT32 + (self.place.width if self.place.is_mixed else 0)) * largest
         if self.recipe.activation_checkpointing:
             rounds = self._rounds_inputs
-            kept = (layer.kept_bytes(self.place, rounds_inputs=rounds) for _, layer in layers_of(self.student))
+            keeps = {"rounds_inputs": rounds, "writes_out": _writes_out(self.student, self.recipe, self.place)}
+            kept = (layer.kept_bytes(self.place, **keeps) for _, layer in layers_of(self.student))
             of_layer += max(kept) * self.tokens
         if self.place.num_ranks > 1:  # gradients of a gathered layer, before they are summed over the ranks
             of_layer += (self.place.width + FLOAT32) * layer.num_parameters
@@ -329,8 +330,16 @@ def _kept(arch: Arch, recipe: DistillRecipe, place: Place, *, rounds_inputs: boo
     hidden, final = arch.axis_size("hidden"), 3 * FLOAT32 * arch.axis_size("hidden")
     if recipe.activation_checkpointing:
         return arch.axis_size("layer") * FLOAT32 * hidden + final
-    layers = ((count, layer.kept_bytes(place, rounds_inputs=rounds_inputs)) for count, layer in layers_of(arch))
+    keeps = {"rounds_inputs": rounds_inputs, "writes_out": _writes_out(arch, recipe, place)}
+    layers = ((count, layer.kept_bytes(place, **keeps)) for count, layer in layers_of(arch))
     return sum(count * kept for count, kept in layers) + final
+
+
+def _writes_out(arch: Arch, recipe: DistillRecipe, place: Place) -> bool:
+    """Return whether attention is written out in a training."""
+    if place.attention is not None:
+        return place.attention == "eager"
+    return writes_out_attention(arch, recipe.micro_batch_size, place.context, place.device)
 
 
 def _outside_layers(arch: Arch) -> int:

@@ -242,7 +242,7 @@ def _machine(recipe: Recipe, gpus: str | None, memory: str | None, flops: str | 
         raise UserError(f"dtype {dtype} is not one to train in; accepted: auto, {', '.join(TRAINING_DTYPES)}")
     if gpus is not None:
         return described_machine(gpus, memory, flops, dtype), dtype
-    return this_machine(recipe.device, flops, dtype), dtype
+    return this_machine(recipe.device, flops, recipe.dtype), dtype
 
 
 def _teacher(recipe: Recipe) -> Teacher:
