@@ -9,16 +9,24 @@ import pytest
 import torch
 
 from minitron.data.blocks import Blocks
+from minitron.distillation.teacher import Live
+from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError
+from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model, require_attention
+from minitron.model.memory import writes_out_attention
 from minitron.pruning.calibrate import calibrate
-from minitron.recipe import CalibrationRecipe, recipe_from
+from minitron.recipe import CalibrationRecipe, DistillRecipe, recipe_from
 from minitron.runtime import Runtime
 from minitron.session import Session
-from tests.conftest import make_model
+from tests.conftest import make_model, variant_arch
 
 CPU = torch.device("cpu")
+SMOLLM2 = {
+    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "head_dim": 64,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "max_position_embeddings": 2048,
+}  # fmt: skip
 
 
 def runtime_of(attention: str | None) -> Runtime:
@@ -75,6 +83,31 @@ def test_a_choice_is_used_and_leaves_the_teacher_as_it_is(tmp_path: Path, used: 
             model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
         assert used == {way or "sdpa"}
         assert session.teacher.identity() == before
+
+
+@pytest.mark.parametrize("way", ["sdpa", None])
+def test_a_student_in_training_has_attention_written_out_unless_the_user_chose(
+    tmp_path: Path, used: set[str | None], way: str | None, teachers: Callable[[str], Checkpoint]
+) -> None:
+    """Where its numbers per pair of tokens are few; the teacher, which has no backward pass, stays as it is."""
+    teacher, ids = teachers("llama"), torch.zeros(2, 16, dtype=torch.int64)
+    live = Live(load_model(teacher, CPU, torch.float32, way))
+    recipe, blocks = DistillRecipe(tokens=32, batch_size=2), Blocks(ids, torch.ones_like(ids, dtype=torch.int32))
+    used.clear()
+    trainer = Trainer(live, recipe, blocks, runtime_of(way), tmp_path)
+    student = trainer.trained(teacher)
+    assert student.headless.model.config._attn_implementation == (way or "eager")
+    assert used == {"sdpa", way or "eager"}
+
+
+def test_attention_is_written_out_where_its_pairs_take_little_memory() -> None:
+    arch = Arch.from_config({**SMOLLM2, "model_type": "llama"})  # 9 heads, 30 layers
+    assert writes_out_attention(arch, 1, 1024, "cpu")
+    assert writes_out_attention(arch, 4, 512, "cpu")
+    assert not writes_out_attention(arch, 8, 512, "cpu")
+    assert not writes_out_attention(arch, 1, 2048, "cpu")
+    assert not writes_out_attention(arch, 1, 512, "cuda")
+    assert not writes_out_attention(variant_arch("mamba2"), 1, 16, "cpu")
 
 
 @pytest.mark.parametrize(
