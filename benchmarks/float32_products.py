@@ -2,11 +2,11 @@
 
     python benchmarks/float32_products.py [--rounds 5] [--context 512] [--products-only | --steps-only]
 
-The three products of a loss over a vocabulary of 49,152, and one of a layer, as torch takes them by default (MKL on x86)
-and where oneDNN may round operands to bfloat16, which it does with tile registers (AMX). Then steps of a distillation of
-SmolLM2's size with an MLP of 768 from stored states, one block each, the ways in turn. Medians, spread and ratios within
-a round; those of steps are of the processor's time for this process, which other processes disturb less (with one
-thread). An error is the root mean square of a product's, against float64, over that of the product.
+The three products of a loss over a vocabulary of 49,152, and one of a layer, as torch takes them by default (MKL on
+x86) and where oneDNN may round operands to bfloat16, which it does with tile registers (AMX). Then steps of a
+distillation of SmolLM2's size with an MLP of 768 from stored states, one block each, the ways in turn. Medians, spread
+and ratios within a round; those of steps are of the processor's time for this process, which other processes disturb
+less (with one thread). An error is the root mean square of a product's, against float64, over that of the product.
 """
 
 import argparse

@@ -45,7 +45,7 @@ def errors(shape: tuple[int, int, int]) -> list[float]:
     exact = a.double() @ b.double()
     of_weight = output.detach().double().T @ a.double()
     pairs = [(a @ b, exact), (output, exact), (weight.grad, of_weight)]
-    return [float((found - wanted).norm() / wanted.norm()) for found, wanted in pairs]
+    return [float((found.detach() - wanted).norm() / wanted.norm()) for found, wanted in pairs]
 
 
 @pytest.mark.parametrize("shape", [(64, 96, 80), (512, 576, 1536)])

@@ -439,12 +439,13 @@ class Recipe(_Strict):
     device: str = "auto"
     """auto, cpu, cuda or cuda:N; auto takes a GPU where there is one."""
     dtype: str = "auto"
-    """Dtype of forward passes: float32, bfloat16 or float16; auto is bfloat16 on GPUs and float32 on CPUs."""
+    """Dtype of forward passes: float32, bfloat16 or float16; auto is bfloat16 on GPUs and float32 on CPUs. On CPUs with
+    AMX, auto also lets trainings round the operands of float32 products to bfloat16, which are summed in float32."""
     attn_implementation: (
         Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"] | None
     ) = None
     """How transformers computes attention. Flash Attention needs its package, a GPU, and bfloat16 or float16. None is
-    what transformers chooses."""
+    what transformers chooses; but trainings on a CPU write attention out (eager) where that takes at most 2 GB."""
     calibration: CalibrationRecipe = CalibrationRecipe()
     depth: DepthRecipe = DepthRecipe()
     search: SearchRecipe = SearchRecipe()

@@ -153,13 +153,16 @@ def configure_backends() -> None:
     their last bits: a run that was begun on the command line continues to equal bits only after this call.
 
     **Memory.** glibc's malloc keeps what is freed, for the next tensors of the process: fresh pages of the system are
-    slower than many operations that fill them. `release_memory` returns it.
+    slower than many operations that fill them. `release_memory` returns it. Where the environment sets up malloc
+    (`MALLOC_…`), that stays.
     """
     processor = _processor()
     if "AMD" in processor.get("cpu_name", "") and processor.get("avx512_f") and not processor.get("amx_tile"):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # type: ignore[attr-defined]
-    if (libc := _glibc()) is not None and libc.mallopt(M_MMAP_MAX, 0):  # large tensors come from the heap,
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # whose end is never returned
+    is_set_up = any(name.startswith("MALLOC_") for name in os.environ)
+    libc = None if is_set_up else _glibc()
+    if libc is not None and libc.mallopt(M_MMAP_MAX, 0):  # large tensors come from the heap,
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # whose end is not returned by itself
 
 
 def release_memory() -> None:
