@@ -18,6 +18,7 @@ from minitron.distillation.losses import forward_kl_
 from minitron.model.language_model import Headless, load_model
 from minitron.model.source import open_teacher
 from minitron.recipe import Recipe
+from minitron.runtime import Runtime, rounds_products
 from minitron.session import Session
 
 CONTEXT = 512
@@ -46,8 +47,11 @@ def main() -> None:
 def errors(own: States, said: States) -> dict[str, dict[str, float]]:
     """The relative errors of each way of computing the loss, of a student's and a teacher's states in bfloat16."""
     wanted = exact(own, said)
+    with Runtime(device, torch.float32, rounds=rounds_products("auto", device)).training():
+        as_trained = ours(own, said)
     ways = {
         "minitron": ours(own, said), "minitron, as on CUDA": ours(own, said, torch.bfloat16),
+        "minitron, as this processor trains": as_trained,
         "logits in bfloat16": rounded(own, said),
     }  # fmt: skip
     names = ("loss", "gradient by states", "gradient by output matrix")

@@ -5,11 +5,13 @@
 Each figure is of a process of its own, the ways in turn, so that a drift of the machine's speed hits all alike. Peers
 are measured where they are installed: `pip install trl liger-kernel nvidia-modelopt`. All compute forward KL at
 temperature 1, averaged over tokens, in float32, from last hidden states to the gradients of the student's states and
-output matrix. `benchmarks/on_gpu.sh` measures the ways on a GPU, there from states and matrices in bfloat16.
+output matrix. Threads that wait for each other sleep, as under the command line, unless OMP_WAIT_POLICY is set.
+`benchmarks/on_gpu.sh` measures the ways on a GPU, there from states and matrices in bfloat16.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -128,7 +130,11 @@ def main() -> None:
 
 def alone(way: str, sizes: list[str]) -> dict[str, float]:
     """One measurement in a process of its own; a peer that is missing or fails says so."""
-    shown = subprocess.run([sys.executable, __file__, *sizes, "--only", way], capture_output=True, text=True)
+    command, environment = (
+        [sys.executable, __file__, *sizes, "--only", way],
+        {"OMP_WAIT_POLICY": "passive"} | os.environ,
+    )
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment)
     if shown.returncode:
         return {"error": shown.stderr.strip().splitlines()[-1]}  # type: ignore[dict-item]
     return dict(json.loads(shown.stdout.splitlines()[-1]))
