@@ -93,24 +93,28 @@ def timed(way: str, do: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure_steps(rounds: int, context: int) -> None:
-    """All ways in turn; the first round does not count. Peaks are of the process, without what malloc keeps before."""
+    """All ways in turn, two steps each, of which the second counts. Peaks are of the process, without what malloc keeps before."""
     steps = {attention: make_step(attention, context) for attention in ("sdpa", "eager")}
     found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
-    for number in range(rounds + 1):
+
+    def take(settings: set[str]) -> None:
+        with Runtime(torch.device("cpu"), torch.float32, rounds="rounds" in settings).training():
+            steps["eager" if "eager" in settings else "sdpa"]()
+
+    for number in range(rounds):
         for way, settings in WAYS.items():
             keep_freed_memory("kept" in settings)
             release_memory()
             CLEAR_PEAK.write_text("5")
+            take(settings)  # not timed: the first step after memory was returned fetches it again
             started, worked = time.perf_counter(), time.process_time()
-            with Runtime(torch.device("cpu"), torch.float32, rounds="rounds" in settings).training():
-                steps["eager" if "eager" in settings else "sdpa"]()
+            take(settings)
             figures = time.perf_counter() - started, time.process_time() - worked, resident("VmHWM") / 1e6
             print(
                 f"round {number}, {way}: {figures[0]:.2f} s, {figures[1]:.2f} s computed, {figures[2]:.0f} MB",
                 flush=True,
             )
-            if number:
-                found[way].append(figures)
+            found[way].append(figures)
     print(
         "by way: tokens/s; tokens per second that the cores computed for this process, and as a multiple of exact; peak"
     )

@@ -96,7 +96,7 @@ def compared(shape: str, dtype: str, setting: str) -> dict[str, float]:
     disable_progress()
     configure_backends()
     torch.set_num_threads(1)
-    runtime, place = Runtime(torch.device("cpu"), getattr(torch, dtype)), Place(CONTEXT, dtype, "cpu")
+    runtime, place = Runtime(torch.device("cpu"), getattr(torch, dtype)), Place(CONTEXT, dtype, "cpu", attention="sdpa")
     recipe = DistillRecipe(**{"tokens": 4 * CONTEXT, "batch_size": 2, **SETTINGS[setting]})
     recipe = recipe.model_copy(update={"tokens": 2 * recipe.batch_size * CONTEXT})
     with TemporaryDirectory() as folder:

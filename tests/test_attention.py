@@ -1,6 +1,7 @@
 """Tests the choice of how transformers computes attention: `attn_implementation`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -85,19 +86,20 @@ def test_a_choice_is_used_and_leaves_the_teacher_as_it_is(tmp_path: Path, used: 
         assert session.teacher.identity() == before
 
 
-@pytest.mark.parametrize("way", ["sdpa", None])
-def test_a_student_in_training_has_attention_written_out_unless_the_user_chose(
-    tmp_path: Path, used: set[str | None], way: str | None, teachers: Callable[[str], Checkpoint]
+@pytest.mark.parametrize(("way", "rounds"), [(None, True), (None, False), ("sdpa", True)])
+def test_a_student_in_training_has_attention_written_out_where_products_are_rounded_and_nothing_is_chosen(
+    tmp_path: Path, used: set[str | None], way: str | None, rounds: bool, teachers: Callable[[str], Checkpoint]
 ) -> None:
     """Where its numbers per pair of tokens are few; the teacher, which has no backward pass, stays as it is."""
+    expected = "eager" if rounds and way is None else "sdpa"
     teacher, ids = teachers("llama"), torch.zeros(2, 16, dtype=torch.int64)
     live = Live(load_model(teacher, CPU, torch.float32, way))
     recipe, blocks = DistillRecipe(tokens=32, batch_size=2), Blocks(ids, torch.ones_like(ids, dtype=torch.int32))
     used.clear()
-    trainer = Trainer(live, recipe, blocks, runtime_of(way), tmp_path)
+    trainer = Trainer(live, recipe, blocks, replace(runtime_of(way), rounds=rounds), tmp_path)
     student = trainer.trained(teacher)
-    assert student.headless.model.config._attn_implementation == (way or "eager")
-    assert used == {"sdpa", way or "eager"}
+    assert student.headless.model.config._attn_implementation == expected
+    assert used == {"sdpa", expected}
 
 
 def test_attention_is_written_out_where_its_pairs_take_little_memory() -> None:

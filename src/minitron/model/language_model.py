@@ -118,9 +118,14 @@ def require_attention(checkpoint: Checkpoint, runtime: Runtime) -> None:
 def attention_in_training(arch: Arch, num_blocks: int, context: int, runtime: Runtime) -> str | None:
     """Return the attention of a model that is trained, as in `Runtime`: what the user asked for, or the faster one.
 
-    See `writes_out_attention`; a training takes `num_blocks` blocks of `context` tokens at a time.
+    Written out it is faster where products are rounded, and slower where they are exact. See `writes_out_attention`;
+    a training takes `num_blocks` blocks of `context` tokens at a time.
     """
-    if runtime.attention is None and writes_out_attention(arch, num_blocks, context, runtime.device.type):
+    if (
+        runtime.attention is None
+        and runtime.rounds
+        and writes_out_attention(arch, num_blocks, context, runtime.device.type)
+    ):
         return "eager"
     return runtime.attention
 

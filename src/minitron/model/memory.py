@@ -23,12 +23,12 @@ PAIRS_BYTES = 2**31
 
 
 def writes_out_attention(arch: Arch, num_blocks: int, context: int, device: str) -> bool:
-    """Return whether a training computes attention in products and a softmax, not in PyTorch's fused kernel.
+    """Return whether a training that rounds products computes attention in products, not in PyTorch's fused kernel.
 
-    On a CPU the backward pass of the fused kernel takes longer than all products written out, which keep a float32
-    number per pair of tokens, query head and layer: they are chosen where the numbers of `num_blocks` blocks of
-    `context` tokens take at most `PAIRS_BYTES` (docs/studies/processors.md). Sizes alone decide, not the memory that is
-    free, so that a resumed training computes to equal bits.
+    On a CPU the fused kernel gains nothing from rounding. Written out, attention keeps a float32 number per pair of
+    tokens, query head and layer: this is chosen where the numbers of `num_blocks` blocks of `context` tokens take at
+    most `PAIRS_BYTES` (docs/studies/processors.md). Sizes alone decide, not the memory that is free, so that a resumed
+    training computes to equal bits.
     """
     num_layers = _num_layers_along(arch, "query", arch.sizes)
     num_pairs = num_blocks * context**2 * num_layers * (arch.axis_size("query") if num_layers else 0)

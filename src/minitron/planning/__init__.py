@@ -127,7 +127,7 @@ def _stage_plan(
 ) -> StagePlan:
     recipe, arch = stage.recipe, teacher.arch
     context = recipe.context_within(teacher.longest or recipe.context)
-    masked, attention = _masked(recipe, teacher, context), recipe.attn_implementation
+    masked, attention = _masked(recipe, teacher, context), _attention(recipe, machine)
     place = Place(context, dtype, machine.device, machine.num_devices, masked, attention)
     archs, num_shapes = _students(stage, teacher, source)
     student = archs[-1]
@@ -169,6 +169,17 @@ def _stage_plan(
         problems=tuple(_problems(distill, machine)),
     )  # fmt: skip
     return plan if fits(peak, machine) else replace(plan, changes=tuple(_changes(plan, machine)))
+
+
+def _attention(recipe: Recipe, machine: Machine) -> str | None:
+    """Return the attention of a training as in `Place`: on a CPU whose products are exact, the fused kernel."""
+    if recipe.attn_implementation is not None or machine.device != "cpu":
+        return recipe.attn_implementation
+    import torch
+
+    from minitron.runtime import rounds_products
+
+    return None if rounds_products(recipe.dtype, torch.device("cpu")) else "sdpa"
 
 
 def _masked(recipe: Recipe, teacher: Teacher, context: int) -> float:

@@ -25,7 +25,8 @@ class Place:
     masked: float = 0.0
     """The share of the attention layers that need a mask, for windows or documents: keys and values are repeated."""
     attention: str | None = None
-    """The recipe's `attn_implementation`; None: as the training chooses, see `memory.writes_out_attention`."""
+    """The recipe's `attn_implementation`; None: as a training that rounds products chooses, see
+    `memory.writes_out_attention`."""
 
     @property
     def width(self) -> int:
