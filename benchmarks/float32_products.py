@@ -93,7 +93,7 @@ def timed(way: str, do: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def measure_steps(rounds: int, context: int) -> None:
-    """All ways in turn, two steps each, of which the second counts. Peaks are of the process, without what malloc keeps before."""
+    """All ways in turn, two steps each, of which the second counts. Peaks are the process's."""
     steps = {attention: make_step(attention, context) for attention in ("sdpa", "eager")}
     found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
 

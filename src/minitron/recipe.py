@@ -445,7 +445,7 @@ class Recipe(_Strict):
         Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"] | None
     ) = None
     """How transformers computes attention. Flash Attention needs its package, a GPU, and bfloat16 or float16. None is
-    what transformers chooses; but trainings that round products (see dtype) take eager where that keeps at most 2 GB."""
+    what transformers chooses; trainings that round products (see dtype) take eager where that keeps at most 2 GB."""
     calibration: CalibrationRecipe = CalibrationRecipe()
     depth: DepthRecipe = DepthRecipe()
     search: SearchRecipe = SearchRecipe()
