@@ -119,9 +119,11 @@ def measure_steps(rounds: int, context: int) -> None:
         "by way: tokens/s; tokens per second that the cores computed for this process, and as a multiple of exact; peak"
     )
     for way, each in found.items():
-        rates, worked, peaks = zip(*((context / wall, context / cpu, peak) for wall, cpu, peak in each), strict=True)
-        ratios = [base[1] / cpu for base, (_, cpu, _) in zip(found["exact"], each, strict=True)]
-        print(f"{way}: {spread([*rates])}; {spread([*worked])}, {spread(ratios)}; {spread([*peaks])} MB", flush=True)
+        rates = [context / wall for wall, _, _ in each]
+        computed = [context / used for _, used, _ in each]
+        peaks = [peak for _, _, peak in each]
+        ratios = [base[1] / used for base, (_, used, _) in zip(found["exact"], each, strict=True)]
+        print(f"{way}: {spread(rates)}; {spread(computed)}, {spread(ratios)}; {spread(peaks)} MB", flush=True)
 
 
 def keep_freed_memory(kept: bool) -> None:

@@ -188,7 +188,8 @@ def fsdp_rank(part: Part) -> None:
     sizes = (TINY, {"hidden_size": 48}) if part.is_tiny else STEPS["SmolLM2-135M"]
     context, batch = (32, 2) if part.is_tiny else (1024, 8)
     recipe = DistillRecipe(batch_size=batch, micro_batch_size=batch)
-    ids, gradients = random_ids(sizes[0]["vocab_size"], (batch, context)), []
+    ids = random_ids(sizes[0]["vocab_size"], (batch, context))
+    gradients: list[torch.Tensor] = []
     backend = "nccl" if part.on_gpu else "gloo"
     if part.on_gpu:
         torch.cuda.set_device(part.device)

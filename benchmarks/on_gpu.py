@@ -181,7 +181,7 @@ def run_alone(name: str, limit: float, work: Path, is_tiny: bool) -> dict[str, A
                     process.wait(3)
                     break
     found, lines = work / f"{name}.json", log.read_text(errors="replace").strip().splitlines()
-    row = {"seconds": time.perf_counter() - started, "limit": limit}
+    row: dict[str, Any] = {"seconds": time.perf_counter() - started, "limit": limit}
     if code != 0:
         reason = f"ended with {code}: {lines[-1] if lines else ''}"[:600]
         row["error"] = f"took longer than {limit:g} seconds" if code is None else reason

@@ -93,13 +93,13 @@ class _Places(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func == torch.Tensor.device.__get__:
             return self.marks.device(args[0])
-        if func == torch.Tensor.is_cuda.__get__:
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return self.marks.device(args[0]).type == "cuda"
-        if func == torch.Tensor.is_cpu.__get__:
+        if func == torch.Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
             return self.marks.device(args[0]).type == "cpu"
         if func is torch.Tensor.get_device:
             return self.marks.device(args[0]).index if self.marks.device(args[0]).type == "cuda" else -1
-        if func in {torch.Tensor.numpy, torch.Tensor.__array__} and self.marks.device(args[0]).type == "cuda":
+        if func in (torch.Tensor.numpy, torch.Tensor.__array__) and self.marks.device(args[0]).type == "cuda":
             raise TypeError("can't convert cuda:0 device type tensor to numpy: use .cpu() first")
         if func in {torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu, torch.Tensor.type_as}:
             return self._moved(func, args, kwargs)
@@ -184,7 +184,7 @@ def _widened_product(func: Any, args: Any, kwargs: Any) -> Tensor:
     a, b = factors[-2:]
     if a.dtype != b.dtype or a.dtype not in HALVES or out_dtype != torch.float32:
         raise RuntimeError(f"{func} of {a.dtype} and {b.dtype} with a result in {out_dtype}")
-    product = a.float() @ b.float()
+    product: Tensor = a.float() @ b.float()
     if len(factors) == 3:
         if factors[0].dtype not in {out_dtype, a.dtype}:
             raise RuntimeError("self dtype must match either out_dtype or mat1 dtype")

@@ -98,7 +98,8 @@ def test_a_student_in_training_has_attention_written_out_where_products_are_roun
     used.clear()
     trainer = Trainer(live, recipe, blocks, replace(runtime_of(way), rounds=rounds), tmp_path)
     student = trainer.trained(teacher)
-    assert student.headless.model.config._attn_implementation == expected
+    config: Any = student.headless.model.config
+    assert config._attn_implementation == expected
     assert used == {"sdpa", expected}
 
 
