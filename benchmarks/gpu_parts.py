@@ -189,7 +189,7 @@ def fsdp_rank(part: Part) -> None:
     context, batch = (32, 2) if part.is_tiny else (1024, 8)
     recipe = DistillRecipe(batch_size=batch, micro_batch_size=batch)
     ids = random_ids(sizes[0]["vocab_size"], (batch, context))
-    gradients: list[torch.Tensor] = []
+    gradients: list[dict[str, torch.Tensor]] = []
     backend = "nccl" if part.on_gpu else "gloo"
     if part.on_gpu:
         torch.cuda.set_device(part.device)
