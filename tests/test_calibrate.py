@@ -14,11 +14,12 @@ from minitron.data.stream import Stream
 from minitron.errors import UserError
 from minitron.model.anatomy import Tap
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.language_model import load_model
+from minitron.model.language_model import load_model, module_of
 from minitron.pruning import require_scores
-from minitron.pruning.calibrate import calibrate
+from minitron.pruning.calibrate import ENDS, NOISE, calibrate, random_blocks
 from minitron.pruning.scores import SCORES, Importance, Score, score
 from minitron.pruning.selection import score_shape, select
+from minitron.pruning.statistics import STREAM_MOMENT
 from minitron.recipe import CalibrationRecipe, Recipe
 from minitron.runtime import Runtime
 from tests.conftest import MECHANISMS
@@ -459,3 +460,43 @@ def test_a_stream_in_a_file_is_the_one_in_memory(
     spilled = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, dtype), moment=True)
     assert all(torch.equal(in_memory[name], spilled[name]) for name in in_memory)
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen2", "nemotron", "gpt_neox"])
+def test_the_moment_of_the_stream_counts_its_ends_more_and_random_tokens_less(
+    variant: str, teachers: Callable[[str], Checkpoint], blocks: Blocks
+) -> None:
+    teacher = teachers(variant)
+    arch = teacher.arch
+    noise = random_blocks(blocks, arch.axis_size("vocab"), seed=0)
+    assert len(noise) == 1
+    assert noise.context == blocks.context
+    assert not torch.equal(noise.ids, random_blocks(blocks, arch.axis_size("vocab"), seed=1).ids)
+
+    def expected(ends: float, share: float) -> Tensor:
+        layers, total = range(arch.axis_size("layer")), torch.zeros(())
+        for part, weight in ((blocks, 1.0), (noise, share)):
+            model = reference_model(teacher)
+            seen, inner, final = Seen(), arch.norms_before_blocks, arch.family.final_norm
+            for i in layers:
+                for norm in inner:
+                    seen.watch(module_of(model, norm, i), f"{norm.name} {i}")
+            seen.watch(module_of(model, final), "final")
+            for ids in part.ids:
+                model(input_ids=ids[None])
+            for name, reads in seen.items():
+                x = torch.cat(reads)
+                x = x - x.mean(dim=-1, keepdim=True) if arch.family.is_centred else x
+                x = x / x.square().mean(dim=-1, keepdim=True).sqrt()
+                factor = ends if name in {f"{inner[0].name} 0", "final"} else 1.0
+                total = total + weight * factor * (x.T @ x) / len(x)
+        return total
+
+    found = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, torch.float64), moment=True)
+    moment = found.pop(STREAM_MOMENT)
+    torch.testing.assert_close(moment, expected(ENDS, NOISE), rtol=1e-4, atol=1e-5)
+    for ends, share in ((1.0, NOISE), (ENDS, 0.0)):
+        assert not torch.allclose(moment, expected(ends, share), rtol=1e-2, atol=1e-2)
+    without = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, torch.float64))
+    assert without.keys() == found.keys()
+    assert all(torch.equal(without[key], found[key]) for key in found)

@@ -4,7 +4,8 @@ Statistics are keyed by the module that was read, so that one file serves every 
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from math import prod
 from typing import NoReturn
 
@@ -35,6 +36,15 @@ from minitron.pruning.statistics import (
 from minitron.recipe import CalibrationRecipe
 from minitron.runtime import Runtime
 
+ENDS = 3.0
+"""The weight in the moment of the stream of its two ends, the embeddings and what the final norm reads; that of every
+place between them is 1. Everything that a model reads or says passes there (docs/studies/token-efficiency.md)."""
+NOISE = 0.3
+"""The weight of random tokens in the moment of the stream, compared with the text. Directions that the calibration text
+hardly uses, and other texts need, are kept for them (docs/studies/token-efficiency.md)."""
+NOISE_BLOCKS = 0.25
+"""The number of blocks of random tokens, as a share of the blocks of text."""
+
 
 @torch.no_grad()
 def calibrate(
@@ -56,7 +66,9 @@ def calibrate(
       (Minitron, arXiv 2407.14679, section 2.2, after ShortGPT);
     - `num_blocks`, (1,);
     - with `moment`, `stream_moment`, (hidden, hidden): the second moment of the stream as norms before blocks, the
-      final one included, normalise it and before they multiply by their weights; mean over tokens, summed over norms.
+      final one included, normalise it and before they multiply by their weights; mean over tokens, summed over norms,
+      the first and the final one `ENDS` times. To that of the text, that of blocks of random tokens is added `NOISE`
+      times.
 
     One layer is in memory at a time, and the residual stream of all blocks.
 
@@ -66,26 +78,42 @@ def calibrate(
     require_width_scores(recipe)
     arch, layers = checkpoint.arch, Layers.of(checkpoint, runtime)
     depth, sums = arch.axis_size("layer"), _Sums(arch, recipe, blocks.num_tokens)
-    with Progress("calibrate", depth * blocks.num_tokens, "tokens × layers") as progress:
-        stream = layers.embedded(blocks)
+    noise = random_blocks(blocks, arch.axis_size("vocab"), runtime.seed) if moment else blocks[:0]
+    weights = (1 / blocks.num_tokens, NOISE / max(1, noise.num_tokens))
+    num_tokens = blocks.num_tokens + noise.num_tokens
+    with Progress("calibrate", depth * num_tokens, "tokens × layers") as progress:
+        stream, of_noise = layers.embedded(blocks), layers.embedded(noise) if moment else None
         for number in range(depth):
             layer = layers.load(number)
             progress.note(f"layer {number + 1} of {depth}")
-            with sums.reading(layer, moment):
+            with sums.reading(layer), sums.reading_stream(layer, weights[0]) if moment else nullcontext():
                 for i in range(len(blocks)):
                     before = stream[i].to(runtime.device)
                     after = layer(before)
                     sums.add_influence(number, before, after)
                     stream[i] = after
                     progress.advance(blocks.context)
-    if moment:
-        for states in stream:
-            sums.add_moment(states.to(runtime.device))
+            if of_noise is not None:
+                with sums.reading_stream(layer, weights[1]):
+                    for i in range(len(noise)):
+                        of_noise[i] = layer(of_noise[i].to(runtime.device))
+                        progress.advance(blocks.context)
+    if of_noise is not None:
+        for part, weight in zip((stream, of_noise), weights, strict=True):
+            for states in part:
+                sums.add_moment(states.to(runtime.device), ENDS * weight)
     statistics = {key: value.double().cpu() for key, value in sums.by_key.items()}
     statistics[NUM_BLOCKS] = torch.tensor([len(blocks)])
     if broken := [key for key, value in statistics.items() if not torch.isfinite(value).all()]:
         _explain(checkpoint, broken[0], runtime)
     return statistics
+
+
+def random_blocks(blocks: Blocks, vocab_size: int, seed: int) -> Blocks:
+    """Return blocks of tokens drawn at random from the vocabulary, `NOISE_BLOCKS` times as many as `blocks`, or one."""
+    size = (max(1, round(NOISE_BLOCKS * len(blocks))), blocks.context)
+    ids = torch.randint(vocab_size, size, generator=torch.Generator().manual_seed(seed))
+    return Blocks(ids, torch.zeros(size, dtype=torch.int32))
 
 
 def _explain(checkpoint: Checkpoint, key: str, runtime: Runtime) -> NoReturn:
@@ -112,22 +140,35 @@ class _Sums:
         cosine = nn.functional.cosine_similarity(widened(before), widened(after), dim=-1)
         self._add(BLOCK_INFLUENCE, layer, (1 - cosine).double().sum() / self.num_tokens)
 
-    def add_moment(self, stream: Tensor) -> None:
-        """Add to the second moment of the normalised stream, of the residual stream (1, T, hidden) before a norm."""
+    def add_moment(self, stream: Tensor, weight: float) -> None:
+        """Add to the second moment of the normalised stream, of the residual stream (1, T, hidden) before a norm.
+
+        `weight` is that of a token.
+        """
         normed = _normalised(widened(stream.flatten(0, -2)), self.arch.family.is_centred)
-        value = normed.T @ normed / self.num_tokens
+        value = normed.T @ normed * weight
         self.by_key[STREAM_MOMENT] = self.by_key[STREAM_MOMENT].add_(value) if STREAM_MOMENT in self.by_key else value
 
     @contextmanager
-    def reading(self, layer: Layer, moment: bool) -> Iterator[None]:
-        """Read every tap of a layer while the block runs, and with `moment` the stream before its norms."""
+    def reading(self, layer: Layer) -> Iterator[None]:
+        """Read every tap of a layer while the block runs."""
         with ExitStack() as hooks:
             for tap, quantities in self._places(layer):
                 hooks.callback(self._hook(layer, tap, quantities).remove)
-            for norm in self.arch.norms_before_blocks if moment else ():
-                handle = layer.module_of(norm).register_forward_pre_hook(lambda _, inputs: self.add_moment(inputs[0]))
-                hooks.callback(handle.remove)
             yield
+
+    @contextmanager
+    def reading_stream(self, layer: Layer, weight: float) -> Iterator[None]:
+        """Read the stream before the norms of a layer while the block runs; `weight` is that of a token."""
+        with ExitStack() as hooks:
+            for number, norm in enumerate(self.arch.norms_before_blocks):
+                factor = ENDS if layer.number == number == 0 else 1.0
+                add = partial(self._add_read, weight=factor * weight)
+                hooks.callback(layer.module_of(norm).register_forward_pre_hook(add).remove)
+            yield
+
+    def _add_read(self, _: nn.Module, inputs: tuple[Tensor, ...], weight: float) -> None:
+        self.add_moment(inputs[0], weight)
 
     def _places(self, layer: Layer) -> Iterable[tuple[Tap, list[Quantity]]]:
         """Return the taps at which modules of a layer are read, each with the quantities that are read there."""
