@@ -27,7 +27,7 @@ from minitron.distillation.checkpoint import load_checkpoint, save_checkpoint
 from minitron.distillation.fused import States
 from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import make_optimizer, take_step
-from minitron.distillation.parallel import lighten, shard, whole
+from minitron.distillation.parallel import lighten, shard_over_ranks, whole
 from minitron.distillation.teacher import Live
 from minitron.errors import UserError
 from minitron.evaluation.perplexity import measure_perplexity
@@ -200,8 +200,8 @@ def fsdp_rank(part: Part) -> None:
                 models = distilled_pair(part, *sizes)
                 live = models.live()
                 if gradients:
-                    shard(models.student, models.student_arch, part.runtime)
-                    shard(live.headless, live.arch, part.runtime, is_teacher=True)
+                    shard_over_ranks(models.student, models.student_arch, part.runtime)
+                    shard_over_ranks(live.headless, live.arch, part.runtime, is_teacher=True)
                 objective = Objective(live, recipe, part.runtime)
                 row["loss"] = float(objective.accumulate(models.student, *models.step_blocks(ids))[0])
                 parameters = models.student.named_parameters()

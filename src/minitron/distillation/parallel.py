@@ -17,6 +17,12 @@ from minitron.runtime import Runtime
 
 
 def shard(model: Headless, arch: Arch, runtime: Runtime, *, is_teacher: bool = False) -> None:
+    """Shard a model over the ranks where there are several; see `shard_over_ranks`."""
+    if runtime.world.size > 1:
+        shard_over_ranks(model, arch, runtime, is_teacher=is_teacher)
+
+
+def shard_over_ranks(model: Headless, arch: Arch, runtime: Runtime, *, is_teacher: bool = False) -> None:
     """Shard parameters, gradients and optimizer state over the ranks, layer by layer (FSDP2), on the runtime's device.
 
     With a forward pass in bfloat16, layers are gathered in bfloat16 and their gradients summed in float32; tensors

@@ -101,12 +101,11 @@ class Trainer:
         intermediate = self._intermediate(headless, pruned)
         student = Student(headless, pruned, choose_parameters(headless.model, pruned.arch, recipe, runtime.seed))
         lighten(headless, pruned.arch, recipe)
+        shard(headless, pruned.arch, runtime)
         if isinstance(self.teacher, Live):
             lighten(self.teacher.headless, self.teacher.arch, recipe)
-        if runtime.world.size > 1:
-            shard(headless, pruned.arch, runtime)
-            if isinstance(self.teacher, Live):
-                shard(self.teacher.headless, self.teacher.arch, runtime, is_teacher=True)
+            teacher, arch = self.teacher.headless, self.teacher.arch
+            shard(teacher, arch, runtime, is_teacher=True)
         models: Trained = {"student": (headless, make_optimizer(headless, recipe))}
         if isinstance(self.teacher, Learning):
             teacher = self.teacher.headless
