@@ -23,11 +23,11 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import Headless, load_model
 from minitron.model.memory import attention_windows
+from minitron.model.work import forward_flops, layers_along, training_flops
 from minitron.planning.disk import disk_space
 from minitron.planning.layers import Place, layers_of
 from minitron.planning.machine import described_machine
 from minitron.planning.memory import moment_bytes, trained_parameters, training_memory
-from minitron.planning.work import forward_flops, layers_along, training_flops
 from minitron.recipe import DistillRecipe
 from minitron.runtime import Runtime
 from tests.conftest import SIZES, make_config, make_model, variant_arch

@@ -7,11 +7,11 @@ from typing import Any
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.memory import attention_windows
+from minitron.model.work import Work, forward_flops, layers_along, step_work, training_flops
 from minitron.planning.disk import disk_space
 from minitron.planning.layers import Place
 from minitron.planning.machine import Machine
 from minitron.planning.memory import Peak, loading_memory, training_memory
-from minitron.planning.work import Work, forward_flops, layers_along, training_flops
 from minitron.recipe import DistillRecipe, Recipe
 from minitron.stages import Kind, Stage, stages_of, stores_states
 
@@ -138,15 +138,8 @@ def _stage_plan(
     if teaches is None:
         distill = distill.model_copy(update={"correction": type(distill.correction)(), "teacher_states": None})
     peak = training_memory(student, teaches, distill, place)
-    per_step = distill.batch_size * context
     forward, stored = forward_flops(arch, context, teacher.windows), distill.teacher_states is not None
-    passes = 0 if teaches is None or stored else 1 if distill.correction.trains == "nothing" else 3
-    again = forward_flops(student, context, teacher.windows) if distill.activation_checkpointing else 0
-    work = Work(
-        student=training_flops(student, context, teacher.windows) * per_step,
-        recomputation=again * per_step,
-        teacher=passes * forward * per_step,
-    )
+    work = step_work(student, teaches, distill, context, teacher.windows)
     extra: dict[str, float] = {}
     if stored and teaches is not None and (is_first or not stores):
         extra["teacher outputs"] = forward * max(distill.tokens, recipe.calibration.tokens)

@@ -6,7 +6,7 @@ from math import prod
 from minitron.model.anatomy import Row
 from minitron.model.arch import Arch
 from minitron.model.memory import DTYPE_BYTES
-from minitron.planning.work import size_of
+from minitron.model.work import size_of
 
 FLOAT32 = 4
 MIXER_COPIES = 3

@@ -9,9 +9,9 @@ from minitron.files import read_json
 from minitron.model.arch import Arch
 from minitron.model.config import config_values
 from minitron.model.source import config_of
+from minitron.model.work import layers_along
 from minitron.planning import SPARE, UTILISATION, StagePlan, Teacher, fits, plan_stages
 from minitron.planning.machine import Machine, described_machine, this_machine
-from minitron.planning.work import layers_along
 from minitron.recipe import Recipe, RecipeSource, recipe_from
 from minitron.reports.figures import Rows
 from minitron.verbs.results import Result

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
+from minitron.recipe import DistillRecipe
 
 BACKWARD = 2
 """Operations of a backward pass over those of a forward pass: gradients of inputs, and of weights."""
@@ -57,6 +58,24 @@ def forward_flops(arch: Arch, context: int, windows: list[int] | None = None) ->
 def training_flops(arch: Arch, context: int, windows: list[int] | None = None) -> float:
     """Return the operations per token of a forward and a backward pass."""
     return (1 + BACKWARD) * forward_flops(arch, context, windows)
+
+
+def step_work(
+    student: Arch, teacher: Arch | None, recipe: DistillRecipe, context: int, windows: list[int] | None = None
+) -> Work:
+    """Return the operations of one step of a training; without a teacher the model learns the text itself.
+
+    A teacher runs forward, and backward where it learns while it teaches; stored outputs take no operations.
+    """
+    tokens, passes = recipe.batch_size * context, 1 if recipe.correction.trains == "nothing" else 1 + BACKWARD
+    if teacher is None or recipe.teacher_states is not None:
+        passes = 0
+    forward = forward_flops(student, context, windows)
+    return Work(
+        student=training_flops(student, context, windows) * tokens,
+        recomputation=forward * tokens if recipe.activation_checkpointing else 0.0,
+        teacher=passes * forward_flops(teacher, context, windows) * tokens if teacher else 0.0,
+    )
 
 
 def layers_along(arch: Arch, axis: str) -> int:
