@@ -27,7 +27,7 @@ from minitron.errors import UserError, courtesy
 from minitron.evaluation import measure
 from minitron.evaluation.agreement import Comparison, TeacherStates
 from minitron.evaluation.speed import TURNS, speed_up
-from minitron.files import read_json, require_space, write_json
+from minitron.files import read_json, read_jsonl, require_space, write_json
 from minitron.history import record_step
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
@@ -106,9 +106,24 @@ def _cut(run: Run, session: Session) -> None:
     with _step(run, session, "prune", on_main=True) as is_taken:
         if is_taken:
             run.record["kept_layers"] = kept_layers(importance, source, arch).tolist()
-            step = prune(session, arch, importance, run.path("pruned"))
-            record_step(run.path("pruned"), session.source.folder, step | {"measured": how_measured(session)})
+            if not _takes_trial(run):
+                step = prune(session, arch, importance, run.path("pruned"))
+                record_step(run.path("pruned"), session.source.folder, step | {"measured": how_measured(session)})
     _train(run, session)
+
+
+def _takes_trial(run: Run) -> bool:
+    """Make the files of the chosen shape's trial those of the run, and return whether there are any.
+
+    They are the pruned model and, where the distillation continues the trial, its checkpoint and its rows of figures.
+    """
+    trial = run.path(nas.TRIAL)
+    if not trial.is_dir():
+        return False
+    for path in trial.iterdir():
+        path.replace(run.path(path.name))
+    trial.rmdir()
+    return True
 
 
 def _distill_further(run: Run, session: Session) -> None:
@@ -244,9 +259,9 @@ def _begin(run: Run, session: Session, num_parameters: int) -> None:
 
 
 def _record_resumption(run: Run, session: Session) -> None:
-    """Record at how many tokens the distillation continues, for the curves."""
-    state = run.path("checkpoint") / "state.json"
-    if state.exists():
+    """Record at how many tokens an interrupted distillation continues, for the curves; a trial is no interruption."""
+    state, rows = run.path("checkpoint") / "state.json", read_jsonl(run.path("metrics.jsonl"))
+    if state.exists() and not (rows and "trial" in rows[-1]):
         tokens = read_json(state)["step"] * session.recipe.distill.batch_size * session.context
         run.record["stages"]["distill"].setdefault("resumed_at", []).append(tokens)
         run.save()

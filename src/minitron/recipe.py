@@ -15,6 +15,8 @@ from minitron.quantities import parse_context, parse_count
 
 DEFAULT_CONTEXT = 1024
 """Tokens in a block where neither the recipe nor the teacher limits them."""
+HELDOUT_PART, MOST_HELDOUT = 16, 16_384
+"""Held-out text is a sixteenth of the tokens of the distillation, up to this limit."""
 
 
 def _share(target: Any) -> Any:
@@ -47,6 +49,8 @@ Target = str | float
 Model = TypeVar("Model", bound=BaseModel)
 Count = Annotated[int, BeforeValidator(parse_count)]
 CountOrNone = Annotated[int, BeforeValidator(lambda value: 0 if str(value) == "0" else parse_count(value))]
+Derived = Annotated[int | None, BeforeValidator(lambda value: value if value in (None, 0, "0") else parse_count(value))]
+"""A count, or 0; None leaves the number to the program."""
 Share = Annotated[Target, BeforeValidator(_share)]
 
 
@@ -197,23 +201,30 @@ class SearchRecipe(_Strict):
     """Offer only the shapes that this engine runs, by what was read in its sources (docs/how-to/engines.md)."""
     tensor_parallel: int = Field(1, ge=1)
     """Number of GPUs over which the engine splits every tensor."""
-    probe_tokens: CountOrNone = 4_096
-    """Tokens on which each probe is distilled: one shape per axis, cut along this axis alone, to learn what cuts of it
-    cost. Much longer probes predict worse. 0 compares the probes untrained."""
-    zero_shot: int = Field(256, ge=1)
-    """Number of shapes that are cut and compared with the teacher untrained: those with the least predicted loss."""
-    zero_shot_tokens: Count = 1_024
-    """Held-out tokens on which untrained shapes are compared with the teacher."""
-    shortlist: int = Field(8, ge=1)
-    """Number of shapes that are pruned, repaired and distilled in trials."""
-    distill_tokens: CountOrNone = 30_000
-    """Tokens on which the best shape of the short list is distilled. After a quarter and after half of them only the
-    better half continues, and every shape that ties with it. 0 skips the trials: untrained shapes decide."""
-    batch_size: int = Field(2, ge=1)
-    """Blocks per optimizer step of probes and trials."""
-    tokens: Count = 16_384
+    effort: float = Field(0.25, ge=0)
+    """The operations that a search adds at most to those of the distillation, as a share of them. The five numbers
+    below follow from it where they are None; those that are given hold, and are counted. The trial of the chosen shape
+    is the beginning of its distillation, so it adds nothing. With 0 the shape is predicted from untrained probes."""
+    probe_tokens: Derived = None
+    """Tokens on which each probe is distilled, one block per step: one shape per axis, cut along this axis alone, to
+    learn what cuts of it cost. None takes at most 4 blocks: much longer probes predict worse. 0 compares the probes
+    untrained."""
+    zero_shot: Annotated[Derived, Field(ge=1)] = None
+    """Number of shapes that are cut and compared with the teacher untrained: those with the least predicted loss. None
+    takes at most 256."""
+    zero_shot_tokens: Annotated[Derived, Field(ge=1)] = None
+    """Held-out tokens on which untrained shapes and probes are compared with the teacher. None takes 1,024."""
+    shortlist: Annotated[Derived, Field(ge=1)] = None
+    """Number of shapes that are pruned, repaired and distilled in trials. None takes at most 8."""
+    distill_tokens: Derived = None
+    """Tokens on which the best two shapes of the short list are distilled. The others stop before: of a longer list,
+    only the better half continues after a half of these tokens, or a quarter of them, and a shape that ties with it.
+    None takes at most 32,768 tokens, or 16 steps of the distillation where these are more. 0 skips the trials:
+    untrained shapes decide."""
+    tokens: Annotated[Derived, Field(ge=1)] = None
     """Held-out tokens that rank candidates and follow every distillation. Fewer tokens do not distinguish good shapes:
-    between two of them, the difference on one block of 512 tokens varies by 0.07 nats."""
+    between two of them, the difference on one block of 512 tokens varies by 0.07 nats. None takes a sixteenth of
+    `distill.tokens`, at most 16,384."""
 
     @model_validator(mode="after")
     def _engine_is_named(self) -> "SearchRecipe":
@@ -476,6 +487,11 @@ class Recipe(_Strict):
         if context > longest:
             raise UserError(f"context {context} is above the {longest} tokens that {self.teacher} was made for")
         return context
+
+    @property
+    def heldout_tokens(self) -> int:
+        """The held-out tokens that are read: as given, or a share of the tokens of the distillation."""
+        return self.search.tokens or min(MOST_HELDOUT, max(1, self.distill.tokens // HELDOUT_PART))
 
     @property
     def has_budget(self) -> bool:

@@ -144,8 +144,8 @@ class Session:
             )
         tokens = SplitTokens(
             evaluation=recipe.evaluation.tokens,
-            heldout=recipe.search.tokens,
-            train=max(recipe.calibration.tokens, recipe.distill.tokens, recipe.search.distill_tokens),
+            heldout=recipe.heldout_tokens,
+            train=max(recipe.calibration.tokens, recipe.distill.tokens),
             skipped=recipe.distill.skip_tokens,
         )
         return read_splits(recipe.data, self.packing(keeps_apart=keeps_apart), tokens)

@@ -1,7 +1,7 @@
 """The stages of a recipe: steps that `compress` takes in a row, each from the model that the one before has made."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from minitron.errors import UserError
@@ -70,10 +70,21 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
             raise UserError(f"stage {stage.name}: the teacher is corrected before the first student is cut")
         if stage.kind == "distill" and not has_student:
             raise UserError(f"stage {stage.name}: the first student needs a shape, target_params or a budget")
-        for earlier in stages:
-            _require_unseen(stage, earlier)
         stages.append(stage)
+    # Training text begins after held-out text, and stages read on where others have stopped.
+    heldout = max((stage.recipe.heldout_tokens for stage in stages), default=0)
+    stages = [replace(stage, recipe=_with_heldout(stage.recipe, heldout)) for stage in stages]
+    for number, stage in enumerate(stages):
+        for earlier in stages[:number]:
+            _require_unseen(stage, earlier)
     return tuple(stages)
+
+
+def _with_heldout(recipe: Recipe, tokens: int) -> Recipe:
+    """Return a recipe with a number of held-out tokens, unless it gives one."""
+    if recipe.search.tokens is not None:
+        return recipe
+    return recipe.model_copy(update={"search": recipe.search.model_copy(update={"tokens": tokens})})
 
 
 def _stage(recipe: Recipe, values: dict[str, Any], earlier: list[Stage]) -> Stage:
@@ -113,6 +124,6 @@ def _in_blocks(recipe: Recipe) -> tuple[int, int]:
     """Return the tokens of evaluation and of held-out text, in whole blocks (`blocks.read_splits`)."""
     context = recipe.context or DEFAULT_CONTEXT
     evaluation, heldout = (
-        max(1, tokens // context) * context for tokens in (recipe.evaluation.tokens, recipe.search.tokens)
+        max(1, tokens // context) * context for tokens in (recipe.evaluation.tokens, recipe.heldout_tokens)
     )
     return evaluation, heldout

@@ -18,6 +18,8 @@ from minitron.runtime import World
 
 CHECKPOINT_FILE_BYTES = 256 * 1024**2
 
+PROJECTION = "student.projection."
+"""The beginning of the names of the projection that losses within the layers add."""
 Trained = dict[str, tuple[Headless, Optimizer]]
 """The models that are trained, by name, each with its optimizer: the student, and a teacher that learns as well."""
 
@@ -40,8 +42,11 @@ def _plain(value: Any) -> dict[str, Tensor]:
     return {f".{inner}": getattr(value, inner) for inner in value.__tensor_flatten__()[0]}
 
 
-def save_checkpoint(work: Path, trained: Trained, step: int, world: World) -> None:
-    """Write `work/checkpoint`, complete or not at all, with the step; every rank must call this function."""
+def save_checkpoint(work: Path, trained: Trained, step: int, world: World, *, is_trial: bool = False) -> None:
+    """Write `work/checkpoint`, complete or not at all, with the step; every rank must call this function.
+
+    The checkpoint of a trial may lack what is trained besides the student from then on: a projection to the teacher.
+    """
     # Safetensors within torch's distributed checkpoint: reading it cannot execute code.
     state = dict(_state(trained))
     staging = partial_path(work / "checkpoint")
@@ -52,7 +57,7 @@ def save_checkpoint(work: Path, trained: Trained, step: int, world: World) -> No
         writer = HuggingFaceStorageWriter(str(staging), _file_numbers(state), 1, True)  # 1 thread; one shard per rank
         state_dict_saver.save(state, storage_writer=writer, no_dist=world.size == 1)
     if world.is_main:
-        write_json(staging / "state.json", {"step": step})
+        write_json(staging / "state.json", {"step": step, "is_trial": is_trial})
         publish_folder(staging, work / "checkpoint")
     world.barrier()
 
@@ -75,7 +80,11 @@ def load_checkpoint(work: Path, trained: Trained, world: World) -> int:
         return 0
     for _, optimizer in trained.values():
         make_state(optimizer)
+    record, state = read_json(work / "checkpoint" / "state.json"), dict(_state(trained))
     with warnings.catch_warnings(action="ignore"):
         reader = HuggingFaceStorageReader(str(work / "checkpoint"))
-        state_dict_loader.load(dict(_state(trained)), storage_reader=reader, no_dist=world.size == 1)
-    return int(read_json(work / "checkpoint" / "state.json")["step"])
+        if record.get("is_trial"):
+            held = reader.read_metadata().state_dict_metadata
+            state = {name: tensor for name, tensor in state.items() if name in held or PROJECTION not in name}
+        state_dict_loader.load(state, storage_reader=reader, no_dist=world.size == 1)
+    return int(record["step"])

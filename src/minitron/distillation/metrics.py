@@ -12,6 +12,7 @@ from minitron.files import read_jsonl, write_jsonl
 from minitron.runtime import World
 
 Row = dict[str, Any]
+METRICS = "metrics.jsonl"
 
 
 class Metrics:
@@ -20,13 +21,19 @@ class Metrics:
     A tracker that fails is left out from then on, with a warning.
     """
 
-    def __init__(self, work: Path, step: int, trackers: tuple[str, ...], world: World) -> None:
-        self.path, self.is_main = work / "metrics.jsonl", world.is_main
-        self.rows = [row for row in read_jsonl(self.path) if row["step"] <= step] if step else []
+    def __init__(
+        self, work: Path, step: int, trackers: tuple[str, ...], world: World, start: Row | None = None
+    ) -> None:
+        """`start` holds figures before the first step, which the rows so far lack."""
+        self.path, self.is_main = work / METRICS, world.is_main
+        self.rows = [row for row in read_jsonl(self.path) if row["step"] <= step]
         self.trackers: dict[str, Callable[[Row], None]] = {}
         for name in trackers if world.is_main else ():
             with courtesy(f"distill.trackers: curves in {name}"):
                 self.trackers[name] = TRACKERS[name](work)
+        if start is not None:
+            self.rows.insert(0, {"step": 0, "tokens": 0, **start})
+            self._track(self.rows[0])
         if self.is_main:
             write_jsonl(self.path, self.rows)
 
@@ -36,6 +43,9 @@ class Metrics:
         if self.is_main:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+        self._track(row)
+
+    def _track(self, row: Row) -> None:
         for name, track in list(self.trackers.items()):
             del self.trackers[name]
             with courtesy(f"distill.trackers: further curves in {name}"):
@@ -57,6 +67,11 @@ class Metrics:
         num_skipped = sum("skipped" in row for row in self.rows)
         skipped = f" · {num_skipped} steps skipped" if num_skipped else ""
         return f"{f' · held-out perplexity {perplexities[-1]:.2f}' if perplexities else ''}{skipped}"
+
+
+def is_measured(work: Path) -> bool:
+    """Return whether a `metrics.jsonl` has figures before the first step."""
+    return any(row["step"] == 0 for row in read_jsonl(work / METRICS))
 
 
 def require_trackers(names: tuple[str, ...]) -> None:

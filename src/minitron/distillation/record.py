@@ -48,6 +48,7 @@ def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
         "context": train.context,
         "batch_size": recipe.batch_size,
         "steps": num_steps,
+        "steps_of_trial": sum("trial" in row for row in rows),
         "steps_skipped": sum("skipped" in row for row in rows),
         "tokens": num_blocks * train.context,
         "unique_tokens": min(num_blocks, len(train)) * train.context,

@@ -113,6 +113,16 @@ def stored(folder: Path, source: Source, blocks: Blocks, recipe: DistillRecipe, 
     return shards
 
 
+def numbered(teacher: Teacher, numbers: Tensor) -> Teacher:
+    """Return a teacher of some training blocks, (n,), whose outputs are stored in the order of their numbers."""
+    places = {int(number): place for place, number in enumerate(numbers)}
+
+    def outputs(ids: Tensor, asked: Tensor, positions: Tensor | None = None) -> TeacherOutputs:
+        return teacher(ids, torch.tensor([places[int(number)] for number in asked]), positions)
+
+    return outputs
+
+
 @dataclass
 class _Shards:
     """The shards of a folder, read block by block."""

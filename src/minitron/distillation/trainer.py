@@ -18,7 +18,7 @@ from minitron.data.blocks import Blocks, load_tokenizer
 from minitron.distillation.checkpoint import Trained, load_checkpoint, save_checkpoint
 from minitron.distillation.correction import RATE_WHILE_TEACHING, correction_rate
 from minitron.distillation.intermediate import Intermediate, compare_on_the_way, pairs_compared
-from minitron.distillation.metrics import Metrics, require_trackers
+from minitron.distillation.metrics import Metrics, is_measured, require_trackers
 from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import learning_rate, make_optimizer, take_step
 from minitron.distillation.parallel import lighten, shard, whole
@@ -88,6 +88,8 @@ class Trainer:
     def trained(self, pruned: Checkpoint, until: int | None = None) -> Student:
         """Return the student in memory after all steps; with `until`, after that step, with a checkpoint on disk.
 
+        The rows of `metrics.jsonl` are marked as those of a trial then.
+
         Raises:
             UserError: ten steps in a row had no finite loss and gradient.
             StoppedError: SIGINT or SIGTERM arrived; the checkpoint is that of the last step.
@@ -146,30 +148,31 @@ class _Loop:
     models: Trained
     objective: Objective
     step: int = 0
+    is_trial: bool = field(default=False, init=False)
     metrics: Metrics = field(init=False)
 
     def run(self, until: int | None) -> None:
         """Take steps up to `until`, by default all; save checkpoints on the way and when asked to stop."""
         trainer, world = self.trainer, self.trainer.runtime.world
-        last = self.num_steps if until is None else until
+        last, self.is_trial = self.num_steps if until is None else until, until is not None
+        # A training that continues a trial is measured from the pruned model on as well, before its state is read.
+        start = self._evaluate(trainer.heldout) if trainer.heldout and not is_measured(trainer.work) else None
         self.step = load_checkpoint(trainer.work, self.models, world)
-        self.metrics = Metrics(trainer.work, self.step, trainer.recipe.trackers, world)
+        self.metrics = Metrics(trainer.work, self.step, trainer.recipe.trackers, world, start)
         tokens = last * self.step_tokens
         with (
             Progress(trainer.stage, tokens, done=self.step * self.step_tokens) as progress,
             stop_on_signals() as request,
         ):
-            if self.step == 0 and trainer.heldout:
-                self.metrics.add(step=0, tokens=0, **self._evaluate(trainer.heldout))
             saved_at = time.monotonic()
             while self.step < last:
                 self._take_step(progress)
                 is_stopping = world.agree(request.signal_number is not None)
                 is_due = is_stopping or self.step == last
-                if self.step < self.num_steps and (
+                if (self.is_trial or self.step < self.num_steps) and (
                     is_due or world.agree(time.monotonic() - saved_at >= trainer.recipe.checkpoint_seconds)
                 ):
-                    save_checkpoint(trainer.work, self.models, self.step, world)
+                    save_checkpoint(trainer.work, self.models, self.step, world, is_trial=self.is_trial)
                     saved_at = time.monotonic()
                 if self.step < last and is_stopping:
                     request.stop()
@@ -198,6 +201,8 @@ class _Loop:
         row: dict[str, Any] = {"step": self.step, "tokens": self.step * self.step_tokens, "learning_rate": rate}
         if self.trainer.runtime.training_dtype != self.metrics.last("dtype"):  # the first step here, or on this machine
             row["dtype"] = self.trainer.runtime.training_dtype
+        if self.is_trial:
+            row["trial"] = True
         row |= {"loss": loss, "grad_norm": norm} if is_finite else {"skipped": f"loss {loss}, gradient {norm}"}
         if self.objective.intermediate and is_finite:
             weight = added_loss / intermediate_loss if intermediate_loss else 0.0

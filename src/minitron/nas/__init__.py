@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from minitron.model.arch import Arch
+from minitron.model.memory import attention_windows
 from minitron.nas.budget import Budget, budget_of
+from minitron.nas.effort import Costs, Effort
 from minitron.nas.estimate import meet_speed_limits
 from minitron.nas.offer import (
     check_shape,
@@ -14,20 +16,23 @@ from minitron.nas.offer import (
     warn_of_order,
     with_ranked_layers,
 )
-from minitron.nas.probes import predict
+from minitron.nas.probes import predict, probes
 from minitron.nas.runnable import warn_of_engine
 from minitron.nas.shapes import Shapes, removed_layers
 from minitron.nas.shortlist import make_short_list
 from minitron.nas.trial import choose, compete
-from minitron.nas.workspace import Workspace, chosen_before
+from minitron.nas.workspace import TRIAL, Workspace, chosen_before
 from minitron.nas.zero_shot import compare_untrained
+from minitron.progress import announce
 from minitron.pruning.scores import Importance
 from minitron.pruning.selection import kept_layers
 from minitron.session import Session
 
 __all__ = [
+    "TRIAL",
     "budget_of",
     "check_shape",
+    "effort_of",
     "ranked_shape",
     "ranks_together",
     "removed_layers",
@@ -39,6 +44,9 @@ __all__ = [
 
 def search(session: Session, importance: Importance, shapes: Shapes, budget: Budget, folder: Path) -> Arch:
     """Return the best of the shapes and write into `folder` why: `candidates.jsonl` and `search.json`.
+
+    `TRIAL` in `folder` holds the files of the trial that the shape had, from which its distillation continues: `pruned`
+    and, unless something stands against it (`effort.why_not_continued`), `checkpoint` and `metrics.jsonl`.
 
     Shapes are narrowed down by ever more expensive measures: speed estimated from a few shapes, loss predicted from one
     probe per axis, loss of the untrained candidate, and loss after a while of distillation. `shapes` and `budget` are
@@ -52,8 +60,10 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
         return ranked_shape(session, importance, session.recipe.shape)
     if arch := chosen_before(folder, session.source.arch):
         return arch
-    workspace = Workspace(session, importance, folder)
     shapes = with_ranked_layers(session, importance, shapes, budget)
+    effort = effort_of(session, shapes)
+    announce(f"search: {effort.in_words(session.recipe.distill.batch_size * session.context)}")
+    workspace = Workspace(session, importance, folder, effort)
     shapes, budget = meet_speed_limits(workspace, shapes, budget)
     candidates = predict(workspace, shapes)
     compare_untrained(workspace, candidates)
@@ -67,3 +77,9 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
         warn_of_engines(source, arch, kept)
         warn_of_engine(source, arch, kept, session.recipe.search)
     return chosen.arch
+
+
+def effort_of(session: Session, shapes: Shapes) -> Effort:
+    """Return how much a search among shapes does; see `search.effort`."""
+    windows = attention_windows(session.source.config.to_dict())
+    return Costs(session.recipe, session.teacher.arch, shapes, probes(shapes), session.context, windows).affordable()

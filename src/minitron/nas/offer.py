@@ -48,8 +48,7 @@ def shapes_within(session: Session) -> tuple[Shapes, Budget]:
     require_measurable(session)
     if session.recipe.shape:
         return _stated(session), Budget({})
-    if session.recipe.search.distill_tokens:
-        require_trainable(session, source.arch, trial_recipe(session.recipe))
+    require_trainable(session, source.arch, trial_recipe(session.recipe.distill, 1, session.context))
     budget = budget_of(session, target)
     shapes = _offered(session, budget)
     for line in _obstacles_of_all(source, shapes):

@@ -5,6 +5,8 @@ first, is not what is missed in the end (docs/studies/search.md). So each probe 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +18,10 @@ from minitron.nas.budget import SPEEDS
 from minitron.nas.candidates import Candidate
 from minitron.nas.shapes import Shapes
 from minitron.nas.shortlist import differing
-from minitron.nas.trial import Trial
+from minitron.nas.trial import train, trial_recipe
 from minitron.nas.workspace import Workspace
-from minitron.nas.zero_shot import ZeroShot
+from minitron.nas.zero_shot import ZeroShot, divergence
+from minitron.pruning import prune
 from minitron.pruning.scores import Importance
 from minitron.pruning.selection import kept_share
 
@@ -35,7 +38,7 @@ def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
         order = expected.argsort(kind="stable").tolist()
         candidates = []
         # Shapes were tried axis by axis (`Acceptance.of`); those that are offered are tried as they are.
-        chosen = differing(shapes, order, workspace.session.recipe.search.zero_shot)
+        chosen = differing(shapes, order, workspace.effort.zero_shot)
         if not (possible := [i for i in chosen if workspace.acceptance.accepts(shapes[i])]):
             workspace.acceptance.require(shapes[chosen[0]])
         for number, i in enumerate(possible):
@@ -63,23 +66,37 @@ def predicted(shapes: Shapes, importance: Importance, probed: Mapping[str, tuple
 
 
 def _measure_probes(workspace: Workspace, archs: Mapping[str, Arch]) -> dict[str, float]:
-    """Return the KL of the probe of each axis, after a short training unless the recipe says not to train."""
-    losses, recipe = workspace.probe_losses, workspace.session.recipe.search
+    """Return the KL of the probe of each axis, after a short training unless there is none."""
+    losses = workspace.probe_losses
     if missing := [axis for axis in archs if axis not in losses]:
-        is_trained = recipe.probe_tokens and recipe.distill_tokens
-        measure = Trial(workspace) if is_trained else ZeroShot(workspace)
-
-        def loss(axis: str) -> float:
-            if isinstance(measure, Trial):
-                return measure(f"probe-{axis}", archs[axis], recipe.probe_tokens, f"probe of {axis}")
-            return measure(archs[axis])
-
+        measure = Probing(workspace) if workspace.effort.probe_tokens else ZeroShot(workspace)
         with workspace.timed("probes"):
-            for results in workspace.world.map_in_rounds(loss, missing):
+            for results in workspace.world.map_in_rounds(lambda axis: measure(archs[axis]), missing):
                 losses.update(results)
                 workspace.save_probe_losses(losses)
         workspace.world.barrier()
     return losses
+
+
+class Probing:
+    """Cuts and trains probes: without a refit, which would take longer than their training, one block per step."""
+
+    def __init__(self, workspace: Workspace) -> None:
+        self.workspace, self.session = workspace, workspace.session
+        self.repairs = self.session.recipe.prune.model_copy(update={"refit": False, "rounds": 1})
+
+    def __call__(self, arch: Arch) -> float:
+        """Return the held-out KL of a probe after its training."""
+        workspace, context = self.workspace, self.session.context
+        recipe = trial_recipe(self.session.recipe.distill, 1, context)
+        changes = {"tokens": workspace.effort.probe_tokens, "batch_size": 1, "micro_batch_size": 1, "decay_ratio": 0.2}
+        cut = [name for name, size in arch.sizes.items() if size < self.session.source.arch.sizes[name]]
+        with TemporaryDirectory(dir=workspace.work) as folder:
+            pruned, importance = Path(folder) / "pruned", workspace.importance
+            prune(self.session, arch, importance, pruned, recipe=self.repairs)
+            label = f"probe of {' and '.join(cut)}"
+            student = train(workspace, Path(folder), recipe.model_copy(update=changes), until=None, label=label)
+        return divergence(student, workspace.zero_shot_blocks, workspace.heldout_outputs)
 
 
 def probes(shapes: Shapes, acceptance: Acceptance | None = None) -> dict[str, Arch]:

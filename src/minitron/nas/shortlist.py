@@ -25,7 +25,7 @@ def make_short_list(workspace: Workspace, candidates: list[Candidate], budget: B
     Raises:
         UserError: no candidate meets the budget as measured.
     """
-    teacher, size = workspace.session.source.arch, workspace.session.recipe.search.shortlist
+    teacher, size = workspace.session.source.arch, workspace.effort.shortlist
     archs = [candidate.arch for candidate in candidates]
     shapes, order = Shapes.of(teacher, archs, {}), _order(teacher, candidates, size * 3 // 4)
     remaining, chosen = list(order), list[int]()

@@ -1,80 +1,69 @@
-"""Trials: candidates of a short list are pruned, repaired and distilled for a while, and poor ones stop early."""
+"""Trials: the distillation of each candidate of a short list begins, and poor ones stop early."""
 
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from minitron.data.blocks import Blocks
 from minitron.distillation.trainer import Trainer
+from minitron.history import HISTORY, record_step
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
+from minitron.model.language_model import Headless
 from minitron.nas.candidates import Candidate
+from minitron.nas.effort import rungs
 from minitron.nas.standings import standings
 from minitron.nas.workspace import Workspace
 from minitron.nas.zero_shot import divergence
 from minitron.progress import beside
-from minitron.pruning import prune
-from minitron.pruning.repair import widest_input
-from minitron.recipe import CorrectionRecipe, DistillRecipe, IntermediateRecipe, Recipe
+from minitron.pruning import how_measured, prune
+from minitron.recipe import CorrectionRecipe, DistillRecipe, IntermediateRecipe
 from minitron.runtime import World
 
-REPAIR_TOKENS = 16_384
-"""Calibration tokens on which candidates are repaired, or more where their tensors have many inputs.
-
-On a quarter of them, a shape that keeps hidden whole, whose matrices are refitted, came out of its trial 4 to 6 %
-worse; one that cuts hidden is not refitted and loses nothing (docs/studies/search.md).
-"""
-REPAIR_TOKENS_PER_INPUT = 2
 TIE = 0.01
 """Losses that differ by no more than this share are a tie: held-out text does not tell their candidates apart."""
-RUNGS = (4, 2, 1)
-"""Candidates are compared after a quarter, a half and all of the tokens; the better half continues."""
 
 
 class Trial:
-    """Trains candidates on equal blocks in equal order, one at a time in this process."""
+    """Begins the distillation of candidates, one at a time in this process, on equal blocks in equal order."""
 
     def __init__(self, workspace: Workspace) -> None:
-        self.session, self.importance, self.folder = workspace.session, workspace.importance, workspace.work
-        self.train, self.train_outputs = workspace.train, workspace.train_outputs
-        self.heldout_outputs = workspace.heldout_outputs
+        self.workspace = workspace
 
-    def __call__(self, name: str, arch: Arch, tokens: int, label: str) -> float:
-        """Return the held-out KL of a shape after `tokens` tokens of distillation.
+    def __call__(self, number: int, arch: Arch, steps: int, label: str) -> float:
+        """Return the held-out KL of a candidate after some steps; `label` names the trial in the progress line.
 
-        The training continues from the files of `name`; `label` names the trial in the progress line.
+        The training continues from the files of the candidate of this number. Its pruned model is that of the student.
         """
-        session, recipe, folder = self.session, trial_recipe(self.session.recipe), self.folder / name
-        if not (folder / "pruned").exists():
-            prune(session, arch, self.importance, folder / "pruned", blocks=self._repair_blocks(arch))
-        # Each trial runs in one process, whatever the number of ranks that share the short list.
-        runtime = replace(session.runtime, world=World())
-        trainer = Trainer(self.train_outputs, recipe, self.train, runtime, folder, stage=label)
-        num_steps = max(1, tokens // (recipe.batch_size * session.context))
-        student = trainer.trained(open_checkpoint(folder / "pruned"), until=num_steps)
-        return divergence(student.headless, session.splits.heldout, self.heldout_outputs)
-
-    def _repair_blocks(self, arch: Arch) -> Blocks:
-        """Return the first calibration blocks: on many more, repairs would take longer than the training."""
-        tokens = max(REPAIR_TOKENS, REPAIR_TOKENS_PER_INPUT * widest_input(self.session.source.arch, arch))
-        return self.session.calibration_blocks[: -(-tokens // self.session.context)]
-
-    def remove(self, name: str) -> None:
-        """Remove the files of a trial."""
-        shutil.rmtree(self.folder / name, ignore_errors=True)
+        session, folder = self.workspace.session, self.workspace.trial_folder(number)
+        if not (folder / "pruned" / HISTORY).exists():
+            step = prune(session, arch, self.workspace.importance, folder / "pruned")
+            record_step(folder / "pruned", session.source.folder, step | {"measured": how_measured(session)})
+        recipe = trial_recipe(session.recipe.distill, self.workspace.effort.trial_steps, session.context)
+        student = train(self.workspace, folder, recipe, until=steps, label=label)
+        return divergence(student, self.workspace.heldout, self.workspace.heldout_outputs)
 
 
-def trial_recipe(recipe: Recipe) -> DistillRecipe:
-    """Return how candidates are distilled: as the student will be, on fewer tokens, with logits alone, not rounded.
+def train(workspace: Workspace, folder: Path, recipe: DistillRecipe, *, until: int | None, label: str) -> Headless:
+    """Train the pruned model in `folder` up to a step, or for all steps of a recipe, and return it in memory.
 
-    The learning rate stays at its peak for the first half of the tokens, within which candidates are dropped, and falls
+    Whatever the number of ranks that share the candidates, each is trained in one process.
+    """
+    session = workspace.session
+    runtime = replace(session.runtime, world=World())
+    trainer = Trainer(workspace.train_outputs, recipe, session.splits.train, runtime, folder, stage=label)
+    return trainer.trained(open_checkpoint(folder / "pruned"), until=until).headless
+
+
+def trial_recipe(recipe: DistillRecipe, steps: int, context: int) -> DistillRecipe:
+    """Return how candidates are trained: as the student will be, in fewer steps, with logits alone, not rounded.
+
+    The learning rate stays at its peak for the first half of the steps, within which candidates are dropped, and falls
     over the second half (`wsd`, see `distillation.optimizers.learning_rate`): near the peak all candidates differ less.
     """
     changes: dict[str, Any] = {
-        "tokens": recipe.search.distill_tokens,
-        "batch_size": recipe.search.batch_size,
-        "micro_batch_size": 1,
+        "tokens": steps * recipe.batch_size * context,
         "schedule": "wsd",
         "decay_ratio": 0.5,
         "trackers": (),
@@ -83,51 +72,46 @@ def trial_recipe(recipe: Recipe) -> DistillRecipe:
         "correction": CorrectionRecipe(),
         "quantize": None,
     }
-    if recipe.distill.teacher_states is None:
+    if recipe.teacher_states is None:
         changes["stored"] = "hidden"
-    return recipe.distill.model_copy(update=changes)
-
-
-def rungs(recipe: Recipe, context: int) -> list[int]:
-    """Return the tokens after which candidates are compared: a quarter, a half and all of them, in whole steps."""
-    distillation = trial_recipe(recipe)
-    num_steps, step_tokens = distillation.num_steps(context), distillation.batch_size * context
-    return sorted({max(1, num_steps // share) * step_tokens for share in RUNGS})
+    return recipe.model_copy(update=changes)
 
 
 def compete(workspace: Workspace, candidates: list[Candidate], short_list: list[Candidate]) -> list[Candidate]:
     """Distil the short list from rung to rung and return the candidates that reach the last one.
 
     Losses that a candidate already has in `distilled_kl` are not measured again; `candidates`, which the short list is
-    part of, are written after every round. Candidates are split among ranks. Without tokens to distil on, or with a
-    single candidate, the short list is returned as it is.
+    part of, are written after every round. Candidates are split among ranks. Without trials, or with a single
+    candidate, the short list is returned as it is.
     """
-    session, world = workspace.session, workspace.world
-    if not session.recipe.search.distill_tokens or len(short_list) == 1:
+    world, steps = workspace.world, workspace.effort.trial_steps
+    if not steps or len(short_list) == 1:
         return short_list
-    trial, remaining, heights = Trial(workspace), short_list, rungs(session.recipe, session.context)
-    with beside(lambda: standings(short_list)), workspace.timed("distill"):
-        for tokens in heights:
-            _distil(workspace, trial, candidates, [candidate.number for candidate in remaining], tokens)
-            if tokens == heights[-1]:
+    remaining = short_list
+    with beside(lambda: standings(short_list)), workspace.timed("trials"):
+        for height, _ in rungs(len(short_list), steps):
+            tokens = height * workspace.step_tokens
+            _distil(workspace, candidates, [candidate.number for candidate in remaining], height)
+            if height == steps:
                 break
             better = better_half({candidate.number: candidate.distilled_kl[tokens] for candidate in remaining})
             if world.is_main:
                 for candidate in remaining:
                     if candidate.number not in better:
-                        trial.remove(_name(candidate.number))
+                        shutil.rmtree(workspace.trial_folder(candidate.number), ignore_errors=True)
             world.barrier()
             remaining = [candidate for candidate in remaining if candidate.number in better]
     return remaining
 
 
-def _distil(workspace: Workspace, trial: Trial, candidates: list[Candidate], numbers: list[int], tokens: int) -> None:
+def _distil(workspace: Workspace, candidates: list[Candidate], numbers: list[int], steps: int) -> None:
     """Bring the candidates of some numbers to a rung, those that were there before left out."""
+    trial, tokens = Trial(workspace), steps * workspace.step_tokens
     missing = [number for number in numbers if tokens not in candidates[number].distilled_kl]
 
     def measure(number: int) -> float:
         label = f"candidate {numbers.index(number) + 1} of {len(numbers)}"
-        return trial(_name(number), candidates[number].arch, tokens, label)
+        return trial(number, candidates[number].arch, steps, label)
 
     for results in workspace.world.map_in_rounds(measure, missing):
         for number, kl in results:
@@ -135,14 +119,15 @@ def _distil(workspace: Workspace, trial: Trial, candidates: list[Candidate], num
         workspace.save(candidates)
 
 
-def _name(number: int) -> str:
-    return f"candidate-{number:03}"
-
-
 def better_half(losses: Mapping[int, float]) -> set[int]:
-    """Return the half of the candidates with the lower losses, by number, and those that tie with the last of it."""
-    last = sorted(losses.values())[(len(losses) - 1) // 2]
-    return {number for number, loss in losses.items() if loss <= last * (1 + TIE)}
+    """Return the half of the candidates with the lower losses, by number, and the next one if it ties with the last."""
+    best_first = sorted(losses, key=lambda number: (losses[number], number))
+    half = (len(losses) + 1) // 2
+    last = losses[best_first[half - 1]]
+    return {
+        *best_first[:half],
+        *(number for number in best_first[half : half + 1] if losses[number] <= last * (1 + TIE)),
+    }
 
 
 def choose(candidates: list[Candidate]) -> Candidate:

@@ -10,17 +10,23 @@ from pathlib import Path
 
 from minitron.data.blocks import Blocks
 from minitron.distillation import stored_teacher
-from minitron.distillation.teacher import Teacher
+from minitron.distillation.teacher import Teacher, numbered
+from minitron.distillation.trainer import batch_indices
 from minitron.files import read_json, write_json, write_jsonl
 from minitron.model.arch import Arch
 from minitron.nas.acceptance import Acceptance
 from minitron.nas.budget import Budget
 from minitron.nas.candidates import Candidate, read_candidates
+from minitron.nas.effort import Effort, why_not_continued
 from minitron.nas.speed import Speeds
+from minitron.progress import announce
 from minitron.pruning.scores import Importance
 from minitron.recipe import DistillRecipe
 from minitron.runtime import World
 from minitron.session import Session
+
+TRIAL = "trial"
+"""The folder, within that of a search, with the files of the chosen candidate's trial, if it had one."""
 
 
 @dataclass
@@ -33,6 +39,7 @@ class Workspace:
     session: Session
     importance: Importance
     folder: Path
+    effort: Effort
 
     def __post_init__(self) -> None:
         self.work = self.folder / "search"
@@ -81,27 +88,40 @@ class Workspace:
         """The speeds of shapes on this device."""
         return Speeds.of(self.session, self.work)
 
-    @cached_property
-    def train(self) -> Blocks:
-        """The blocks that candidates are distilled on: all training blocks where the teacher's outputs are stored."""
-        recipe, train = self.session.recipe, self.session.splits.train
-        if recipe.distill.teacher_states is not None:
-            return train
-        return train[: max(1, recipe.search.distill_tokens // self.session.context)]
+    @property
+    def step_tokens(self) -> int:
+        """The tokens of a step of a trial, which is one of the distillation."""
+        return self.session.recipe.distill.batch_size * self.session.context
+
+    def trial_folder(self, number: int) -> Path:
+        """Return the folder of a candidate's trial."""
+        return self.work / f"candidate-{number:03}"
 
     @cached_property
     def train_outputs(self) -> Teacher:
-        """The teacher's outputs on `train`."""
-        recipe = self.session.recipe.distill
+        """The teacher's outputs on training blocks: on all where the recipe stores them, else on those that are read.
+
+        These are the first blocks of the distillation, in whose order trials and probes read.
+        """
+        recipe, train = self.session.recipe.distill, self.session.splits.train
         if recipe.teacher_states is not None:
-            return self._teacher_outputs(Path(recipe.teacher_states), self.train, recipe)
-        return self._teacher_outputs(self.work / "train", self.train, _with_hidden_states(recipe))
+            return self._teacher_outputs(Path(recipe.teacher_states), train, recipe)
+        most = max(self.effort.trial_steps * recipe.batch_size, self.effort.probe_tokens // self.session.context)
+        numbers = batch_indices(0, most, len(train), self.session.runtime.seed).unique()
+        return numbered(
+            self._teacher_outputs(self.work / "train", train[numbers], _with_hidden_states(recipe)), numbers
+        )
+
+    @property
+    def heldout(self) -> Blocks:
+        """The held-out blocks on which trials are compared; without trials, those for untrained shapes."""
+        return self.session.splits.heldout if self.effort.trial_steps else self.zero_shot_blocks
 
     @cached_property
     def heldout_outputs(self) -> Teacher:
         """The teacher's outputs on the held-out blocks."""
         recipe = _with_hidden_states(self.session.recipe.distill)
-        return self._teacher_outputs(self.work / "heldout", self.session.splits.heldout, recipe)
+        return self._teacher_outputs(self.work / "heldout", self.heldout, recipe)
 
     def _teacher_outputs(self, folder: Path, blocks: Blocks, recipe: DistillRecipe) -> Teacher:
         with self.timed("teacher"):
@@ -109,9 +129,8 @@ class Workspace:
 
     @property
     def zero_shot_blocks(self) -> Blocks:
-        """The held-out blocks on which untrained candidates are compared."""
-        num_blocks = max(1, self.session.recipe.search.zero_shot_tokens // self.session.context)
-        return self.session.splits.heldout[:num_blocks]
+        """The held-out blocks on which probes and untrained candidates are compared."""
+        return self.session.splits.heldout[: self.effort.zero_shot_tokens // self.session.context]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -131,7 +150,7 @@ class Workspace:
                 write_json(self.work / "seconds.json", self.seconds | {part: total})
 
     def finish(self, candidates: list[Candidate], chosen: Candidate, budget: Budget, num_shapes: int) -> None:
-        """Mark the chosen candidate, write `search.json`, and remove the working files.
+        """Mark the chosen candidate, keep its trial, write `search.json`, and remove the working files.
 
         `num_shapes` is the number of shapes within the budget.
         """
@@ -139,16 +158,28 @@ class Workspace:
             for candidate in candidates:
                 candidate.chosen = candidate is chosen
             self.save(candidates)
+            self._keep_trial(chosen)
             write_json(self.folder / "search.json", self._summary(candidates, budget, num_shapes))
         self.world.barrier()
         if self.world.is_main:
             shutil.rmtree(self.work, ignore_errors=True)
 
+    def _keep_trial(self, chosen: Candidate) -> None:
+        """Move the chosen candidate's trial to `TRIAL`, without the state of a training that cannot be continued."""
+        trial = self.trial_folder(chosen.number)
+        if not trial.exists():
+            return
+        if reason := why_not_continued(self.session.recipe.distill):
+            announce(f"the distillation does not continue the trial of the chosen shape: {reason}")
+            shutil.rmtree(trial / "checkpoint", ignore_errors=True)
+            (trial / "metrics.jsonl").unlink(missing_ok=True)
+        trial.rename(self.folder / TRIAL)
+
     def _summary(self, candidates: list[Candidate], budget: Budget, num_shapes: int) -> dict[str, object]:
         """Return what `search.json` holds: the budget, how much was computed for the answer, and how long it took."""
         session = self.session
         trials = [max(candidate.distilled_kl) for candidate in candidates if candidate.distilled_kl]
-        longest, num_heldout = max(trials, default=0), session.splits.heldout.num_tokens
+        longest, num_heldout = max(trials, default=0), self.heldout.num_tokens
         return {
             "limits": {name: {"low": limit.low, "high": limit.high} for name, limit in budget.limits.items()},
             "memory_of": asdict(budget.serving),
@@ -160,7 +191,7 @@ class Workspace:
             "feasible": num_shapes,
             "compared": {"shapes": len(candidates), "tokens_each": self.zero_shot_blocks.num_tokens},
             "distilled": {"shapes": len(trials), "tokens": sum(trials), "tokens_each": longest},
-            "teacher_tokens": num_heldout + longest // session.context * session.context,
+            "effort": self.effort.to_dict(),
             "heldout_tokens": num_heldout,
             "context": session.context,
             "seed": session.recipe.seed,

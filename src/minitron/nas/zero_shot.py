@@ -14,9 +14,6 @@ from minitron.nas.sorted_teacher import SortedTeacher, deciding_sizes, sort_teac
 from minitron.nas.workspace import Workspace
 from minitron.progress import Progress
 
-REPAIR_TOKENS = 2_048
-"""Calibration tokens on which the norms of a sorted teacher are rescaled."""
-
 
 def compare_untrained(workspace: Workspace, candidates: list[Candidate]) -> None:
     """Fill in the `zero_shot_kl` of candidates that have none, one sorted teacher after the other."""
@@ -83,7 +80,7 @@ class ZeroShot:
                 self.workspace.importance,
                 dict(zip(self._deciding_sizes, self._key, strict=True)),
                 recipe=self.session.recipe.prune,
-                blocks=self.session.calibration_blocks[: max(1, REPAIR_TOKENS // self.session.context)],
+                blocks=self.session.calibration_blocks,
                 runtime=self.session.runtime,
             )
         return self._sorted

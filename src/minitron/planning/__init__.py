@@ -2,18 +2,22 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.memory import attention_windows
-from minitron.model.work import Work, forward_flops, layers_along, step_work, training_flops
+from minitron.model.work import Work, forward_flops, layers_along, step_work
 from minitron.planning.disk import disk_space
 from minitron.planning.layers import Place
 from minitron.planning.machine import Machine
 from minitron.planning.memory import Peak, loading_memory, training_memory
 from minitron.recipe import DistillRecipe, Recipe
 from minitron.stages import Kind, Stage, stages_of, stores_states
+
+if TYPE_CHECKING:
+    from minitron.nas.effort import Effort
+    from minitron.nas.shapes import Shapes
 
 UTILISATION = 0.4
 """The share of a GPU's operations that a training reaches, between the 38 and 43 % of Llama 3 405B on H100s (arXiv
@@ -129,8 +133,8 @@ def _stage_plan(
     context = recipe.context_within(teacher.longest or recipe.context)
     masked, attention = _masked(recipe, teacher, context), _attention(recipe, machine)
     place = Place(context, dtype, machine.device, machine.num_devices, masked, attention)
-    archs, num_shapes = _students(stage, teacher, source)
-    student = archs[-1]
+    archs, shapes = _students(stage, teacher, source)
+    student, num_shapes = archs[-1], len(shapes) if shapes else 1
     distill = recipe.distill
     if stores:
         distill = distill.model_copy(update={"teacher_states": "teacher-states"})
@@ -146,15 +150,11 @@ def _stage_plan(
     search_peak = None
     if stage.kind == "cut":
         extra["calibration"] = recipe.calibration.tokens * forward_flops(source, context, teacher.windows)
-        if num_shapes > 1:
-            trial, tokens = _trials(recipe, num_shapes)
-            probed = len(source.prunable_axes) * recipe.search.probe_tokens
-            untrained = min(num_shapes, recipe.search.zero_shot) * recipe.search.zero_shot_tokens
-            extra["search"] = (tokens + probed) * training_flops(student, context, teacher.windows)
-            extra["search"] += untrained * forward_flops(student, context, teacher.windows)
-            if tokens:
-                stored_trial = trial.model_copy(update={"teacher_states": "search"})
-                search_peak = training_memory(student, arch, stored_trial, replace(place, num_ranks=1))
+        if shapes:
+            search, effort = _search(recipe, arch, shapes, context, teacher.windows)
+            extra["search"] = effort.added * effort.distillation
+            if effort.trial_steps:
+                search_peak = training_memory(student, arch, search, replace(place, num_ranks=1))
     plan = StagePlan(
         stage.name, stage.kind, teaches, student, archs[0] if num_shapes > 1 else None, num_shapes, distill, place,
         work, extra, peak, search_peak, loading_memory(student, teaches, distill, place),
@@ -182,17 +182,17 @@ def _masked(recipe: Recipe, teacher: Teacher, context: int) -> float:
     return sum(window < context for window in teacher.windows) / max(1, layers_along(teacher.arch, "query"))
 
 
-def _students(stage: Stage, teacher: Teacher, source: Arch) -> tuple[list[Arch], int]:
-    """Return the shapes that a stage may train, the smallest and the largest, and how many there are."""
+def _students(stage: Stage, teacher: Teacher, source: Arch) -> tuple[list[Arch], "Shapes | None"]:
+    """Return the smallest and the largest shape that a stage may train, and all shapes where there is a search."""
     recipe = stage.recipe
     if stage.kind == "correct":
-        return [teacher.arch], 1
+        return [teacher.arch], None
     if stage.kind == "distill":
-        return [source], 1
+        return [source], None
     if recipe.shape:
         shape = source.resized(**recipe.shape)
         source.require_prunable_to(shape)
-        return [shape], 1
+        return [shape], None
     if not recipe.has_budget:
         raise UserError("the recipe states no student: give a shape (--set shape.hidden_size=448) or target_params")
     from minitron.nas.budget import parse_budget
@@ -205,21 +205,21 @@ def _students(stage: Stage, teacher: Teacher, source: Arch) -> tuple[list[Arch],
     shapes = of_passing_sizes(every_shape(source, budget, recipe.search, teacher.windows), recipe.search)
     shapes = feasible(shapes, budget)
     counts = shapes.figures["num_parameters"]
-    return [shapes[int(counts.argmin())], shapes[int(counts.argmax())]], len(shapes)
+    ends = [shapes[int(counts.argmin())], shapes[int(counts.argmax())]]
+    return ends, shapes if len(shapes) > 1 else None
 
 
-def _trials(recipe: Recipe, num_shapes: int) -> tuple[DistillRecipe, float]:
-    """Return how a search distils a trial, and the tokens of all trials if half of them continue at every rung."""
-    from minitron.nas.trial import RUNGS, trial_recipe
+def _search(
+    recipe: Recipe, teacher: Arch, shapes: "Shapes", context: int, windows: list[int]
+) -> tuple[DistillRecipe, "Effort"]:
+    """Return how a search trains in its trials, and how much it does."""
+    from minitron.nas.effort import Costs
+    from minitron.nas.probes import probes
+    from minitron.nas.trial import trial_recipe
 
-    trial = trial_recipe(recipe)
-    remaining, before, tokens = min(recipe.search.shortlist, num_shapes), 0.0, 0.0
-    if not recipe.search.distill_tokens or remaining == 1:
-        return trial, 0.0
-    for share in RUNGS:
-        tokens += remaining * (recipe.search.distill_tokens / share - before)
-        before, remaining = recipe.search.distill_tokens / share, -(-remaining // 2)
-    return trial, tokens
+    effort = Costs(recipe, teacher, shapes, probes(shapes), context, windows).affordable()
+    trial = trial_recipe(recipe.distill, max(1, effort.trial_steps), context)
+    return trial.model_copy(update={"teacher_states": "search"}), effort
 
 
 def _problems(recipe: DistillRecipe, machine: Machine) -> Iterator[str]:

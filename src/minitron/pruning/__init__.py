@@ -22,6 +22,7 @@ from minitron.pruning.repair import repaired
 from minitron.pruning.rounds import score_in_rounds
 from minitron.pruning.scores import Importance
 from minitron.pruning.selection import ranked_depth, select
+from minitron.recipe import PruneRecipe
 from minitron.session import Session
 
 __all__ = [
@@ -39,19 +40,27 @@ __all__ = [
 ]
 
 
-def prune(session: Session, arch: Arch, importance: Importance, out: Path, *, blocks: Blocks | None = None) -> Step:
+def prune(
+    session: Session,
+    arch: Arch,
+    importance: Importance,
+    out: Path,
+    *,
+    recipe: PruneRecipe | None = None,
+    blocks: Blocks | None = None,
+) -> Step:
     """Cut the session's model to a shape, repair it as the recipe says, and write a Hugging Face folder at `out`.
 
     `importance` scores the whole model (`measure_importance`); a recipe with several rounds scores the model again
-    while it shrinks. Repairs are fitted on `blocks`, by default the calibration blocks. Returns what was done, for the
-    history of the model (`history.record_step`).
+    while it shrinks. `recipe` stands in for the session's, and repairs are fitted on `blocks`, by default the
+    calibration blocks. Returns what was done, for the history of the model (`history.record_step`).
 
     Raises:
         UserError: the recipe asks for something that the family cannot have, or there are too few calibration tokens.
     """
-    source, recipe = session.source, session.recipe.prune
+    source, recipe = session.source, recipe or session.recipe.prune
     blocks = session.calibration_blocks if blocks is None else blocks
-    importance = score_in_rounds(session, arch, importance, blocks=blocks, folder=out.parent)
+    importance = score_in_rounds(session, arch, importance, rounds=recipe.rounds, blocks=blocks, folder=out.parent)
     kept = select(importance, source.arch, arch)
     cut = cut_to(arch, source, importance, recipe, kept=kept)
     tensors = repaired(source, cut, blocks=blocks, recipe=recipe, runtime=session.runtime)

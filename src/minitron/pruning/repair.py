@@ -33,6 +33,9 @@ from minitron.pruning.writers import ExpertWriters, Tensors, Writer, correction,
 from minitron.recipe import PruneRecipe
 from minitron.runtime import Runtime
 
+RESCALE_TOKENS = 1_024
+"""Calibration tokens on which norms are rescaled where nothing is refitted: a mean over tokens needs no more."""
+
 
 @torch.no_grad()
 def repaired(
@@ -40,7 +43,8 @@ def repaired(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield a student's tensors by name, with the repairs that the recipe asks for, fitted on blocks.
 
-    At most one layer of each model is in memory, and the residual streams of both.
+    Norms alone are rescaled on the first `RESCALE_TOKENS`. At most one layer of each model is in memory, and the
+    residual streams of both.
 
     Raises:
         UserError: there are fewer calibration tokens than a refitted tensor has inputs, or activations are NaN.
@@ -54,6 +58,8 @@ def repaired(
                 progress.advance(value.numel())
         return
     require_tokens(cut.teacher, cut.student, recipe, blocks.num_tokens)
+    if not has_refitted:
+        blocks = blocks[: max(1, RESCALE_TOKENS // blocks.context)]
     recipe = recipe.model_copy(update={"rescale_norms": has_rescaled, "refit": has_refitted})
     walk, depth = _Walk(teacher, cut, blocks, recipe, runtime), cut.teacher.axis_size("layer")
     final_norm = cut.teacher.family.final_norm.weight_name()

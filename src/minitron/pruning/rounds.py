@@ -20,9 +20,9 @@ from minitron.session import Session
 
 
 def score_in_rounds(
-    session: Session, target: Arch, importance: Importance, *, blocks: Blocks, folder: Path
+    session: Session, target: Arch, importance: Importance, *, rounds: int, blocks: Blocks, folder: Path
 ) -> Importance:
-    """Return the importance with which the session's model is cut to the target in `prune.rounds` equal steps.
+    """Return the importance with which the session's model is cut to the target in some equal rounds.
 
     `importance` is that of the whole model and decides the first step; it is measured again before every further step
     (Minitron, arXiv 2407.14679, section 2.2, where this made no difference after training). Entries that are removed
@@ -32,7 +32,7 @@ def score_in_rounds(
     Raises:
         UserError: a shape in between cannot be made.
     """
-    source, recipe, rounds = session.source, session.recipe.calibration, session.recipe.prune.rounds
+    source, recipe = session.source, session.recipe.calibration
     for shape in shapes_between(source.arch, target, rounds):
         cut = cut_to(shape, source, importance, CUT_ONLY)
         with TemporaryDirectory(dir=folder) as place:

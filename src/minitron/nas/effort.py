@@ -1,0 +1,236 @@
+"""How much a search does: what `search.effort` pays for, counted in operations before anything is computed.
+
+What the operations do not pay for is left out, level by level of `LEVELS`: long trials and untrained shapes first, then
+trials, then training of the probes, as docs/studies/search.md has found them to matter.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from minitron.model.arch import Arch
+from minitron.model.work import BACKWARD, Work, forward_flops, step_work
+from minitron.nas.shapes import Shapes
+from minitron.pruning.repair import RESCALE_TOKENS, refits, rescales
+from minitron.recipe import DistillRecipe, Recipe
+
+LONGEST_TRIAL, MOST_STEPS = 32_768, 16
+"""A trial takes at most so many tokens, or steps where these are more tokens: 30 thousand tell shapes apart."""
+LEAST_STEPS = 8
+"""The fewest steps of a trial: fewer tell shapes apart no better than probes do."""
+UNTRAINED_TOKENS = 1_024
+"""Held-out tokens on which untrained shapes and probes are compared, unless the recipe says otherwise."""
+REFIT_PASSES = 3.5
+"""Operations of a refit over those of a forward pass of the student: two and a half passes, and the moments."""
+
+
+class Level(NamedTuple):
+    """What one level of effort does."""
+
+    finalists: int
+    trial: float
+    """The length of a trial, as a share of the longest."""
+    untrained: int
+    probe_blocks: int
+
+
+LEVELS = (
+    Level(8, 1, 256, 4), Level(8, 1 / 2, 256, 4), Level(8, 1 / 2, 128, 4), Level(6, 1 / 2, 64, 4),
+    Level(4, 1 / 2, 64, 4), Level(4, 1 / 4, 32, 4), Level(4, 1 / 4, 16, 2), Level(3, 1 / 4, 16, 2),
+    Level(2, 1 / 4, 16, 2), Level(2, 1 / 8, 16, 2), Level(2, 1 / 8, 8, 1), Level(2, 1 / 8, 4, 1),
+    Level(1, 0, 1, 4), Level(1, 0, 1, 2), Level(1, 0, 1, 1), Level(1, 0, 1, 0),
+)  # fmt: skip
+"""From the most that helps (docs/studies/search.md) to the least."""
+
+Part = Literal["teacher", "probes", "untrained", "trials"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a search does; numbers of tokens are whole blocks."""
+
+    probe_tokens: int
+    zero_shot: int
+    zero_shot_tokens: int
+    shortlist: int
+    trial_steps: int
+    """Steps of the longest trials; 0: there are no trials."""
+    flops: Mapping[Part, float]
+    """Operations of each part."""
+    kept: float
+    """Those among them that are the beginning of the distillation: of the chosen trial."""
+    distillation: float
+    """Operations of the distillation that follows."""
+
+    @property
+    def added(self) -> float:
+        """The operations that the search adds to those of the distillation, as a share of them."""
+        return (sum(self.flops.values()) - self.kept) / self.distillation
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entry of `search.json`."""
+        return {**asdict(self), "added": self.added}
+
+    def in_words(self, step_tokens: int) -> str:
+        """Return what a search does, as part of a sentence."""
+        trials = (
+            f"{self.shortlist} trials of up to {self.trial_steps * step_tokens:,} tokens" if self.trial_steps else ""
+        )
+        untrained = f"{self.zero_shot} untrained shapes" if self.zero_shot > 1 else ""
+        probes = f"probes of {self.probe_tokens:,} tokens" if self.probe_tokens else "untrained probes"
+        return ", ".join(filter(None, (trials, untrained, probes)))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What each level costs in one search, of a recipe, the model that teaches, shapes, and a probe of each axis."""
+
+    recipe: Recipe
+    teacher: Arch
+    shapes: Shapes
+    probes: Mapping[str, Arch]
+    context: int
+    windows: list[int]
+
+    def affordable(self) -> Effort:
+        """Return the highest level of effort that adds no more than `search.effort` to the distillation, or the lowest.
+
+        Numbers that the recipe gives are kept at every level.
+        """
+        levels = (self.at(level) for level in LEVELS)
+        return next((effort for effort in levels if effort.added <= self.recipe.search.effort), self.at(LEVELS[-1]))
+
+    def at(self, level: Level) -> Effort:
+        """Return the effort of a level, with the numbers that the recipe gives in the place of its own."""
+        given, num_shapes = self.recipe.search, len(self.shapes)
+        finalists = level.finalists if given.distill_tokens is None else max(2, level.finalists)
+        finalists = min(given.shortlist or finalists, num_shapes)
+        untrained = min(given.zero_shot or max(level.untrained, finalists), num_shapes)
+        finalists = min(finalists, untrained)
+        steps = self._trial_steps(level) if finalists > 1 else 0
+        zero_shot_tokens = self._whole(given.zero_shot_tokens or UNTRAINED_TOKENS)
+        probe_tokens = level.probe_blocks * self.context
+        if given.probe_tokens is not None:
+            probe_tokens = self._whole(given.probe_tokens) if given.probe_tokens else 0
+        flops: dict[Part, float] = {
+            "teacher": self._teacher_flops(steps, probe_tokens, zero_shot_tokens),
+            "probes": self._probe_flops(probe_tokens, zero_shot_tokens),
+            "untrained": untrained * zero_shot_tokens * self._forward + self._sorted_flops(untrained),
+            "trials": self._trial_flops(finalists, steps),
+        }
+        kept = 0.0 if why_not_continued(self.recipe.distill) else steps * self._step.total
+        return Effort(probe_tokens, untrained, zero_shot_tokens, finalists, steps, flops, kept, self.distillation)
+
+    @property
+    def distillation(self) -> float:
+        """Operations of the distillation."""
+        return self._step.total * self.recipe.distill.num_steps(self.context)
+
+    def _trial_steps(self, level: Level) -> int:
+        recipe, given = self.recipe.distill, self.recipe.search.distill_tokens
+        if given is None:
+            longest = max(MOST_STEPS, LONGEST_TRIAL // (recipe.batch_size * self.context))
+            wanted = max(LEAST_STEPS, round(longest * level.trial))
+        elif given == 0:
+            return 0
+        else:
+            wanted = max(1, given // (recipe.batch_size * self.context))
+        # The distillation continues the trial, so one step is left for it.
+        return max(1, min(wanted, recipe.num_steps(self.context) - 1))
+
+    def _whole(self, tokens: int) -> int:
+        return max(1, tokens // self.context) * self.context
+
+    @cached_property
+    def _largest(self) -> Arch:
+        return self.shapes[int(np.argmax(self.shapes.figures["num_parameters"]))]
+
+    @cached_property
+    def _step(self) -> Work:
+        return step_work(self._largest, self.teacher, self.recipe.distill, self.context, self.windows)
+
+    @cached_property
+    def _forward(self) -> float:
+        return self._flops(self._largest)
+
+    @cached_property
+    def _teacher_forward(self) -> float:
+        return self._flops(self.teacher)
+
+    def _flops(self, arch: Arch) -> float:
+        """Operations of a forward pass, per token."""
+        return forward_flops(arch, self.context, self.windows)
+
+    def _teacher_flops(self, steps: int, probe_tokens: int, zero_shot_tokens: int) -> float:
+        """Operations of the teacher on held-out text, and on what trials and probes read unless they are stored."""
+        tokens = self._whole(self.recipe.heldout_tokens) if steps else zero_shot_tokens
+        if self.recipe.distill.teacher_states is None:
+            tokens += max(steps * self.recipe.distill.batch_size * self.context, probe_tokens)
+        return tokens * self._teacher_forward
+
+    def _probe_flops(self, tokens: int, measured: int) -> float:
+        rescaled = sum(rescales(self.shapes.teacher, arch, self.recipe.prune) for arch in self.probes.values())
+        passes = (1 + BACKWARD) * tokens + measured
+        in_probes = sum(map(self._flops, self.probes.values()))
+        return passes * in_probes + rescaled * RESCALE_TOKENS * self._teacher_forward
+
+    def _sorted_flops(self, untrained: int) -> float:
+        """Operations of rescaling the norms of sorted teachers, one for each narrower hidden size that may occur."""
+        whole = self.shapes.teacher
+        sizes = np.unique(self.shapes.sizes.get("hidden_size", np.array([whole.axis_size("hidden")])))
+        narrower = int((sizes < whole.axis_size("hidden")).sum()) if self.recipe.prune.rescale_norms else 0
+        return min(untrained, narrower) * RESCALE_TOKENS * self._teacher_forward
+
+    def _trial_flops(self, finalists: int, steps: int) -> float:
+        """Operations of trials; the repair of one of them is that of the student, which is not counted."""
+        if not steps:
+            return 0.0
+        total, before = (finalists - 1) * self._repair_flops, 0
+        heldout = self._whole(self.recipe.heldout_tokens) * self._forward
+        for height, most in rungs(finalists, steps):
+            total += most * ((height - before) * (self._step.total - self._step.teacher) + heldout)
+            before = height
+        return total
+
+    @property
+    def _repair_flops(self) -> float:
+        """Operations of the repair of a finalist: of one that is refitted, if some shape is."""
+        whole, recipe = self.shapes.teacher, self.recipe.prune
+        sizes = self.shapes.sizes.get("hidden_size", np.array([whole.axis_size("hidden")]))
+        ends = [self.shapes[int(i)] for i in (sizes.argmin(), sizes.argmax())]
+        tokens, scored = self.recipe.calibration.tokens, (recipe.rounds - 1) * self._forward
+        if any(refits(whole, arch, recipe) for arch in ends):
+            return tokens * (scored + self._teacher_forward + REFIT_PASSES * self._forward)
+        is_rescaled = any(rescales(whole, arch, recipe) for arch in ends)
+        return tokens * scored + is_rescaled * min(tokens, RESCALE_TOKENS) * self._teacher_forward
+
+
+def rungs(finalists: int, steps: int) -> list[tuple[int, int]]:
+    """Return the steps after which finalists are compared, and how many there are at most until then.
+
+    The better half continues, and one that ties with it. The last comparison is between two, or three, after all steps;
+    each one before it after half of the steps of the next.
+    """
+    num_rungs = max(1, (finalists - 1).bit_length())
+    heights: dict[int, int] = {}
+    most = finalists
+    for share in reversed(range(num_rungs)):
+        height = max(1, steps >> share)
+        heights.setdefault(height, most)
+        most = min(most, -(-most // 2) + 1)
+    return list(heights.items())
+
+
+def why_not_continued(recipe: DistillRecipe) -> str | None:
+    """Return why a distillation cannot begin with a trial, which trains the student alone and does not round, or None.
+
+    Losses within the layers, which a trial leaves out, are added from then on.
+    """
+    if recipe.quantize is not None:
+        return f"distill.quantize {recipe.quantize} rounds the student's matrices"
+    if recipe.correction.trains != "nothing":
+        return "the teacher learns while it teaches"
+    return None
