@@ -17,14 +17,16 @@ import argparse
 import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import rmtree
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
 from minitron.model.arch import Arch
-from minitron.nas import removed_layers, shapes_within
-from minitron.nas.probes import predicted, probes
+from minitron.nas import costs_of, removed_layers, shapes_within
+from minitron.nas.effort import LEVELS, Effort
+from minitron.nas.probes import Probing, predicted, probes
 from minitron.nas.shapes import Shapes
 from minitron.nas.trial import Trial
 from minitron.nas.workspace import Workspace
@@ -53,12 +55,13 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--shapes", type=int, default=40)
     parser.add_argument("--tokens", type=parse_count, default=20_000)
-    parser.add_argument("--probe-tokens", type=parse_count, nargs="+", default=[1_024, 2_048, 4_096, 20_000])
+    parser.add_argument("--probe-tokens", type=parse_count, nargs="+", default=[256, 512, 1_024, 2_048, 4_096])
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     recipe = Recipe.model_validate({
         "teacher": options.teacher, "target_params": options.target, "data": options.data, "context": options.context,
-        "seed": options.seed, "search": {"distill_tokens": options.tokens}, "distill": {"tokens": options.tokens},
+        "seed": options.seed, "search": {"distill_tokens": options.tokens},
+        "distill": {"tokens": 2 * options.tokens, "batch_size": 2},
     })  # fmt: skip
     session = Session(recipe)
     shapes, _ = shapes_within(session)
@@ -66,19 +69,26 @@ def main() -> None:
     shapes = shapes.at(np.sort(rng.permutation(len(shapes))[: options.shapes]))
     importance = measure_importance(session, removed_layers(shapes))
     with TemporaryDirectory() as folder:
-        _study(Workspace(session, importance, Path(folder)), shapes, options.tokens, options.probe_tokens)
+        _study(Workspace(session, importance, Path(folder), _effort(session, shapes)), shapes, options.probe_tokens)
 
 
-def _study(workspace: Workspace, shapes: Shapes, tokens: int, probe_tokens: list[int]) -> None:
+def _effort(session: Session, shapes: Shapes, **changes: Any) -> Effort:
+    """Return the effort of trials of all of the tokens, with changes."""
+    return replace(costs_of(session, shapes).at(LEVELS[0]), **changes)
+
+
+def _study(workspace: Workspace, shapes: Shapes, probe_tokens: list[int]) -> None:
     trial, session = Trial(workspace), workspace.session
+    steps = workspace.effort.trial_steps
+    tokens = steps * workspace.step_tokens
     archs = [shapes[i] for i in range(len(shapes))]
     final, early = [], {share: list[float]() for share in EARLY}
     for i, arch in enumerate(archs):
-        name, label = f"shape-{i}", f"shape {i + 1} of {len(archs)}"
+        label = f"shape {i + 1} of {len(archs)}"
         for share, losses in early.items():
-            losses.append(trial(name, arch, tokens // share, label))
-        final.append(trial(name, arch, tokens, label))
-        trial.remove(name)
+            losses.append(trial(i, arch, steps // share, label))
+        final.append(trial(i, arch, steps, label))
+        rmtree(workspace.trial_folder(i))
     about = {"shapes": len(archs), "tokens": tokens}
     _show(**about, signal="parameters", correlation=_spearman(-shapes.figures["num_parameters"], final))
     for share, losses in early.items():
@@ -94,10 +104,9 @@ def _study(workspace: Workspace, shapes: Shapes, tokens: int, probe_tokens: list
             probed = {axis: (probe, zero_shot(probe)) for axis, probe in probes(shapes).items()}
             _show_probes(about | {"signal": f"probes untrained, {name}"}, workspace, shapes, probed, final)
     for count in sorted(probe_tokens):
-        probed = {
-            axis: (probe, trial(f"probe-{axis}", probe, min(count, tokens), f"probe of {axis}"))
-            for axis, probe in probes(shapes).items()
-        }
+        effort = _effort(session, shapes, probe_tokens=min(count, tokens))
+        probing = Probing(replace(workspace, effort=effort))
+        probed = {axis: (probe, probing(probe)) for axis, probe in probes(shapes).items()}
         _show_probes(about | {"signal": f"probes after {count:,} tokens"}, workspace, shapes, probed, final)
     for i in np.argsort(final):
         sizes = {name: int(values[i]) for name, values in shapes.sizes.items()}

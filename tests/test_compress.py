@@ -200,7 +200,7 @@ def compress_until_killed(stage: str, times: int, made: Path, out: Path) -> None
 # Each process continues what the one before left, and counts anew how often a stage advances.
 KILLS = {
     "search": [("check teacher", 5), ("calibrate", 10), ("zero-shot", 5), ("candidate 2 of 3", 1), ("repair", 7)],
-    "distill": [("distill", 1), ("distill", 8), ("distill", 7)],
+    "distill": [("distill", 1), ("distill", 8), ("distill", 5)],
     "evaluate": [("evaluate teacher", 3), ("evaluate student", 3)],
 }
 

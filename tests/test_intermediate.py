@@ -25,7 +25,7 @@ from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import Headless, load_model
 from minitron.nas.trial import trial_recipe
-from minitron.recipe import DistillRecipe, IntermediateRecipe, Recipe
+from minitron.recipe import DistillRecipe, IntermediateRecipe
 from minitron.runtime import Runtime
 from tests.conftest import make_model
 
@@ -193,7 +193,7 @@ def test_places_are_compared_by_themselves_where_depth_is_cut(
 
 def test_the_searchs_trials_compare_logits_alone() -> None:
     given = {"intermediate": {"of": ["embedding"]}, "warmup_steps": 7}
-    recipe = trial_recipe(Recipe(teacher="x", distill=given))  # type: ignore[arg-type]
+    recipe = trial_recipe(DistillRecipe(**given), 4, 32)  # type: ignore[arg-type]
     assert recipe.intermediate.of == ()
     assert recipe.warmup_steps is None
 

@@ -28,6 +28,7 @@ from minitron.evaluation import measure
 from minitron.evaluation.agreement import Comparison, TeacherStates
 from minitron.evaluation.speed import TURNS, speed_up
 from minitron.files import read_json, read_jsonl, require_space, write_json
+from minitron.forecast import forecast, in_words, taken_in_words
 from minitron.history import record_step
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
@@ -76,6 +77,8 @@ def _take_stage(
             take = {"cut": _cut, "distill": _distill_further, "correct": _correct}[stage.kind]
             take(run, Session(stage.recipe, larger, world))
             if world.is_main:
+                taken = {name: step["seconds"] for name, step in run.record["stages"].items()}
+                announce(taken_in_words(taken, run.record.get("expected", {})))
                 shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
                 run.path("report.html").unlink(missing_ok=True)  # a page that was written while the run was under way
         if world.is_main:
@@ -92,6 +95,11 @@ def _cut(run: Run, session: Session) -> None:
     shapes, budget = nas.shapes_within(session)
     session.require_one_reading()
     _begin(run, session, int(shapes.figures["num_parameters"].max()))
+    if session.runtime.world.is_main and not run.is_done("calibrate"):
+        expected = forecast(session, shapes)
+        announce(in_words(expected))
+        run.record["expected"] = {each.name: round(each.seconds, 2) for each in expected if each.seconds is not None}
+        run.save()
     with _step(run, session, "calibrate", on_main=True) as is_taken:
         if is_taken:
             write_importance(run.folder, session, nas.removed_layers(shapes))

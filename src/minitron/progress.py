@@ -115,7 +115,7 @@ class Progress:
         elapsed = time.monotonic() - self.started
         parts = []
         if self.total is None:
-            parts.append(f"{_clock(elapsed)} elapsed")
+            parts.append(f"{clock(elapsed)} elapsed")
         else:
             done = self._amount(self.done).removesuffix(f" {self.unit}")
             parts.append(f"{done} of {self._amount(self.total)}")
@@ -124,9 +124,9 @@ class Progress:
                 rate = done_now / elapsed
                 parts.append(f"{self._amount(rate)}/s")
                 if self.done < self.total:
-                    parts.append(f"{_clock((self.total - self.done) / rate)} left")
+                    parts.append(f"{clock((self.total - self.done) / rate)} left")
                 else:
-                    parts.append(_clock(elapsed))
+                    parts.append(clock(elapsed))
         return " · ".join([*parts, *([self.text] if self.text else [])])
 
     def _amount(self, count: float) -> str:
@@ -159,7 +159,8 @@ class _Status(ProgressColumn):
         return Text(self.progress.status(), style="cyan")
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Return a time as `0:07` or `1:02:03`."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -16,6 +16,7 @@ from minitron.errors import UserError
 from minitron.model.anatomy import Norm, Row
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.config import student_config
 from minitron.model.families import family_of
 from minitron.model.memory import writes_out_attention
 from minitron.progress import Progress
@@ -211,3 +212,17 @@ def watching(points: list[Point], reached: Callable[[list[Any]], None] | None = 
                 handle = module.register_forward_hook(lambda _, __, output, i=i: take(i, leaving(output)))
             hooks.callback(handle.remove)
         yield seen
+
+
+def random_model(source: Checkpoint, arch: Arch, runtime: Runtime, dtype: torch.dtype | None = None) -> Any:
+    """Build the transformers model of a shape with random weights, to be timed; by default in the runtime's dtype.
+
+    How long it takes depends on the kinds of the layers alone, so the first layers of each kind stand for those kept.
+    """
+    config = student_config(source, arch, source.arch.first_layers(arch))
+    with torch.random.fork_rng(devices=[]), torch.device(runtime.device):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype or runtime.dtype, attn_implementation=runtime.attention
+        )
+    return model.eval()

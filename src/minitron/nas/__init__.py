@@ -5,7 +5,7 @@ from pathlib import Path
 from minitron.model.arch import Arch
 from minitron.model.memory import attention_windows
 from minitron.nas.budget import Budget, budget_of
-from minitron.nas.effort import Costs, Effort
+from minitron.nas.effort import Costs
 from minitron.nas.estimate import meet_speed_limits
 from minitron.nas.offer import (
     check_shape,
@@ -32,7 +32,7 @@ __all__ = [
     "TRIAL",
     "budget_of",
     "check_shape",
-    "effort_of",
+    "costs_of",
     "ranked_shape",
     "ranks_together",
     "removed_layers",
@@ -61,7 +61,7 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
     if arch := chosen_before(folder, session.source.arch):
         return arch
     shapes = with_ranked_layers(session, importance, shapes, budget)
-    effort = effort_of(session, shapes)
+    effort = costs_of(session, shapes).affordable()
     announce(f"search: {effort.in_words(session.recipe.distill.batch_size * session.context)}")
     workspace = Workspace(session, importance, folder, effort)
     shapes, budget = meet_speed_limits(workspace, shapes, budget)
@@ -79,7 +79,7 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
     return chosen.arch
 
 
-def effort_of(session: Session, shapes: Shapes) -> Effort:
-    """Return how much a search among shapes does; see `search.effort`."""
+def costs_of(session: Session, shapes: Shapes) -> Costs:
+    """Return what a search among shapes costs, from which its effort follows; see `search.effort`."""
     windows = attention_windows(session.source.config.to_dict())
-    return Costs(session.recipe, session.teacher.arch, shapes, probes(shapes), session.context, windows).affordable()
+    return Costs(session.recipe, session.teacher.arch, shapes, probes(shapes), session.context, windows)

@@ -38,10 +38,10 @@ class Level(NamedTuple):
 
 
 LEVELS = (
-    Level(8, 1, 256, 4), Level(8, 1 / 2, 256, 4), Level(8, 1 / 2, 128, 4), Level(6, 1 / 2, 64, 4),
-    Level(4, 1 / 2, 64, 4), Level(4, 1 / 4, 32, 4), Level(4, 1 / 4, 16, 2), Level(3, 1 / 4, 16, 2),
-    Level(2, 1 / 4, 16, 2), Level(2, 1 / 8, 16, 2), Level(2, 1 / 8, 8, 1), Level(2, 1 / 8, 4, 1),
-    Level(1, 0, 1, 4), Level(1, 0, 1, 2), Level(1, 0, 1, 1), Level(1, 0, 1, 0),
+    Level(8, 1, 256, 2), Level(8, 1 / 2, 256, 2), Level(8, 1 / 2, 128, 2), Level(6, 1 / 2, 64, 2),
+    Level(4, 1 / 2, 64, 2), Level(4, 1 / 4, 32, 2), Level(4, 1 / 4, 16, 2), Level(3, 1 / 4, 16, 2),
+    Level(2, 1 / 4, 16, 2), Level(2, 1 / 8, 16, 2), Level(2, 1 / 8, 8, 2), Level(2, 1 / 8, 4, 1),
+    Level(2, 1 / 8, 2, 1), Level(1, 0, 1, 2), Level(1, 0, 1, 1), Level(1, 0, 1, 0),
 )  # fmt: skip
 """From the most that helps (docs/studies/search.md) to the least."""
 
@@ -58,6 +58,8 @@ class Effort:
     shortlist: int
     trial_steps: int
     """Steps of the longest trials; 0: there are no trials."""
+    tokens: Mapping[Part, int]
+    """Tokens on which each part trains or compares, those of all shapes together."""
     flops: Mapping[Part, float]
     """Operations of each part."""
     kept: float
@@ -115,14 +117,26 @@ class Costs:
         probe_tokens = level.probe_blocks * self.context
         if given.probe_tokens is not None:
             probe_tokens = self._whole(given.probe_tokens) if given.probe_tokens else 0
+        of_teacher, repairs = self._teacher_tokens(steps, probe_tokens, zero_shot_tokens), finalists - 1 if steps else 0
+        steps_of_all, comparisons = totals(finalists, steps)
+        trained, measured = self._step.total - self._step.teacher, self._heldout_tokens * self._forward
+        tokens: dict[Part, int] = {
+            "teacher": of_teacher,
+            "probes": len(self.probes) * (probe_tokens or zero_shot_tokens),
+            "untrained": untrained * zero_shot_tokens,
+            "trials": steps_of_all * self.recipe.distill.batch_size * self.context,
+        }
         flops: dict[Part, float] = {
-            "teacher": self._teacher_flops(steps, probe_tokens, zero_shot_tokens),
+            "teacher": of_teacher * self._teacher_forward,
             "probes": self._probe_flops(probe_tokens, zero_shot_tokens),
             "untrained": untrained * zero_shot_tokens * self._forward + self._sorted_flops(untrained),
-            "trials": self._trial_flops(finalists, steps),
+            # The repair of one finalist is that of the student, which is made anyway.
+            "trials": steps_of_all * trained + comparisons * measured + repairs * self.repair_flops,
         }
         kept = 0.0 if why_not_continued(self.recipe.distill) else steps * self._step.total
-        return Effort(probe_tokens, untrained, zero_shot_tokens, finalists, steps, flops, kept, self.distillation)
+        return Effort(
+            probe_tokens, untrained, zero_shot_tokens, finalists, steps, tokens, flops, kept, self.distillation
+        )
 
     @property
     def distillation(self) -> float:
@@ -164,12 +178,16 @@ class Costs:
         """Operations of a forward pass, per token."""
         return forward_flops(arch, self.context, self.windows)
 
-    def _teacher_flops(self, steps: int, probe_tokens: int, zero_shot_tokens: int) -> float:
-        """Operations of the teacher on held-out text, and on what trials and probes read unless they are stored."""
-        tokens = self._whole(self.recipe.heldout_tokens) if steps else zero_shot_tokens
+    @property
+    def _heldout_tokens(self) -> int:
+        return self._whole(self.recipe.heldout_tokens)
+
+    def _teacher_tokens(self, steps: int, probe_tokens: int, zero_shot_tokens: int) -> int:
+        """Held-out tokens that the teacher reads, and those that trials and probes read unless they are stored."""
+        tokens = self._heldout_tokens if steps else zero_shot_tokens
         if self.recipe.distill.teacher_states is None:
             tokens += max(steps * self.recipe.distill.batch_size * self.context, probe_tokens)
-        return tokens * self._teacher_forward
+        return tokens
 
     def _probe_flops(self, tokens: int, measured: int) -> float:
         rescaled = sum(rescales(self.shapes.teacher, arch, self.recipe.prune) for arch in self.probes.values())
@@ -184,19 +202,8 @@ class Costs:
         narrower = int((sizes < whole.axis_size("hidden")).sum()) if self.recipe.prune.rescale_norms else 0
         return min(untrained, narrower) * RESCALE_TOKENS * self._teacher_forward
 
-    def _trial_flops(self, finalists: int, steps: int) -> float:
-        """Operations of trials; the repair of one of them is that of the student, which is not counted."""
-        if not steps:
-            return 0.0
-        total, before = (finalists - 1) * self._repair_flops, 0
-        heldout = self._whole(self.recipe.heldout_tokens) * self._forward
-        for height, most in rungs(finalists, steps):
-            total += most * ((height - before) * (self._step.total - self._step.teacher) + heldout)
-            before = height
-        return total
-
     @property
-    def _repair_flops(self) -> float:
+    def repair_flops(self) -> float:
         """Operations of the repair of a finalist: of one that is refitted, if some shape is."""
         whole, recipe = self.shapes.teacher, self.recipe.prune
         sizes = self.shapes.sizes.get("hidden_size", np.array([whole.axis_size("hidden")]))
@@ -222,6 +229,14 @@ def rungs(finalists: int, steps: int) -> list[tuple[int, int]]:
         heights.setdefault(height, most)
         most = min(most, -(-most // 2) + 1)
     return list(heights.items())
+
+
+def totals(finalists: int, steps: int) -> tuple[int, int]:
+    """Return the most steps that all trials take together, and how often a candidate is measured; see `rungs`."""
+    total = comparisons = before = 0
+    for height, most in rungs(finalists, steps) if steps else ():
+        total, comparisons, before = total + most * (height - before), comparisons + most, height
+    return total, comparisons
 
 
 def why_not_continued(recipe: DistillRecipe) -> str | None:

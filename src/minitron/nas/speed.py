@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from minitron.evaluation.speed import alternate, measure_speed
 from minitron.files import read_jsonl, write_jsonl
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.config import student_config
+from minitron.model.language_model import random_model
 from minitron.nas.budget import SPEEDS, Serving, has_speed_limits
 from minitron.runtime import Runtime
 from minitron.session import Session
@@ -62,7 +61,7 @@ class Speeds:
         """Return the figures of `SPEEDS` for a shape, in seconds, cached or measured now."""
         if cached := self.cached(arch):
             return cached
-        model = _random_model(self.source, arch, self.runtime)
+        model = random_model(self.source, arch, self.runtime)
         if self.reference is None:
             speed = measure_speed(model, self.serving.batch, self.serving.context)
             seconds = {name: float(getattr(speed, name)) for name in SPEEDS}
@@ -73,7 +72,7 @@ class Speeds:
 
     def _measure_in_turn(self, model: Any, reference: "Speeds") -> dict[str, float]:
         if self._teacher_model is None:
-            self._teacher_model = _random_model(reference.source, reference.source.arch, self.runtime)
+            self._teacher_model = random_model(reference.source, reference.source.arch, self.runtime)
         models = {"shape": model, "teacher": self._teacher_model}
         speeds = alternate(models, self.serving.batch, self.serving.context, NUM_TURNS)
         pairs = list(zip(speeds["shape"], speeds["teacher"], strict=True))
@@ -111,12 +110,3 @@ class Speeds:
             "device": f"{device.type} ({name}, {torch.get_num_threads()} threads)",
             "dtype": self.runtime.dtype_name,
         }
-
-
-def _random_model(source: Checkpoint, arch: Arch, runtime: Runtime) -> Any:
-    # Speed depends on the kinds of the layers alone, so the first layers of each kind stand for those kept.
-    config = student_config(source, arch, source.arch.first_layers(arch))
-    with torch.random.fork_rng(devices=[]), torch.device(runtime.device):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=runtime.dtype, attn_implementation=runtime.attention)
-    return model.eval()
