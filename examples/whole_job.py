@@ -18,9 +18,8 @@ try:
         out,
         target_params=0.7,
         data=data,
-        # Sized for two CPU cores; a good student takes millions of tokens and the defaults of the search.
+        # Sized for two CPU cores; a good student takes millions of tokens.
         calibration={"tokens": "8k"},
-        search={"tokens": "2k", "zero_shot": 8, "shortlist": 2, "probe_tokens": "1k", "distill_tokens": "2k"},
         distill={"tokens": "16k", "batch_size": 1, "learning_rate": 5e-4},
         evaluation={"tokens": "4k"},
     )

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_a_search_adds_no_more_than_its_share(place: Path, tokens: str) -> None:
 
 def test_a_longer_distillation_pays_for_no_less_and_never_for_more_than_helps(place: Path) -> None:
     efforts = [costs(place, **{"distill.tokens": tokens}).affordable() for tokens in ("1k", "10k", "100k", "1M", "50M")]
-    for shorter, longer in zip(efforts, efforts[1:], strict=False):
+    for shorter, longer in pairwise(efforts):
         for name in ("probe_tokens", "zero_shot", "shortlist", "trial_steps"):
             assert getattr(shorter, name) <= getattr(longer, name), name
     last = efforts[-1]
@@ -214,7 +215,7 @@ def test_where_a_trial_cannot_continue_the_student_starts_from_the_pruned_model(
 
 def test_a_trial_continues_with_losses_within_the_layers(place: Path, tmp_path: Path) -> None:
     """Whose projection the trial did not have."""
-    narrow = {"search.space": {"hidden_size": [24, 32]}, "target_params": 0.8}
+    narrow = {"search.space": {"hidden_size": [32]}, "target_params": "45k..52k"}
     added = {"distill.intermediate.of": ["block_output"]}
     pipeline.compress(recipe(place, **TRIALS, **narrow, **added), tmp_path / "run")
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")

@@ -14,8 +14,8 @@ import numpy as np
 from minitron.model.arch import Arch
 from minitron.model.work import BACKWARD, Work, forward_flops, step_work
 from minitron.nas.shapes import Shapes
-from minitron.pruning.repair import RESCALE_TOKENS, refits, rescales
-from minitron.recipe import DistillRecipe, Recipe
+from minitron.pruning.repair import RESCALE_TOKENS, refits, rescales, widest_input
+from minitron.recipe import DistillRecipe, PruneRecipe, Recipe
 
 LONGEST_TRIAL, MOST_STEPS = 32_768, 16
 """A trial takes at most so many tokens, or steps where these are more tokens: 30 thousand tell shapes apart."""
@@ -23,6 +23,8 @@ LEAST_STEPS = 8
 """The fewest steps of a trial: fewer tell shapes apart no better than probes do."""
 UNTRAINED_TOKENS = 1_024
 """Held-out tokens on which untrained shapes and probes are compared, unless the recipe says otherwise."""
+REFIT_TOKENS_PER_INPUT = 2
+"""Calibration tokens on which a probe is refitted, for each input of its widest matrix."""
 REFIT_PASSES = 3.5
 """Operations of a refit over those of a forward pass of the student: two and a half passes, and the moments."""
 
@@ -190,10 +192,18 @@ class Costs:
         return tokens
 
     def _probe_flops(self, tokens: int, measured: int) -> float:
-        rescaled = sum(rescales(self.shapes.teacher, arch, self.recipe.prune) for arch in self.probes.values())
-        passes = (1 + BACKWARD) * tokens + measured
-        in_probes = sum(map(self._flops, self.probes.values()))
-        return passes * in_probes + rescaled * RESCALE_TOKENS * self._teacher_forward
+        whole, recipe, passes = self.shapes.teacher, self.recipe.prune, (1 + BACKWARD) * tokens + measured
+        total = 0.0
+        for arch in self.probes.values():
+            total += passes * self._flops(arch)
+            is_refitted = tokens > 0 and refits(whole, arch, recipe)
+            if is_refitted or rescales(whole, arch, recipe):
+                total += self._repair(arch, repair_tokens(whole, arch, recipe), is_refitted)
+        return total
+
+    def _repair(self, arch: Arch, tokens: int, is_refitted: bool) -> float:
+        """Operations of a repair: a pass of the teacher, which norms need, and what a refit takes besides."""
+        return tokens * (self._teacher_forward + is_refitted * REFIT_PASSES * self._flops(arch))
 
     def _sorted_flops(self, untrained: int) -> float:
         """Operations of rescaling the norms of sorted teachers, one for each narrower hidden size that may occur."""
@@ -208,11 +218,19 @@ class Costs:
         whole, recipe = self.shapes.teacher, self.recipe.prune
         sizes = self.shapes.sizes.get("hidden_size", np.array([whole.axis_size("hidden")]))
         ends = [self.shapes[int(i)] for i in (sizes.argmin(), sizes.argmax())]
-        tokens, scored = self.recipe.calibration.tokens, (recipe.rounds - 1) * self._forward
+        tokens, total = self.recipe.calibration.tokens, 0.0
         if any(refits(whole, arch, recipe) for arch in ends):
-            return tokens * (scored + self._teacher_forward + REFIT_PASSES * self._forward)
-        is_rescaled = any(rescales(whole, arch, recipe) for arch in ends)
-        return tokens * scored + is_rescaled * min(tokens, RESCALE_TOKENS) * self._teacher_forward
+            total = self._repair(self._largest, tokens, True)
+        elif any(rescales(whole, arch, recipe) for arch in ends):
+            total = self._repair(self._largest, min(tokens, RESCALE_TOKENS), False)
+        return total + (recipe.rounds - 1) * tokens * self._forward
+
+
+def repair_tokens(teacher: Arch, probe: Arch, recipe: PruneRecipe) -> int:
+    """Return the calibration tokens on which a probe is repaired."""
+    if not refits(teacher, probe, recipe):
+        return RESCALE_TOKENS
+    return max(RESCALE_TOKENS, REFIT_TOKENS_PER_INPUT * widest_input(teacher, probe))
 
 
 def rungs(finalists: int, steps: int) -> list[tuple[int, int]]:

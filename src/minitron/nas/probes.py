@@ -16,6 +16,7 @@ from minitron.model.arch import Arch
 from minitron.nas.acceptance import Acceptance, combinations
 from minitron.nas.budget import SPEEDS
 from minitron.nas.candidates import Candidate
+from minitron.nas.effort import repair_tokens
 from minitron.nas.shapes import Shapes
 from minitron.nas.shortlist import differing
 from minitron.nas.trial import train, trial_recipe
@@ -79,11 +80,15 @@ def _measure_probes(workspace: Workspace, archs: Mapping[str, Arch]) -> dict[str
 
 
 class Probing:
-    """Cuts and trains probes: without a refit, which would take longer than their training, one block per step."""
+    """Cuts, repairs and trains probes, one block per step.
+
+    They are repaired as students are, on fewer tokens: without a refit, which takes up to half of the loss away where
+    hidden stays whole, probes rank refitted shapes no better than chance (docs/studies/search.md).
+    """
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.session = workspace, workspace.session
-        self.repairs = self.session.recipe.prune.model_copy(update={"refit": False, "rounds": 1})
+        self.repairs = self.session.recipe.prune.model_copy(update={"rounds": 1})
 
     def __call__(self, arch: Arch) -> float:
         """Return the held-out KL of a probe after its training."""
@@ -93,7 +98,9 @@ class Probing:
         cut = [name for name, size in arch.sizes.items() if size < self.session.source.arch.sizes[name]]
         with TemporaryDirectory(dir=workspace.work) as folder:
             pruned, importance = Path(folder) / "pruned", workspace.importance
-            prune(self.session, arch, importance, pruned, recipe=self.repairs)
+            tokens = repair_tokens(self.session.source.arch, arch, self.repairs)
+            blocks = self.session.calibration_blocks[: -(-tokens // context)]
+            prune(self.session, arch, importance, pruned, recipe=self.repairs, blocks=blocks)
             label = f"probe of {' and '.join(cut)}"
             student = train(workspace, Path(folder), recipe.model_copy(update=changes), until=None, label=label)
         return divergence(student, workspace.zero_shot_blocks, workspace.heldout_outputs)
