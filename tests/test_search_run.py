@@ -19,11 +19,12 @@ from minitron.files import write_jsonl
 from minitron.history import history_of
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model
-from minitron.nas import probes, shapes_within, trial, zero_shot
+from minitron.nas import shapes_within, trial, zero_shot
 from minitron.nas.budget import Serving
 from minitron.nas.candidates import Candidate
 from minitron.nas.effort import rungs
 from minitron.nas.estimate import estimate, fitted
+from minitron.nas.probes import Probing
 from minitron.nas.speed import Speeds
 from minitron.nas.trial import better_half, choose
 from minitron.recipe import Recipe, recipe_from
@@ -132,7 +133,7 @@ def search_until_killed(name: str, times: int, place: Path, out: Path) -> None:
 
 
 COSTLY = {
-    "probe": (probes.Probing, "__call__"), "train": (trial.Trial, "__call__"),
+    "probe": (Probing, "__call__"), "train": (trial.Trial, "__call__"),
     "compare": (zero_shot.ZeroShot, "__call__"),
 }  # fmt: skip
 

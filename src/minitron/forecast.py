@@ -1,4 +1,4 @@
-"""What a run will do, said before it begins: the tokens of its steps, and the time that they take on this machine."""
+"""What a run will do, in words before it begins: tokens of its steps, and the time that they take on this machine."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -267,7 +267,7 @@ def _begin(run: Run, session: Session, num_parameters: int) -> None:
 
 
 def _record_resumption(run: Run, session: Session) -> None:
-    """Record at how many tokens an interrupted distillation continues, for the curves; a trial is no interruption."""
+    """Record at how many tokens an interrupted distillation continues, for the curves, but not after a trial."""
     state, rows = run.path("checkpoint") / "state.json", read_jsonl(run.path("metrics.jsonl"))
     if state.exists() and not (rows and "trial" in rows[-1]):
         tokens = read_json(state)["step"] * session.recipe.distill.batch_size * session.context

@@ -18,7 +18,7 @@ from minitron.pruning.repair import RESCALE_TOKENS, refits, rescales, widest_inp
 from minitron.recipe import DistillRecipe, PruneRecipe, Recipe
 
 LONGEST_TRIAL, MOST_STEPS = 32_768, 16
-"""A trial takes at most so many tokens, or steps where these are more tokens: 30 thousand tell shapes apart."""
+"""The most tokens of a trial, and the steps that it may take where these are more tokens."""
 LEAST_STEPS = 8
 """The fewest steps of a trial: fewer tell shapes apart no better than probes do."""
 UNTRAINED_TOKENS = 1_024
