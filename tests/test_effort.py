@@ -96,7 +96,7 @@ def test_a_longer_distillation_pays_for_no_less_and_never_for_more_than_helps(pl
         for name in ("probe_tokens", "zero_shot", "shortlist", "trial_steps"):
             assert getattr(shorter, name) <= getattr(longer, name), name
     last = efforts[-1]
-    assert (last.shortlist, last.trial_steps * 64, last.probe_tokens) == (8, 32_768, 64)
+    assert (last.shortlist, last.trial_steps * 64, last.probe_tokens) == (8, 32_768, 128)
     assert last.zero_shot <= 256
     assert efforts[0].trial_steps == 0
     assert efforts[1].shortlist < 8

@@ -207,7 +207,7 @@ class SearchRecipe(_Strict):
     is the beginning of its distillation, so it adds nothing. With 0 the shape is predicted from untrained probes."""
     probe_tokens: Derived = None
     """Tokens on which each probe is distilled, one block per step: one shape per axis, cut along this axis alone, to
-    learn what cuts of it cost. None takes at most 2 blocks: longer probes predict worse. 0 compares the probes
+    learn what cuts of it cost. None takes at most 4 blocks: much longer probes predict worse. 0 compares the probes
     untrained."""
     zero_shot: Annotated[Derived, Field(ge=1)] = None
     """Number of shapes that are cut and compared with the teacher untrained: those with the least predicted loss. None

@@ -15,7 +15,7 @@ from minitron.model.arch import Arch
 from minitron.model.work import BACKWARD, Work, forward_flops, step_work
 from minitron.nas.shapes import Shapes
 from minitron.pruning.repair import RESCALE_TOKENS, refits, rescales, widest_input
-from minitron.recipe import DistillRecipe, PruneRecipe, Recipe
+from minitron.recipe import DistillRecipe, Recipe
 
 LONGEST_TRIAL, MOST_STEPS = 32_768, 16
 """The most tokens of a trial, and the steps that it may take where these are more tokens."""
@@ -23,8 +23,8 @@ LEAST_STEPS = 8
 """The fewest steps of a trial: fewer tell shapes apart no better than probes do."""
 UNTRAINED_TOKENS = 1_024
 """Held-out tokens on which untrained shapes and probes are compared, unless the recipe says otherwise."""
-REFIT_TOKENS_PER_INPUT = 2
-"""Calibration tokens on which a probe is refitted, for each input of its widest matrix."""
+REFIT_TOKENS, REFIT_TOKENS_PER_INPUT = 16_384, 2
+"""Calibration tokens on which a probe is refitted, or more for many inputs of its widest matrix; fewer mislead."""
 REFIT_PASSES = 3.5
 """Operations of a refit over those of a forward pass of the student: two and a half passes, and the moments."""
 
@@ -37,13 +37,15 @@ class Level(NamedTuple):
     """The length of a trial, as a share of the longest."""
     untrained: int
     probe_blocks: int
+    repairs_probes: bool = False
 
 
 LEVELS = (
-    Level(8, 1, 256, 2), Level(8, 1 / 2, 256, 2), Level(8, 1 / 2, 128, 2), Level(6, 1 / 2, 64, 2),
-    Level(4, 1 / 2, 64, 2), Level(4, 1 / 4, 32, 2), Level(4, 1 / 4, 16, 2), Level(3, 1 / 4, 16, 2),
-    Level(2, 1 / 4, 16, 2), Level(2, 1 / 8, 16, 2), Level(2, 1 / 8, 8, 2), Level(2, 1 / 8, 4, 1),
-    Level(2, 1 / 8, 2, 1), Level(1, 0, 1, 2), Level(1, 0, 1, 1), Level(1, 0, 1, 0),
+    Level(8, 1, 256, 4, True), Level(8, 1 / 2, 256, 4, True), Level(8, 1 / 2, 128, 4, True),
+    Level(6, 1 / 2, 64, 4, True), Level(6, 1 / 2, 64, 4), Level(4, 1 / 2, 64, 4), Level(4, 1 / 4, 32, 4),
+    Level(4, 1 / 4, 16, 4), Level(3, 1 / 4, 16, 4), Level(2, 1 / 4, 16, 4), Level(2, 1 / 8, 16, 2),
+    Level(2, 1 / 8, 4, 2), Level(2, 1 / 8, 2, 1), Level(1, 0, 1, 4), Level(1, 0, 1, 2), Level(1, 0, 1, 1),
+    Level(1, 0, 1, 0),
 )  # fmt: skip
 """From the most that helps (docs/studies/search.md) to the least."""
 
@@ -55,6 +57,8 @@ class Effort:
     """How much a search does; numbers of tokens are whole blocks."""
 
     probe_tokens: int
+    repairs_probes: bool
+    """Whether probes are repaired as students are, or cut plainly."""
     zero_shot: int
     zero_shot_tokens: int
     shortlist: int
@@ -130,15 +134,16 @@ class Costs:
         }
         flops: dict[Part, float] = {
             "teacher": of_teacher * self._teacher_forward,
-            "probes": self._probe_flops(probe_tokens, zero_shot_tokens),
+            "probes": self._probe_flops(probe_tokens, zero_shot_tokens, level.repairs_probes),
             "untrained": untrained * zero_shot_tokens * self._forward + self._sorted_flops(untrained),
             # The repair of one finalist is that of the student, which is made anyway.
             "trials": steps_of_all * trained + comparisons * measured + repairs * self.repair_flops,
         }
         kept = 0.0 if why_not_continued(self.recipe.distill) else steps * self._step.total
         return Effort(
-            probe_tokens, untrained, zero_shot_tokens, finalists, steps, tokens, flops, kept, self.distillation
-        )
+            probe_tokens, level.repairs_probes, untrained, zero_shot_tokens, finalists, steps, tokens, flops, kept,
+            self.distillation,
+        )  # fmt: skip
 
     @property
     def distillation(self) -> float:
@@ -191,14 +196,14 @@ class Costs:
             tokens += max(steps * self.recipe.distill.batch_size * self.context, probe_tokens)
         return tokens
 
-    def _probe_flops(self, tokens: int, measured: int) -> float:
+    def _probe_flops(self, tokens: int, measured: int, is_repaired: bool) -> float:
         whole, recipe, passes = self.shapes.teacher, self.recipe.prune, (1 + BACKWARD) * tokens + measured
         total = 0.0
         for arch in self.probes.values():
             total += passes * self._flops(arch)
-            is_refitted = tokens > 0 and refits(whole, arch, recipe)
-            if is_refitted or rescales(whole, arch, recipe):
-                total += self._repair(arch, repair_tokens(whole, arch, recipe), is_refitted)
+            is_refitted = refits(whole, arch, recipe)
+            if is_repaired and (is_refitted or rescales(whole, arch, recipe)):
+                total += self._repair(arch, probe_repair_tokens(whole, arch, self.recipe), is_refitted)
         return total
 
     def _repair(self, arch: Arch, tokens: int, is_refitted: bool) -> float:
@@ -226,11 +231,11 @@ class Costs:
         return total + (recipe.rounds - 1) * tokens * self._forward
 
 
-def repair_tokens(teacher: Arch, probe: Arch, recipe: PruneRecipe) -> int:
+def probe_repair_tokens(teacher: Arch, probe: Arch, recipe: Recipe) -> int:
     """Return the calibration tokens on which a probe is repaired."""
-    if not refits(teacher, probe, recipe):
+    if not refits(teacher, probe, recipe.prune):
         return RESCALE_TOKENS
-    return max(RESCALE_TOKENS, REFIT_TOKENS_PER_INPUT * widest_input(teacher, probe))
+    return min(recipe.calibration.tokens, max(REFIT_TOKENS, REFIT_TOKENS_PER_INPUT * widest_input(teacher, probe)))
 
 
 def rungs(finalists: int, steps: int) -> list[tuple[int, int]]:

@@ -7,24 +7,28 @@ first, is not what is missed in the end (docs/studies/search.md). So each probe 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
+from minitron.model.checkpoint import open_checkpoint
+from minitron.model.language_model import load_model
 from minitron.nas.acceptance import Acceptance, combinations
 from minitron.nas.budget import SPEEDS
 from minitron.nas.candidates import Candidate
-from minitron.nas.effort import repair_tokens
+from minitron.nas.effort import probe_repair_tokens
 from minitron.nas.shapes import Shapes
 from minitron.nas.shortlist import differing
 from minitron.nas.trial import train, trial_recipe
 from minitron.nas.workspace import Workspace
-from minitron.nas.zero_shot import ZeroShot, divergence
+from minitron.nas.zero_shot import divergence
 from minitron.pruning import prune
 from minitron.pruning.scores import Importance
 from minitron.pruning.selection import kept_share
+from minitron.recipe import CUT_ONLY
 
 
 def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
@@ -70,7 +74,7 @@ def _measure_probes(workspace: Workspace, archs: Mapping[str, Arch]) -> dict[str
     """Return the KL of the probe of each axis, after a short training unless there is none."""
     losses = workspace.probe_losses
     if missing := [axis for axis in archs if axis not in losses]:
-        measure = Probing(workspace) if workspace.effort.probe_tokens else ZeroShot(workspace)
+        measure = Probing(workspace)
         with workspace.timed("probes"):
             for results in workspace.world.map_in_rounds(lambda axis: measure(archs[axis]), missing):
                 losses.update(results)
@@ -80,29 +84,34 @@ def _measure_probes(workspace: Workspace, archs: Mapping[str, Arch]) -> dict[str
 
 
 class Probing:
-    """Cuts, repairs and trains probes, one block per step.
+    """Cuts and trains probes, one block per step.
 
-    They are repaired as students are, on fewer tokens: without a refit, which takes up to half of the loss away where
-    hidden stays whole, probes rank refitted shapes no better than chance (docs/studies/search.md).
+    Where the effort of the search suffices they are repaired as students are. Otherwise they are cut plainly, without
+    rotation and repair: a refit on few tokens distorts how cuts of different axes compare, since it is made where hidden
+    stays whole alone, and a refit on many takes longer than the training (docs/studies/search.md).
     """
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.session = workspace, workspace.session
-        self.repairs = self.session.recipe.prune.model_copy(update={"rounds": 1})
+        repairs = self.session.recipe.prune.model_copy(update={"rounds": 1})
+        self.repairs = repairs if workspace.effort.repairs_probes else CUT_ONLY
 
     def __call__(self, arch: Arch) -> float:
-        """Return the held-out KL of a probe after its training."""
-        workspace, context = self.workspace, self.session.context
-        recipe = trial_recipe(self.session.recipe.distill, 1, context)
-        changes = {"tokens": workspace.effort.probe_tokens, "batch_size": 1, "micro_batch_size": 1, "decay_ratio": 0.2}
-        cut = [name for name, size in arch.sizes.items() if size < self.session.source.arch.sizes[name]]
+        """Return the held-out KL of a probe after its training, if there is one."""
+        workspace, session, tokens = self.workspace, self.session, self.workspace.effort.probe_tokens
+        changes = {"tokens": tokens, "batch_size": 1, "micro_batch_size": 1, "decay_ratio": 0.2}
+        cut = [name for name, size in arch.sizes.items() if size < session.source.arch.sizes[name]]
         with TemporaryDirectory(dir=workspace.work) as folder:
-            pruned, importance = Path(folder) / "pruned", workspace.importance
-            tokens = repair_tokens(self.session.source.arch, arch, self.repairs)
-            blocks = self.session.calibration_blocks[: -(-tokens // context)]
-            prune(self.session, arch, importance, pruned, recipe=self.repairs, blocks=blocks)
-            label = f"probe of {' and '.join(cut)}"
-            student = train(workspace, Path(folder), recipe.model_copy(update=changes), until=None, label=label)
+            pruned, blocks = Path(folder) / "pruned", session.calibration_blocks
+            blocks = blocks[: -(-probe_repair_tokens(session.source.arch, arch, session.recipe) // session.context)]
+            prune(session, arch, workspace.importance, pruned, recipe=self.repairs, blocks=blocks)
+            if tokens:
+                recipe = trial_recipe(session.recipe.distill, 1, session.context).model_copy(update=changes)
+                label = f"probe of {' and '.join(cut)}"
+                student: Any = train(workspace, Path(folder), recipe, until=None, label=label)
+            else:
+                runtime = session.runtime
+                student = load_model(open_checkpoint(pruned), runtime.device, runtime.dtype, runtime.attention)
         return divergence(student, workspace.zero_shot_blocks, workspace.heldout_outputs)
 
 
