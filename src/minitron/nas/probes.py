@@ -87,8 +87,8 @@ class Probing:
     """Cuts and trains probes, one block per step.
 
     Where the effort of the search suffices they are repaired as students are. Otherwise they are cut plainly, without
-    rotation and repair: a refit on few tokens distorts how cuts of different axes compare, since it is made where hidden
-    stays whole alone, and a refit on many takes longer than the training (docs/studies/search.md).
+    rotation and repair: a refit on few tokens, which is made only where hidden stays whole, distorts how cuts of
+    different axes compare, and a refit on many takes longer than the training (docs/studies/search.md).
     """
 
     def __init__(self, workspace: Workspace) -> None:
