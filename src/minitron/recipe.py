@@ -49,8 +49,12 @@ Target = str | float
 Model = TypeVar("Model", bound=BaseModel)
 Count = Annotated[int, BeforeValidator(parse_count)]
 CountOrNone = Annotated[int, BeforeValidator(lambda value: 0 if str(value) == "0" else parse_count(value))]
-Derived = Annotated[int | None, BeforeValidator(lambda value: value if value in (None, 0, "0") else parse_count(value))]
-"""A count, or 0; None leaves the number to the program."""
+Derived = Annotated[
+    int | None,
+    BeforeValidator(lambda value: value if value in (None, 0) else 0 if value == "0" else parse_count(value)),
+]
+DerivedCount = Annotated[int | None, BeforeValidator(lambda value: None if value is None else parse_count(value))]
+"""A count; None leaves it to the program."""
 Share = Annotated[Target, BeforeValidator(_share)]
 
 
@@ -209,19 +213,19 @@ class SearchRecipe(_Strict):
     """Tokens on which each probe is distilled, one block per step: one shape per axis, cut along this axis alone, to
     learn what cuts of it cost. None takes at most 4 blocks: much longer probes predict worse. 0 compares the probes
     untrained."""
-    zero_shot: Annotated[Derived, Field(ge=1)] = None
+    zero_shot: DerivedCount = None
     """Number of shapes that are cut and compared with the teacher untrained: those with the least predicted loss. None
     takes at most 256."""
-    zero_shot_tokens: Annotated[Derived, Field(ge=1)] = None
+    zero_shot_tokens: DerivedCount = None
     """Held-out tokens on which untrained shapes and probes are compared with the teacher. None takes 1,024."""
-    shortlist: Annotated[Derived, Field(ge=1)] = None
+    shortlist: DerivedCount = None
     """Number of shapes that are pruned, repaired and distilled in trials. None takes at most 8."""
     distill_tokens: Derived = None
     """Tokens on which the best two shapes of the short list are distilled. The others stop before: of a longer list,
     only the better half continues after a half of these tokens, or a quarter of them, and a shape that ties with it.
     None takes at most 32,768 tokens, or 16 steps of the distillation where these are more. 0 skips the trials:
     untrained shapes decide."""
-    tokens: Annotated[Derived, Field(ge=1)] = None
+    tokens: DerivedCount = None
     """Held-out tokens that rank candidates and follow every distillation. Fewer tokens do not distinguish good shapes:
     between two of them, the difference on one block of 512 tokens varies by 0.07 nats. None takes a sixteenth of
     `distill.tokens`, at most 16,384."""
