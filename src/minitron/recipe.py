@@ -49,10 +49,7 @@ Target = str | float
 Model = TypeVar("Model", bound=BaseModel)
 Count = Annotated[int, BeforeValidator(parse_count)]
 CountOrNone = Annotated[int, BeforeValidator(lambda value: 0 if str(value) == "0" else parse_count(value))]
-Derived = Annotated[
-    int | None,
-    BeforeValidator(lambda value: value if value in (None, 0) else 0 if value == "0" else parse_count(value)),
-]
+Derived = Annotated[int | None, BeforeValidator(lambda value: value and (0 if value == "0" else parse_count(value)))]
 DerivedCount = Annotated[int | None, BeforeValidator(lambda value: None if value is None else parse_count(value))]
 """A count; None leaves it to the program."""
 Share = Annotated[Target, BeforeValidator(_share)]
