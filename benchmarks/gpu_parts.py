@@ -35,8 +35,8 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import Headless, load_model, require_attention
 from minitron.model.source import open_teacher
+from minitron.model.work import forward_flops, training_flops
 from minitron.planning.machine import this_machine
-from minitron.planning.work import forward_flops, training_flops
 from minitron.recipe import DistillRecipe
 
 LOSS_VOCABULARIES = (128_256, 262_144)

@@ -38,7 +38,7 @@ from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import read_jsonl
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model
-from minitron.planning.work import forward_flops, training_flops
+from minitron.model.work import forward_flops, training_flops
 from minitron.pruning import Importance, prune, read_importance, write_importance, write_random
 from minitron.quantities import parse_count
 from minitron.recipe import BASELINES, recipe_from

@@ -40,7 +40,7 @@ def test_each_round_scores_what_the_last_one_left(teacher: Checkpoint, tmp_path:
     target = cut_everywhere(teacher.arch)
 
     def scored(rounds: int) -> dict[str, torch.Tensor]:
-        return score_in_rounds(session_of(teacher, rounds), target, once, blocks=blocks, folder=tmp_path)
+        return score_in_rounds(session_of(teacher, rounds), target, once, rounds=rounds, blocks=blocks, folder=tmp_path)
 
     assert scored(1) is once
     thrice = scored(3)
@@ -62,7 +62,7 @@ def test_two_rounds_by_hand(tmp_path: Path, axis: str, request: pytest.FixtureRe
     once = importance_of(teacher, blocks)
     half, quarter = ({axis: 48}, {axis: 32}) if axis == "intermediate_size" else ({axis: 3}, {axis: 2})
     target = teacher.arch.resized(**quarter)
-    twice = score_in_rounds(session_of(teacher, 2), target, once, blocks=blocks, folder=tmp_path)
+    twice = score_in_rounds(session_of(teacher, 2), target, once, rounds=2, blocks=blocks, folder=tmp_path)
     cut = cut_to(teacher.arch.resized(**half), teacher, once, CUT_ONLY)
     (tmp_path / "half").mkdir()
     write_pruned(teacher, cut, cut, tmp_path / "half")
