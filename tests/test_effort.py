@@ -102,6 +102,16 @@ def test_a_longer_distillation_pays_for_no_less_and_never_for_more_than_helps(pl
     assert efforts[1].shortlist < 8
 
 
+def test_what_is_left_out_is_said(place: Path) -> None:
+    search = costs(place)
+    assert search.at(LEVELS[0]).in_words(64).startswith("8 trials of up to 960 tokens, ")
+    assert "left out" not in search.at(LEVELS[0]).in_words(64)
+    without_trials = next(level for level in LEVELS if level.trial == 0)
+    left_out = "; left out: trials and comparisons of untrained shapes"
+    assert search.at(without_trials).in_words(64) == f"probes of 64 tokens{left_out}"
+    assert search.at(LEVELS[-1]).in_words(64) == f"untrained probes{left_out} and training of probes"
+
+
 def test_what_a_recipe_gives_holds_whatever_it_costs(place: Path) -> None:
     given: dict[str, Any] = {**GIVEN, "search.distill_tokens": 512, "search.effort": 0.001}
     effort = costs(place, **given).affordable()

@@ -62,7 +62,8 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
         return arch
     shapes = with_ranked_layers(session, importance, shapes, budget)
     effort = costs_of(session, shapes).affordable()
-    announce(f"search: {effort.in_words(session.recipe.distill.batch_size * session.context)}")
+    does = effort.in_words(session.recipe.distill.batch_size * session.context)
+    announce(f"search, for {effort.added:.0%} of the operations of the distillation: {does}")
     workspace = Workspace(session, importance, folder, effort)
     shapes, budget = meet_speed_limits(workspace, shapes, budget)
     candidates = predict(workspace, shapes)

@@ -83,13 +83,16 @@ class Effort:
         return {**asdict(self), "added": self.added}
 
     def in_words(self, step_tokens: int) -> str:
-        """Return what a search does, as part of a sentence."""
-        trials = (
-            f"{self.shortlist} trials of up to {self.trial_steps * step_tokens:,} tokens" if self.trial_steps else ""
-        )
-        untrained = f"{self.zero_shot} untrained shapes" if self.zero_shot > 1 else ""
-        probes = f"probes of {self.probe_tokens:,} tokens" if self.probe_tokens else "untrained probes"
-        return ", ".join(filter(None, (trials, untrained, probes)))
+        """Return what a search does and what it leaves out, as part of a sentence."""
+        parts = {
+            "trials": self.trial_steps
+            and f"{self.shortlist} trials of up to {self.trial_steps * step_tokens:,} tokens",
+            "comparisons of untrained shapes": self.zero_shot > 1 and f"{self.zero_shot} untrained shapes",
+            "training of probes": self.probe_tokens and f"probes of {self.probe_tokens:,} tokens",
+        }
+        done = ", ".join(words for words in parts.values() if words) or "untrained probes"
+        left_out = " and ".join(name for name, words in parts.items() if not words)
+        return f"{done}; left out: {left_out}" if left_out else done
 
 
 @dataclass(frozen=True)
