@@ -312,7 +312,7 @@ def test_a_run_killed_on_two_processes_continues_on_one(
     # Held-out perplexity is measured every other step, and a checkpoint follows every step.
     recipe.write_text(f"distill: {{batch_size: 4, checkpoint_seconds: 0{more}}}\nsearch: {{tokens: 256}}\n")
     verb = ["distill", *map(str, models)]
-    options = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--device", "cpu",
+    options = ["--data", str(text_file), "--context", "32", "--tokens", "1280", "--device", "cpu", "--dtype", "float32",
                "--recipe", str(recipe)]  # fmt: skip
     program = ["minitron", *verb, str(tmp_path / "two"), *options]
     codes, log = on_two_ranks(program, tmp_path / "log", kill_at=4)
@@ -346,16 +346,8 @@ def test_compress_takes_the_stages_of_one_process_on_two(
 ) -> None:
     """Also where the first process is killed in a step of the second stage, and the command is run again."""
     (tmp_path / "recipe.yaml").write_text(STAGES)
-    options = [
-        "--data",
-        str(text_file),
-        "--context",
-        "32",
-        "--device",
-        "cpu",
-        "--recipe",
-        str(tmp_path / "recipe.yaml"),
-    ]
+    options = ["--data", str(text_file), "--context", "32", "--device", "cpu", "--dtype", "float32",
+               "--recipe", str(tmp_path / "recipe.yaml")]  # fmt: skip
     verbs = {name: ["compress", str(models[0]), str(tmp_path / name), *options] for name in ("one", "two")}
     codes, log = on_two_ranks(["minitron", *verbs["two"]], tmp_path / "log", kill_at=6)  # 2 steps correct the teacher
     assert codes[0] == -signal.SIGKILL, log[-2000:]
