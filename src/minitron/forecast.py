@@ -75,13 +75,16 @@ def _steps(session: Session, shapes: Shapes, student: Arch, speed: Throughput | 
         seconds = flops * speed.per_operation + updates * speed.per_parameter if speed else None
         return Expected(name, tokens, seconds, is_part)
 
+    def exact(name: str, tokens: int, flops: float) -> Expected:
+        return Expected(name, tokens, flops * speed.per_exact_operation if speed else None)
+
     forward, of_teacher, of_source = (
         forward_flops(arch, context, windows) for arch in (student, session.teacher.arch, session.source.arch)
     )
     num_steps, heldout, evaluated = distill.num_steps(context), recipe.heldout_tokens, recipe.evaluation.tokens
     step = step_work(student, session.teacher.arch, distill, context, windows)
     calibration, steps_of_trial, repair = recipe.calibration.tokens, 0, 0.0
-    yield part("calibrate", calibration, calibration * of_source)
+    yield exact("calibrate", calibration, calibration * of_source)
     costs = nas.costs_of(session, shapes)
     if not recipe.shape:
         effort = costs.affordable()
@@ -97,9 +100,9 @@ def _steps(session: Session, shapes: Shapes, student: Arch, speed: Throughput | 
         steps_of_trial = effort.trial_steps if effort.kept else 0
     if not steps_of_trial:
         repair = costs.repair_flops
-    yield part("prune", 0, repair)
+    yield exact("prune", 0, repair)
     remaining = num_steps - steps_of_trial
     flops = remaining * step.total + (NUM_EVALUATIONS + 1) * heldout * forward
     tokens = remaining * distill.batch_size * context
     yield part("distill", tokens, flops / size, updates=remaining * weights)
-    yield part("evaluate", evaluated, evaluated * (of_teacher + 2 * forward))
+    yield exact("evaluate", evaluated, evaluated * (of_teacher + 2 * forward))

@@ -2,9 +2,10 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from minitron.data.blocks import Blocks
 from minitron.distillation.fused import States
@@ -13,7 +14,7 @@ from minitron.distillation.optimizers import make_optimizer
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.language_model import Head, Headless, random_model
+from minitron.model.language_model import Head, Headless, attention_in_training, random_model
 from minitron.model.work import BACKWARD, forward_flops
 from minitron.recipe import DistillRecipe, IntermediateRecipe
 from minitron.runtime import Runtime
@@ -29,6 +30,8 @@ class Throughput:
 
     per_operation: float
     """Seconds for an operation of a step: of layers, output matrices and their comparison, as a step mixes them."""
+    per_exact_operation: float
+    """Seconds for an operation of layers outside of trainings, whose products may be more exact."""
     per_parameter: float
     """Seconds in which the optimizer moves a weight."""
 
@@ -48,8 +51,9 @@ def measure_throughput(
     logits = 2 * blocks.context * student.axis_size("vocab")
     if free is not None and BYTES_PER_PARAMETER * small.num_parameters + 4 * logits > free:
         return None
-    headless = Headless(random_model(source, small, runtime, runtime.weights_dtype))
     block, numbers, context = blocks[:1], torch.zeros(1, dtype=torch.int64), blocks.context
+    runtime = replace(runtime, attention=attention_in_training(student, recipe.micro_batch_size, context, runtime))
+    headless = Headless(random_model(source, small, runtime, runtime.weights_dtype))
     vocab, width = teacher.axis_size("vocab"), teacher.axis_size("hidden")
     head = Head(torch.zeros(vocab, width, device=runtime.device, dtype=runtime.dtype), headless.softcap)
     states = States(torch.zeros(1, context, width, device=runtime.device, dtype=runtime.dtype), head)
@@ -57,15 +61,21 @@ def measure_throughput(
     objective = Objective(lambda *_: states, recipe.model_copy(update=logits_alone), runtime)
     ids = block.ids.to(runtime.device)
 
-    def layers() -> None:
+    def forward() -> Tensor:
         with runtime.autocast():
-            total = headless(ids, lambda hidden, _: hidden.float().sum())
-        total.backward()
+            total: Tensor = headless(ids, lambda hidden, _: hidden.float().sum())
+        return total
+
+    def layers() -> None:
+        with runtime.training():
+            forward().backward()
 
     def step() -> None:
         objective.accumulate(headless, block, numbers)
 
     of_layers, of_step = _seconds(layers, runtime), _seconds(step, runtime)
+    with torch.no_grad():
+        of_forward = _seconds(forward, runtime)
     optimizer = make_optimizer(headless, recipe)
 
     def update() -> None:
@@ -76,14 +86,15 @@ def measure_throughput(
     per_token = of_layers / context * ((1 + BACKWARD) * in_student + in_teacher) / ((1 + BACKWARD) * in_small)
     per_token += max(0.0, of_step - of_layers) / context
     operations = (1 + BACKWARD) * forward_flops(student, context) + forward_flops(teacher, context)
-    return Throughput(per_token / operations, of_update / small.num_parameters)
+    exact = of_forward / context / in_small
+    return Throughput(per_token / operations, exact, of_update / small.num_parameters)
 
 
 def _layer_flops(arch: Arch, context: int) -> float:
     return forward_flops(arch, context) - 2 * arch.axis_size("vocab") * arch.axis_size("hidden")
 
 
-def _seconds(run: Callable[[], None], runtime: Runtime) -> float:
+def _seconds(run: Callable[[], object], runtime: Runtime) -> float:
     """Return the seconds of a call, after one that is not counted."""
     run()
     if runtime.device.type == "cuda":
