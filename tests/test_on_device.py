@@ -284,7 +284,7 @@ def test_a_whole_search(gpu: torch.device, tmp_path: Path, verb: Verb) -> None:
         "data": tmp_path / "text.txt", "context": 32, "target_params": 0.7, "device": "cuda", "dtype": "float32",
         "calibration.tokens": 128, "search.tokens": 64, "search.shortlist": 2, "search.zero_shot": 2,
         "search.zero_shot_tokens": 32, "search.probe_tokens": 32, "search.distill_tokens": 64,
-        "search.batch_size": 1, "distill.tokens": 128, "distill.batch_size": 1, "evaluation.tokens": 64,
+        "distill.tokens": 128, "distill.batch_size": 1, "evaluation.tokens": 64,
     }  # fmt: skip
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     verb("search", model, tmp_path / "out", *words)
