@@ -38,7 +38,7 @@ from minitron.runtime import Runtime
 
 ENDS = 3.0
 """The weight in the moment of the stream of its two ends, the embeddings and what the final norm reads; that of every
-place between them is 1. Everything that a model reads or says passes there (docs/studies/token-efficiency.md)."""
+place between them is 1. Everything that a model reads or writes passes there (docs/studies/token-efficiency.md)."""
 NOISE = 0.3
 """The weight of random tokens in the moment of the stream, compared with the text. Directions that the calibration text
 hardly uses, and other texts need, are kept for them (docs/studies/token-efficiency.md)."""
