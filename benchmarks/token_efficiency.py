@@ -59,7 +59,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "random": {},
     "default": {},
     "refit": {"prune.refit": True},
-    "contribution": {"calibration.ffn_scores": "contribution"},
 }
 """Settings of each arm, laid over the defaults. `papers` and `plain` are the published methods (`--plain papers` and
 `--plain modelopt`), of which the better one at each point is the baseline; `random` starts from random weights."""

@@ -132,18 +132,6 @@ def wanda(readings: Readings) -> Tensor:
     return scores
 
 
-def contribution(readings: Readings) -> Tensor:
-    """Score neuron j by the root of E[x_j²] · ‖W_:j‖²: the root mean square of what it adds to the residual stream.
-
-    W_:j is the column of the second MLP matrix that reads neuron j. The sum of squared scores of the dropped neurons is
-    the expected squared error of the layer's output, if neurons were uncorrelated.
-    """
-    scores = readings.aggregate("l2", "l2")  # (num_layers, …, width)
-    for layer, matrix in readings.matrices():
-        scores[layer] *= matrix.norm(dim=-2, dtype=torch.float64)
-    return scores
-
-
 def reap(readings: Readings) -> Tensor:
     """Score an expert by the mean over its tokens of router weight × norm of its output (REAP, arXiv 2510.13999)."""
     weighted, _, count = readings.routed().unbind(dim=-1)
@@ -165,7 +153,6 @@ SCORES: dict[str, dict[str, Score]] = {
         # Σ X·W1ᵀ (Minitron, arXiv 2407.14679, section 2.2).
         "first_linear": Score(activation, view="first_linear"),
         "wanda": Score(wanda, needs=("l2",)),
-        "contribution": Score(contribution, needs=("l2",)),
     },
     "head": {
         # As Model-Optimizer does.
