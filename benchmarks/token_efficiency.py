@@ -122,15 +122,15 @@ class Bench:
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """Make the student of a trial and return its figures."""
-        pruned = open_checkpoint(self._pruned(trial))
+        pruned = open_checkpoint(self.pruned(trial))
         row = asdict(trial) | {"num_parameters": pruned.arch.num_parameters}
         if trial.tokens:
             row |= self._trained(trial)
         else:
-            row |= self._figures(load_model(pruned, torch.device("cpu"), torch.float32), trial.seed)
+            row |= self.figures(load_model(pruned, torch.device("cpu"), torch.float32), trial.seed)
         return row | {"settings": {key: str(value) for key, value in self.settings.items()}, **_machine(), **versions()}
 
-    def _pruned(self, trial: Trial) -> Path:
+    def pruned(self, trial: Trial) -> Path:
         """Return the folder of the trial's model before training, made when it is first asked for."""
         settings = trial.settings("cut")
         digest = "random" if trial.arm == "random" else _digest(json.dumps(settings, sort_keys=True))
@@ -153,7 +153,7 @@ class Bench:
         training = {"distill.batch_size": trial.batch // trial.block, "distill.learning_rate": trial.rate}
         session = self.session(trial.seed, trial.block, **(trial.settings("distill") | training))
         recipe = session.recipe.distill.model_copy(update={"tokens": trial.tokens})
-        train, pruned = session.splits.train, open_checkpoint(self._pruned(trial))
+        train, pruned = session.splits.train, open_checkpoint(self.pruned(trial))
         states = self.work / f"states-{trial.seed}-{trial.block}-{self.most_tokens}"
         teacher = stored_teacher(session, states, train, recipe)
         folder = self.work / "students" / _digest(repr(trial))
@@ -163,7 +163,7 @@ class Bench:
         student = Trainer(teacher, recipe, blocks, session.runtime, folder, stage=trial.arm).trained(pruned)
         seconds = time.monotonic() - started
         losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl")][-10:]
-        figures = self._figures(student.headless, trial.seed)
+        figures = self.figures(student.headless, trial.seed)
         shutil.rmtree(folder)
         flops = trial.tokens * training_flops(pruned.arch, trial.block)
         flops += trial.unique_tokens * forward_flops(session.teacher.arch, trial.block)
@@ -174,7 +174,7 @@ class Bench:
             "seconds": round(seconds, 1),
         }
 
-    def _figures(self, model: Any, seed: int) -> dict[str, Any]:
+    def figures(self, model: Any, seed: int) -> dict[str, Any]:
         """Return perplexity and bits per byte on every text."""
         texts = {"near": self.session(seed).splits.evaluation, **self._other_texts}
         found = {name: measure_perplexity(model, blocks) for name, blocks in texts.items()}

@@ -19,6 +19,7 @@ from minitron.errors import UserError, courtesy
 from minitron.history import History, history_of
 from minitron.lock import LOCK, locked
 from minitron.output import Output
+from minitron.recipe import load_recipe
 from minitron.run import RUN_RECORD, open_run, teacher_of
 from minitron.verbs.calibrate import calibrate
 from tests.conftest import make_model
@@ -290,7 +291,8 @@ def test_every_file_of_a_run_has_the_permissions_of_the_umask(first: Path, tmp_p
     try:
         settings = {**QUICK, "distill.teacher_states": str(shared / "states")}
         pipeline.compress(recipe(first / "model", first / "text.txt", **settings), shared / "run")
-        calibrate(first / "model", shared / "scores", data=str(first / "text.txt"), context=32, device="cpu")
+        given = load_recipe(None, {"data": str(first / "text.txt"), "context": 32, "calibration.tokens": 1024})
+        calibrate(first / "model", shared / "scores", recipe=given, device="cpu")
     finally:
         os.umask(before)
     files = [path for path in shared.rglob("*") if not path.is_symlink()]

@@ -375,6 +375,9 @@ def test_a_prediction_is_the_sum_of_what_its_cuts_cost_by_the_importance_they_lo
         lost = {axis: 1 - arch.entries(axis) / SMOLLM2.entries(axis) for axis in importance}
         of_probe = {axis: 1 - probe.entries(axis) / SMOLLM2.entries(axis) for axis, probe in one_axis.items()}
         assert expected[i] == pytest.approx(sum(losses[axis] * lost[axis] / of_probe[axis] for axis in importance))
+    probed = {axis: (probe, losses[axis] + 0.5) for axis, probe in one_axis.items()}
+    np.testing.assert_allclose(predicted(shapes, importance, probed, of_training=0.5), expected + 0.5)
+    assert np.abs(predicted(shapes, importance, probed) - expected - 0.5).max() > 0.1
 
 
 def test_a_llama_with_biases_keeps_to_shapes_that_its_config_class_takes() -> None:

@@ -91,7 +91,7 @@ def test_every_candidate_is_there_with_its_figures(place: Path) -> None:
     assert summary["compared"]["shapes"] == 10
     assert summary["distilled"] == {"shapes": 4, "tokens": 2 * 128 + 2 * 256, "tokens_each": 256}
     assert summary["effort"]["tokens"]["teacher"] == 256 + 128  # each once
-    assert set(summary["probes"]) == {"hidden", "ffn", "query", "kv", "layer"}
+    assert set(summary["probes"]) == {"whole", "hidden", "ffn", "query", "kv", "layer"}
     assert summary["limits"]["num_parameters"]["high"] >= chosen["num_parameters"]
 
 
@@ -159,7 +159,7 @@ def note_calls(patch: Any, log: Path, kill_in: str | None = None, times: int = 0
 def test_a_killed_search_continues_and_repeats_nothing_that_was_finished(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In the third of 5 probes, in the sixth comparison, and in a trial after the first rung; each process continues.
+    # In the third of 6 probes, in the sixth comparison, and in a trial after the first rung; each process continues.
     for name, times in (("probe", 3), ("compare", 6), ("train", 5)):
         killed = start(search_until_killed, name, times, place, tmp_path / "out", log=tmp_path / "log")
         assert exit_code(killed) == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
@@ -167,7 +167,7 @@ def test_a_killed_search_continues_and_repeats_nothing_that_was_finished(
     search(out=tmp_path / "out", **settings(place))
     assert without_speeds(rows_of(tmp_path / "out")) == without_speeds(rows_of(place / "found"))
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == len(set(calls)) == 5 + 10 + 4 + 2  # probes, compared, and at each rung
+    assert len(calls) == len(set(calls)) == 6 + 10 + 4 + 2  # probes, compared, and at each rung
 
 
 def test_candidates_are_split_among_processes(place: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from minitron.model.arch import Arch
 from minitron.model.work import BACKWARD, Work, forward_flops, step_work
 from minitron.nas.shapes import Shapes
 from minitron.pruning.repair import RESCALE_TOKENS, refits, rescales, widest_input
-from minitron.recipe import DistillRecipe, Recipe
+from minitron.recipe import DistillRecipe, PruneRecipe, Recipe
 
 LONGEST_TRIAL, MOST_STEPS = 32_768, 16
 """The most tokens of a trial, and the steps that it may take where these are more tokens."""
@@ -37,7 +37,7 @@ class Level(NamedTuple):
     """The length of a trial, as a share of the longest."""
     untrained: int
     probe_blocks: int
-    repairs_probes: bool = False
+    refits_probes: bool = False
 
 
 LEVELS = (
@@ -57,8 +57,8 @@ class Effort:
     """How much a search does; numbers of tokens are whole blocks."""
 
     probe_tokens: int
-    repairs_probes: bool
-    """Whether probes are repaired as students are, or cut plainly."""
+    refits_probes: bool
+    """Whether probes are refitted where students are, or only rotated, with norms rescaled."""
     zero_shot: int
     zero_shot_tokens: int
     shortlist: int
@@ -131,20 +131,20 @@ class Costs:
         trained, measured = self._step.total - self._step.teacher, self._heldout_tokens * self._forward
         tokens: dict[Part, int] = {
             "teacher": of_teacher,
-            "probes": len(self.probes) * (probe_tokens or zero_shot_tokens),
+            "probes": len(self._probed(probe_tokens)) * (probe_tokens or zero_shot_tokens),
             "untrained": untrained * zero_shot_tokens,
             "trials": steps_of_all * self.recipe.distill.batch_size * self.context,
         }
         flops: dict[Part, float] = {
             "teacher": of_teacher * self._teacher_forward,
-            "probes": self._probe_flops(probe_tokens, zero_shot_tokens, level.repairs_probes),
+            "probes": self._probe_flops(probe_tokens, zero_shot_tokens, level.refits_probes),
             "untrained": untrained * zero_shot_tokens * self._forward + self._sorted_flops(untrained),
             # The repair of one finalist is that of the student, which is made anyway.
             "trials": steps_of_all * trained + comparisons * measured + repairs * self.repair_flops,
         }
         kept = 0.0 if why_not_continued(self.recipe.distill) else steps * self._step.total
         return Effort(
-            probe_tokens, level.repairs_probes, untrained, zero_shot_tokens, finalists, steps, tokens, flops, kept,
+            probe_tokens, level.refits_probes, untrained, zero_shot_tokens, finalists, steps, tokens, flops, kept,
             self.distillation,
         )  # fmt: skip
 
@@ -199,15 +199,20 @@ class Costs:
             tokens += max(steps * self.recipe.distill.batch_size * self.context, probe_tokens)
         return tokens
 
-    def _probe_flops(self, tokens: int, measured: int, is_repaired: bool) -> float:
-        whole, recipe, passes = self.shapes.teacher, self.recipe.prune, (1 + BACKWARD) * tokens + measured
-        total = 0.0
-        for arch in self.probes.values():
+    def _probe_flops(self, tokens: int, measured: int, is_refitted: bool) -> float:
+        whole, passes, total = self.shapes.teacher, (1 + BACKWARD) * tokens + measured, 0.0
+        recipe = probe_recipe(self.recipe.prune, is_refitted)
+        for arch in self._probed(tokens):
             total += passes * self._flops(arch)
-            is_refitted = refits(whole, arch, recipe)
-            if is_repaired and (is_refitted or rescales(whole, arch, recipe)):
-                total += self._repair(arch, probe_repair_tokens(whole, arch, self.recipe), is_refitted)
+            if refits(whole, arch, recipe):
+                total += self._repair(arch, probe_repair_tokens(whole, arch, self.recipe), True)
+            elif rescales(whole, arch, recipe):
+                total += self._repair(arch, RESCALE_TOKENS, False)
         return total
+
+    def _probed(self, tokens: int) -> list[Arch]:
+        """Return the probes, with the whole teacher where they are trained."""
+        return [*([self.teacher] if tokens else []), *self.probes.values()]
 
     def _repair(self, arch: Arch, tokens: int, is_refitted: bool) -> float:
         """Operations of a repair: a pass of the teacher, which norms need, and what a refit takes besides."""
@@ -232,6 +237,11 @@ class Costs:
         elif any(rescales(whole, arch, recipe) for arch in ends):
             total = self._repair(self._largest, min(tokens, RESCALE_TOKENS), False)
         return total + (recipe.rounds - 1) * tokens * self._forward
+
+
+def probe_recipe(recipe: PruneRecipe, is_refitted: bool) -> PruneRecipe:
+    """Return how probes are cut: as students are, in one round, without the refit unless `is_refitted`."""
+    return recipe.model_copy(update={"rounds": 1} if is_refitted else {"rounds": 1, "refit": False})
 
 
 def probe_repair_tokens(teacher: Arch, probe: Arch, recipe: Recipe) -> int:

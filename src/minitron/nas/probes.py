@@ -19,7 +19,7 @@ from minitron.model.language_model import load_model
 from minitron.nas.acceptance import Acceptance, combinations
 from minitron.nas.budget import SPEEDS
 from minitron.nas.candidates import Candidate
-from minitron.nas.effort import probe_repair_tokens
+from minitron.nas.effort import probe_recipe, probe_repair_tokens
 from minitron.nas.shapes import Shapes
 from minitron.nas.shortlist import differing
 from minitron.nas.trial import train, trial_recipe
@@ -28,7 +28,10 @@ from minitron.nas.zero_shot import divergence
 from minitron.pruning import prune
 from minitron.pruning.scores import Importance
 from minitron.pruning.selection import kept_share
-from minitron.recipe import CUT_ONLY
+
+WHOLE = "whole"
+"""The name of the probe in which nothing is cut. Its KL is what so short a training does by itself: without it, a shape
+that is cut along many axes would count that many times."""
 
 
 def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
@@ -39,7 +42,8 @@ def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
     if not workspace.has_candidates:
         archs = probes(shapes, workspace.acceptance)
         losses = _measure_probes(workspace, archs)
-        expected = predicted(shapes, workspace.importance, {axis: (archs[axis], losses[axis]) for axis in archs})
+        probed = {axis: (arch, losses[axis]) for axis, arch in archs.items()}
+        expected = predicted(shapes, workspace.importance, probed, of_training=losses.get(WHOLE, 0.0))
         order = expected.argsort(kind="stable").tolist()
         candidates = []
         # Shapes were tried axis by axis (`Acceptance.of`); those that are offered are tried as they are.
@@ -53,15 +57,18 @@ def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
     return workspace.read_candidates()
 
 
-def predicted(shapes: Shapes, importance: Importance, probed: Mapping[str, tuple[Arch, float]]) -> NDArray[np.float64]:
+def predicted(
+    shapes: Shapes, importance: Importance, probed: Mapping[str, tuple[Arch, float]], *, of_training: float = 0.0
+) -> NDArray[np.float64]:
     """Predict the KL of each shape after as much training as the probes had, (n,), from `probed`: (probe, KL) by axis.
 
-    Scores of different axes do not compare, but shares within an axis do: the KL of a shape is the sum over its axes of
-    the KL of the axis's probe, in proportion to the share of squared importance that the shape loses there.
+    Scores of different axes do not compare, but shares within an axis do: a shape has the KL `of_training`, that of the
+    whole teacher after the training of a probe, and each axis adds the excess of its probe over that KL, in proportion
+    to the share of squared importance that the shape loses there.
     """
-    teacher, total = shapes.teacher, np.zeros(len(shapes))
+    teacher, total = shapes.teacher, np.full(len(shapes), float(of_training))
     for axis, (probe, kl) in probed.items():
-        rise = kl / max(1 - kept_share(importance, teacher, probe, axis), 1e-9)
+        rise = max(kl - of_training, 0.0) / max(1 - kept_share(importance, teacher, probe, axis), 1e-9)
         # Of layers of several kinds, two shapes of one depth may have other numbers.
         entries = combinations(shapes, list(teacher.depth_names)) if axis == "layer" else _entries(shapes, axis)
         _, firsts, positions = np.unique(entries, return_index=True, return_inverse=True)
@@ -71,8 +78,10 @@ def predicted(shapes: Shapes, importance: Importance, probed: Mapping[str, tuple
 
 
 def _measure_probes(workspace: Workspace, archs: Mapping[str, Arch]) -> dict[str, float]:
-    """Return the KL of the probe of each axis, after a short training unless there is none."""
+    """Return the KL of the probe of each axis, and after a short training also that of the `WHOLE` teacher."""
     losses = workspace.probe_losses
+    if workspace.effort.probe_tokens:
+        archs = {WHOLE: workspace.session.source.arch, **archs}
     if missing := [axis for axis in archs if axis not in losses]:
         measure = Probing(workspace)
         with workspace.timed("probes"):
@@ -86,15 +95,14 @@ def _measure_probes(workspace: Workspace, archs: Mapping[str, Arch]) -> dict[str
 class Probing:
     """Cuts and trains probes, one block per step.
 
-    Where the effort of the search suffices they are repaired as students are. Otherwise they are cut plainly, without
-    rotation and repair: a refit on few tokens, which is made only where hidden stays whole, distorts how cuts of
-    different axes compare, and a refit on many takes longer than the training (docs/studies/search.md).
+    They are cut as students are, so that a cut of hidden is rotated: cut plainly, hidden would look twice as expensive
+    as it is. Where the effort of the search does not suffice, the refit is left out: on few tokens it distorts how cuts
+    of different axes compare, and on many it takes longer than the training (docs/studies/search.md).
     """
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.session = workspace, workspace.session
-        repairs = self.session.recipe.prune.model_copy(update={"rounds": 1})
-        self.repairs = repairs if workspace.effort.repairs_probes else CUT_ONLY
+        self.recipe = probe_recipe(self.session.recipe.prune, workspace.effort.refits_probes)
 
     def __call__(self, arch: Arch) -> float:
         """Return the held-out KL of a probe after its training, if there is one."""
@@ -104,10 +112,10 @@ class Probing:
         with TemporaryDirectory(dir=workspace.work) as folder:
             pruned, blocks = Path(folder) / "pruned", session.calibration_blocks
             blocks = blocks[: -(-probe_repair_tokens(session.source.arch, arch, session.recipe) // session.context)]
-            prune(session, arch, workspace.importance, pruned, recipe=self.repairs, blocks=blocks)
+            prune(session, arch, workspace.importance, pruned, recipe=self.recipe, blocks=blocks)
             if tokens:
                 recipe = trial_recipe(session.recipe.distill, 1, session.context).model_copy(update=changes)
-                label = f"probe of {' and '.join(cut)}"
+                label = f"probe of {' and '.join(cut) or 'no cut'}"
                 student: Any = train(workspace, Path(folder), recipe, until=None, label=label)
             else:
                 runtime = session.runtime

@@ -200,7 +200,7 @@ def _search_conditions(search: dict[str, Any]) -> str:
         if speeds_compare(search)
         else ""
     )
-    probes = ", ".join(f"{AXES[axis]} {kl:.3f}" for axis, kl in search["probes"].items())
+    probes = ", ".join(f"{AXES.get(axis, 'nothing cut')} {kl:.3f}" for axis, kl in search["probes"].items())
     return (
         f"KL to the teacher in nats per token: untrained on {compared['tokens_each']:,} held-out tokens, then on "
         f"{search['heldout_tokens']:,}, context {search['context']}, seed {search['seed']}. Of {search['feasible']:,} "
