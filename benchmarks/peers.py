@@ -135,15 +135,11 @@ def torch_pruning(bench: Bench, trial: Trial) -> dict[str, Any]:
     model.requires_grad_(True)
     arch, sizes = session.teacher.arch, SHAPES[SHAPE]
     layers, ratio = model.model.layers, {name: 1 - size / arch.sizes[name] for name, size in sizes.items()}
-    heads: dict[Any, int] = {}
-    for layer in layers:
-        attention = layer.self_attn
-        heads |= {attention.q_proj: arch.sizes["num_attention_heads"]}
-        heads |= dict.fromkeys((attention.k_proj, attention.v_proj), arch.sizes["num_key_value_heads"])
     pruner = tp.pruner.BasePruner(
-        model, {"input_ids": session.calibration_blocks.ids[:1, :64]}, pruning_ratio=0.0, num_heads=heads,
+        model, {"input_ids": session.calibration_blocks.ids[:1, :64]}, pruning_ratio=0.0,
         importance=tp.importance.GroupMagnitudeImportance(), ignored_layers=[model.lm_head],
         root_module_types=[torch.nn.Linear, torch.nn.Embedding],
+        forward_fn=lambda model, inputs: model(**inputs, use_cache=False).logits,
         pruning_ratio_dict={
             **{layer.mlp.gate_proj: ratio["intermediate_size"] for layer in layers},
             model.model.embed_tokens: ratio["hidden_size"],

@@ -50,7 +50,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {**SETTINGS, "data": str(folder / "text.txt")}
     short = {"tokens": 512, "batch_size": 2}
     minitron.correct(teacher, folder / "corrected", distill=short, **settings)
-    minitron.prune(folder / "corrected", folder / "pruned", num_hidden_layers=3, **settings)
+    minitron.prune(folder / "corrected", folder / "pruned", num_hidden_layers=3, prune={"refit": True}, **settings)
     minitron.distill(folder / "corrected", folder / "pruned", folder / "student", distill=DISTILL, **settings)
     minitron.prune(teacher, folder / "random", num_hidden_layers=3, random=True, **settings)
     minitron.distill(teacher, folder / "random", folder / "taught", distill=short, **settings)

@@ -23,7 +23,7 @@ class Candidate:
     """The figures of `COUNTS`."""
     predicted_kl: float
     zero_shot_kl: float | None = None
-    """The loss of the untrained candidate."""
+    """The loss of the untrained candidate; None where no more candidates than places for trials were compared."""
     distilled_kl: dict[int, float] = field(default_factory=dict)
     """The losses after a trial, by the tokens that the candidate was distilled on."""
     prefill_seconds: float | None = None
@@ -32,10 +32,10 @@ class Candidate:
 
     @property
     def loss(self) -> float:
-        """The loss as it was last measured: after the most tokens of a trial, or untrained."""
-        loss = self.distilled_kl[max(self.distilled_kl)] if self.distilled_kl else self.zero_shot_kl
-        assert loss is not None
-        return loss
+        """The loss as it is best known: after the most tokens of a trial, or untrained, or as predicted."""
+        if self.distilled_kl:
+            return self.distilled_kl[max(self.distilled_kl)]
+        return self.predicted_kl if self.zero_shot_kl is None else self.zero_shot_kl
 
     @property
     def speeds(self) -> dict[str, float | None]:

@@ -14,7 +14,7 @@ import numpy as np
 from minitron.model.arch import Arch
 from minitron.model.work import BACKWARD, Work, forward_flops, step_work
 from minitron.nas.shapes import Shapes
-from minitron.pruning.repair import RESCALE_TOKENS, refits, rescales, widest_input
+from minitron.pruning.repair import RESCALE_TOKENS, rescales
 from minitron.recipe import DistillRecipe, PruneRecipe, Recipe
 
 LONGEST_TRIAL, MOST_STEPS = 32_768, 16
@@ -23,8 +23,6 @@ LEAST_STEPS = 8
 """The fewest steps of a trial: fewer tell shapes apart no better than probes do."""
 UNTRAINED_TOKENS = 1_024
 """Held-out tokens on which untrained shapes and probes are compared, unless the recipe says otherwise."""
-REFIT_TOKENS, REFIT_TOKENS_PER_INPUT = 16_384, 2
-"""Calibration tokens on which a probe is refitted, or more for many inputs of its widest matrix; fewer mislead."""
 REFIT_PASSES = 3.5
 """Operations of a refit over those of a forward pass of the student: two and a half passes, and the moments."""
 
@@ -37,15 +35,13 @@ class Level(NamedTuple):
     """The length of a trial, as a share of the longest."""
     untrained: int
     probe_blocks: int
-    refits_probes: bool = False
 
 
 LEVELS = (
-    Level(8, 1, 256, 4, True), Level(8, 1 / 2, 256, 4, True), Level(8, 1 / 2, 128, 4, True),
-    Level(6, 1 / 2, 64, 4, True), Level(6, 1 / 2, 64, 4), Level(4, 1 / 2, 64, 4), Level(4, 1 / 4, 32, 4),
-    Level(4, 1 / 4, 16, 4), Level(3, 1 / 4, 16, 4), Level(2, 1 / 4, 16, 4), Level(2, 1 / 8, 16, 2),
-    Level(2, 1 / 8, 4, 2), Level(2, 1 / 8, 2, 1), Level(1, 0, 1, 2), Level(1, 0, 1, 1),
-    Level(1, 0, 1, 0),
+    Level(8, 1, 256, 4), Level(8, 1 / 2, 256, 4), Level(8, 1 / 2, 128, 4), Level(6, 1 / 2, 64, 4),
+    Level(4, 1 / 2, 64, 4), Level(4, 1 / 4, 32, 4), Level(4, 1 / 4, 16, 4), Level(3, 1 / 4, 16, 4),
+    Level(2, 1 / 4, 16, 4), Level(2, 1 / 8, 16, 2), Level(2, 1 / 8, 4, 2), Level(2, 1 / 8, 2, 1), Level(1, 0, 1, 2),
+    Level(1, 0, 1, 1), Level(1, 0, 1, 0),
 )  # fmt: skip
 """From the most that helps (docs/studies/search.md) to the least."""
 
@@ -57,8 +53,6 @@ class Effort:
     """How much a search does; numbers of tokens are whole blocks."""
 
     probe_tokens: int
-    refits_probes: bool
-    """Whether probes are refitted where students are, or only rotated, with norms rescaled."""
     zero_shot: int
     zero_shot_tokens: int
     shortlist: int
@@ -78,6 +72,11 @@ class Effort:
         """The operations that the search adds to those of the distillation, as a share of them."""
         return (sum(self.flops.values()) - self.kept) / self.distillation
 
+    @property
+    def compares_untrained(self) -> bool:
+        """Whether untrained shapes are compared: whether there are more of them than places on the short list."""
+        return self.zero_shot > self.shortlist
+
     def to_dict(self) -> dict[str, Any]:
         """Return the entry of `search.json`."""
         return {**asdict(self), "added": self.added}
@@ -87,7 +86,7 @@ class Effort:
         parts = {
             "trials": self.trial_steps
             and f"{self.shortlist} trials of up to {self.trial_steps * step_tokens:,} tokens",
-            "comparisons of untrained shapes": self.zero_shot > 1 and f"{self.zero_shot} untrained shapes",
+            "comparisons of untrained shapes": self.compares_untrained and f"{self.zero_shot} untrained shapes",
             "training of probes": self.probe_tokens and f"probes of {self.probe_tokens:,} tokens",
         }
         done = ", ".join(words for words in parts.values() if words) or "untrained probes"
@@ -121,6 +120,7 @@ class Costs:
         finalists = min(given.shortlist or finalists, num_shapes)
         untrained = min(given.zero_shot or max(level.untrained, finalists), num_shapes)
         finalists = min(finalists, untrained)
+        compared = untrained if untrained > finalists else 0
         steps = self._trial_steps(level) if finalists > 1 else 0
         zero_shot_tokens = self._whole(given.zero_shot_tokens or UNTRAINED_TOKENS)
         probe_tokens = level.probe_blocks * self.context
@@ -132,19 +132,19 @@ class Costs:
         tokens: dict[Part, int] = {
             "teacher": of_teacher,
             "probes": len(self._probed(probe_tokens)) * (probe_tokens or zero_shot_tokens),
-            "untrained": untrained * zero_shot_tokens,
+            "untrained": compared * zero_shot_tokens,
             "trials": steps_of_all * self.recipe.distill.batch_size * self.context,
         }
         flops: dict[Part, float] = {
             "teacher": of_teacher * self._teacher_forward,
-            "probes": self._probe_flops(probe_tokens, zero_shot_tokens, level.refits_probes),
-            "untrained": untrained * zero_shot_tokens * self._forward + self._sorted_flops(untrained),
+            "probes": self._probe_flops(probe_tokens, zero_shot_tokens),
+            "untrained": compared * zero_shot_tokens * self._forward + self._sorted_flops(compared),
             # The repair of one finalist is that of the student, which is made anyway.
             "trials": steps_of_all * trained + comparisons * measured + repairs * self.repair_flops,
         }
         kept = 0.0 if why_not_continued(self.recipe.distill) else steps * self._step.total
         return Effort(
-            probe_tokens, level.refits_probes, untrained, zero_shot_tokens, finalists, steps, tokens, flops, kept,
+            probe_tokens, untrained, zero_shot_tokens, finalists, steps, tokens, flops, kept,
             self.distillation,
         )  # fmt: skip
 
@@ -199,24 +199,17 @@ class Costs:
             tokens += max(steps * self.recipe.distill.batch_size * self.context, probe_tokens)
         return tokens
 
-    def _probe_flops(self, tokens: int, measured: int, is_refitted: bool) -> float:
-        whole, passes, total = self.shapes.teacher, (1 + BACKWARD) * tokens + measured, 0.0
-        recipe = probe_recipe(self.recipe.prune, is_refitted)
+    def _probe_flops(self, tokens: int, measured: int) -> float:
+        passes, recipe, total = (1 + BACKWARD) * tokens + measured, probe_recipe(self.recipe.prune), 0.0
         for arch in self._probed(tokens):
             total += passes * self._flops(arch)
-            if refits(whole, arch, recipe):
-                total += self._repair(arch, probe_repair_tokens(whole, arch, self.recipe), True)
-            elif rescales(whole, arch, recipe):
-                total += self._repair(arch, RESCALE_TOKENS, False)
+            if rescales(self.shapes.teacher, arch, recipe):
+                total += RESCALE_TOKENS * self._teacher_forward
         return total
 
     def _probed(self, tokens: int) -> list[Arch]:
         """Return the probes, with the whole teacher where they are trained."""
         return [*([self.teacher] if tokens else []), *self.probes.values()]
-
-    def _repair(self, arch: Arch, tokens: int, is_refitted: bool) -> float:
-        """Operations of a repair: a pass of the teacher, which norms need, and what a refit takes besides."""
-        return tokens * (self._teacher_forward + is_refitted * REFIT_PASSES * self._flops(arch))
 
     def _sorted_flops(self, untrained: int) -> float:
         """Operations of rescaling the norms of sorted teachers, one for each narrower hidden size that may occur."""
@@ -227,28 +220,22 @@ class Costs:
 
     @property
     def repair_flops(self) -> float:
-        """Operations of the repair of a finalist: of one that is refitted, if some shape is."""
-        whole, recipe = self.shapes.teacher, self.recipe.prune
-        sizes = self.shapes.sizes.get("hidden_size", np.array([whole.axis_size("hidden")]))
-        ends = [self.shapes[int(i)] for i in (sizes.argmin(), sizes.argmax())]
-        tokens, total = self.recipe.calibration.tokens, 0.0
-        if any(refits(whole, arch, recipe) for arch in ends):
-            total = self._repair(self._largest, tokens, True)
-        elif any(rescales(whole, arch, recipe) for arch in ends):
-            total = self._repair(self._largest, min(tokens, RESCALE_TOKENS), False)
+        """Operations of the repair of a finalist: a refit, or norms that are rescaled where some shape is narrower."""
+        recipe, tokens, total = self.recipe.prune, self.recipe.calibration.tokens, 0.0
+        narrowest = int(np.argmin(self.shapes.sizes.get("hidden_size", np.zeros(len(self.shapes)))))
+        if recipe.refit:
+            total = tokens * (self._teacher_forward + REFIT_PASSES * self._forward)
+        elif rescales(self.shapes.teacher, self.shapes[narrowest], recipe):
+            total = min(tokens, RESCALE_TOKENS) * self._teacher_forward
         return total + (recipe.rounds - 1) * tokens * self._forward
 
 
-def probe_recipe(recipe: PruneRecipe, is_refitted: bool) -> PruneRecipe:
-    """Return how probes are cut: as students are, in one round, without the refit unless `is_refitted`."""
-    return recipe.model_copy(update={"rounds": 1} if is_refitted else {"rounds": 1, "refit": False})
+def probe_recipe(recipe: PruneRecipe) -> PruneRecipe:
+    """Return how probes are cut: as students are, in one round and without the refit.
 
-
-def probe_repair_tokens(teacher: Arch, probe: Arch, recipe: Recipe) -> int:
-    """Return the calibration tokens on which a probe is repaired."""
-    if not refits(teacher, probe, recipe.prune):
-        return RESCALE_TOKENS
-    return min(recipe.calibration.tokens, max(REFIT_TOKENS, REFIT_TOKENS_PER_INPUT * widest_input(teacher, probe)))
+    A refit takes longer than the training of a probe, and distorts how cuts of different axes compare.
+    """
+    return recipe.model_copy(update={"rounds": 1, "refit": False})
 
 
 def rungs(finalists: int, steps: int) -> list[tuple[int, int]]:

@@ -19,9 +19,9 @@ from minitron.model.language_model import load_model
 from minitron.nas.acceptance import Acceptance, combinations
 from minitron.nas.budget import SPEEDS
 from minitron.nas.candidates import Candidate
-from minitron.nas.effort import probe_recipe, probe_repair_tokens
+from minitron.nas.effort import probe_recipe
 from minitron.nas.shapes import Shapes
-from minitron.nas.shortlist import differing
+from minitron.nas.shortlist import differing, first_of_each_kind, num_kinds
 from minitron.nas.trial import train, trial_recipe
 from minitron.nas.workspace import Workspace
 from minitron.nas.zero_shot import divergence
@@ -35,7 +35,7 @@ that is cut along many axes would count that many times."""
 
 
 def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
-    """Return the shapes of the lowest predicted loss as candidates, the best first.
+    """Return the shapes of the lowest predicted loss as candidates, the best of some kinds of cuts first.
 
     An interrupted search returns the candidates that it has written, with everything known about them.
     """
@@ -47,7 +47,8 @@ def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
         order = expected.argsort(kind="stable").tolist()
         candidates = []
         # Shapes were tried axis by axis (`Acceptance.of`); those that are offered are tried as they are.
-        chosen = differing(shapes, order, workspace.effort.zero_shot)
+        kinds = first_of_each_kind(shapes, order)[: num_kinds(workspace.effort.shortlist)]
+        chosen = differing(shapes, [*kinds, *(i for i in order if i not in kinds)], workspace.effort.zero_shot)
         if not (possible := [i for i in chosen if workspace.acceptance.accepts(shapes[i])]):
             workspace.acceptance.require(shapes[chosen[0]])
         for number, i in enumerate(possible):
@@ -95,14 +96,13 @@ def _measure_probes(workspace: Workspace, archs: Mapping[str, Arch]) -> dict[str
 class Probing:
     """Cuts and trains probes, one block per step.
 
-    They are cut as students are, so that a cut of hidden is rotated: cut plainly, hidden would look twice as expensive
-    as it is. Where the effort of the search does not suffice, the refit is left out: on few tokens it distorts how cuts
-    of different axes compare, and on many it takes longer than the training (docs/studies/search.md).
+    They are cut as students are, so that a cut of hidden is rotated: cut plainly, hidden would look nearly twice as
+    expensive as it is (docs/studies/search.md).
     """
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.session = workspace, workspace.session
-        self.recipe = probe_recipe(self.session.recipe.prune, workspace.effort.refits_probes)
+        self.recipe = probe_recipe(self.session.recipe.prune)
 
     def __call__(self, arch: Arch) -> float:
         """Return the held-out KL of a probe after its training, if there is one."""
@@ -110,9 +110,8 @@ class Probing:
         changes = {"tokens": tokens, "batch_size": 1, "micro_batch_size": 1, "decay_ratio": 0.2}
         cut = [name for name, size in arch.sizes.items() if size < session.source.arch.sizes[name]]
         with TemporaryDirectory(dir=workspace.work) as folder:
-            pruned, blocks = Path(folder) / "pruned", session.calibration_blocks
-            blocks = blocks[: -(-probe_repair_tokens(session.source.arch, arch, session.recipe) // session.context)]
-            prune(session, arch, workspace.importance, pruned, recipe=self.recipe, blocks=blocks)
+            pruned = Path(folder) / "pruned"
+            prune(session, arch, workspace.importance, pruned, recipe=self.recipe)
             if tokens:
                 recipe = trial_recipe(session.recipe.distill, 1, session.context).model_copy(update=changes)
                 label = f"probe of {' and '.join(cut) or 'no cut'}"

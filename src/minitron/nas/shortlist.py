@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from minitron.errors import UserError
-from minitron.model.arch import Arch
 from minitron.nas.budget import Budget
 from minitron.nas.candidates import Candidate
 from minitron.nas.shapes import Shapes
@@ -19,15 +18,14 @@ SMALLEST_DIFFERENCE = 0.1
 def make_short_list(workspace: Workspace, candidates: list[Candidate], budget: Budget) -> list[Candidate]:
     """Return the candidates that get a trial, the best first, and measure their speed.
 
-    Three quarters of the places are for kinds of cuts: neither loss knows well what a cut of some axes costs compared
-    with others (docs/studies/search.md), so the best candidate of every kind comes first.
+    Most places are for the best candidate of some kind of cuts (`num_kinds`).
 
     Raises:
         UserError: no candidate meets the budget as measured.
     """
-    teacher, size = workspace.session.source.arch, workspace.effort.shortlist
-    archs = [candidate.arch for candidate in candidates]
-    shapes, order = Shapes.of(teacher, archs, {}), _order(teacher, candidates, size * 3 // 4)
+    size, archs = workspace.effort.shortlist, [candidate.arch for candidate in candidates]
+    shapes = Shapes.of(workspace.session.source.arch, archs, {})
+    order = _order(shapes, candidates, num_kinds(size))
     remaining, chosen = list(order), list[int]()
     with workspace.speeds:
         while remaining and len(chosen) < size:
@@ -46,7 +44,16 @@ def make_short_list(workspace: Workspace, candidates: list[Candidate], budget: B
     return [candidates[i] for i in sorted(chosen, key=order.index)]
 
 
-def _order(teacher: Arch, candidates: list[Candidate], num_kinds: int) -> list[int]:
+def num_kinds(places: int) -> int:
+    """Return how many among the places for trials are for the best shape of some kind of cuts: three quarters.
+
+    Neither loss knows well what a cut of some axes costs compared with others (docs/studies/search.md), so the best
+    shapes of several kinds come before second ones of a kind.
+    """
+    return -(-places * 3 // 4)
+
+
+def _order(shapes: Shapes, candidates: list[Candidate], num_kinds: int) -> list[int]:
     """Return the numbers of the candidates: the best of some kinds of cuts, then the best by either loss in turn.
 
     Predicted and untrained loss each know what the other does not (docs/studies/search.md).
@@ -54,17 +61,16 @@ def _order(teacher: Arch, candidates: list[Candidate], num_kinds: int) -> list[i
     by_prediction = sorted(range(len(candidates)), key=lambda i: candidates[i].predicted_kl)
     untrained = [kl for candidate in candidates if (kl := candidate.zero_shot_kl) is not None]
     by_untrained = sorted(range(len(untrained)), key=lambda i: untrained[i])
-    kinds = first_of_each_kind(teacher, [candidate.arch for candidate in candidates], by_prediction)[:num_kinds]
-    in_turn = (i for pair in zip(by_prediction, by_untrained, strict=True) for i in pair)
+    kinds = first_of_each_kind(shapes, by_prediction)[:num_kinds]
+    in_turn = (i for pair in zip(by_prediction, by_untrained or by_prediction, strict=True) for i in pair)
     return list(dict.fromkeys([*kinds, *in_turn]))
 
 
-def first_of_each_kind(teacher: Arch, archs: list[Arch], order: list[int]) -> list[int]:
-    """Return the first shape, in an order of numbers, of every kind of cut: of every set of sizes that are cut."""
-    firsts: dict[frozenset[str], int] = {}
-    for i in order:
-        firsts.setdefault(frozenset(name for name, size in archs[i].sizes.items() if size < teacher.sizes[name]), i)
-    return list(firsts.values())
+def first_of_each_kind(shapes: Shapes, order: Sequence[int]) -> list[int]:
+    """Return the first shape, in an order of numbers, of every kind of cuts: of every set of sizes that are cut."""
+    cut = np.stack([sizes < shapes.teacher.sizes[name] for name, sizes in shapes.sizes.items()])  # (sizes, n)
+    _, firsts = np.unique(cut[:, np.asarray(order)], axis=1, return_index=True)
+    return [int(order[i]) for i in sorted(firsts)]
 
 
 def differing(shapes: Shapes, best_first: Sequence[int], count: int) -> list[int]:

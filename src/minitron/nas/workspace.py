@@ -180,6 +180,7 @@ class Workspace:
         session = self.session
         trials = [max(candidate.distilled_kl) for candidate in candidates if candidate.distilled_kl]
         longest, num_heldout = max(trials, default=0), self.heldout.num_tokens
+        num_compared = sum(candidate.zero_shot_kl is not None for candidate in candidates)
         return {
             "limits": {name: {"low": limit.low, "high": limit.high} for name, limit in budget.limits.items()},
             "memory_of": asdict(budget.serving),
@@ -189,7 +190,7 @@ class Workspace:
             "engine": session.recipe.search.engine,
             "tensor_parallel": session.recipe.search.tensor_parallel,
             "feasible": num_shapes,
-            "compared": {"shapes": len(candidates), "tokens_each": self.zero_shot_blocks.num_tokens},
+            "compared": {"shapes": num_compared, "tokens_each": self.zero_shot_blocks.num_tokens},
             "distilled": {"shapes": len(trials), "tokens": sum(trials), "tokens_each": longest},
             "effort": self.effort.to_dict(),
             "heldout_tokens": num_heldout,

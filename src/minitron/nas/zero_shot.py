@@ -16,7 +16,12 @@ from minitron.progress import Progress
 
 
 def compare_untrained(workspace: Workspace, candidates: list[Candidate]) -> None:
-    """Fill in the `zero_shot_kl` of candidates that have none, one sorted teacher after the other."""
+    """Fill in the `zero_shot_kl` of candidates that have none, one sorted teacher after the other.
+
+    Where there are no more candidates than places on the short list, there is nothing to choose and nothing is done.
+    """
+    if len(candidates) <= workspace.effort.shortlist:
+        return
     missing = [candidate.number for candidate in candidates if candidate.zero_shot_kl is None]
     if not missing:
         return

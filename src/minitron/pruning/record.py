@@ -3,7 +3,7 @@
 from minitron.history import Step
 from minitron.model.arch import Arch
 from minitron.pruning.cut import Cut
-from minitron.pruning.repair import refits, rescales
+from minitron.pruning.repair import rescales
 from minitron.run import versions
 from minitron.session import Session
 
@@ -17,7 +17,7 @@ def pruning_step(session: Session, cut: Cut) -> Step:
         "hidden": "rotated" if cut.basis is not None else "channels",
         "merges_heads": cut.partners is not None,
         "rescales_norms": rescales(source, student, recipe),
-        "refits": refits(source, student, recipe),
+        "refits": recipe.refit,
     }
 
 

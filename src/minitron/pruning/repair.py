@@ -50,17 +50,16 @@ def repaired(
         UserError: there are fewer calibration tokens than a refitted tensor has inputs, or activations are NaN.
     """
     has_rescaled = rescales(cut.teacher, cut.student, recipe)
-    has_refitted = refits(cut.teacher, cut.student, recipe)
-    if not has_rescaled and not has_refitted:
+    if not has_rescaled and not recipe.refit:
         with Progress("prune", cut.student.num_parameters, "parameters") as progress:
             for name, value in cut:
                 yield name, value
                 progress.advance(value.numel())
         return
     require_tokens(cut.teacher, cut.student, recipe, blocks.num_tokens)
-    if not has_refitted:
+    if not recipe.refit:
         blocks = blocks[: max(1, RESCALE_TOKENS // blocks.context)]
-    recipe = recipe.model_copy(update={"rescale_norms": has_rescaled, "refit": has_refitted})
+    recipe = recipe.model_copy(update={"rescale_norms": has_rescaled})
     walk, depth = _Walk(teacher, cut, blocks, recipe, runtime), cut.teacher.axis_size("layer")
     final_norm = cut.teacher.family.final_norm.weight_name()
     for row in cut.student.rows:
@@ -98,18 +97,13 @@ def require_tokens(teacher: Arch, student: Arch, recipe: PruneRecipe, num_tokens
     Raises:
         UserError: a tensor that is refitted has more inputs than there are tokens.
     """
-    if refits(teacher, student, recipe) and num_tokens < (widest := widest_input(teacher, student)):
+    if recipe.refit and num_tokens < (widest := widest_input(teacher, student)):
         raise UserError(f"a refit of {widest} inputs needs at least as many calibration tokens; there are {num_tokens}")
 
 
 def rescales(teacher: Arch, student: Arch, recipe: PruneRecipe) -> bool:
     """Return whether norms are rescaled: as the recipe has it, where hidden is cut."""
     return recipe.rescale_norms and _is_narrower(teacher, student)
-
-
-def refits(teacher: Arch, student: Arch, recipe: PruneRecipe) -> bool:
-    """Return whether matrices are refitted: as the recipe has it, by default where hidden keeps its size."""
-    return not _is_narrower(teacher, student) if recipe.refit is None else recipe.refit
 
 
 def _is_narrower(teacher: Arch, student: Arch) -> bool:

@@ -28,9 +28,10 @@ class _Axis(NamedTuple):
 
 
 def draw_candidates(rows: list[Row], search: dict[str, Any]) -> list[Picture]:
-    """Draw untrained candidates by size, and distilled ones by size and by speed after equally many tokens.
+    """Draw candidates by size before training, and distilled ones by size and by speed after equally many tokens.
 
-    Where no candidate was distilled, untrained candidates are drawn by speed, if any was timed. Speeds are left out
+    Before training they have the KL of the untrained models, or the predicted one where these were not compared. Where
+    no candidate was distilled, candidates are drawn by that KL and by speed, if any was timed. Speeds are left out
     where they do not compare (`speeds_compare`). Every picture shows the
     Pareto front: the candidates that no other one beats in both quantities.
     """
@@ -43,14 +44,15 @@ def draw_candidates(rows: list[Row], search: dict[str, Any]) -> list[Picture]:
         lambda row: num_tokens / row["prefill_seconds"],
         more_is_better=True,
     )
-    pictures = [_draw_panel("untrained", rows, by_size, _untrained_kl)]
+    before = "predicted" if any(row["zero_shot_kl"] is None for row in rows) else "untrained"
+    pictures = [_draw_panel(before, rows, by_size, _kl_before_training)]
     if distilled:
         tokens = min(min(map(int, row["distilled_kl"])) for row in distilled)
         title = f"after {tokens:,} tokens of distillation"
         for axis in (by_size, by_speed) if speeds_compare(search) else (by_size,):
             pictures.append(_draw_panel(title, distilled, axis, lambda row: float(row["distilled_kl"][str(tokens)])))
     elif timed and speeds_compare(search):
-        pictures.append(_draw_panel("untrained", timed, by_speed, _untrained_kl))
+        pictures.append(_draw_panel(before, timed, by_speed, _kl_before_training))
     return pictures
 
 
@@ -60,13 +62,13 @@ def speeds_compare(search: dict[str, Any]) -> bool:
 
 
 def last_kl(row: Row) -> float:
-    """Return the KL of a candidate to the teacher where it was last measured, in nats per token."""
+    """Return the KL of a candidate to the teacher as it is best known, in nats per token."""
     distilled = row["distilled_kl"]
-    return float(distilled[max(distilled, key=int)]) if distilled else _untrained_kl(row)
+    return float(distilled[max(distilled, key=int)]) if distilled else _kl_before_training(row)
 
 
-def _untrained_kl(row: Row) -> float:
-    return float(row["zero_shot_kl"])
+def _kl_before_training(row: Row) -> float:
+    return float(row["predicted_kl"] if row["zero_shot_kl"] is None else row["zero_shot_kl"])
 
 
 def _draw_panel(title: str, rows: list[Row], x_axis: _Axis, kl: Callable[[Row], float]) -> Picture:

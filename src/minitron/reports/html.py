@@ -184,7 +184,7 @@ def _candidates_table(rows: list[Row], with_speeds: bool) -> list[list[str]]:
     ]
     for row in rows:
         sizes = [f"{row['arch'][name]:,}" for name in names]
-        untrained = [f"{row['predicted_kl']:.3f}", f"{row['zero_shot_kl']:.3f}"]
+        untrained = [f"{row['predicted_kl']:.3f}", "" if (kl := row["zero_shot_kl"]) is None else f"{kl:.3f}"]
         losses = [f"{kl:.4f}" if (kl := row["distilled_kl"].get(str(number))) else "" for number in tokens]
         speeds = [f"{row[key] * 1e3:.3g}" if row[key] else "" for key in ("prefill_seconds", "decode_seconds")]
         lines.append([f"{row['num_parameters']:,}", *sizes, *untrained, *losses, *(speeds if with_speeds else [])])
