@@ -6,7 +6,8 @@ Draws shapes at random from all within the budget, distils each on equal blocks 
 correlation (Spearman's) between the final held-out KL of the shapes and
 
 - the KL of the untrained shape, cut plainly, with one repair, or with both;
-- the KL predicted from probes, the teacher cut along one axis alone, untrained and after a number of training tokens;
+- the KL predicted from probes, the teacher cut along one axis alone, plainly or as students are, untrained and after a
+  number of training tokens; with and without taking off the KL of the whole teacher after that training;
 - the KL after a sixteenth, a quarter and a half of the tokens;
 - the number of parameters.
 
@@ -105,9 +106,15 @@ def _study(workspace: Workspace, shapes: Shapes, probe_tokens: list[int]) -> Non
             _show_probes(about | {"signal": f"probes untrained, {name}"}, workspace, shapes, probed, final)
     for count in sorted(probe_tokens):
         effort = _effort(session, shapes, probe_tokens=min(count, tokens))
-        probing = Probing(replace(workspace, effort=effort))
-        probed = {axis: (probe, probing(probe)) for axis, probe in probes(shapes).items()}
-        _show_probes(about | {"signal": f"probes after {count:,} tokens"}, workspace, shapes, probed, final)
+        for name, method in {"plain": CUT_ONLY, "as students": session.recipe.prune}.items():
+            other = Session(session.recipe.model_copy(update={"prune": method}))
+            probing = Probing(replace(workspace, session=other, effort=effort))
+            probed = {axis: (probe, probing(probe)) for axis, probe in probes(shapes).items()}
+            signal = f"probes after {count:,} tokens, {name}"
+            _show_probes(about | {"signal": signal}, workspace, shapes, probed, final)
+            whole = round(probing(shapes.teacher), 4)
+            about_whole = about | {"signal": f"{signal}, less the whole teacher's", "whole": whole}
+            _show_probes(about_whole, workspace, shapes, probed, final, of_training=whole)
     for i in np.argsort(final):
         sizes = {name: int(values[i]) for name, values in shapes.sizes.items()}
         _show(kl=round(final[i], 4), num_parameters=archs[i].num_parameters, **sizes)
@@ -119,9 +126,10 @@ def _show_probes(
     shapes: Shapes,
     probed: dict[str, tuple[Arch, float]],
     final: list[float],
+    of_training: float = 0.0,
 ) -> None:
     costs = {axis: round(kl, 4) for axis, (_, kl) in probed.items()}
-    expected = predicted(shapes, workspace.importance, probed)
+    expected = predicted(shapes, workspace.importance, probed, of_training=of_training)
     _show(**about, correlation=_spearman(expected, final), probes=costs)
 
 

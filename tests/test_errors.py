@@ -412,7 +412,7 @@ def test_importance_of_other_weights_of_the_same_shape(
         ("llama-tied", "--num-attention-heads 1", "seed: 0", "num_attention_heads 1 is not a multiple of"),
         ("llama-tied", "--num-key-value-heads 0", "seed: 0", "num_key_value_heads"),
         ("gemma2", "--hidden-size 36", "prune: {rotate: true}", "can be permuted but not rotated"),
-        ("llama-tied", "--intermediate-size 56", "calibration: {tokens: 32}",
+        ("llama-tied", "--intermediate-size 56", "{calibration: {tokens: 32}, prune: {refit: true}}",
          "a refit of 56 inputs needs at least as many calibration tokens; there are 32"),
     ],
 )  # fmt: skip

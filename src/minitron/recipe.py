@@ -208,11 +208,11 @@ class SearchRecipe(_Strict):
     is the beginning of its distillation, so it adds nothing. With 0 the shape is predicted from untrained probes."""
     probe_tokens: Derived = None
     """Tokens on which each probe is distilled, one block per step: one shape per axis, cut along this axis alone, to
-    learn what cuts of it cost. None takes at most 4 blocks: much longer probes predict worse. 0 compares the probes
-    untrained."""
+    learn what cuts of it cost, and the whole teacher, to learn what the training does by itself. None takes at most 4
+    blocks: much longer probes predict worse. 0 compares the probes untrained."""
     zero_shot: DerivedCount = None
     """Number of shapes that are cut and compared with the teacher untrained: those with the least predicted loss. None
-    takes at most 256."""
+    takes at most 256. No more than `shortlist` are not compared: there is nothing to choose."""
     zero_shot_tokens: DerivedCount = None
     """Held-out tokens on which untrained shapes and probes are compared with the teacher. None takes 1,024."""
     shortlist: DerivedCount = None
