@@ -30,8 +30,8 @@ from minitron.runtime import configure_backends
 from minitron.session import Session
 
 RESULTS = Path(__file__).parent / "results" / "peers.jsonl"
-SHAPE = "hidden"
-"""Hidden and ffn are cut, heads and layers stay: what every peer can do."""
+SHAPE = "width"
+"""Hidden, ffn and whole groups of heads are cut in proportion: all that substill can cut."""
 
 
 def main() -> None:
@@ -100,7 +100,8 @@ def trl(bench: Bench, trial: Trial) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         config = GKDConfig(
             folder, max_length=CONTEXT, lmbda=0.0, beta=0.0, per_device_train_batch_size=1, num_train_epochs=1,
-            learning_rate=trial.rate, lr_scheduler_type="cosine", warmup_ratio=0.05, max_grad_norm=1.0, adam_beta2=0.95,
+            learning_rate=trial.rate, lr_scheduler_type="cosine", warmup_steps=trial.tokens // CONTEXT // 20,
+            max_grad_norm=1.0, adam_beta2=0.95,
             seed=trial.seed, report_to=[], save_strategy="no", use_cpu=True, gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, bf16=False, logging_steps=10,
         )  # fmt: skip

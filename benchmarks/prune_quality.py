@@ -40,6 +40,12 @@ SHAPES = {
     "heads": {"num_attention_heads": 6, "intermediate_size": 1024},
     "depth": {"intermediate_size": 960, "num_hidden_layers": 26},
     "half": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 28},
+    "width": {
+        "hidden_size": 384,
+        "intermediate_size": 1152,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+    },
 }
 CUT_ALONE = {"prune.rotate": False, "prune.rescale_norms": False, "prune.refit": False}
 METHODS: dict[str, dict[str, Any]] = {
