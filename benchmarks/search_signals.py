@@ -7,7 +7,8 @@ correlation (Spearman's) between the final held-out KL of the shapes and
 
 - the KL of the untrained shape, cut plainly, with one repair, or with both;
 - the KL predicted from probes, the teacher cut along one axis alone, plainly or as students are, untrained and after a
-  number of training tokens; with and without taking off the KL of the whole teacher after that training;
+  number of training tokens; with and without taking off the KL of the whole teacher after that training, and with the
+  KL of the untrained shape, rotated and rescaled, added;
 - the KL after a sixteenth, a quarter and a half of the tokens;
 - the number of parameters.
 
@@ -115,6 +116,9 @@ def _study(workspace: Workspace, shapes: Shapes, probe_tokens: list[int]) -> Non
             whole = round(probing(shapes.teacher), 4)
             about_whole = about | {"signal": f"{signal}, less the whole teacher's", "whole": whole}
             _show_probes(about_whole, workspace, shapes, probed, final, of_training=whole)
+            expected = predicted(shapes, workspace.importance, probed, of_training=whole)
+            signal = f"{signal}, less the whole teacher's, plus untrained"
+            _show(**about, signal=signal, correlation=_spearman(expected + np.array(untrained), final))
     for i in np.argsort(final):
         sizes = {name: int(values[i]) for name, values in shapes.sizes.items()}
         _show(kl=round(final[i], 4), num_parameters=archs[i].num_parameters, **sizes)

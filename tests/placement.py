@@ -5,7 +5,7 @@ initialisers, a whole training. torch's FakeTensorMode, which knows shapes alone
 of which operations may mix devices hold here too, and `test_placement.py` compares the two.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -148,7 +147,7 @@ class _Checks(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = self._device(func, args, kwargs)
-        before = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        before = [*_tensors(args), *_tensors(kwargs.values())]
         if func in WIDENED and device == GPU:
             result = _widened_product(func, args, kwargs)
         elif func == ATEN.histc.default and device == GPU:  # that of a GPU takes integers
@@ -156,8 +155,8 @@ class _Checks(TorchDispatchMode):
         else:
             result = func(*args, **kwargs)
         known = {StorageWeakRef(each.untyped_storage()) for each in before if each.layout == torch.strided}
-        for each in tree_leaves(result):
-            is_whole = isinstance(each, Tensor) and each.layout == torch.strided and not each.is_meta
+        for each in _tensors([result]):
+            is_whole = each.layout == torch.strided and not each.is_meta
             if is_whole and StorageWeakRef(each.untyped_storage()) not in known:
                 self.marks.place(each, device)
         return result
@@ -165,17 +164,28 @@ class _Checks(TorchDispatchMode):
     def _device(self, func: Any, args: Any, kwargs: Any) -> torch.device:
         """Return where an operation runs: the one device of its tensors but those of the CPU that are a number."""
         read = (args[0], *args[2:]) if func in INDEXED else args
-        tensors = [each for each in tree_leaves((read, kwargs)) if isinstance(each, Tensor) and not each.is_meta]
+        tensors = [each for each in (*_tensors(read), *_tensors(kwargs.values())) if not each.is_meta]
         devices = {self.marks.device(each) for each in tensors if each.ndim or self.marks.device(each) == GPU}
         if func in COPIES:
             return self.marks.device(tensors[0]) if tensors else CPU
         if func in INDEXED and self.marks.device(args[0]) == CPU:
             devices |= {self.marks.device(each) for each in args[1] if each is not None}
         if len(devices) > 1:
-            tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+            tensors = [*_tensors(args), *_tensors(kwargs.values())]
             shapes = ", ".join(f"{tuple(each.shape)} on {self.marks.device(each)}" for each in tensors)
             raise MixedDevicesError(f"{func} of {shapes}")
         return next(iter(devices), CPU)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among the arguments or results of an operation, which may hold lists of them."""
+    found: list[Tensor] = []
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, list | tuple):
+            found.extend(_tensors(each))
+    return found
 
 
 def _widened_product(func: Any, args: Any, kwargs: Any) -> Tensor:

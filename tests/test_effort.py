@@ -74,7 +74,8 @@ def costs(place: Path, **changes: Any) -> Costs:
 
 def test_every_level_costs_no_less_than_the_next(place: Path) -> None:
     for changes in ({}, {"distill.tokens": "1M"}, {"distill.batch_size": 16}, {"prune.refit": True}, GIVEN):
-        added = [costs(place, **changes).at(level).added for level in LEVELS]
+        search = costs(place, **changes)
+        added = [search.at(level).added for level in LEVELS]
         assert added == sorted(added, reverse=True), changes
         assert added[0] > 3 * added[-1] or changes is GIVEN
 
@@ -107,9 +108,9 @@ def test_what_is_left_out_is_said(place: Path) -> None:
     assert search.at(LEVELS[0]).in_words(64).startswith("8 trials of up to 960 tokens, ")
     assert "left out" not in search.at(LEVELS[0]).in_words(64)
     without_trials = next(level for level in LEVELS if level.trial == 0)
-    left_out = "; left out: trials and comparisons of untrained shapes"
-    assert search.at(without_trials).in_words(64) == f"probes of 64 tokens{left_out}"
-    assert search.at(LEVELS[-1]).in_words(64) == f"untrained probes{left_out} and training of probes"
+    assert search.at(without_trials).in_words(64) == "16 untrained shapes, probes of 32 tokens; left out: trials"
+    left_out = "trials and comparisons of untrained shapes and training of probes"
+    assert search.at(LEVELS[-1]).in_words(64) == f"untrained probes; left out: {left_out}"
 
 
 def test_what_a_recipe_gives_holds_whatever_it_costs(place: Path) -> None:

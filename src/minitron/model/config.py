@@ -159,6 +159,9 @@ def quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
+    if verbosity >= logging.ERROR:  # every change of a level empties the caches of all loggers
+        yield
+        return
     logging.set_verbosity_error()
     try:
         yield

@@ -14,7 +14,7 @@ from minitron.errors import UserError
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
-from minitron.model.config import student_config
+from minitron.model.config import quiet_transformers, student_config
 from minitron.nas.shapes import Shapes
 
 RELATED = (("hidden", "query", "kv", "head_dim"), ("hidden", "mhead", "mchan"))
@@ -65,7 +65,8 @@ class Acceptance:
             _, firsts, positions = np.unique(numbers, return_index=True, return_inverse=True)
             lasts = len(numbers) - 1 - np.unique(numbers[::-1], return_index=True)[1]
             pairs = zip(firsts.tolist(), lasts.tolist(), strict=True)
-            refusals = [self._refusal_of_all(shapes, names, pair) for pair in pairs]
+            with quiet_transformers():
+                refusals = [self._refusal_of_all(shapes, names, pair) for pair in pairs]
             reason = reason or next(filter(None, refusals), None)
             shapes = shapes.at(np.array([refusal is None for refusal in refusals])[positions])
             if not len(shapes):

@@ -40,8 +40,8 @@ class Level(NamedTuple):
 LEVELS = (
     Level(8, 1, 256, 4), Level(8, 1 / 2, 256, 4), Level(8, 1 / 2, 128, 4), Level(6, 1 / 2, 64, 4),
     Level(4, 1 / 2, 64, 4), Level(4, 1 / 4, 32, 4), Level(4, 1 / 4, 16, 4), Level(3, 1 / 4, 16, 4),
-    Level(2, 1 / 4, 16, 4), Level(2, 1 / 8, 16, 2), Level(2, 1 / 8, 4, 2), Level(2, 1 / 8, 2, 1), Level(1, 0, 1, 2),
-    Level(1, 0, 1, 1), Level(1, 0, 1, 0),
+    Level(2, 1 / 4, 16, 4), Level(2, 1 / 8, 16, 2), Level(2, 1 / 8, 16, 1), Level(1, 0, 16, 1), Level(1, 0, 8, 1),
+    Level(1, 0, 8, 0), Level(1, 0, 1, 0),
 )  # fmt: skip
 """From the most that helps (docs/studies/search.md) to the least."""
 

@@ -54,16 +54,19 @@ def num_kinds(places: int) -> int:
 
 
 def _order(shapes: Shapes, candidates: list[Candidate], num_kinds: int) -> list[int]:
-    """Return the numbers of the candidates: the best of some kinds of cuts, then the best by either loss in turn.
+    """Return the numbers of the candidates: the best of some kinds of cuts, then the others, the best first."""
+    best_first = sorted(range(len(candidates)), key=lambda i: _expected(candidates[i]))
+    kinds = first_of_each_kind(shapes, best_first)[:num_kinds]
+    return list(dict.fromkeys([*kinds, *best_first]))
 
-    Predicted and untrained loss each know what the other does not (docs/studies/search.md).
+
+def _expected(candidate: Candidate) -> float:
+    """Return what is expected of a candidate before its trial: the sum of the predicted and of the untrained loss.
+
+    Each knows what the other does not: the prediction, what training makes up for; the untrained loss, how cuts of
+    several axes add up (docs/studies/search.md).
     """
-    by_prediction = sorted(range(len(candidates)), key=lambda i: candidates[i].predicted_kl)
-    untrained = [kl for candidate in candidates if (kl := candidate.zero_shot_kl) is not None]
-    by_untrained = sorted(range(len(untrained)), key=lambda i: untrained[i])
-    kinds = first_of_each_kind(shapes, by_prediction)[:num_kinds]
-    in_turn = (i for pair in zip(by_prediction, by_untrained or by_prediction, strict=True) for i in pair)
-    return list(dict.fromkeys([*kinds, *in_turn]))
+    return candidate.predicted_kl + (candidate.zero_shot_kl or 0.0)
 
 
 def first_of_each_kind(shapes: Shapes, order: Sequence[int]) -> list[int]:
