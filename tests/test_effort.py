@@ -108,7 +108,7 @@ def test_what_is_left_out_is_said(place: Path) -> None:
     assert search.at(LEVELS[0]).in_words(64).startswith("8 trials of up to 960 tokens, ")
     assert "left out" not in search.at(LEVELS[0]).in_words(64)
     without_trials = next(level for level in LEVELS if level.trial == 0)
-    assert search.at(without_trials).in_words(64) == "16 untrained shapes, probes of 32 tokens; left out: trials"
+    assert search.at(without_trials).in_words(64) == "8 untrained shapes; left out: trials and training of probes"
     left_out = "trials and comparisons of untrained shapes and training of probes"
     assert search.at(LEVELS[-1]).in_words(64) == f"untrained probes; left out: {left_out}"
 

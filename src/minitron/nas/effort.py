@@ -1,7 +1,7 @@
 """How much a search does: what `search.effort` pays for, counted in operations before anything is computed.
 
 What the operations do not pay for is left out, level by level of `LEVELS`: long trials and untrained shapes first, then
-trials, then training of the probes, as docs/studies/search.md has found them to matter.
+training of the probes, then trials, as docs/studies/search.md has found them to matter.
 """
 
 from collections.abc import Mapping
@@ -40,8 +40,8 @@ class Level(NamedTuple):
 LEVELS = (
     Level(8, 1, 256, 4), Level(8, 1 / 2, 256, 4), Level(8, 1 / 2, 128, 4), Level(6, 1 / 2, 64, 4),
     Level(4, 1 / 2, 64, 4), Level(4, 1 / 4, 32, 4), Level(4, 1 / 4, 16, 4), Level(3, 1 / 4, 16, 4),
-    Level(2, 1 / 4, 16, 4), Level(2, 1 / 8, 16, 2), Level(2, 1 / 8, 16, 1), Level(1, 0, 16, 1), Level(1, 0, 8, 1),
-    Level(1, 0, 8, 0), Level(1, 0, 1, 0),
+    Level(2, 1 / 4, 16, 4), Level(2, 1 / 8, 16, 2), Level(2, 1 / 8, 16, 0), Level(2, 1 / 8, 8, 0), Level(1, 0, 8, 0),
+    Level(1, 0, 1, 0),
 )  # fmt: skip
 """From the most that helps (docs/studies/search.md) to the least."""
 

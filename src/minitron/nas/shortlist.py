@@ -45,12 +45,12 @@ def make_short_list(workspace: Workspace, candidates: list[Candidate], budget: B
 
 
 def num_kinds(places: int) -> int:
-    """Return how many among the places for trials are for the best shape of some kind of cuts: three quarters.
+    """Return how many among the places for trials are for the best shape of some kind of cuts: three quarters, or one.
 
     Neither loss knows well what a cut of some axes costs compared with others (docs/studies/search.md), so the best
     shapes of several kinds come before second ones of a kind.
     """
-    return -(-places * 3 // 4)
+    return max(1, places * 3 // 4)
 
 
 def _order(shapes: Shapes, candidates: list[Candidate], num_kinds: int) -> list[int]:
