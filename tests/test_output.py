@@ -291,7 +291,8 @@ def test_every_file_of_a_run_has_the_permissions_of_the_umask(first: Path, tmp_p
     try:
         settings = {**QUICK, "distill.teacher_states": str(shared / "states")}
         pipeline.compress(recipe(first / "model", first / "text.txt", **settings), shared / "run")
-        given = load_recipe(None, {"data": str(first / "text.txt"), "context": 32, "calibration.tokens": 1024})
+        values = {"teacher": str(first / "model"), "data": str(first / "text.txt"), "context": 32}
+        given = load_recipe(None, values | {"calibration.tokens": 1024})
         calibrate(first / "model", shared / "scores", recipe=given, device="cpu")
     finally:
         os.umask(before)
