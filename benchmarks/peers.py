@@ -21,13 +21,13 @@ import torch
 from prune_quality import SHAPES
 from token_efficiency import CONTEXT, Bench, Trial
 
+from minitron.data.blocks import load_tokenizer
 from minitron.files import read_jsonl
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.quantities import parse_count
 from minitron.run import versions
 from minitron.runtime import configure_backends
-from minitron.session import Session
 
 RESULTS = Path(__file__).parent / "results" / "peers.jsonl"
 SHAPE = "width"
@@ -101,14 +101,14 @@ def trl(bench: Bench, trial: Trial) -> dict[str, Any]:
         config = GKDConfig(
             folder, max_length=CONTEXT, lmbda=0.0, beta=0.0, per_device_train_batch_size=1, num_train_epochs=1,
             learning_rate=trial.rate, lr_scheduler_type="cosine", warmup_steps=trial.tokens // CONTEXT // 20,
-            max_grad_norm=1.0, adam_beta2=0.95,
-            seed=trial.seed, report_to=[], save_strategy="no", use_cpu=True, gradient_checkpointing=False,
+            max_grad_norm=1.0, adam_beta2=0.95, seed=trial.seed, report_to=[], save_strategy="no", use_cpu=True,
+            gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False, bf16=False, logging_steps=10,
         )  # fmt: skip
         teacher = load_model(session.teacher, device, torch.float32)
         trainer = GKDTrainer(
             model=student, teacher_model=teacher, args=config, train_dataset=Dataset.from_dict({"input_ids": ids}),
-            processing_class=_tokenizer(session), data_collator=_whole_blocks,
+            processing_class=load_tokenizer(session.teacher.folder), data_collator=_whole_blocks,
         )  # fmt: skip
         trainer.train()
     figures: dict[str, Any] = bench.figures(student.eval(), trial.seed)
@@ -119,12 +119,6 @@ def _whole_blocks(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return a batch whose every token is predicted; a prompt of one token stands before what is answered."""
     ids = torch.tensor([row["input_ids"] for row in rows])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "prompts": ids[:, :1]}
-
-
-def _tokenizer(session: Session) -> Any:
-    from minitron.data.blocks import load_tokenizer
-
-    return load_tokenizer(session.teacher.folder)
 
 
 def torch_pruning(bench: Bench, trial: Trial) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Measures whether the search finds better shapes: distils shapes of one budget equally, over several seeds.
 
     python benchmarks/search_quality.py OUT --shapes shapes.json [TEACHER] [--tokens 100k] [--seeds 0 1 2]
+        [--set calibration.tokens=8k distill.batch_size=1]
 
 `shapes.json` maps a name to sizes, such as `{"depth only": {"num_hidden_layers": 17}}`. Each shape is cut out of the
 teacher (by default the built-in smollm2), with the default repairs, and distilled on equal blocks in equal order, those
@@ -25,7 +26,7 @@ from minitron.model.language_model import load_model
 from minitron.nas.zero_shot import divergence
 from minitron.pruning import Importance, prune, read_importance, write_importance
 from minitron.quantities import parse_count
-from minitron.recipe import Recipe
+from minitron.recipe import Recipe, recipe_from
 from minitron.session import Session
 
 
@@ -37,13 +38,16 @@ def main() -> None:
     parser.add_argument("--shapes", type=Path, required=True)
     parser.add_argument("--tokens", type=parse_count, default=102_400)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="keys of the recipe")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     done = {(row["seed"], row["shape"]) for row in read_jsonl(options.out / "results.jsonl")}
     shapes = json.loads(options.shapes.read_text(encoding="utf-8"))
     for seed in options.seeds:
         if missing := {name: sizes for name, sizes in shapes.items() if (seed, name) not in done}:
-            _study(Session(_recipe(options.teacher, seed, options.tokens, options.out)), missing, options.out)
+            recipe = _recipe(options.teacher, seed, options.tokens, options.out)
+            settings = dict(item.split("=", 1) for item in options.set)
+            _study(Session(recipe_from(recipe, **settings)), missing, options.out)
 
 
 def _recipe(teacher: str, seed: int, tokens: int, out: Path) -> Recipe:

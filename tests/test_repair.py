@@ -156,14 +156,17 @@ def test_matrices_are_refitted_only_where_that_is_asked_for(
     teachers: Callable[[str], Checkpoint], blocks: Blocks
 ) -> None:
     teacher = teachers("llama")
-    arch, importance = teacher.arch.resized(intermediate_size=40), importance_of(teacher, blocks)
-    cut = partial(cut_to, arch, teacher, importance)
-    plain = dict(cut(PruneRecipe()))
-    by_default, refitted = (
-        made(teacher, cut(recipe), blocks, recipe) for recipe in (PruneRecipe(), PruneRecipe(refit=True))
-    )
-    assert all(torch.equal(by_default[name], plain[name]) for name in plain)
-    assert any(not torch.equal(refitted[name], plain[name]) for name in plain)
+    importance = importance_of(teacher, blocks)
+    for sizes in ({"intermediate_size": 40}, {"hidden_size": 36}):
+        cut = partial(cut_to, teacher.arch.resized(**sizes), teacher, importance)
+        by_default, same, other = (
+            made(teacher, cut(recipe), blocks, recipe)
+            for recipe in (PruneRecipe(), PruneRecipe(refit=False), PruneRecipe(refit=True))
+        )
+        assert all(torch.equal(by_default[name], same[name]) for name in same)
+        assert any(not torch.equal(by_default[name], other[name]) for name in other)
+        plain = dict(cut(PruneRecipe()))
+        assert all(torch.equal(by_default[name], plain[name]) for name in plain) == ("hidden_size" not in sizes)
 
 
 def test_nothing_cut_is_nothing_changed(teachers: Callable[[str], Checkpoint], blocks: Blocks) -> None:

@@ -120,7 +120,7 @@ class Costs:
         finalists = min(given.shortlist or finalists, num_shapes)
         untrained = min(given.zero_shot or max(level.untrained, finalists), num_shapes)
         finalists = min(finalists, untrained)
-        compared = untrained if untrained > finalists else 0
+        compared = untrained if untrained > finalists else 0  # see `Effort.compares_untrained`
         steps = self._trial_steps(level) if finalists > 1 else 0
         zero_shot_tokens = self._whole(given.zero_shot_tokens or UNTRAINED_TOKENS)
         probe_tokens = level.probe_blocks * self.context
