@@ -34,11 +34,11 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.progress import Progress, announce
-from minitron.pruning import how_measured, prune, require_scores, write_importance
+from minitron.pruning import how_measured, over_vocabulary, prune, require_scores, write_importance
 from minitron.pruning.selection import kept_layers
 from minitron.recipe import Recipe, Target
 from minitron.reports.card import write_card
-from minitron.reports.figures import rounded_name
+from minitron.reports.figures import PER_TEACHER_TOKEN, rounded_name
 from minitron.reports.html import write_report
 from minitron.reports.run_files import RunFiles
 from minitron.reports.series import write_series_report
@@ -49,6 +49,8 @@ from minitron.stages import IN_WORDS, STEPS, Stage, stages_of, stores_states
 
 STATES = "teacher-states"
 logger = logging.getLogger(__name__)
+NARROWED = "narrowed teacher"
+"""The name among the figures of the teacher over the tokens of its student."""
 NUM_SAMPLES = 3
 """Texts that each model generates for the report."""
 
@@ -91,6 +93,8 @@ def _take_stage(
 def _cut(run: Run, session: Session) -> None:
     """Cut a student and distil it."""
     session.validate(one_process=False)
+    if session.larger:
+        session = session.over_tokens_of(session.source)
     require_trainable(session, session.source.arch)
     shapes, budget = nas.shapes_within(session)
     session.require_one_reading()
@@ -109,14 +113,15 @@ def _cut(run: Run, session: Session) -> None:
             arch = nas.search(session, importance, shapes, budget, run.folder)
             if session.runtime.world.is_main:
                 write_json(run.path("arch.json"), arch.to_dict())
+    arch = Arch.from_dict(read_json(run.path("arch.json")), session.source.arch)
+    measured, session = how_measured(session), over_vocabulary(session, arch.axis_size("vocab"))
     source = session.source.arch
-    arch = Arch.from_dict(read_json(run.path("arch.json")), source)
     with _step(run, session, "prune", on_main=True) as is_taken:
         if is_taken:
             run.record["kept_layers"] = kept_layers(importance, source, arch).tolist()
             if not _takes_trial(run):
                 step = prune(session, arch, importance, run.path("pruned"))
-                record_step(run.path("pruned"), session.source.folder, step | {"measured": how_measured(session)})
+                record_step(run.path("pruned"), session.source.folder, step | {"measured": measured})
     _train(run, session)
 
 
@@ -137,6 +142,7 @@ def _takes_trial(run: Run) -> bool:
 def _distill_further(run: Run, session: Session) -> None:
     """Distil a student further, its shape as it is."""
     session.validate(one_process=False)
+    session = session.over_tokens_of(session.source)
     require_trainable(session, session.source.arch)
     session.require_one_reading()
     _begin(run, session, session.source.arch.num_parameters)
@@ -167,7 +173,8 @@ def _train(run: Run, session: Session, start: str = "pruned") -> None:
         if is_taken:
             _record_resumption(run, session)
             distill(session, open_checkpoint(pruned), student, work=run.folder)
-    models = {"teacher": session.teacher.folder, start: pruned, "student": student}
+    reference = NARROWED if session.is_narrowed else "teacher"
+    models = {reference: session.teacher.folder, start: pruned, "student": student}
     if scheme := session.recipe.distill.quantize:
         models[rounded_name(scheme)] = student
     _evaluate(run, session, models)
@@ -285,17 +292,18 @@ def _evaluate(run: Run, session: Session, models: dict[str, Path]) -> None:
 def _measure(run: Run, session: Session, models: dict[str, Path]) -> None:
     """Measure models, by name; results go to `eval.json` one by one.
 
-    The first model is the teacher. The others are compared with its last hidden states, so that one model is in memory
-    at a time. After an interruption the teacher runs again for its states; what has been measured stays. A student that
-    was trained for a scheme is measured as it is saved, and under a name of its own as the scheme rounds it.
+    The first model is the session's teacher. The others are compared with its last hidden states, so that one model is
+    in memory at a time. After an interruption the teacher runs again for its states; what has been measured stays. A
+    student that was trained for a scheme is measured as it is saved, and under a name of its own as the scheme rounds
+    it. Where the session's teacher is narrowed, the whole one is measured too, on text with its own tokens.
     """
     scheme = session.recipe.distill.quantize
     path, runtime, blocks = run.path("eval.json"), session.runtime, session.splits.evaluation
     figures = read_json(path) if path.exists() else {}
     missing = [name for name in models if name not in figures]
-    states = TeacherStates(blocks)
-    for name in dict.fromkeys(["teacher", *missing]) if missing else ():
-        checkpoint = session.teacher if name == "teacher" else open_checkpoint(models[name])
+    states, reference = TeacherStates(blocks), next(iter(models))
+    for name in dict.fromkeys([reference, *missing]) if missing else ():
+        checkpoint = session.teacher if name == reference else open_checkpoint(models[name])
         rounding = scheme if scheme and name == rounded_name(scheme) else None
         # What is rounded is computed as in training: from weights in float32, under autocast.
         dtype = runtime.weights_dtype if rounding else runtime.dtype
@@ -309,20 +317,40 @@ def _measure(run: Run, session: Session, models: dict[str, Path]) -> None:
                 blocks,
                 stage=f"evaluate {name}",
                 num_samples=NUM_SAMPLES if name in missing else 0,
-                observer=states if name == "teacher" else Comparison(states),
+                observer=states if name == reference else Comparison(states),
             )
         del model
         figures.setdefault(name, measured)
+        write_json(path, figures)
+    if session.is_narrowed and "teacher" not in figures:
+        figures = _beside_whole_teacher(figures, session)
         write_json(path, figures)
     if "student" in models and "speed_up" not in figures["student"] and (ratios := _speed_up(run, session)):
         figures["student"]["speed_up"] = ratios
         write_json(path, figures)
 
 
+def _beside_whole_teacher(figures: dict[str, Any], session: Session) -> dict[str, Any]:
+    """Return figures of models with a narrowed vocabulary after those of the whole teacher, in its unit too.
+
+    The perplexity per token of the teacher is that of a model's bits per byte: exp(negative log-likelihood of the text
+    over the number of tokens that the teacher has for it).
+    """
+    whole, runtime = Session(session.recipe), session.runtime
+    model = load_model(whole.teacher, runtime.device, runtime.dtype, runtime.attention)
+    teacher = measure(
+        model, whole.teacher, whole.splits.evaluation, stage="evaluate whole teacher", num_samples=NUM_SAMPLES
+    )
+    for measured in (teacher, *figures.values()):
+        share = measured["bits_per_byte"] / teacher["bits_per_byte"]
+        measured[PER_TEACHER_TOKEN] = teacher["perplexity"] ** share
+    return {"teacher": teacher, **figures}
+
+
 def _speed_up(run: Run, session: Session) -> dict[str, float] | None:
     """Time student and teacher in turn; None where the memory does not hold both, which is logged."""
     runtime, context = session.runtime, session.splits.evaluation.context
-    checkpoints = open_checkpoint(run.path("student")), session.teacher
+    checkpoints = open_checkpoint(run.path("student")), session.whole_teacher
     needed = sum(each.arch.num_parameters for each in checkpoints) * runtime.dtype.itemsize
     free = runtime.free_memory
     if free is not None and needed > free:

@@ -90,6 +90,17 @@ class CalibrationRecipe(_Strict):
     token's norm over the head (`aggregate_of_norms`, Minitron, arXiv 2407.14679, section 2.2)."""
 
 
+class VocabularyRecipe(_Strict):
+    """Which tokens a student keeps, where its vocabulary is cut; docs/studies/vocabulary.md has the measurements."""
+
+    trim: bool = False
+    """Let the search choose the size of the vocabulary too, among those that cover 95 to 99.5 % of the training text's
+    tokens, or those of `search.space.vocab_size`. Off by default: what leaves is rare words and other languages."""
+    least_coverage: float = Field(0.95, ge=0, le=1)
+    """The share of the tokens of held-out text that have to stay. Fewer are an error: the text of the training is then
+    too short or too unlike what the student will read, or the vocabulary too small."""
+
+
 class DepthRecipe(_Strict):
     """How the layers to drop are chosen."""
 
@@ -459,6 +470,7 @@ class Recipe(_Strict):
     """How transformers computes attention. Flash Attention needs its package, a GPU, and bfloat16 or float16. None is
     what transformers chooses; trainings that round products (see dtype) take eager where that keeps at most 2 GB."""
     calibration: CalibrationRecipe = CalibrationRecipe()
+    vocabulary: VocabularyRecipe = VocabularyRecipe()
     depth: DepthRecipe = DepthRecipe()
     search: SearchRecipe = SearchRecipe()
     prune: PruneRecipe = PruneRecipe()

@@ -1,6 +1,6 @@
 """A recipe's teacher and text, opened once and released explicitly."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from minitron.data.blocks import Blocks, Packing, Splits, SplitTokens, load_tokenizer, read_splits
+from minitron.data.narrowing import narrowed, narrowed_to
 from minitron.errors import UserError
+from minitron.history import Step
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.crosscheck import require_one_reading
 from minitron.model.language_model import load_model, require_attention
@@ -69,6 +71,37 @@ class Session:
     def teacher(self) -> Checkpoint:
         """The teacher on disk."""
         return open_teacher(self.recipe.teacher, self.recipe.family)
+
+    def over_tokens(self, kept: Sequence[int], described: Step) -> "Session":
+        """Return a session whose models are narrowed to the tokens `kept`; see `narrowing.narrowed`."""
+        session = self._with_teacher(narrowed(self.teacher, kept, described))
+        if self.larger:
+            session.source = narrowed(self.source, kept, described)
+        return session
+
+    def over_tokens_of(self, student: Checkpoint) -> "Session":
+        """Return a session whose teacher has the tokens of a student, narrowed where the student lacks some.
+
+        Raises:
+            UserError: see `narrowing.narrowed_to`.
+        """
+        teacher = narrowed_to(self.teacher, student)
+        return self if teacher.folder == self.teacher.folder else self._with_teacher(teacher)
+
+    def _with_teacher(self, teacher: Checkpoint) -> "Session":
+        session = Session(self.recipe, self.larger, self._world)
+        session.teacher, session.whole_teacher = teacher, self.whole_teacher
+        return session
+
+    @cached_property
+    def whole_teacher(self) -> Checkpoint:
+        """The teacher with all of its tokens, of which shares of a budget are counted."""
+        return self.teacher
+
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether the teacher has fewer tokens than the recipe's."""
+        return self.teacher.folder != self.whole_teacher.folder
 
     @cached_property
     def source(self) -> Checkpoint:
@@ -171,18 +204,3 @@ def require_one_process() -> None:
         raise UserError(
             "only compress, search, distill and correct run under torchrun; run this command in one process"
         )
-
-
-def require_one_vocabulary(teacher: Checkpoint, student: Checkpoint) -> None:
-    """Check that two models have the same tokens under the same numbers; either may have more entries, as padding.
-
-    Raises:
-        UserError: they differ.
-    """
-    tokens, student_tokens = (load_tokenizer(model.folder).get_vocab() for model in (teacher, student))
-    if tokens != student_tokens:
-        differing = len(tokens.items() ^ student_tokens.items())
-        raise UserError(f"teacher and student have different tokenizers: {differing} tokens differ")
-    smaller = min(model.arch.axis_size("vocab") for model in (teacher, student))
-    if (highest := max(tokens.values(), default=0)) >= smaller:
-        raise UserError(f"the tokenizer has token {highest}, one of the models only {smaller} tokens")

@@ -12,6 +12,7 @@ from minitron.cli.options import (
     TARGET,
     TEXT,
     TRAINING,
+    TRIM,
     Out,
     Overwrite,
     Plain,
@@ -32,7 +33,14 @@ SIZES = (
 )
 
 
-@verb(TARGET._replace(help=f"{TARGET.help} Several (0.8,0.6,0.4) make a series."), *BUDGET, *SERVED, *TEXT, *TRAINING)
+@verb(
+    TARGET._replace(help=f"{TARGET.help} Several (0.8,0.6,0.4) make a series."),
+    TRIM,
+    *BUDGET,
+    *SERVED,
+    *TEXT,
+    *TRAINING,
+)
 def compress(teacher: Teacher, out: Out, plain: Plain = None, overwrite: Overwrite = False, **settings: Any) -> Any:
     """The main job: search for a shape, prune, distil, evaluate. Run the command again to continue."""
     settings = _with_baseline(plain, _serving(settings))
@@ -45,7 +53,7 @@ def calibrate(teacher: Teacher, out: Out, overwrite: Overwrite = False, **settin
     return imported("verbs.calibrate").calibrate(teacher, out, overwrite=overwrite, **settings)
 
 
-@verb(TARGET, *BUDGET, *SERVED, *TEXT)
+@verb(TARGET, TRIM, *BUDGET, *SERVED, *TEXT)
 def search(teacher: Teacher, out: Out, overwrite: Overwrite = False, **settings: Any) -> Any:
     """Find the best shape within a budget: candidates.jsonl and arch.json in OUT."""
     return imported("verbs.search").search(teacher, out, overwrite=overwrite, **_serving(settings))

@@ -13,6 +13,9 @@ Against = Annotated[str | None, typer.Option(help="Another model to compare with
 @verb(FAMILY, MACHINE[0], MACHINE[1], has_recipe=False)
 def inspect(
     model: Annotated[str, typer.Argument(help="A teacher as in compress, or a config.json by itself.")],
+    data: Annotated[
+        str | None, typer.Option(help="A text as in compress: what cuts of the vocabulary would leave of it.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences that the memory is for.")] = 1,
     context: Annotated[str, typer.Option(help="Tokens of each, such as 4096 or 128k, a k being 1,024.")] = "4k",
     dtype: Annotated[
@@ -23,7 +26,8 @@ def inspect(
     """Sizes, exact parameter counts, the memory that serving takes, and whether the weights fit the family's table."""
     from minitron.verbs.inspect import inspect as inspect_model
 
-    return inspect_model(model, family=settings.get("family"), batch=batch, context=context, dtype=dtype)
+    family = settings.get("family")
+    return inspect_model(model, data=data, family=family, batch=batch, context=context, dtype=dtype)
 
 
 @verb(FAMILY, *MACHINE[1:])

@@ -93,6 +93,9 @@ BUDGET = (
         "Tokens in a block; with --memory, --throughput or --latency, tokens of the sequences that are served (128k).",
     ),
 )
+TRIM = Setting(
+    "trim_vocab", "vocabulary.trim", "Search for the size of the vocabulary too.", bool, option="--trim-vocab"
+)
 SERVED = (
     Setting(
         "engine",

@@ -32,7 +32,7 @@ class Axis:
 
 
 AXIS_TABLE = (
-    Axis("vocab", "vocab_size"),
+    Axis("vocab", "vocab_size", "Tokens of the vocabulary"),
     Axis("hidden", "hidden_size", "Residual channels", is_width=True),
     Axis("ffn", "intermediate_size", "MLP neurons", is_width=True),
     Axis("expert", "num_local_experts", "Experts of a layer", is_count=True),

@@ -323,7 +323,8 @@ class Arch:
 
     def require_prunable_to(self, smaller: "Arch") -> None:
         """Raise `UserError` unless `smaller` can be cut out of this shape."""
-        prunable = {AXES[axis] for axis in self.prunable_axes} | {_kind_size(kind) for kind in self.layer_counts}
+        axes = {"vocab", *self.prunable_axes}
+        prunable = {AXES[axis] for axis in axes} | {_kind_size(kind) for kind in self.layer_counts}
         for name, size in smaller.sizes.items():
             if size > self.sizes[name]:
                 raise UserError(f"{name} {size} is above the teacher's {self.sizes[name]}")

@@ -21,6 +21,7 @@ from minitron.nas.runnable import warn_of_engine
 from minitron.nas.shapes import Shapes, removed_layers
 from minitron.nas.shortlist import make_short_list
 from minitron.nas.trial import choose, compete
+from minitron.nas.vocabulary import settle_vocabulary
 from minitron.nas.workspace import TRIAL, Workspace, chosen_before
 from minitron.nas.zero_shot import compare_untrained
 from minitron.progress import announce
@@ -48,10 +49,11 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
     `TRIAL` in `folder` holds the files of the trial that the shape had, from which its distillation continues: `pruned`
     and, unless something stands against it (`effort.why_not_continued`), `checkpoint` and `metrics.jsonl`.
 
-    Shapes are narrowed down by ever more expensive measures: speed estimated from a few shapes, loss predicted from one
-    probe per axis, loss of the untrained candidate, and loss after a while of distillation. `shapes` and `budget` are
-    those of `shapes_within`. An interrupted search continues from `folder`, with nothing measured again. A shape that
-    the recipe states is returned as it is, and no file is written.
+    Shapes are narrowed down by ever more expensive measures: speed estimated from a few shapes, the size of the
+    vocabulary by what its cut costs the teacher, loss predicted from one probe per axis, loss of the untrained
+    candidate, and loss after a while of distillation. `shapes` and `budget` are those of `shapes_within`. An
+    interrupted search continues from `folder`, with nothing measured again. A shape that the recipe states is returned
+    as it is, and no file is written.
 
     Raises:
         UserError: no shape meets the limits on speed.
@@ -66,6 +68,7 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
     announce(f"search, for {effort.added:.0%} of the operations of the distillation: {does}")
     workspace = Workspace(session, importance, folder, effort)
     shapes, budget = meet_speed_limits(workspace, shapes, budget)
+    workspace, shapes = settle_vocabulary(workspace, shapes)
     candidates = predict(workspace, shapes)
     compare_untrained(workspace, candidates)
     short_list = make_short_list(workspace, candidates, budget)
@@ -73,7 +76,7 @@ def search(session: Session, importance: Importance, shapes: Shapes, budget: Bud
     chosen = choose(finalists)
     workspace.finish(candidates, chosen, budget, len(shapes))
     if workspace.world.is_main:
-        source, arch = session.source, chosen.arch
+        source, arch = workspace.session.source, chosen.arch
         kept = kept_layers(importance, source.arch, arch).tolist()
         warn_of_engines(source, arch, kept)
         warn_of_engine(source, arch, kept, session.recipe.search)

@@ -21,6 +21,7 @@ from minitron.nas.budget import Budget, budget_of
 from minitron.nas.runnable import require_runnable, runnable
 from minitron.nas.shapes import Shapes, SplitDepth, every_shape, feasible
 from minitron.nas.trial import trial_recipe
+from minitron.nas.vocabulary import vocabulary_sizes
 from minitron.pruning import Importance, ranked_depth, require_measurable
 from minitron.pruning.repair import require_tokens
 from minitron.pruning.rounds import shapes_between
@@ -101,7 +102,10 @@ def ranks_together(session: Session) -> bool:
 def _offered(session: Session, budget: Budget, split: SplitDepth | None = None) -> Shapes:
     source = session.source
     windows = attention_windows(source.config.to_dict())
-    shapes = every_shape(source.arch, budget, session.recipe.search, windows, split=split)
+    recipe = session.recipe.search
+    if sizes := vocabulary_sizes(session):
+        recipe = recipe.model_copy(update={"space": {**recipe.space, AXES["vocab"]: sizes}})
+    shapes = every_shape(source.arch, budget, recipe, windows, split=split)
     shapes = runnable(source, Acceptance(source).of(shapes), session.recipe.search)
     if scheme := session.recipe.distill.quantize:
         shapes = shapes.at(np.broadcast_to(is_divided(source.arch, scheme, shapes.sizes), len(shapes)))

@@ -40,10 +40,7 @@ def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
     An interrupted search returns the candidates that it has written, with everything known about them.
     """
     if not workspace.has_candidates:
-        archs = probes(shapes, workspace.acceptance)
-        losses = _measure_probes(workspace, archs)
-        probed = {axis: (arch, losses[axis]) for axis, arch in archs.items()}
-        expected = predicted(shapes, workspace.importance, probed, of_training=losses.get(WHOLE, 0.0))
+        expected = expected_losses(workspace, shapes)
         order = expected.argsort(kind="stable").tolist()
         candidates = []
         # Shapes were tried axis by axis (`Acceptance.of`); those that are offered are tried as they are.
@@ -56,6 +53,14 @@ def predict(workspace: Workspace, shapes: Shapes) -> list[Candidate]:
             candidates.append(Candidate(number, shapes[i], counts, predicted_kl=float(expected[i])))
         workspace.save(candidates)
     return workspace.read_candidates()
+
+
+def expected_losses(workspace: Workspace, shapes: Shapes) -> NDArray[np.float64]:
+    """Return the predicted KL of each shape, (n,), from probes that are measured unless they are known already."""
+    archs = probes(shapes, workspace.acceptance)
+    losses = _measure_probes(workspace, archs)
+    probed = {axis: (arch, losses[axis]) for axis, arch in archs.items()}
+    return predicted(shapes, workspace.importance, probed, of_training=losses.get(WHOLE, 0.0))
 
 
 def predicted(

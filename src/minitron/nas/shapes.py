@@ -83,6 +83,8 @@ def grid(teacher: Arch, recipe: SearchRecipe) -> dict[str, Sequence[int] | Facto
         UserError: the recipe names an axis that cannot be pruned, or no size up to the teacher's.
     """
     names = {AXES[axis]: axis for axis in teacher.prunable_axes}
+    if (vocab := AXES["vocab"]) in recipe.space:
+        names[vocab] = "vocab"
     depth, *of_kinds = teacher.depth_names
     for name in (*recipe.space, *recipe.multiple_of, *recipe.fixed):
         if name not in names and not (name in recipe.space and name in of_kinds):

@@ -22,6 +22,7 @@ from minitron.pruning.repair import repaired
 from minitron.pruning.rounds import score_in_rounds
 from minitron.pruning.scores import Importance
 from minitron.pruning.selection import ranked_depth, select
+from minitron.pruning.vocabulary import over_vocabulary
 from minitron.recipe import PruneRecipe
 from minitron.session import Session
 
@@ -29,6 +30,7 @@ __all__ = [
     "Importance",
     "how_measured",
     "measure_importance",
+    "over_vocabulary",
     "prune",
     "ranked_depth",
     "read_how_measured",

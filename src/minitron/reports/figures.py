@@ -7,14 +7,22 @@ from rich.filesize import decimal
 Results = dict[str, dict[str, Any]]
 """What `eval.json` holds: figures by model, of which tokens per second are not compared: see `speed_up_in_words`."""
 Rows = list[list[str]]
+PER_TEACHER_TOKEN = "perplexity_per_teacher_token"
+"""The figure of models whose vocabulary was narrowed that compares with the teacher's perplexity."""
 LABELS = {
     "num_parameters": "parameters",
     "num_non_embedding_parameters": "parameters without embeddings",
     "perplexity": "perplexity",
+    PER_TEACHER_TOKEN: "perplexity per token of the teacher",
     "bits_per_byte": "bits per byte",
 }
-RETAINED = {"perplexity": "perplexity retained", "bits_per_byte": "bits per byte retained"}
-"""Figures of which less is better: the student retains the teacher's figure divided by its own."""
+RETAINED = {
+    "perplexity": "perplexity retained",
+    PER_TEACHER_TOKEN: "perplexity retained",
+    "bits_per_byte": "bits per byte retained",
+}
+"""Figures of which less is better: the student retains the teacher's figure divided by its own. Perplexity is that per
+token of the teacher, where the student has other tokens."""
 ROUNDED = "student in "
 """How the name of a student that was measured in a scheme begins; the scheme follows."""
 BENCH_SPEEDS = ("prefill tokens/s", "decode tokens/s", "first token")
@@ -27,17 +35,32 @@ def rounded_name(scheme: str) -> str:
     return f"{ROUNDED}{scheme}"
 
 
+def labels_of(models: list[dict[str, Any]]) -> dict[str, str]:
+    """Return the figures that are shown of models, with their labels; see `figure`."""
+    is_narrowed = any(PER_TEACHER_TOKEN in figures for figures in models)
+    return {key: label for key, label in LABELS.items() if key != PER_TEACHER_TOKEN or is_narrowed}
+
+
+def figure(figures: dict[str, Any], key: str) -> Any:
+    """Return a figure of a model; a model with all tokens of its teacher has one perplexity."""
+    return figures["perplexity"] if key == PER_TEACHER_TOKEN and key not in figures else figures[key]
+
+
 def figures_table(results: Results) -> Rows:
     """Return a row per figure and a column per model, with what a student retains of its teacher."""
     names = list(results)
     rows = [["", *names]]
-    for key, label in LABELS.items():
-        rows.append([label, *(format_figure(results[name][key]) for name in names)])
+    labels = labels_of(list(results.values()))
+    for key, label in labels.items():
+        rows.append([label, *(format_figure(figure(results[name], key)) for name in names)])
     distances = [kl_in_words(results[name]) for name in names]
     if any(distances):
         rows.append(["KL to the teacher (agreement)", *distances])
     if {"teacher", "student"} <= set(names):
+        other = "perplexity" if PER_TEACHER_TOKEN in labels else PER_TEACHER_TOKEN
         for key, label in RETAINED.items():
+            if key == other:
+                continue
             shares = {name: results["teacher"][key] / results[name][key] for name in names if _is_student(name)}
             rows.append([label, *(f"{shares[name]:.1%}" if name in shares else "" for name in names)])
         if speed_up := speed_up_in_words(results["student"]):

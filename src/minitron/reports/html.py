@@ -13,14 +13,15 @@ from minitron.recipe import data_in_words
 from minitron.reports.candidates import Row, draw_candidates, last_kl, speeds_compare
 from minitron.reports.charts import draw_curves, draw_layer_importance, draw_shape, heatmaps
 from minitron.reports.figures import (
-    LABELS,
     bench_by_engine,
     bench_conditions,
     bench_table,
     exports_table,
+    figure,
     figures_table,
     format_figure,
     kl_in_words,
+    labels_of,
     rounded_conditions,
     rounded_in_words,
     speed_up_conditions,
@@ -240,9 +241,9 @@ def _compared_figures(runs: dict[str, RunFiles]) -> str:
         return ""
     teacher = next(iter(results.values()))["teacher"]
     rows = [["", "teacher of the first", *results]]
-    for key, label in LABELS.items():
-        students = [format_figure(figures["student"][key]) for figures in results.values()]
-        rows.append([label, format_figure(teacher[key]), *students])
+    for key, label in labels_of([figures["student"] for figures in results.values()]).items():
+        students = [format_figure(figure(figures["student"], key)) for figures in results.values()]
+        rows.append([label, format_figure(figure(teacher, key)), *students])
     rounded = [rounded_in_words(figures) for figures in results.values()]
     if any(rounded):
         rows.append(["perplexity, matrices rounded", "", *rounded])

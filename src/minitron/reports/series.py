@@ -6,7 +6,14 @@ from pathlib import Path
 from minitron.files import read_json
 from minitron.recipe import Recipe, data_in_words, validate
 from minitron.reports.charts import draw_curves
-from minitron.reports.figures import LABELS, format_figure, kl_in_words, rounded_in_words, speed_up_in_words
+from minitron.reports.figures import (
+    figure,
+    format_figure,
+    kl_in_words,
+    labels_of,
+    rounded_in_words,
+    speed_up_in_words,
+)
 from minitron.reports.page import note, stacked, table, write_page
 from minitron.reports.run_files import RunFiles
 from minitron.stages import stages_of
@@ -55,10 +62,10 @@ def _figures_table(runs: dict[str, RunFiles]) -> list[list[str]]:
     starts = ("pruned", "before", "teacher")
     before = [next(run.results[name] for name in starts if name in run.results) for run in runs.values()]
     rows = [["", "teacher", *runs]]
-    for key, label in LABELS.items():
+    for key, label in labels_of([*before, *models]).items():
         if key == "perplexity":
             rows.append(["perplexity before training", "", *(format_figure(figures[key]) for figures in before)])
-        rows.append([label, *(format_figure(figures[key]) for figures in models)])
+        rows.append([label, *(format_figure(figure(figures, key)) for figures in models)])
         if key == "num_parameters":
             shares = [f"{figures[key] / teacher[key]:.1%}" for figures in models]
             rows.append(["share of the teacher", *shares])

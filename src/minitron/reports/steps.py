@@ -10,6 +10,7 @@ from minitron.reports.figures import Rows, versions_in_words
 
 TITLES = {
     "dequantise": "Dequantisation of the teacher",
+    "narrow": "Cut of the vocabulary",
     "prune": "Pruning",
     "correct": "Correction of the teacher",
     "distill": "Distillation",
@@ -80,6 +81,8 @@ def step_table(step: Step) -> Rows:
         return [["", ""], ["weights stored", stored_weights(step)], ["read in", step["dtype"]]]
     if step["step"] == "prune":
         return [["", ""], *(_random_rows(step) if "random_seed" in step else _pruning_rows(step)), *_common_rows(step)]
+    if step["step"] == "narrow":
+        return [["", ""], *_narrowing_rows(step)]
     if step["step"] == "quantise":
         return [["", ""], *_quantisation_rows(step), *_common_rows(step)]
     text = [["model", model_name(step.get("of", ""))], ["loss", "cross-entropy of the text itself"]]
@@ -136,6 +139,24 @@ def _random_rows(step: Step) -> Rows:
     before, after = step["num_parameters"]
     shape = f"a shape that could be cut from {model_name(step['of'])}: {after:,} of {before:,} parameters"
     return [["shape", shape], ["weights", f"random, seed {step['random_seed']}; none are the teacher's"]]
+
+
+def _narrowing_rows(step: Step) -> Rows:
+    (tokens, kept), (before, after) = step["sizes"][AXES["vocab"]], step["num_parameters"]
+    rows = [
+        ["cut from", f"{model_name(step['of'])}, {before:,} parameters"],
+        ["parameters", f"{after:,}, {after / before:.1%}"],
+        ["tokens kept", f"{kept:,} of {tokens:,}; the others are written with these"],
+    ]
+    if "coverage" in step:
+        longer, shorter = step["bytes_per_token"]
+        text = f"{step['heldout_tokens']:,} tokens of held-out text"
+        rows.append(["coverage", f"{step['coverage']:.2%} of {text}"])
+        rows.append(["bytes per token", f"{longer:.3g} before, {shorter:.3g} after, on that text"])
+        for script, left in step["left"].items():
+            samples = " ".join(f"`{' '.join(text.split())}`" for text in left["samples"] if text.strip("` \n"))
+            rows.append([f"tokens that left, {script}", f"{left['tokens']:,}: {samples}"])
+    return rows
 
 
 def _pruning_rows(step: Step) -> Rows:

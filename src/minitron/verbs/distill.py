@@ -21,16 +21,16 @@ def distill(
     """Train the model `student` on the outputs of a teacher and write a Hugging Face folder at `out`.
 
     An interrupted run with equal inputs continues from its last checkpoint, in a hidden folder within `out`. Under
-    torchrun the models are sharded with FSDP2. See `calibrate` for `settings`.
+    torchrun the models are sharded with FSDP2. A teacher with more tokens than the student is narrowed to those of the
+    student. See `calibrate` for `settings`.
 
     Raises:
-        UserError: the two models do not share a tokenizer, or the training cannot be done.
+        UserError: the student has tokens that the teacher lacks, or the training cannot be done.
     """
     from minitron import distillation
     from minitron.model.source import open_teacher
     from minitron.output import Output
     from minitron.recipe import recipe_from
-    from minitron.session import require_one_vocabulary
     from minitron.verbs.workspace import open_session, publish_student, resumable
 
     output, pruned = Output(Path(out).absolute(), "config.json"), open_teacher(str(student))
@@ -41,7 +41,7 @@ def distill(
         inputs=(pruned.folder,),
         one_process=False,
     )
-    require_one_vocabulary(session.teacher, pruned)
+    session = session.over_tokens_of(pruned)
     distillation.require_trainable(session, pruned.arch)
     with resumable(session, output, "distill", [pruned.fingerprint()]) as work:
         distillation.warn_of_repetition(session)

@@ -24,19 +24,22 @@ def evaluate(
 
     With the seed, context and tokens of a run, these are the blocks that the run kept for its evaluation. With a
     `stride`, windows slide over the text. With another model `against`, also the KL to that model and how often both
-    predict one token. For a run directory, the student is measured against its teacher.
+    predict one token; of its tokens, those that the model has count. For a run directory, the student is measured
+    against its teacher.
 
     Raises:
-        UserError: the stride is above the context, the models do not share a tokenizer, or there is nothing to measure.
+        UserError: the stride is above the context, the model has tokens that the other one lacks, or there is nothing
+            to measure.
     """
     from minitron.data.blocks import read_blocks
+    from minitron.data.narrowing import narrowed_to
     from minitron.evaluation import measure
     from minitron.evaluation.agreement import Comparison, TeacherStates
     from minitron.model.language_model import load_model
     from minitron.model.source import open_teacher
     from minitron.quantities import option_count
     from minitron.recipe import data_in_words, recipe_from
-    from minitron.session import Session, require_one_vocabulary
+    from minitron.session import Session
     from minitron.verbs.workspace import student_of
 
     given, other = student_of(recipe_from(recipe, teacher=model, **settings), str(against) if against else None)
@@ -51,8 +54,7 @@ def evaluate(
         blocks.require_targets(f"--stride {stride}")
     comparison = None
     if other is not None:
-        teacher, states = open_teacher(other), TeacherStates(blocks)
-        require_one_vocabulary(teacher, checkpoint)
+        teacher, states = narrowed_to(open_teacher(other), checkpoint), TeacherStates(blocks)
         loaded = load_model(teacher, runtime.device, runtime.dtype, runtime.attention)
         measure(loaded, teacher, blocks, stage="evaluate teacher", observer=states)
         del loaded

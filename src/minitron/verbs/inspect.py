@@ -27,6 +27,8 @@ class Inspected(Result):
     memory: Memory
     memory_of: dict[str, Any]
     """Batch, context and dtype that the memory is for."""
+    vocabulary: list[dict[str, Any]] | None = None
+    """What a cut of the vocabulary would leave of a text and of the model, by size; None without a text."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the counts and sizes, and the memory in bytes."""
@@ -38,14 +40,23 @@ class Inspected(Result):
             "weights_checked": self.weights_checked,
             "memory": self.memory.to_dict(),
             "memory_of": self.memory_of,
-        }
+        } | ({} if self.vocabulary is None else {"vocabulary": self.vocabulary})
 
     def rows(self) -> Rows:
         """Return the same with the memory in GiB."""
         sizes = {key: f"{size / 2**30:.2f} GiB" for key, size in self.memory.to_dict().items()}
         lines = {row[0]: row for row in super().rows()}
         lines["memory"] = ["memory", " · ".join(f"{key} {size}" for key, size in sizes.items())]
-        return list(lines.values())
+        lines.pop("vocabulary", None)
+        cuts = [
+            [
+                f"vocab_size {each['vocab_size']:,}",
+                f"{each['coverage']:.2%} of the tokens of held-out text · {each['num_parameters']:,} parameters "
+                f"({each['share']:.1%}) · {each['bytes_per_token']:.3g} bytes per token",
+            ]
+            for each in self.vocabulary or ()
+        ]
+        return [*lines.values(), *cuts]
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,12 +79,19 @@ class DryRun(Result):
 
 
 def inspect(
-    model: str | Path, *, family: str | None = None, batch: int = 1, context: str | int = "4k", dtype: str = "auto"
+    model: str | Path,
+    *,
+    data: str | None = None,
+    family: str | None = None,
+    batch: int = 1,
+    context: str | int = "4k",
+    dtype: str = "auto",
 ) -> Inspected:
     """Return the sizes and exact parameter counts of a model, and the memory that serving it takes.
 
     The memory is for `batch` sequences of `context` tokens in `dtype`, by default bfloat16. Weights that are there are
-    checked against the family's table.
+    checked against the family's table. With `data`, also what cuts of the vocabulary would leave of that text and of
+    the model.
 
     Raises:
         UserError: `context` or `dtype` is not understood, or the model cannot be read.
@@ -95,7 +113,33 @@ def inspect(
         values = config_values(path, family)
     arch = Arch.from_config(values)
     needed = memory(arch, batch, num_tokens, dtype, attention_windows(values))
-    return Inspected(arch, is_checked, needed, {"batch": batch, "context": num_tokens, "dtype": dtype})
+    cuts = None if data is None else _vocabulary_cuts(model, data, family)
+    return Inspected(arch, is_checked, needed, {"batch": batch, "context": num_tokens, "dtype": dtype}, cuts)
+
+
+def _vocabulary_cuts(model: str | Path, data: str, family: str | None) -> list[dict[str, Any]]:
+    """Return what each derived size of the vocabulary would leave of a text and of a model."""
+    from minitron.nas.vocabulary import vocabulary_sizes
+    from minitron.pruning.vocabulary import TokenChoice, describe_cut
+    from minitron.recipe import recipe_from
+    from minitron.session import Session
+
+    session = Session(recipe_from(None, teacher=str(model), data=data, family=family, vocabulary={"trim": True}))
+    choice, whole = TokenChoice.of(session), session.teacher.arch
+    cuts = []
+    for size in vocabulary_sizes(session):
+        count = whole.resized(vocab_size=size).num_parameters
+        described = describe_cut(session, choice.kept(size))
+        cuts.append(
+            {
+                "vocab_size": size,
+                "num_parameters": count,
+                "share": count / whole.num_parameters,
+                "coverage": described["coverage"],
+                "bytes_per_token": described["bytes_per_token"][1],
+            }
+        )
+    return cuts
 
 
 def dry_run(teacher: str | Path, settings: Mapping[str, Any], arch_file: str | Path | None = None) -> DryRun:

@@ -1,0 +1,168 @@
+"""Narrows a model to some of its tokens: fewer rows of embeddings and output matrix, and a tokenizer cut to them.
+
+A narrowed model gives each of its tokens the probability that the whole model gives it among these tokens, exactly: its
+other tensors stay as they are. A narrowed teacher therefore teaches every student with its vocabulary, and whatever
+works on a teacher works on it.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+
+from minitron.data.blocks import load_tokenizer
+from minitron.data.vocabulary import Vocabulary
+from minitron.errors import UserError
+from minitron.files import read_json, require_space, require_writable, whole_folder, write_json
+from minitron.history import Step, record_step
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.config import student_config
+from minitron.model.source import cache_folder
+from minitron.model.writing import write_checkpoint
+from minitron.progress import Progress
+
+SLOW_FILES = ("vocab*", "merges.txt", "tokenizer.model", "*.tiktoken", "added_tokens.json", "special_tokens_map.json")
+"""Files of a tokenizer that `tokenizer.json` replaces, and that would still list all tokens."""
+VOCAB = (("vocab",),)
+"""The dimension of a tensor along the vocabulary."""
+
+
+def narrowed(source: Checkpoint, kept: Sequence[int], described: Step | None = None) -> Checkpoint:
+    """Return a model narrowed to the tokens `kept`, from the cache, where it is written when it is first asked for.
+
+    Its history records `described`, what the cut means for the text.
+
+    Raises:
+        UserError: the tokenizer cannot be cut, or the cache has no space.
+    """
+    name = sha256(f"{source.identity()} {list(kept)}".encode()).hexdigest()[:16]
+    folder = cache_folder() / f"{source.folder.name}-{len(kept)}-tokens-{name}"
+    require_writable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():  # another process may have written it
+            require_space(folder, source.num_bytes)
+            write_narrowed(source, kept, folder, described)
+    return open_checkpoint(folder)
+
+
+def narrowed_to(teacher: Checkpoint, student: Checkpoint) -> Checkpoint:
+    """Return a teacher with the tokens of a student under the student's numbers: narrowed where the student lacks some.
+
+    Raises:
+        UserError: the student has tokens that the teacher lacks, or one of the models lacks rows for its tokens; or see
+            `narrowed`.
+    """
+    tokens, own = (load_tokenizer(model.folder).get_vocab() for model in (teacher, student))
+    for model, vocabulary in ((teacher, tokens), (student, own)):
+        if (highest := max(vocabulary.values(), default=0)) >= (rows := model.arch.axis_size("vocab")):
+            raise UserError(f"{model.folder}: the tokenizer has token {highest}, the model only {rows} tokens")
+    if own == tokens:
+        return teacher
+    in_order = sorted(own, key=lambda token: own[token])
+    is_dense = [own[token] for token in in_order] == list(range(len(in_order)))
+    if not is_dense or not own.keys() < tokens.keys() or len(own) != student.arch.axis_size("vocab"):
+        differing = len(tokens.items() ^ own.items())
+        raise UserError(f"teacher and student have different tokenizers: {differing} tokens differ")
+    return narrowed(teacher, [tokens[token] for token in in_order])
+
+
+def write_narrowed(source: Checkpoint, kept: Sequence[int], out: Path, described: Step | None = None) -> None:
+    """Write a model narrowed to the tokens `kept` as a Hugging Face folder at `out`; token i is `kept[i]` of `source`.
+
+    Raises:
+        UserError: the tokenizer cannot be cut.
+    """
+    arch, tokenizer = source.arch.resized(vocab_size=len(kept)), load_tokenizer(source.folder)
+    cut = Vocabulary.of(tokenizer, source.arch.axis_size("vocab")).cut(kept)
+    new = {old: number for number, old in enumerate(kept)}
+    with whole_folder(out) as staging, Progress("cut vocabulary", arch.num_parameters, "parameters") as progress:
+        config = student_config(source, arch, list(range(arch.axis_size("layer"))))
+        write_checkpoint(staging, config, _tensors(source, torch.tensor(kept), progress), companions_from=source.folder)
+        for path in [path for pattern in SLOW_FILES for path in staging.glob(pattern)]:
+            path.unlink()
+        cut_tokenizer(tokenizer, cut).save_pretrained(staging)
+        for name in ("config.json", "generation_config.json"):
+            if (path := staging / name).exists():
+                write_json(path, renumbered(read_json(path), new))
+        sizes = {"vocab_size": [source.arch.axis_size("vocab"), len(kept)]}
+        counts = [source.arch.num_parameters, arch.num_parameters]
+        step = {
+            "step": "narrow",
+            "of": str(source.folder),
+            "sizes": sizes,
+            "num_parameters": counts,
+            **(described or {}),
+        }
+        record_step(staging, source.folder, step)
+
+
+def _tensors(source: Checkpoint, kept: Tensor, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's tensors, those along the vocabulary with the rows of the tokens that stay."""
+    for row, layer, expert in source.arch.places():
+        name = row.tensor_name(layer, expert)
+        value = source.checked_tensor(name)
+        if VOCAB in row.dimensions:
+            value = value.index_select(row.dimensions.index(VOCAB), kept)
+        yield name, value
+        progress.advance(value.numel())
+
+
+@contextmanager
+def narrowing(model: Any, kept: Tensor) -> Iterator[None]:
+    """Narrow a model in memory to the tokens `kept` while the block runs; its config stays as it is."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    whole = [(module, name, value) for module in modules for name, value in module.named_parameters(recurse=False)]
+    for module, name, value in whole:
+        setattr(module, name, nn.Parameter(value.detach()[kept.to(value.device)], requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, value in whole:
+            setattr(module, name, value)
+
+
+def cut_tokenizer(tokenizer: Any, content: dict[str, Any]) -> Any:
+    """Return a tokenizer of transformers with another `tokenizer.json`."""
+    from tokenizers import Tokenizer
+
+    cut = deepcopy(tokenizer)
+    cut._tokenizer = Tokenizer.from_str(json.dumps(content))
+    return cut
+
+
+def stated_tokens(source: Checkpoint) -> list[int]:
+    """Return the numbers of the tokens that the config and the generation config of a model name."""
+    values = source.config.to_dict()
+    if (path := source.folder / "generation_config.json").exists():
+        values = {**values, **read_json(path)}
+    return [number for name in values if _names_tokens(name) for number in _numbers(values[name])]
+
+
+def renumbered(values: Mapping[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
+    """Return the entries of a config with the tokens that they name under their new numbers."""
+
+    def follow(value: Any) -> Any:
+        if isinstance(value, list):
+            return [follow(each) for each in value]
+        return new.get(value, value) if type(value) is int else value
+
+    return {name: follow(value) if _names_tokens(name) else value for name, value in values.items()}
+
+
+def _names_tokens(entry: str) -> bool:
+    """Return whether an entry of a config names tokens by their numbers."""
+    return entry.endswith(("_token_id", "_token_ids", "_token_index", "suppress_tokens"))
+
+
+def _numbers(value: Any) -> list[int]:
+    if isinstance(value, list):
+        return [number for each in value for number in _numbers(each)]
+    return [value] if type(value) is int and value >= 0 else []

@@ -1,0 +1,176 @@
+"""A model narrowed to some tokens predicts them as the whole model does among these; verbs work across the cut."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minitron.data.blocks import load_tokenizer
+from minitron.data.narrowing import narrowed_to, renumbered, stated_tokens, write_narrowed
+from minitron.errors import UserError
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.language_model import load_model
+from minitron.recipe import recipe_from
+from minitron.session import Session
+from tests.conftest import make_model
+from tests.small_tokenizers import TEXTS, tokenizer_of
+
+CPU = torch.device("cpu")
+LINES = "\n".join(line for text in TEXTS for line in text.splitlines() if line.strip())
+
+
+def logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = load_model(checkpoint, CPU, torch.float32)(ids).logits
+        return output
+
+
+def some_tokens(count: int, of: int, *always: int) -> list[int]:
+    others = [number for number in range(of) if number not in always]
+    return sorted([*random.Random(0).sample(others, count - len(always)), *always])
+
+
+def test_every_family_predicts_the_tokens_that_stay_as_the_whole_model_does(
+    teacher: Checkpoint, tmp_path: Path
+) -> None:
+    kept = some_tokens(192, 258, 0, 1, 256, 257)
+    write_narrowed(teacher, kept, tmp_path / "narrow")
+    narrow = open_checkpoint(tmp_path / "narrow")
+    assert narrow.arch.sizes == {**teacher.arch.sizes, "vocab_size": 192}
+    ids = torch.randint(192, (2, 40), generator=torch.Generator().manual_seed(0))
+    whole = logits(teacher, torch.tensor(kept)[ids])
+    torch.testing.assert_close(logits(narrow, ids), whole[..., kept], rtol=1e-5, atol=1e-5)
+    shifted = [number + 1 for number in kept[:-1]]  # a wrong row for every token
+    assert not torch.allclose(logits(narrow, ids)[..., :-1], whole[..., shifted], atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "llama"])
+def test_rows_beyond_the_tokens_leave(variant: str, tmp_path: Path) -> None:
+    padded = open_checkpoint(make_model(tmp_path / "padded", variant, vocab_size=320))
+    student = open_checkpoint(make_model(tmp_path / "student", variant))
+    assert narrowed_to(padded, student) is padded
+    write_narrowed(padded, some_tokens(192, 258, 256, 257), tmp_path / "narrow")
+    narrow = open_checkpoint(tmp_path / "narrow")
+    teacher = narrowed_to(padded, narrow)
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(logits(teacher, ids), logits(narrow, ids))
+
+
+def test_configs_name_tokens_by_their_new_numbers(tmp_path: Path) -> None:
+    values = {"eos_token_id": [7, 9], "bos_token_id": 9, "pad_token_id": None, "hidden_size": 9, "suppress_tokens": [7]}
+    assert renumbered(values, {7: 0, 9: 1}) == {
+        "eos_token_id": [0, 1], "bos_token_id": 1, "pad_token_id": None, "hidden_size": 9, "suppress_tokens": [0],
+    }  # fmt: skip
+    whole = open_checkpoint(make_model(tmp_path / "whole", "gpt2"))
+    assert set(stated_tokens(whole)) == {256, 257}
+    write_narrowed(whole, some_tokens(192, 258, 256, 257), tmp_path / "narrow")
+    narrow = open_checkpoint(tmp_path / "narrow")
+    assert (narrow.config.bos_token_id, narrow.config.eos_token_id) == (190, 191)
+    assert load_tokenizer(tmp_path / "narrow").eos_token_id == 191
+
+
+@pytest.fixture
+def wordy(tmp_path: Path) -> Path:
+    """A tiny model whose tokenizer has merges, a chat template and an added token."""
+    tokenizer = tokenizer_of("byte_level")
+    folder = make_model(tmp_path / "wordy", "llama-tied", vocab_size=960)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "lines.txt"
+    path.write_text(LINES[:200_000], encoding="utf-8")
+    return path
+
+
+def test_prune_distil_and_evaluate_across_the_cut(
+    verb: Callable[..., dict[str, Any]], wordy: Path, text: Path, tmp_path: Path
+) -> None:
+    shared = ("--data", text, "--context", 64, "--dtype", "float32")
+    small = tmp_path / "small"
+    made = verb("prune", wordy, small, "--vocab-size", 864, "--hidden-size", 24, *shared)
+    assert made["arch"]["vocab_size"] == 864
+    pruned, tokenizer = open_checkpoint(small), load_tokenizer(small)
+    assert pruned.arch.axis_size("vocab") == len(tokenizer) == 864
+    for each in (LINES[:500], "東京 naïve", "<|turn|>user\nHi</s>"):
+        assert tokenizer.decode(tokenizer(each)["input_ids"]) == each
+    steps = [step["step"] for step in json.loads((small / "minitron.json").read_text())["steps"]]
+    assert steps == ["narrow", "prune"]
+    verb("distill", wordy, small, tmp_path / "student", "--tokens", 8192, *shared, "--set", "distill.batch_size=2")
+    before, after = (
+        verb("evaluate", folder, "--against", wordy, "--max-tokens", 1024, *shared)
+        for folder in (small, tmp_path / "student")
+    )
+    assert after["kl"] < before["kl"]
+    assert verb("evaluate", small, "--max-tokens", 1024, *shared)["bits_per_byte"] > 0
+
+
+def test_a_cut_that_leaves_too_little_of_the_text_is_refused_unless_asked_for_twice(
+    wordy: Path, text: Path, tmp_path: Path
+) -> None:
+    from minitron import prune
+
+    settings: dict[str, Any] = {"data": str(text), "context": 64, "vocab_size": 320}
+    with pytest.raises(UserError, match=r"vocab_size 320: the tokens that stay are \d+\.\d% of those of held-out text"):
+        prune(wordy, tmp_path / "small", **settings)
+    assert not (tmp_path / "small").exists()
+    prune(wordy, tmp_path / "small", **settings, vocabulary={"least_coverage": 0.1})
+    assert open_checkpoint(tmp_path / "small").arch.axis_size("vocab") == 320
+
+
+def test_a_session_over_the_tokens_of_a_student_keeps_its_whole_teacher(
+    wordy: Path, text: Path, tmp_path: Path
+) -> None:
+    session = Session(recipe_from(None, teacher=str(wordy), data=str(text), context=64))
+    kept = some_tokens(900, 904, *range(256), *range(900, 904))
+    write_narrowed(session.teacher, kept, tmp_path / "narrow")
+    over = session.over_tokens_of(open_checkpoint(tmp_path / "narrow"))
+    assert over.teacher.arch.axis_size("vocab") == 900
+    assert over.whole_teacher.folder == session.teacher.folder
+    assert session.over_tokens_of(session.teacher) is session
+
+
+SETTINGS = (
+    "--context", 64, "--tokens", 2048, "--target-params", 0.7, "--dtype", "float32", "--set", "calibration.tokens=1k",
+    "--set", "evaluation.tokens=512", "--set", "distill.batch_size=2", "--set", "vocabulary.least_coverage=0.8",
+)  # fmt: skip
+
+
+def test_a_search_settles_the_vocabulary_and_figures_are_in_the_teachers_unit_too(
+    verb: Callable[..., dict[str, Any]], wordy: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    space = ("--set", "search.space.vocab_size=[704,768]")
+    figures = verb("compress", wordy, out, "--data", text, *SETTINGS, *space)
+    found = json.loads((out / "vocabulary.json").read_text())
+    assert found["chosen"] in {704, 768}
+    sums = {size: found["costs"][size] + found["expected"][size] for size in ("704", "768")}
+    assert str(found["chosen"]) == min(sums, key=lambda size: sums[size])
+    student = open_checkpoint(out / "student")
+    assert student.arch.axis_size("vocab") == found["chosen"] == len(load_tokenizer(student.folder))
+    assert student.arch.num_parameters <= 0.7 * open_checkpoint(wordy).arch.num_parameters
+    whole, narrow = figures["teacher"], figures["narrowed teacher"]
+    assert whole["num_parameters"] > narrow["num_parameters"]
+    assert "kl" in figures["student"]
+    assert whole["perplexity_per_teacher_token"] == pytest.approx(whole["perplexity"])
+    share = figures["student"]["bits_per_byte"] / whole["bits_per_byte"]
+    assert figures["student"]["perplexity_per_teacher_token"] == pytest.approx(whole["perplexity"] ** share)
+    assert "### Cut of the vocabulary" in (student.folder / "README.md").read_text()
+
+
+def test_trim_vocab_leaves_a_vocabulary_whose_cut_costs_more_than_it_gains(
+    verb: Callable[..., dict[str, Any]], wordy: Path, text: Path, tmp_path: Path
+) -> None:
+    figures = verb("compress", wordy, tmp_path / "run", "--trim-vocab", "--data", text, *SETTINGS)
+    found = json.loads((tmp_path / "run" / "vocabulary.json").read_text())
+    assert len(found["costs"]) > 2
+    assert found["chosen"] == 960
+    assert "narrowed teacher" not in figures
+    assert "perplexity_per_teacher_token" not in figures["student"]
