@@ -132,7 +132,7 @@ def trl_steps(session: Session, options: argparse.Namespace) -> Iterator[None]:
     from transformers import TrainerCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
-    from minitron.data.blocks import load_tokenizer
+    from minitron.data.tokens import load_tokenizer
 
     done: queue.Queue[bool] = queue.Queue()
 

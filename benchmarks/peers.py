@@ -21,7 +21,7 @@ import torch
 from prune_quality import SHAPES
 from token_efficiency import CONTEXT, Bench, Trial
 
-from minitron.data.blocks import load_tokenizer
+from minitron.data.tokens import load_tokenizer
 from minitron.files import read_jsonl
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model

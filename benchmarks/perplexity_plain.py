@@ -18,7 +18,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from minitron.data.blocks import Packing, load_tokenizer, read_blocks
+from minitron.data.packing import Packing, read_blocks
+from minitron.data.tokens import load_tokenizer
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.model.language_model import load_model
 from minitron.model.source import open_teacher

@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from minitron.data.blocks import Blocks, read_blocks
+from minitron.data.blocks import Blocks
+from minitron.data.packing import read_blocks
 from minitron.distillation import distill
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import whole_folder

@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from prune_quality import SHAPES, read_wikitext
 
-from minitron.data.blocks import Blocks, read_blocks
+from minitron.data.blocks import Blocks
+from minitron.data.packing import read_blocks
 from minitron.distillation import stored_teacher
 from minitron.distillation.trainer import Trainer
 from minitron.evaluation.perplexity import measure_perplexity

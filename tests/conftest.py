@@ -21,6 +21,7 @@ from minitron.evaluation import generation
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.runtime import configure_backends
+from tests.small_tokenizers import LINES, tokenizer_of
 
 # Several threads would cost time on tiny tensors, here and in the processes that tests start.
 torch.set_num_threads(1)
@@ -290,6 +291,23 @@ def text_file(tmp_path: Path) -> Path:
     lines = [" ".join(rng.choice(words) for _ in range(12)) + "." for _ in range(150)]
     path = tmp_path / "text.txt"
     path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def wordy(tmp_path: Path) -> Path:
+    """A tiny model whose tokenizer has merges, a chat template and an added token."""
+    tokenizer = tokenizer_of("byte_level")
+    folder = make_model(tmp_path / "wordy", "llama-tied", vocab_size=960)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """Text of which that tokenizer has learnt."""
+    path = tmp_path / "lines.txt"
+    path.write_text(LINES[:200_000], encoding="utf-8")
     return path
 
 

@@ -14,6 +14,7 @@ from minitron.data.vocabulary import BYTES
 TEXTS = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)[:40]] + [
     "Grüße aus Köln, élève naïve, señor, Ελλάδα, 東京は日本の首都です。 Привет, мир! 🙂🙂",
 ]
+LINES = "\n".join(line for text in TEXTS for line in text.splitlines() if line.strip())
 SPECIAL = ["<unk>", "<s>", "</s>"]
 CHAT = "{% for m in messages %}<|turn|>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
 

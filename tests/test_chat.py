@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from minitron.data.blocks import load_tokenizer
+from minitron.data.tokens import load_tokenizer
 from minitron.errors import UserError
 from minitron.evaluation.generation import Sampling, TextGenerator
 from minitron.model.checkpoint import open_checkpoint

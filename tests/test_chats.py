@@ -9,9 +9,10 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from minitron.data.blocks import Blocks, Packing, SplitTokens, pack, read_blocks, read_splits
+from minitron.data.blocks import Blocks
 from minitron.data.chats import Chat, transcript
 from minitron.data.corpus import read_documents
+from minitron.data.packing import Packing, SplitTokens, pack, read_blocks, read_splits
 from minitron.data.rows import document
 from minitron.data.tokens import tokenise
 from minitron.distillation.objective import Objective

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from minitron import pipeline
-from minitron.data.blocks import Packing, load_tokenizer, read_blocks
+from minitron.data.packing import Packing, read_blocks
+from minitron.data.tokens import load_tokenizer
 from minitron.evaluation.speed import Speed
 from minitron.model.checkpoint import open_checkpoint
 from minitron.nas import speed

@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from minitron.data.blocks import Packing, SplitTokens, pack, read_blocks, read_splits
 from minitron.data.corpus import read_documents
+from minitron.data.packing import Packing, SplitTokens, pack, read_blocks, read_splits
 from minitron.distillation import _warn_once, warn_of_repetition
 from minitron.errors import UserError
 from minitron.recipe import Data, Recipe, data_in_words, load_recipe

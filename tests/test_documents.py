@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from minitron import cli
-from minitron.data.blocks import Blocks, Packing, SplitTokens, pack, read_splits
+from minitron.data.blocks import Blocks
+from minitron.data.packing import Packing, SplitTokens, pack, read_splits
 from minitron.distillation.fused import States
 from minitron.distillation.teacher import Source, stored
 from minitron.errors import UserError

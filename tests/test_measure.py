@@ -16,7 +16,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from minitron.data.blocks import Blocks, Packing, pack
+from minitron.data.blocks import Blocks
+from minitron.data.packing import Packing, pack
 from minitron.errors import UserError
 from minitron.evaluation.agreement import Agreement, Comparison, TeacherStates
 from minitron.evaluation.peak_memory import peak_memory

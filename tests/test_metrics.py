@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from minitron.data.blocks import Packing, load_tokenizer, pack
+from minitron.data.packing import Packing, pack
+from minitron.data.tokens import load_tokenizer
 from minitron.distillation.metrics import Metrics, require_trackers
 from minitron.errors import UserError
 from minitron.evaluation.generation import greedy_continuation

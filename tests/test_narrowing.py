@@ -10,18 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron.data.blocks import load_tokenizer
-from minitron.data.narrowing import narrowed_to, renumbered, stated_tokens, write_narrowed
+from minitron.data.narrowing import renumbered, stated_tokens, write_narrowed
+from minitron.data.tokens import load_tokenizer
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.recipe import recipe_from
 from minitron.session import Session
 from tests.conftest import make_model
-from tests.small_tokenizers import TEXTS, tokenizer_of
+from tests.small_tokenizers import LINES
 
 CPU = torch.device("cpu")
-LINES = "\n".join(line for text in TEXTS for line in text.splitlines() if line.strip())
 
 
 def logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
@@ -52,13 +51,11 @@ def test_every_family_predicts_the_tokens_that_stay_as_the_whole_model_does(
 @pytest.mark.parametrize("variant", ["llama-tied", "llama"])
 def test_rows_beyond_the_tokens_leave(variant: str, tmp_path: Path) -> None:
     padded = open_checkpoint(make_model(tmp_path / "padded", variant, vocab_size=320))
-    student = open_checkpoint(make_model(tmp_path / "student", variant))
-    assert narrowed_to(padded, student) is padded
-    write_narrowed(padded, some_tokens(192, 258, 256, 257), tmp_path / "narrow")
+    kept = some_tokens(192, 258, 256, 257)
+    write_narrowed(padded, kept, tmp_path / "narrow")
     narrow = open_checkpoint(tmp_path / "narrow")
-    teacher = narrowed_to(padded, narrow)
     ids = torch.arange(40)[None]
-    torch.testing.assert_close(logits(teacher, ids), logits(narrow, ids))
+    torch.testing.assert_close(logits(narrow, ids), logits(padded, torch.tensor(kept)[ids])[..., kept])
 
 
 def test_configs_name_tokens_by_their_new_numbers(tmp_path: Path) -> None:
@@ -72,22 +69,6 @@ def test_configs_name_tokens_by_their_new_numbers(tmp_path: Path) -> None:
     narrow = open_checkpoint(tmp_path / "narrow")
     assert (narrow.config.bos_token_id, narrow.config.eos_token_id) == (190, 191)
     assert load_tokenizer(tmp_path / "narrow").eos_token_id == 191
-
-
-@pytest.fixture
-def wordy(tmp_path: Path) -> Path:
-    """A tiny model whose tokenizer has merges, a chat template and an added token."""
-    tokenizer = tokenizer_of("byte_level")
-    folder = make_model(tmp_path / "wordy", "llama-tied", vocab_size=960)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "lines.txt"
-    path.write_text(LINES[:200_000], encoding="utf-8")
-    return path
 
 
 def test_prune_distil_and_evaluate_across_the_cut(
@@ -125,16 +106,20 @@ def test_a_cut_that_leaves_too_little_of_the_text_is_refused_unless_asked_for_tw
     assert open_checkpoint(tmp_path / "small").arch.axis_size("vocab") == 320
 
 
-def test_a_session_over_the_tokens_of_a_student_keeps_its_whole_teacher(
+def test_a_session_over_a_narrowed_model_reads_text_with_both_tokenizers(
     wordy: Path, text: Path, tmp_path: Path
 ) -> None:
     session = Session(recipe_from(None, teacher=str(wordy), data=str(text), context=64))
+    assert session.pieces is None
+    assert session.splits.train.whole is None
     kept = some_tokens(900, 904, *range(256), *range(900, 904))
     write_narrowed(session.teacher, kept, tmp_path / "narrow")
-    over = session.over_tokens_of(open_checkpoint(tmp_path / "narrow"))
-    assert over.teacher.arch.axis_size("vocab") == 900
-    assert over.whole_teacher.folder == session.teacher.folder
-    assert session.over_tokens_of(session.teacher) is session
+    over = session.over(open_checkpoint(tmp_path / "narrow"))
+    assert over.teacher.folder == session.teacher.folder
+    assert over.pieces is not None
+    assert over.pieces.kept.tolist() == kept
+    assert over.splits.train.whole is not None
+    assert len(over.splits.train.whole.blocks) == len(over.splits.train)
 
 
 SETTINGS = (
@@ -156,8 +141,8 @@ def test_a_search_settles_the_vocabulary_and_figures_are_in_the_teachers_unit_to
     student = open_checkpoint(out / "student")
     assert student.arch.axis_size("vocab") == found["chosen"] == len(load_tokenizer(student.folder))
     assert student.arch.num_parameters <= 0.7 * open_checkpoint(wordy).arch.num_parameters
-    whole, narrow = figures["teacher"], figures["narrowed teacher"]
-    assert whole["num_parameters"] > narrow["num_parameters"]
+    whole = figures["teacher"]
+    assert whole["num_parameters"] == open_checkpoint(wordy).arch.num_parameters
     assert "kl" in figures["student"]
     assert whole["perplexity_per_teacher_token"] == pytest.approx(whole["perplexity"])
     share = figures["student"]["bits_per_byte"] / whole["bits_per_byte"]
@@ -172,5 +157,4 @@ def test_trim_vocab_leaves_a_vocabulary_whose_cut_costs_more_than_it_gains(
     found = json.loads((tmp_path / "run" / "vocabulary.json").read_text())
     assert len(found["costs"]) > 2
     assert found["chosen"] == 960
-    assert "narrowed teacher" not in figures
     assert "perplexity_per_teacher_token" not in figures["student"]

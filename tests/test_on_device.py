@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from minitron.data.blocks import Blocks, load_tokenizer
+from minitron.data.blocks import Blocks
+from minitron.data.tokens import load_tokenizer
 from minitron.distillation.fused import Labels, LossOptions, States, logit_loss
 from minitron.distillation.losses import COMPARISONS, comparison_of, forward_kl_
 from minitron.distillation.teacher import Learning, Live, Source, Teacher, stored

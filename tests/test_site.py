@@ -36,6 +36,8 @@ FEWER = {
 SMALLER = {"448": "32", "1152": "48", "512": "32", "256": "16", "8k": "256", "16k": "256"}
 """Sizes and lengths on pages, and those of the tiny model in their place."""
 ELSEWHERE = {
+    "--vocab-size": "test_narrowing.py",
+    "--trim-vocab": "test_narrowing.py",
     "--throughput": "test_search_run.py",
     "bench": "test_compress.py",
     "examples/custom_score.py": "test_custom_score.py",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minitron import compress, pipeline
-from minitron.data.blocks import Splits
+from minitron.data.packing import Splits
 from minitron.errors import UserError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import Recipe, recipe_from

@@ -49,8 +49,6 @@ from minitron.stages import IN_WORDS, STEPS, Stage, stages_of, stores_states
 
 STATES = "teacher-states"
 logger = logging.getLogger(__name__)
-NARROWED = "narrowed teacher"
-"""The name among the figures of the teacher over the tokens of its student."""
 NUM_SAMPLES = 3
 """Texts that each model generates for the report."""
 
@@ -93,8 +91,6 @@ def _take_stage(
 def _cut(run: Run, session: Session) -> None:
     """Cut a student and distil it."""
     session.validate(one_process=False)
-    if session.larger:
-        session = session.over_tokens_of(session.source)
     require_trainable(session, session.source.arch)
     shapes, budget = nas.shapes_within(session)
     session.require_one_reading()
@@ -142,7 +138,6 @@ def _takes_trial(run: Run) -> bool:
 def _distill_further(run: Run, session: Session) -> None:
     """Distil a student further, its shape as it is."""
     session.validate(one_process=False)
-    session = session.over_tokens_of(session.source)
     require_trainable(session, session.source.arch)
     session.require_one_reading()
     _begin(run, session, session.source.arch.num_parameters)
@@ -173,8 +168,7 @@ def _train(run: Run, session: Session, start: str = "pruned") -> None:
         if is_taken:
             _record_resumption(run, session)
             distill(session, open_checkpoint(pruned), student, work=run.folder)
-    reference = NARROWED if session.is_narrowed else "teacher"
-    models = {reference: session.teacher.folder, start: pruned, "student": student}
+    models = {"teacher": session.teacher.folder, start: pruned, "student": student}
     if scheme := session.recipe.distill.quantize:
         models[rounded_name(scheme)] = student
     _evaluate(run, session, models)
@@ -292,18 +286,19 @@ def _evaluate(run: Run, session: Session, models: dict[str, Path]) -> None:
 def _measure(run: Run, session: Session, models: dict[str, Path]) -> None:
     """Measure models, by name; results go to `eval.json` one by one.
 
-    The first model is the session's teacher. The others are compared with its last hidden states, so that one model is
+    The first model is the teacher. The others are compared with its last hidden states, so that one model is
     in memory at a time. After an interruption the teacher runs again for its states; what has been measured stays. A
     student that was trained for a scheme is measured as it is saved, and under a name of its own as the scheme rounds
-    it. Where the session's teacher is narrowed, the whole one is measured too, on text with its own tokens.
+    it. A teacher with more tokens reads the text with its own, and the figures of the others are given per token of the
+    teacher too: exp(negative log-likelihood of the text over the number of tokens that the teacher has for it).
     """
     scheme = session.recipe.distill.quantize
     path, runtime, blocks = run.path("eval.json"), session.runtime, session.splits.evaluation
     figures = read_json(path) if path.exists() else {}
     missing = [name for name in models if name not in figures]
-    states, reference = TeacherStates(blocks), next(iter(models))
-    for name in dict.fromkeys([reference, *missing]) if missing else ():
-        checkpoint = session.teacher if name == reference else open_checkpoint(models[name])
+    states = TeacherStates(blocks, session.pieces)
+    for name in dict.fromkeys(["teacher", *missing]) if missing else ():
+        checkpoint = session.teacher if name == "teacher" else open_checkpoint(models[name])
         rounding = scheme if scheme and name == rounded_name(scheme) else None
         # What is rounded is computed as in training: from weights in float32, under autocast.
         dtype = runtime.weights_dtype if rounding else runtime.dtype
@@ -314,43 +309,26 @@ def _measure(run: Run, session: Session, models: dict[str, Path]) -> None:
             measured = measure(
                 model,
                 checkpoint,
-                blocks,
+                blocks.whole.blocks if blocks.whole and name == "teacher" else blocks,
                 stage=f"evaluate {name}",
                 num_samples=NUM_SAMPLES if name in missing else 0,
-                observer=states if name == reference else Comparison(states),
+                observer=states if name == "teacher" else Comparison(states),
             )
         del model
         figures.setdefault(name, measured)
-        write_json(path, figures)
-    if session.is_narrowed and "teacher" not in figures:
-        figures = _beside_whole_teacher(figures, session)
+        if session.pieces is not None:
+            share = measured["bits_per_byte"] / figures["teacher"]["bits_per_byte"]
+            figures[name][PER_TEACHER_TOKEN] = figures["teacher"]["perplexity"] ** share
         write_json(path, figures)
     if "student" in models and "speed_up" not in figures["student"] and (ratios := _speed_up(run, session)):
         figures["student"]["speed_up"] = ratios
         write_json(path, figures)
 
 
-def _beside_whole_teacher(figures: dict[str, Any], session: Session) -> dict[str, Any]:
-    """Return figures of models with a narrowed vocabulary after those of the whole teacher, in its unit too.
-
-    The perplexity per token of the teacher is that of a model's bits per byte: exp(negative log-likelihood of the text
-    over the number of tokens that the teacher has for it).
-    """
-    whole, runtime = Session(session.recipe), session.runtime
-    model = load_model(whole.teacher, runtime.device, runtime.dtype, runtime.attention)
-    teacher = measure(
-        model, whole.teacher, whole.splits.evaluation, stage="evaluate whole teacher", num_samples=NUM_SAMPLES
-    )
-    for measured in (teacher, *figures.values()):
-        share = measured["bits_per_byte"] / teacher["bits_per_byte"]
-        measured[PER_TEACHER_TOKEN] = teacher["perplexity"] ** share
-    return {"teacher": teacher, **figures}
-
-
 def _speed_up(run: Run, session: Session) -> dict[str, float] | None:
     """Time student and teacher in turn; None where the memory does not hold both, which is logged."""
     runtime, context = session.runtime, session.splits.evaluation.context
-    checkpoints = open_checkpoint(run.path("student")), session.whole_teacher
+    checkpoints = open_checkpoint(run.path("student")), session.teacher
     needed = sum(each.arch.num_parameters for each in checkpoints) * runtime.dtype.itemsize
     free = runtime.free_memory
     if free is not None and needed > free:

@@ -1,16 +1,17 @@
 """A recipe's teacher and text, opened once and released explicitly."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minitron.data.blocks import Blocks, Packing, Splits, SplitTokens, load_tokenizer, read_splits
-from minitron.data.narrowing import narrowed, narrowed_to
+from minitron.data.blocks import Blocks
+from minitron.data.packing import Packing, Splits, SplitTokens, read_splits
+from minitron.data.spelling import Pieces
+from minitron.data.tokens import load_tokenizer
 from minitron.errors import UserError
-from minitron.history import Step
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.crosscheck import require_one_reading
 from minitron.model.language_model import load_model, require_attention
@@ -72,36 +73,24 @@ class Session:
         """The teacher on disk."""
         return open_teacher(self.recipe.teacher, self.recipe.family)
 
-    def over_tokens(self, kept: Sequence[int], described: Step) -> "Session":
-        """Return a session whose models are narrowed to the tokens `kept`; see `narrowing.narrowed`."""
-        session = self._with_teacher(narrowed(self.teacher, kept, described))
-        if self.larger:
-            session.source = narrowed(self.source, kept, described)
-        return session
-
-    def over_tokens_of(self, student: Checkpoint) -> "Session":
-        """Return a session whose teacher has the tokens of a student, narrowed where the student lacks some.
-
-        Raises:
-            UserError: see `narrowing.narrowed_to`.
-        """
-        teacher = narrowed_to(self.teacher, student)
-        return self if teacher.folder == self.teacher.folder else self._with_teacher(teacher)
-
-    def _with_teacher(self, teacher: Checkpoint) -> "Session":
+    def over(self, source: Checkpoint) -> "Session":
+        """Return a session like this one that prunes or trains another model, with the teacher's tokens or fewer."""
         session = Session(self.recipe, self.larger, self._world)
-        session.teacher, session.whole_teacher = teacher, self.whole_teacher
+        session.teacher, session.source = self.teacher, source
         return session
 
     @cached_property
-    def whole_teacher(self) -> Checkpoint:
-        """The teacher with all of its tokens, of which shares of a budget are counted."""
-        return self.teacher
+    def pieces(self) -> Pieces | None:
+        """How the model that is pruned or trained writes the teacher's tokens; None where it has all of them.
 
-    @property
-    def is_narrowed(self) -> bool:
-        """Whether the teacher has fewer tokens than the recipe's."""
-        return self.teacher.folder != self.whole_teacher.folder
+        Raises:
+            UserError: it has tokens that the teacher lacks.
+        """
+        models = self.teacher, self.source
+        if self.teacher.folder == self.source.folder:
+            return None
+        teacher, student = (load_tokenizer(model.folder) for model in models)
+        return Pieces.between(teacher, student, (models[0].arch.axis_size("vocab"), models[1].arch.axis_size("vocab")))
 
     @cached_property
     def source(self) -> Checkpoint:
@@ -184,9 +173,10 @@ class Session:
         return read_splits(recipe.data, self.packing(keeps_apart=keeps_apart), tokens)
 
     def packing(self, *, keeps_apart: bool = False) -> Packing:
-        """Return how text is packed: the teacher's tokenizer, the context and the seed of the recipe."""
-        tokenizer, vocab_size = load_tokenizer(self.teacher.folder), self.teacher.arch.sizes["vocab_size"]
-        return Packing(tokenizer, vocab_size, self.context, self.recipe.seed, keeps_apart)
+        """Return how text is packed: the tokenizer of the pruned model, the context and the seed of the recipe."""
+        tokenizer, vocab_size = load_tokenizer(self.source.folder), self.source.arch.sizes["vocab_size"]
+        whole = None if self.pieces is None else load_tokenizer(self.teacher.folder)
+        return Packing(tokenizer, vocab_size, self.context, self.recipe.seed, keeps_apart, whole)
 
     @property
     def calibration_blocks(self) -> Blocks:

@@ -1,8 +1,9 @@
 """Narrows a model to some of its tokens: fewer rows of embeddings and output matrix, and a tokenizer cut to them.
 
 A narrowed model gives each of its tokens the probability that the whole model gives it among these tokens, exactly: its
-other tensors stay as they are. A narrowed teacher therefore teaches every student with its vocabulary, and whatever
-works on a teacher works on it.
+other tensors stay as they are. It is a stock checkpoint, which is calibrated, searched and pruned as any other. It does
+not teach: what the whole model expects to be a token that is missing, it does not expect to be spelled with others. See
+`data.spelling`.
 """
 
 import json
@@ -17,9 +18,8 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from minitron.data.blocks import load_tokenizer
+from minitron.data.tokens import load_tokenizer
 from minitron.data.vocabulary import Vocabulary
-from minitron.errors import UserError
 from minitron.files import read_json, require_space, require_writable, whole_folder, write_json
 from minitron.history import Step, record_step
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
@@ -51,27 +51,6 @@ def narrowed(source: Checkpoint, kept: Sequence[int], described: Step | None = N
             require_space(folder, source.num_bytes)
             write_narrowed(source, kept, folder, described)
     return open_checkpoint(folder)
-
-
-def narrowed_to(teacher: Checkpoint, student: Checkpoint) -> Checkpoint:
-    """Return a teacher with the tokens of a student under the student's numbers: narrowed where the student lacks some.
-
-    Raises:
-        UserError: the student has tokens that the teacher lacks, or one of the models lacks rows for its tokens; or see
-            `narrowed`.
-    """
-    tokens, own = (load_tokenizer(model.folder).get_vocab() for model in (teacher, student))
-    for model, vocabulary in ((teacher, tokens), (student, own)):
-        if (highest := max(vocabulary.values(), default=0)) >= (rows := model.arch.axis_size("vocab")):
-            raise UserError(f"{model.folder}: the tokenizer has token {highest}, the model only {rows} tokens")
-    if own == tokens:
-        return teacher
-    in_order = sorted(own, key=lambda token: own[token])
-    is_dense = [own[token] for token in in_order] == list(range(len(in_order)))
-    if not is_dense or not own.keys() < tokens.keys() or len(own) != student.arch.axis_size("vocab"):
-        differing = len(tokens.items() ^ own.items())
-        raise UserError(f"teacher and student have different tokenizers: {differing} tokens differ")
-    return narrowed(teacher, [tokens[token] for token in in_order])
 
 
 def write_narrowed(source: Checkpoint, kept: Sequence[int], out: Path, described: Step | None = None) -> None:

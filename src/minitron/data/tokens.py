@@ -1,13 +1,16 @@
-"""Tokenises texts and chats; counts the bytes of text per token and marks the tokens that are learnt."""
+"""Loads tokenizers; tokenises texts and chats, counts the bytes of text per token and marks tokens that are learnt."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minitron.data.chats import Array, transcript
 from minitron.data.rows import Document
+from minitron.errors import UserError
+from minitron.model.weights import is_pointer
 
 
 @dataclass(frozen=True)
@@ -60,3 +63,32 @@ def _bytes_per_token(text: str, ends: Array) -> Array:
         widths = 1 + (code_points > 0x7F) + (code_points > 0x7FF) + (code_points > 0xFFFF)
         bytes_up_to = np.concatenate([[0], np.cumsum(widths)])[furthest]
     return np.diff(bytes_up_to, prepend=0).astype(np.int32)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a model folder; code that the folder holds is never run.
+
+    Raises:
+        UserError: the folder has no tokenizer, one that needs code of its own, or one that cannot be converted to a
+            tokenizer.json, without which it cannot return the offsets of its tokens in the text.
+    """
+    from transformers import AutoTokenizer
+
+    for path in sorted(folder.glob("tokenizer*")):
+        if is_pointer(path):
+            raise UserError(f"{path} is a Git LFS pointer, not the file itself: run git lfs pull there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exceptions
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            raise UserError(
+                f"{folder}: the tokenizer needs Python code of its own, which is never run here: if tokenizer.json "
+                "holds all of it, remove auto_map from tokenizer_config.json and set tokenizer_class to "
+                "PreTrainedTokenizerFast; otherwise convert it once where you trust that code"
+            ) from error
+        raise UserError(f"{folder} holds no tokenizer that can be loaded: {reason[:200]}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder}: the tokenizer has no tokenizer.json; save it with a recent transformers first")
+    tokenizer.model_max_length = int(1e30)  # documents may be longer than a context; blocks are cut afterwards
+    return tokenizer

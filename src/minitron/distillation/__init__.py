@@ -15,7 +15,7 @@ from minitron.data.blocks import Blocks
 from minitron.distillation import trainer
 from minitron.distillation.correction import recipe_of_correction
 from minitron.distillation.record import write_training
-from minitron.distillation.teacher import Learning, Live, Source, Teacher, require_states_folder, stored
+from minitron.distillation.teacher import Learning, Live, Source, SpelledLive, Teacher, require_states_folder, stored
 from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError
 from minitron.model.arch import Arch
@@ -99,9 +99,14 @@ def require_trainable(session: Session, student: Arch, trial: DistillRecipe | No
         )
     if recipe.teacher_states is not None:
         require_states_folder(Path(recipe.teacher_states))
-    stores_classes = recipe.teacher_states is not None and recipe.stored == "top_k"
-    if stores_classes and student.axis_size("vocab") < session.teacher.arch.axis_size("vocab"):
-        raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
+    if student.axis_size("vocab") < session.teacher.arch.axis_size("vocab"):
+        if recipe.teacher_states is not None and recipe.stored == "top_k":
+            raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
+        if session.pieces is not None and (recipe.intermediate.of or recipe.correction.trains != "nothing"):
+            raise UserError(
+                "distill.intermediate and distill.correction need a student with all of the teacher's tokens: one with "
+                "fewer has other positions than its teacher"
+            )
 
 
 def require_correctable(session: Session) -> None:
@@ -147,7 +152,8 @@ def stored_teacher(session: Session, folder: Path, blocks: Blocks, recipe: Disti
         with session.teacher_model() as loaded, runtime.training():
             yield loaded
 
-    source = Source(identity, model, read_head(session.teacher, runtime.device, runtime.dtype))
+    head = read_head(session.teacher, runtime.device, runtime.dtype)
+    source = Source(identity, model, head, None if session.pieces is None else session.pieces.to(runtime.device))
     return stored(folder, source, blocks, recipe, runtime.world)
 
 
@@ -197,7 +203,12 @@ def _teacher_of(session: Session) -> Iterator[Teacher]:
     elif recipe.teacher_states is not None:
         yield stored_teacher(session, Path(recipe.teacher_states), session.splits.train, recipe)
     elif runtime.loading_device != runtime.device:
-        yield Live(load_model(teacher, runtime.loading_device, runtime.dtype, runtime.attention))
+        yield _live(session, load_model(teacher, runtime.loading_device, runtime.dtype, runtime.attention))
     else:
         with session.teacher_model() as model:
-            yield Live(model)
+            yield _live(session, model)
+
+
+def _live(session: Session, model: Any) -> Live:
+    pieces = session.pieces
+    return Live(model) if pieces is None else SpelledLive(model, session.splits.train, pieces)

@@ -207,7 +207,9 @@ class _LogitLoss(torch.autograd.Function):
         chunk_tokens = max(1, -(-len(student) // num_chunks))  # chunks of equal size, but for rounding
         # Buffers are allocated once: fresh memory from the operating system is expensive on a CPU.
         buffer = torch.empty(chunk_tokens, vocab, dtype=dtype, device=student.device)
-        teacher_buffer = torch.empty_like(buffer) if isinstance(teacher, States) else None
+        teacher_buffer = None
+        if isinstance(teacher, States):
+            teacher_buffer = buffer.new_empty(chunk_tokens, len(teacher.head.weight))
         num_rows = max(1, ROWS_BYTES[student.device.type] // (vocab * dtype.itemsize))
         labels = options.labels.tokens if options.labels is not None and options.labels.weight else None
         for start in range(0, len(student), chunk_tokens):

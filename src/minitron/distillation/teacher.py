@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
+from minitron.data.spelling import Pieces
 from minitron.distillation.fused import States, TeacherOutputs, TopTokens
 from minitron.distillation.losses import classes_of_
 from minitron.distillation.parameters import choose_parameters
+from minitron.distillation.spelled import SpelledStates, spelled_states
 from minitron.errors import UserError
 from minitron.evaluation.perplexity import next_token_nll
 from minitron.files import read_json, require_space, require_writable, whole_file, write_json
@@ -47,10 +49,27 @@ class Live:
         self.arch = Arch.from_config(self.headless.model.config.to_dict())  # type: ignore[operator,union-attr]
 
     @torch.no_grad()
-    def __call__(self, ids: Tensor, _: Tensor, positions: Tensor | None = None) -> States:
+    def __call__(self, ids: Tensor, numbers: Tensor, positions: Tensor | None = None) -> States:
         """Return the last hidden states."""
         states: States = self.headless(ids, States, positions)
         return states
+
+
+class SpelledLive(Live):
+    """A teacher in memory that reads training blocks with its own tokens."""
+
+    def __init__(self, model: nn.Module, blocks: Blocks, pieces: Pieces) -> None:
+        super().__init__(model)
+        self.blocks, self.pieces = blocks, pieces
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor, numbers: Tensor, positions: Tensor | None = None) -> SpelledStates:
+        """Return the last hidden states at the positions of the student's `ids`."""
+        whole = self.blocks[numbers].whole
+        assert whole is not None
+        places = whole.blocks.positions
+        places = None if places is None else places.to(ids.device)
+        return spelled_states(super().__call__(whole.blocks.ids.to(ids.device), numbers, places), whole, self.pieces)
 
 
 class Learning(Live):
@@ -81,6 +100,8 @@ class Source:
     model: Callable[[], AbstractContextManager[nn.Module]]
     """Holds the model in memory; used only if outputs are missing."""
     head: Head
+    pieces: Pieces | None = None
+    """How the student writes the teacher's tokens, where it has fewer."""
 
 
 def stored(folder: Path, source: Source, blocks: Blocks, recipe: DistillRecipe, world: World) -> Teacher:
@@ -94,7 +115,7 @@ def stored(folder: Path, source: Source, blocks: Blocks, recipe: DistillRecipe, 
     """
     record = source.identity | {"context": str(blocks.context), "num_blocks": str(len(blocks))} | _kind(recipe)
     per_block = blocks.context * recipe.stored_bytes(source.head.weight.shape[1])
-    shards = _Shards(folder, len(blocks), max(1, SHARD_BYTES // per_block), recipe, source.head)
+    shards = _Shards(folder, blocks, max(1, SHARD_BYTES // per_block), recipe, source)
     if world.is_main:
         require_space(folder, shards.num_missing * per_block)
         _claim(folder, record)
@@ -108,7 +129,7 @@ def stored(folder: Path, source: Source, blocks: Blocks, recipe: DistillRecipe, 
                 teacher = Headless(loaded)
                 for shard in shards.numbers[world.rank :: world.size]:
                     if not shards.path(shard).exists():
-                        shards.write(shard, teacher, blocks, lambda: progress.advance(blocks.context * world.size))
+                        shards.write(shard, teacher, lambda: progress.advance(blocks.context * world.size))
     world.barrier()
     return shards
 
@@ -128,18 +149,25 @@ class _Shards:
     """The shards of a folder, read block by block."""
 
     folder: Path
-    num_blocks: int
+    blocks: Blocks
     blocks_per_shard: int
     recipe: DistillRecipe
-    head: Head
+    source: Source
     opened: dict[int, Any] = field(default_factory=dict)
 
     def __call__(self, ids: Tensor, numbers: Tensor, _: Tensor | None = None) -> TeacherOutputs:
         rows = [self._block(int(number)) for number in numbers]
         tensors = {name: torch.cat([row[name] for row in rows]).to(ids.device) for name in rows[0]}
         if self.recipe.stored == "top_k":
-            return TopTokens(tensors["indices"], tensors["classes"], len(self.head.weight))
-        return States(tensors["hidden"], self.head)
+            return TopTokens(tensors["indices"], tensors["classes"], len(self.source.head.weight))
+        states = States(tensors["hidden"], self.source.head)
+        return states if self.source.pieces is None else self._spelled(states, numbers)
+
+    def _spelled(self, states: States, numbers: Tensor) -> States:
+        whole = self.blocks[numbers].whole
+        assert whole is not None
+        assert self.source.pieces is not None
+        return spelled_states(states, whole, self.source.pieces)
 
     def path(self, shard: int) -> Path:
         return self.folder / f"states-{shard:05}.safetensors"
@@ -147,7 +175,7 @@ class _Shards:
     @property
     def numbers(self) -> range:
         """The numbers of all shards."""
-        return range(-(-self.num_blocks // self.blocks_per_shard))
+        return range(-(-len(self.blocks) // self.blocks_per_shard))
 
     @property
     def num_missing(self) -> int:
@@ -157,11 +185,12 @@ class _Shards:
     def blocks_of(self, shard: int) -> range:
         """Return the numbers of a shard's blocks."""
         first = shard * self.blocks_per_shard
-        return range(first, min(first + self.blocks_per_shard, self.num_blocks))
+        return range(first, min(first + self.blocks_per_shard, len(self.blocks)))
 
     @torch.no_grad()
-    def write(self, shard: int, teacher: Headless, blocks: Blocks, advance: Callable[[], None]) -> None:
+    def write(self, shard: int, teacher: Headless, advance: Callable[[], None]) -> None:
         """Run the teacher over a shard's blocks, one at a time."""
+        blocks = self.blocks if self.blocks.whole is None else self.blocks.whole.blocks
         device, rows = next(teacher.parameters()).device, []
         readout: Readout = self._classes if self.recipe.stored == "top_k" else self._hidden
         for number in self.blocks_of(shard):

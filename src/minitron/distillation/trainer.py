@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron.data.blocks import Blocks, load_tokenizer
+from minitron.data.blocks import Blocks
+from minitron.data.tokens import load_tokenizer
 from minitron.distillation.checkpoint import Trained, load_checkpoint, save_checkpoint
 from minitron.distillation.correction import RATE_WHILE_TEACHING, correction_rate
 from minitron.distillation.intermediate import Intermediate, compare_on_the_way, pairs_compared
@@ -24,7 +25,7 @@ from minitron.distillation.optimizers import learning_rate, make_optimizer, take
 from minitron.distillation.parallel import lighten, shard, whole
 from minitron.distillation.parameters import choose_parameters
 from minitron.distillation.rounding import require_roundable, simulate_rounding
-from minitron.distillation.teacher import Learning, Live, Teacher
+from minitron.distillation.teacher import Learning, Live, SpelledLive, Teacher
 from minitron.errors import UserError, courtesy
 from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation
 from minitron.evaluation.perplexity import measure_perplexity
@@ -122,7 +123,7 @@ class Trainer:
             UserError: the recipe names some, and the teacher is not in memory.
         """
         recipe = self.recipe.intermediate
-        if not isinstance(self.teacher, Live):
+        if not isinstance(self.teacher, Live) or isinstance(self.teacher, SpelledLive):
             if recipe.of:
                 raise UserError("distill.intermediate needs the teacher in memory, not stored teacher outputs")
             return None

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from minitron.data.blocks import Blocks, load_tokenizer
+from minitron.data.blocks import Blocks
+from minitron.data.tokens import load_tokenizer
 from minitron.errors import courtesy
 from minitron.evaluation.agreement import Comparison, TeacherStates
 from minitron.evaluation.generation import PROMPT_TOKENS, greedy_continuation

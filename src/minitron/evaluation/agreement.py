@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minitron.data.blocks import Blocks
+from minitron.data.spelling import Pieces
 from minitron.data.stream import Stream
 from minitron.model.language_model import Head
 
@@ -37,8 +38,9 @@ class TeacherStates:
     They take hidden × dtype bytes per token, in memory or in a file (`Stream`).
     """
 
-    def __init__(self, blocks: Blocks) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: Blocks, pieces: Pieces | None = None) -> None:
+        """`pieces` write the teacher's tokens where the other model has fewer; it reads `blocks.whole` then."""
+        self.blocks, self.pieces = blocks, pieces
         self.stream: Stream | None = None
         self.head: Head | None = None
 
@@ -48,6 +50,22 @@ class TeacherStates:
             self.stream = Stream(self.blocks, hidden.shape[-1], hidden.dtype)
             self.head = Head(head.weight.detach(), head.softcap)
         self.stream[number] = hidden
+
+    def are_known(self, number: int) -> Tensor:
+        """Return the positions of a block, (T,), whose next token both models predict."""
+        block = self.blocks[number : number + 1]
+        counted = (block.targets >= 0).flatten()
+        return counted if block.whole is None else counted & (block.whole.places.flatten() >= 0)
+
+    def logits(self, number: int, positions: Tensor) -> Tensor:
+        """Return the teacher's logits at some positions (n,) of a block, over the tokens of the other model."""
+        assert self.stream is not None
+        assert self.head is not None
+        whole, device = self.blocks.whole, positions.device
+        if whole is not None:
+            positions = whole.places[number].to(device)[positions]
+        logits = self.head.logits(self.stream[number].to(device).flatten(0, 1)[positions])
+        return logits if self.pieces is None else self.pieces.to(device).merged_(logits)
 
 
 class Comparison:
@@ -64,12 +82,9 @@ class Comparison:
         Logits are formed for at most `CHUNK_TOKENS` tokens at once, in float32, or in float64 if the states are
         float64. If one vocabulary is padded to a greater length, only the tokens that both models have are compared.
         """
-        assert self.teacher.stream is not None
-        assert self.teacher.head is not None
-        is_counted = (self.teacher.blocks[number : number + 1].targets >= 0).to(hidden.device)
-        states = [(self.teacher.stream[number].to(hidden.device), self.teacher.head), (hidden, head)]
-        for chunk in is_counted.flatten().nonzero().flatten().split(CHUNK_TOKENS):
-            logits = [each_head.logits(each.flatten(0, 1)[chunk]) for each, each_head in states]
+        positions = self.teacher.are_known(number).nonzero().flatten().to(hidden.device)
+        for chunk in positions.split(CHUNK_TOKENS):
+            logits = [self.teacher.logits(number, chunk), head.logits(hidden.flatten(0, 1)[chunk])]
             vocab = min(each.shape[-1] for each in logits)
             log_p, log_q = (each[:, :vocab].log_softmax(dim=-1) for each in logits)  # (chunk, vocab)
             self.kl += float(kl_terms(log_p, log_q).sum())

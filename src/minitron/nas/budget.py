@@ -93,7 +93,7 @@ def budget_of(session: Session, target: Target | None) -> Budget:
     Raises:
         UserError: see `parse_budget`; or speed is limited for more tokens than the teacher was made for.
     """
-    recipe, teacher = session.recipe, session.whole_teacher
+    recipe, teacher = session.recipe, session.teacher
     longest = getattr(teacher.config, "max_position_embeddings", None) or recipe.budget.context
     if has_speed_limits(session) and recipe.budget.context > longest:
         raise UserError(

@@ -34,7 +34,7 @@ def meet_speed_limits(workspace: Workspace, shapes: Shapes, budget: Budget) -> t
     session, speeds = workspace.session, workspace.speeds
     if not has_speed_limits(session):
         return shapes, budget
-    recipe, teacher = session.recipe.budget, session.whole_teacher
+    recipe, teacher = session.recipe.budget, session.teacher
     assert speeds.reference is not None
     if workspace.world.is_main:
         archs = [

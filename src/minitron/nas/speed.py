@@ -48,7 +48,7 @@ class Speeds:
         if not has_speed_limits(session):
             return cls(session.source, Serving(1, session.context), runtime, work / "speeds.jsonl")
         serving = Serving(budget.batch, budget.context, budget.dtype)
-        reference = cls(session.whole_teacher, serving, runtime, work / "teacher-speed.jsonl")
+        reference = cls(session.teacher, serving, runtime, work / "teacher-speed.jsonl")
         return cls(session.source, serving, runtime, work / "speeds.jsonl", reference)
 
     def __enter__(self) -> "Speeds":

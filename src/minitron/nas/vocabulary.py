@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from minitron.data.blocks import Blocks, load_tokenizer
+from minitron.data.blocks import Blocks
 from minitron.data.narrowing import cut_tokenizer, narrowing
+from minitron.data.tokens import load_tokenizer
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import read_json, write_json
 from minitron.model.anatomy import AXES

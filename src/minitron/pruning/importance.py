@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from minitron.data.blocks import load_tokenizer
+from minitron.data.tokens import load_tokenizer
 from minitron.errors import UserError
 from minitron.files import whole_file
 from minitron.model.arch import Arch

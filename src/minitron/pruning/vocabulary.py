@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minitron.data.blocks import Blocks, load_tokenizer
-from minitron.data.narrowing import cut_tokenizer, stated_tokens
+from minitron.data.blocks import Blocks
+from minitron.data.narrowing import cut_tokenizer, narrowed, stated_tokens
+from minitron.data.tokens import load_tokenizer
 from minitron.data.vocabulary import Vocabulary
 from minitron.errors import UserError
 from minitron.session import Session
@@ -70,7 +71,7 @@ class TokenChoice:
 
 
 def over_vocabulary(session: Session, size: int) -> Session:
-    """Return a session whose teacher is narrowed to the `size` tokens that its training text needs most.
+    """Return a session that prunes its model narrowed to the `size` tokens that the training text needs most.
 
     Raises:
         UserError: the tokens that stay cover less of the held-out text than `vocabulary.least_coverage`; or see
@@ -86,7 +87,7 @@ def over_vocabulary(session: Session, size: int) -> Session:
             f"vocabulary.least_coverage {least:.1%}; accepted: more tokens, more text to choose them by, or a lower "
             "limit"
         )
-    return session.over_tokens(kept, described)
+    return session.over(narrowed(session.source, kept, described))
 
 
 def describe_cut(session: Session, kept: Sequence[int]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def chat(
     Raises:
         UserError: a model cannot be read, the page cannot be served, or Gradio is missing.
     """
-    from minitron.data.blocks import load_tokenizer
+    from minitron.data.tokens import load_tokenizer
     from minitron.evaluation.generation import Sampling, TextGenerator
     from minitron.model.language_model import load_model
     from minitron.model.source import open_teacher

@@ -21,8 +21,8 @@ def distill(
     """Train the model `student` on the outputs of a teacher and write a Hugging Face folder at `out`.
 
     An interrupted run with equal inputs continues from its last checkpoint, in a hidden folder within `out`. Under
-    torchrun the models are sharded with FSDP2. A teacher with more tokens than the student is narrowed to those of the
-    student. See `calibrate` for `settings`.
+    torchrun the models are sharded with FSDP2. The teacher may have more tokens than the student. See `calibrate` for
+    `settings`.
 
     Raises:
         UserError: the student has tokens that the teacher lacks, or the training cannot be done.
@@ -41,7 +41,8 @@ def distill(
         inputs=(pruned.folder,),
         one_process=False,
     )
-    session = session.over_tokens_of(pruned)
+    session = session.over(pruned)
+    _ = session.pieces
     distillation.require_trainable(session, pruned.arch)
     with resumable(session, output, "distill", [pruned.fingerprint()]) as work:
         distillation.warn_of_repetition(session)

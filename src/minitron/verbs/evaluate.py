@@ -31,12 +31,10 @@ def evaluate(
         UserError: the stride is above the context, the model has tokens that the other one lacks, or there is nothing
             to measure.
     """
-    from minitron.data.blocks import read_blocks
-    from minitron.data.narrowing import narrowed_to
+    from minitron.data.packing import read_blocks
     from minitron.evaluation import measure
     from minitron.evaluation.agreement import Comparison, TeacherStates
     from minitron.model.language_model import load_model
-    from minitron.model.source import open_teacher
     from minitron.quantities import option_count
     from minitron.recipe import data_in_words, recipe_from
     from minitron.session import Session
@@ -46,20 +44,25 @@ def evaluate(
     session = Session(given)
     session.validate()
     checkpoint, runtime, limit = session.teacher, session.runtime, option_count("--max-tokens", max_tokens)
+    if other is not None:  # a teacher may have more tokens, and reads the text with its own
+        session = Session(given.model_copy(update={"teacher": other, "family": None})).over(checkpoint)
     blocks = read_blocks(given.data, session.packing(), limit)
     if stride is not None:
         if not 0 < stride < session.context:
             raise UserError(f"--stride {stride}: accepted: 1 to {session.context - 1}, below the context")
+        if blocks.whole is not None:
+            raise UserError("--stride with --against needs two models with the same tokens")
         blocks = blocks.sliding(stride)
         blocks.require_targets(f"--stride {stride}")
     comparison = None
     if other is not None:
-        teacher, states = narrowed_to(open_teacher(other), checkpoint), TeacherStates(blocks)
-        loaded = load_model(teacher, runtime.device, runtime.dtype, runtime.attention)
-        measure(loaded, teacher, blocks, stage="evaluate teacher", observer=states)
+        states = TeacherStates(blocks, session.pieces)
+        read = blocks if blocks.whole is None else blocks.whole.blocks
+        loaded = load_model(session.teacher, runtime.device, runtime.dtype, runtime.attention)
+        measure(loaded, session.teacher, read, stage="evaluate teacher", observer=states)
         del loaded
         comparison = Comparison(states)
-    with session.teacher_model() as model_in_memory:
+    with session.source_model() as model_in_memory:
         figures = measure(model_in_memory, checkpoint, blocks, stage="evaluate", observer=comparison)
     conditions = {"stride": stride, "against": other, "data": data_in_words(given.data), "seed": given.seed}
     return Measured(figures | conditions)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minitron.data.blocks import load_tokenizer
+from minitron.data.tokens import load_tokenizer
 from minitron.errors import UserError, nearest
 from minitron.formats import Request
 from minitron.formats.agreement import LARGEST_KL, TEXTS, agreement, require_agreement
