@@ -1,6 +1,7 @@
 """A teacher with more tokens than its student: where both stand in a text, and what the teacher expects next."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,9 @@ def test_first_pieces_begin_the_tokens() -> None:
         whole, student = tokenizer_of(kind), cut_to(kind, 560)
         pieces = Pieces.between(whole, student, (len(whole), len(student)))
         assert pieces is not None
-        assert len(pieces.kept) + len(pieces.removed) == len(whole)
-        for number, first in zip(pieces.removed.tolist(), pieces.first.tolist(), strict=True):
+        assert not len(pieces.lost)
+        assert torch.equal(pieces.first[pieces.kept], torch.arange(len(student)))
+        for number, first in enumerate(pieces.first.tolist()):
             token, piece = whole.convert_ids_to_tokens(number), student.convert_ids_to_tokens(first)
             assert token.startswith(piece) or piece.startswith("<0x")
 
@@ -96,7 +98,7 @@ def test_a_student_with_other_tokens_is_refused() -> None:
         Pieces.between(tokenizer_of("unigram"), tokenizer_of("byte_level"), (2000, 2000))
 
 
-PIECES = Pieces(torch.tensor([1, 3, 4]), torch.tensor([0, 2, 5]), torch.tensor([2, 0, 2]))
+PIECES = Pieces(torch.tensor([1, 3, 4]), torch.tensor([2, 0, 0, 1, 2, 2]), torch.tensor([], dtype=torch.int64))
 
 
 def expected(logits: Tensor) -> Tensor:
@@ -107,6 +109,9 @@ def expected(logits: Tensor) -> Tensor:
 def test_a_token_that_is_missing_counts_for_its_first_piece() -> None:
     logits = torch.randn(7, 6, dtype=torch.float64) * 4
     torch.testing.assert_close(PIECES.merged_(logits.clone()).softmax(dim=-1), expected(logits))
+    lacking = replace(PIECES, lost=torch.tensor([5]))
+    p = lacking.merged_(logits.clone()).softmax(dim=-1)
+    torch.testing.assert_close(p, expected(logits.index_fill(-1, torch.tensor([5]), -torch.inf)))
 
 
 @pytest.mark.parametrize("chunk_tokens", [2, 64])

@@ -26,8 +26,8 @@ class Pieces:
     """The tokens that teacher and student share, and how the student begins to write the others."""
 
     kept: Tensor  # (student's tokens,): the teacher's number of each token
-    removed: Tensor  # (n,): the teacher's tokens that the student lacks
-    first: Tensor  # (n,): the student's token with which it begins to write each of them
+    first: Tensor  # (teacher's tokens,): the student's token with which it begins to write each token
+    lost: Tensor  # (n,): the teacher's tokens that the student cannot write, and rows that are padding
 
     @classmethod
     def between(cls, teacher: Any, student: Any, num_rows: tuple[int, int]) -> "Pieces | None":
@@ -51,15 +51,15 @@ class Pieces:
             differing = len(tokens.items() ^ own.items())
             raise UserError(f"teacher and student have different tokenizers: {differing} tokens differ")
         begins = _first_pieces(student, sorted(tokens.keys() - own.keys(), key=lambda token: tokens[token]))
-        return cls(
-            torch.tensor([tokens[token] for token in in_order]),
-            torch.tensor([tokens[token] for token in begins], dtype=torch.int64),
-            torch.tensor(list(begins.values()), dtype=torch.int64),
-        )
+        kept, first = torch.tensor([tokens[token] for token in in_order]), torch.full((num_rows[0],), -1)
+        first[kept] = torch.arange(len(kept))
+        for token, piece in begins.items():
+            first[tokens[token]] = piece
+        return cls(kept, first.clamp_min(0), (first < 0).nonzero().flatten())
 
     def to(self, device: torch.device) -> "Pieces":
         """Return the same on a device."""
-        return Pieces(self.kept.to(device), self.removed.to(device), self.first.to(device))
+        return Pieces(self.kept.to(device), self.first.to(device), self.lost.to(device))
 
     def merged_(self, logits: Tensor) -> Tensor:
         """Turn the teacher's logits (n, teacher's tokens) into logits (n, student's tokens); overwrite the former.
@@ -68,8 +68,10 @@ class Pieces:
         """
         most = logits.amax(dim=-1, keepdim=True)
         shares = logits.sub_(most).exp_()
-        merged = shares.index_select(-1, self.kept)
-        merged.index_add_(-1, self.first, shares.index_select(-1, self.removed))
+        if len(self.lost):
+            shares.index_fill_(-1, self.lost, 0.0)
+        merged = shares.new_zeros(*shares.shape[:-1], len(self.kept))
+        merged.scatter_add_(-1, self.first.expand_as(shares), shares)
         return merged.clamp_min_(LEAST).log_().add_(most)
 
 
