@@ -1,17 +1,18 @@
 """Measures how many tokens a pruned student needs: the papers' plain method against ways to need fewer.
 
-    python benchmarks/token_efficiency.py train WORK --wikitext valid.txt --arms plain rotated --shapes hidden \
+    python benchmarks/token_efficiency.py train WORK --wikitext valid.txt --arms plain default --shapes hidden \
         --tokens 50k 100k --rates 5e-4 1e-3 --batches 512 1024 [--epochs 1 2] [--seeds 0] [--set distill.compile=true]
     python benchmarks/token_efficiency.py show
 
 `train` makes a student for every combination of the options that the results do not hold yet: cut from the teacher to
 the shape, distilled on its own full schedule, and measured on text of the training's kind (`near`) and on two texts far
 from it (`far`: WikiText-2 validation, detokenised; `technical`: the reference of the Python language that every Python
-installation holds). Each gives one line of JSON. The teacher's outputs on the training text are stored once per seed
-and block length in WORK, and pruned models once per arm, shape and seed. The batch is given in tokens; a batch shorter
-than a block shortens the blocks that are trained on. With `--epochs`, the given tokens are processed, and the text is
-that number of times shorter. `show` prints what every arm reaches at its best rate and batch, and how many tokens the
-better of the published methods takes for it.
+installation holds). Each gives one line of JSON. The teacher's outputs on the training text are stored once per seed,
+block length and vocabulary in WORK, and pruned models once per arm, shape and seed. The batch is given in tokens; a
+batch shorter than a block shortens the blocks that are trained on. With `--epochs`, the given tokens are processed, and
+the text is that number of times shorter. A shape is one of `SHAPES`, or sizes
+(`vocab_size=24576,intermediate_size=1024`). `show` prints what every arm reaches at its best rate and batch, and how
+many tokens the better of the published methods takes for it, by seed.
 """
 
 import argparse
@@ -22,7 +23,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise, product
 from pathlib import Path
@@ -40,7 +40,7 @@ from minitron.files import read_jsonl
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.model.work import forward_flops, training_flops
-from minitron.pruning import Importance, prune, read_importance, write_importance, write_random
+from minitron.pruning import Importance, over_vocabulary, prune, read_importance, write_importance, write_random
 from minitron.quantities import parse_count
 from minitron.recipe import BASELINES, recipe_from
 from minitron.run import versions
@@ -113,13 +113,18 @@ class Bench:
     settings: dict[str, Any]
     """Settings that make no difference of method, such as how attention is computed."""
 
-    def session(self, seed: int, context: int = CONTEXT, **settings: Any) -> Session:
-        """Return a session over the text of a seed, which is split alike for all lengths of blocks."""
+    def session(self, seed: int, context: int = CONTEXT, shape: str = "", **settings: Any) -> Session:
+        """Return a session over the text of a seed, which is split alike for all lengths of blocks.
+
+        It prunes the teacher narrowed to the vocabulary of a shape, if that is smaller.
+        """
         base = {
             "teacher": self.teacher, "context": context, "seed": seed, "search.tokens": CONTEXT,
             "evaluation.tokens": EVALUATION_TOKENS, "calibration.tokens": 16_384, "distill.tokens": self.most_tokens,
         }  # fmt: skip
-        return Session(recipe_from(None, **(base | self.settings | settings)))
+        session = Session(recipe_from(None, **(base | self.settings | settings)))
+        size = sizes_of(shape).get("vocab_size")
+        return session if size is None else over_vocabulary(session, size)
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """Make the student of a trial and return its figures."""
@@ -128,7 +133,7 @@ class Bench:
         if trial.tokens:
             row |= self._trained(trial)
         else:
-            row |= self.figures(load_model(pruned, torch.device("cpu"), torch.float32), trial.seed)
+            row |= self.figures(load_model(pruned, torch.device("cpu"), torch.float32), trial)
         return row | {"settings": {key: str(value) for key, value in self.settings.items()}, **_machine(), **versions()}
 
     def pruned(self, trial: Trial) -> Path:
@@ -137,9 +142,11 @@ class Bench:
         digest = "random" if trial.arm == "random" else _digest(json.dumps(settings, sort_keys=True))
         folder = self.work / "pruned" / f"{trial.shape}-{digest}-{trial.seed}"
         if not folder.exists():
-            session = self.session(trial.seed, **settings)
-            arch = session.teacher.arch.resized(**SHAPES[trial.shape])
-            importance = self._importance(session, folder.parent / f"importance-{digest}-{trial.seed}")
+            session = self.session(trial.seed, shape=trial.shape, **settings)
+            arch = session.source.arch.resized(**sizes_of(trial.shape))
+            importance = self._importance(
+                self.session(trial.seed, **settings), folder.parent / f"importance-{digest}-{trial.seed}"
+            )
             (write_random if trial.arm == "random" else prune)(session, arch, importance, folder)
         return folder
 
@@ -152,10 +159,11 @@ class Bench:
     def _trained(self, trial: Trial) -> dict[str, Any]:
         """Train the student of a trial on its full schedule, and measure it."""
         training = {"distill.batch_size": trial.batch // trial.block, "distill.learning_rate": trial.rate}
-        session = self.session(trial.seed, trial.block, **(trial.settings("distill") | training))
+        session = self.session(trial.seed, trial.block, trial.shape, **(trial.settings("distill") | training))
         recipe = session.recipe.distill.model_copy(update={"tokens": trial.tokens})
         train, pruned = session.splits.train, open_checkpoint(self.pruned(trial))
-        states = self.work / f"states-{trial.seed}-{trial.block}-{self.most_tokens}"
+        vocab = session.source.arch.axis_size("vocab")
+        states = self.work / f"states-{trial.seed}-{trial.block}-{self.most_tokens}-{vocab}"
         teacher = stored_teacher(session, states, train, recipe)
         folder = self.work / "students" / _digest(repr(trial))
         folder.mkdir(parents=True, exist_ok=True)
@@ -164,7 +172,7 @@ class Bench:
         student = Trainer(teacher, recipe, blocks, session.runtime, folder, stage=trial.arm).trained(pruned)
         seconds = time.monotonic() - started
         losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl")][-10:]
-        figures = self.figures(student.headless, trial.seed)
+        figures = self.figures(student.headless, trial)
         shutil.rmtree(folder)
         flops = trial.tokens * training_flops(pruned.arch, trial.block)
         flops += trial.unique_tokens * forward_flops(session.teacher.arch, trial.block)
@@ -175,19 +183,21 @@ class Bench:
             "seconds": round(seconds, 1),
         }
 
-    def figures(self, model: Any, seed: int) -> dict[str, Any]:
-        """Return perplexity and bits per byte on every text."""
-        texts = {"near": self.session(seed).splits.evaluation, **self._other_texts}
+    def figures(self, model: Any, trial: Trial) -> dict[str, Any]:
+        """Return perplexity and bits per byte on every text, written with the tokens of the trial's shape."""
+        texts = {
+            "near": self.session(trial.seed, shape=trial.shape).splits.evaluation,
+            **self._other_texts(trial.shape),
+        }
         found = {name: measure_perplexity(model, blocks) for name, blocks in texts.items()}
         return {
             name: {"perplexity": round(each.perplexity, 3), "bits_per_byte": round(each.bits_per_byte, 5)}
             for name, each in found.items()
         }
 
-    @cached_property
-    def _other_texts(self) -> dict[str, Blocks]:
-        """The texts that are unlike the training text, in blocks."""
-        session = self.session(0)
+    def _other_texts(self, shape: str) -> dict[str, Blocks]:
+        """Return the texts that are unlike the training text, in blocks."""
+        session = self.session(0, shape=shape)
         texts = {"technical": _python_reference(self.work, session)}
         return texts | ({"far": read_wikitext(self.wikitext, session)} if self.wikitext else {})
 
@@ -202,7 +212,7 @@ def main() -> None:
     train.add_argument("teacher", nargs="?", default="smollm2")
     train.add_argument("--wikitext", type=Path)
     train.add_argument("--arms", nargs="+", default=["plain", "default"], choices=ARMS)
-    train.add_argument("--shapes", nargs="+", default=["hidden"], choices=SHAPES)
+    train.add_argument("--shapes", nargs="+", default=["hidden"])
     train.add_argument("--tokens", nargs="+", type=parse_count, default=[51_200])
     train.add_argument("--batches", nargs="+", type=int, default=[512])
     train.add_argument("--rates", nargs="+", type=float, default=[5e-4])
@@ -232,27 +242,29 @@ def main() -> None:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the best figures of each arm by shape and tokens, and the tokens that published methods need for them."""
     for shape in dict.fromkeys(row["shape"] for row in rows):
-        best = {text: _best(rows, shape, text) for text in TEXTS}
-        print(f"\n{shape}: bits per byte at the best rate and batch; × tokens of the published methods")
-        for arm, tokens in dict.fromkeys((arm, tokens) for arm, tokens in best["near"]):
+        own = [row for row in rows if row["shape"] == shape]
+        seeds = sorted({row["seed"] for row in own})
+        best = {(seed, text): _best(own, seed, text) for seed in seeds for text in TEXTS}
+        print(
+            f"\n{shape}: bits per byte at the best rate and batch, mean over seeds; × tokens of the published methods"
+        )
+        for arm, tokens in dict.fromkeys((row["arm"], row["tokens"]) for row in own):
             cells = [f"{arm:14} {tokens:8,}"]
             for text in TEXTS:
-                if (arm, tokens) in best[text]:
-                    found = best[text][arm, tokens]
-                    cells.append(f"{text} {found:.4f} (× {_ratio(best[text], arm, tokens)})")
+                found = [best[seed, text] for seed in seeds if (arm, tokens) in best[seed, text]]
+                if found:
+                    mean = sum(each[arm, tokens] for each in found) / len(found)
+                    cells.append(f"{text} {mean:.4f} (× {', '.join(_ratio(each, arm, tokens) for each in found)})")
             print("  ".join(cells))
 
 
-def _best(rows: list[dict[str, Any]], shape: str, text: str) -> dict[tuple[str, int], float]:
-    """Return bits per byte by arm and tokens: the mean over seeds at the rate, batch and epochs of the least mean."""
-    by_setting: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        if row["shape"] == shape and text in row:
-            key = (row["arm"], row["tokens"], row["rate"], row["batch"], row["epochs"])
-            by_setting.setdefault(key, []).append(row[text]["bits_per_byte"])
+def _best(rows: list[dict[str, Any]], seed: int, text: str) -> dict[tuple[str, int], float]:
+    """Return bits per byte by arm and tokens, of a seed, at the rate, batch and epochs that are best for it."""
     best: dict[tuple[str, int], float] = {}
-    for (arm, tokens, *_), values in by_setting.items():
-        best[arm, tokens] = min(best.get((arm, tokens), math.inf), sum(values) / len(values))
+    for row in rows:
+        if row["seed"] == seed and text in row:
+            key = row["arm"], row["tokens"]
+            best[key] = min(best.get(key, math.inf), row[text]["bits_per_byte"])
     return best
 
 
@@ -270,6 +282,12 @@ def _ratio(best: dict[tuple[str, int], float], arm: str, tokens: int) -> str:
         if low <= target <= high and high > low:
             return f"{n * (m / n) ** ((high - target) / (high - low)) / tokens:.2f}"
     return f"> {curve[-1][0] / tokens:.2g}" if target < curve[-1][1] else f"< {curve[0][0] / tokens:.2g}"
+
+
+def sizes_of(shape: str) -> dict[str, int]:
+    """Return the sizes of a shape, which is a name in `SHAPES` or states them; none for an empty one."""
+    stated = [each.split("=") for each in shape.split(",") if "=" in each]
+    return SHAPES[shape] if shape in SHAPES else {name: int(size) for name, size in stated}
 
 
 def _in_words(row: dict[str, Any]) -> str:
