@@ -132,7 +132,7 @@ def test_a_search_settles_the_vocabulary_and_figures_are_in_the_teachers_unit_to
     verb: Callable[..., dict[str, Any]], wordy: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    space = ("--set", "search.space.vocab_size=[704,768]")
+    space = ("--set", "search.space.vocab_size=[704,768]", "--set", "search.probe_tokens=256")
     figures = verb("compress", wordy, out, "--data", text, *SETTINGS, *space)
     found = json.loads((out / "vocabulary.json").read_text())
     assert found["chosen"] in {704, 768}

@@ -76,7 +76,7 @@ class Session:
     def over(self, source: Checkpoint) -> "Session":
         """Return a session like this one that prunes or trains another model, with the teacher's tokens or fewer."""
         session = Session(self.recipe, self.larger, self._world)
-        session.teacher, session.source = self.teacher, source
+        session.teacher, session.source, session.runtime = self.teacher, source, self.runtime
         return session
 
     @cached_property

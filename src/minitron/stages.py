@@ -38,10 +38,15 @@ class Stage:
 
 
 def stores_states(recipe: Recipe) -> bool:
-    """Return whether a series stores the teacher's outputs: not where the recipe does, or the teacher is needed."""
+    """Return whether a series stores the teacher's outputs.
+
+    It does not where the recipe does, where the teacher is needed, or where a student may have fewer tokens.
+    """
     distill = recipe.distill
+    # The teacher's outputs on a text depend on how the student writes it.
+    is_cut = recipe.vocabulary.trim or "vocab_size" in {*recipe.search.space, *recipe.shape}
     is_needed = distill.intermediate.of or distill.correction.trains != "nothing"
-    return recipe.lineage.stores_states and distill.teacher_states is None and not is_needed
+    return recipe.lineage.stores_states and distill.teacher_states is None and not is_needed and not is_cut
 
 
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:

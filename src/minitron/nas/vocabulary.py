@@ -1,13 +1,15 @@
 """Settles the size of the vocabulary: what a cut of it costs, against the body that it makes room for.
 
 What a cut of the vocabulary costs is measured on the teacher: held-out text is written with the tokens that stay, and
-the teacher predicts it among these. In nats per token of the whole vocabulary this adds to the loss that is predicted
-of the rest of a shape.
+the teacher predicts it among these. Training makes up for most of that, since it teaches how words are spelled; so one
+size is trained as the probes of other axes are, and the costs of all sizes are scaled by what is left of its cost. In
+nats per token of the whole vocabulary they add to the loss that is predicted of the rest of a shape.
 """
 
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,13 @@ from minitron.data.tokens import load_tokenizer
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import read_json, write_json
 from minitron.model.anatomy import AXES
-from minitron.nas.probes import expected_losses
+from minitron.nas.probes import WHOLE, expected_losses, probe_training
 from minitron.nas.shapes import Shapes
+from minitron.nas.trial import train
 from minitron.nas.workspace import Workspace
 from minitron.progress import Progress, announce
 from minitron.pruning.vocabulary import TokenChoice, over_vocabulary
+from minitron.runtime import World
 from minitron.session import Session
 
 VOCAB = AXES["vocab"]
@@ -75,10 +79,17 @@ def settle_vocabulary(workspace: Workspace, shapes: Shapes) -> tuple[Workspace, 
 
 def _measured(workspace: Workspace, shapes: Shapes) -> dict[str, Any]:
     """Return what every vocabulary costs, what is expected of the best shape with it, and the size of the least sum."""
-    whole = Workspace(workspace.session, workspace.importance, workspace.folder / "whole", workspace.effort)
+    session = _with_states_of_its_own(workspace.session)
+    whole = Workspace(session, workspace.importance, workspace.folder / "whole", workspace.effort)
     sizes = np.unique(shapes.sizes[VOCAB]).tolist()
-    costs = whole.world.gather(prices(whole.session, sizes) if whole.world.is_main else {})[0]
     expected = expected_losses(whole, shapes)
+    costs: dict[int, float] = {}
+    if whole.world.is_main:
+        with whole.timed("vocabulary"):
+            untrained = prices(session, sizes)
+            left = _share_left(whole, untrained)
+            costs = {size: cost * left for size, cost in untrained.items()}
+    costs = whole.world.gather(costs)[0]
     losses = {size: float(expected[shapes.sizes[VOCAB] == size].min()) for size in sizes}
     chosen = min(sizes, key=lambda size: losses[size] + costs[size])
     found = {"chosen": chosen, "costs": costs, "expected": losses, "probes": whole.probe_losses}
@@ -89,6 +100,43 @@ def _measured(workspace: Workspace, shapes: Shapes) -> dict[str, Any]:
     if whole.world.is_main:
         shutil.rmtree(whole.folder, ignore_errors=True)
     return found
+
+
+def _with_states_of_its_own(session: Session) -> Session:
+    """Return a session that stores the teacher's outputs in the search alone: other tokens may be trained on later."""
+    distill = session.recipe.distill.model_copy(update={"teacher_states": None})
+    own = Session(session.recipe.model_copy(update={"distill": distill}), session.larger)
+    own.runtime, own.teacher, own.source = session.runtime, session.teacher, session.source
+    return own
+
+
+def _share_left(whole: Workspace, untrained: dict[int, float]) -> float:
+    """Return the share of what a cut costs that is left after the training of a probe, 1 without such trainings.
+
+    The probe is the teacher over a middle size of its vocabulary, and nothing else cut. What its training does by
+    itself is subtracted, as from the other probes.
+    """
+    session, tokens = whole.session, whole.effort.probe_tokens
+    cut = sorted(size for size in untrained if size < session.source.arch.axis_size("vocab"))
+    size = cut[len(cut) // 2] if cut else 0
+    if not tokens or not cut or untrained[size] <= 0:
+        return 1.0
+    alone = over_vocabulary(session, size)
+    alone.runtime = replace(session.runtime, world=World())  # the other processes wait
+    narrow = Workspace(alone, whole.importance, whole.folder / "narrow", whole.effort)
+    folder = narrow.work / "probe"
+    folder.mkdir(parents=True)
+    (folder / "pruned").symlink_to(alone.source.folder)
+    recipe = probe_training(session.recipe.distill, tokens, session.context)
+    student = train(narrow, folder, recipe, until=None, label="probe of vocab_size")
+    blocks = alone.splits.heldout[: max(1, PRICED_TOKENS // session.context)]
+    assert blocks.whole is not None
+    with session.teacher_model() as teacher:
+        before = measure_perplexity(teacher, blocks.whole.blocks)
+    after = measure_perplexity(student, blocks)
+    per_token = math.log(before.perplexity) / before.bits_per_byte  # nats per token for a bit per byte
+    cost = (after.bits_per_byte - before.bits_per_byte) * per_token - whole.probe_losses.get(WHOLE, 0.0)
+    return min(1.0, max(0.0, cost / untrained[size]))
 
 
 def prices(session: Session, sizes: Sequence[int]) -> dict[int, float]:
