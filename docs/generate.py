@@ -23,6 +23,7 @@ from minitron.cli import app
 from minitron.model.anatomy import AXES
 from minitron.model.engines import BY_NAME, Engine
 from minitron.model.families import FAMILIES
+from minitron.recipe import cutting, run, training
 
 VERBS = {
     "Verbs that make models": ("compress", "calibrate", "search", "prune", "distill", "correct"),
@@ -117,9 +118,10 @@ def parts_of(schema: Schema, name: str, path: str = "", above: tuple[str, ...] =
 
 
 def attribute_docstrings() -> dict[str, dict[str, str]]:
-    """Return for every class of recipe.py its attributes with their docstrings."""
+    """Return for every class of the recipe its attributes with their docstrings."""
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(recipe)).body:
+    modules = map(inspect.getsource, (cutting, training, run))
+    for node in (node for module in modules for node in ast.parse(module).body):
         if isinstance(node, ast.ClassDef):
             pairs = zip(node.body, node.body[1:], strict=False)
             found[node.name] = {

@@ -1,0 +1,182 @@
+"""The settings of trainings: distillation, losses inside the layers, and correction of the teacher."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from minitron.recipe.parts import Count, CountOrNone, Part
+
+DEEP_CUT = 0.75
+"""The share of the teacher's layers, at most which a student has whose depth was cut a lot."""
+STATES_BYTES = {"bfloat16": 2, "float32": 4}
+
+
+class IntermediateRecipe(Part):
+    """Losses inside the layers, in addition to the loss of the logits; the teacher has to run during training."""
+
+    of: tuple[Literal["embedding", "block_output", "mlp_input", "attention"], ...] | None = None
+    """What is compared: embeddings, outputs of layers, inputs of MLPs, attention relations. None compares embeddings
+    and layer outputs where the student lacks a quarter of the teacher's layers or more and the teacher runs during
+    training, and nothing else (Minitron, arXiv 2407.14679, tables 17 and 18); `[]` compares nothing."""
+    layers: tuple[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], ...] | None = None
+    """Pairs of a teacher's and a student's layer, counted from 0. None compares the third layer from the end of
+    each."""
+    loss: Literal["cosine", "mse"] = "cosine"
+    """Distance between hidden states: 1 − cosine similarity, or squared error. Attention has a distance of its own."""
+    norms: Literal["own", "teacher"] = "own"
+    """Which norm hidden states have passed: each model's own, after which the projection follows, as in the paper; or
+    the teacher's for both, after the projection."""
+    weight: float | None = Field(None, gt=0)
+    """Weight of the sum of these losses. None weights them in every block of text such that they add as much as the
+    loss of the logits there, without the label loss (the paper's dynamic α)."""
+
+    def compared(self, teacher_layers: int, student_layers: int) -> tuple[str, ...]:
+        """Return what is compared: what `of` names, or without that the best of table 17 where depth was cut a lot."""
+        if self.of is not None:
+            return self.of
+        return ("embedding", "block_output") if student_layers <= DEEP_CUT * teacher_layers else ()
+
+
+class OriginalTraining(Part):
+    """How the teacher itself was trained, as far as it is known; teacher correction follows it (arXiv 2408.11796,
+    section 2)."""
+
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate, of which correction takes a fifth."""
+    min_learning_rate: float | None = Field(None, ge=0)
+    """Learning rate at the end, at which `minitron correct` ends as well. None ends at
+    `distill.min_learning_rate_ratio` of the peak."""
+    schedule: Literal["cosine", "wsd"] | None = None
+    """Schedule of `minitron correct`. None takes `distill.schedule`."""
+
+
+class CorrectionRecipe(Part):
+    """Training of the teacher on the text: while it teaches, which needs the teacher to run during training, or
+    beforehand by `minitron correct`, which was better in docs/studies/distillation.md."""
+
+    trains: Literal["nothing", "full", "norms", "lora"] = "nothing"
+    """Which weights of the teacher are trained while it teaches: none, all, those of the norms, or low-rank adapters.
+    The trained teacher is not kept."""
+    lora_rank: int = Field(16, ge=1)
+    """Rank of the adapters, with `trains: lora`."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of the teacher; while it teaches, it follows the student's schedule. None takes a fifth of the
+    `original` one; if that is not given either, 1e-4 while it teaches, and `distill.learning_rate` in `minitron
+    correct`."""
+    original: OriginalTraining = OriginalTraining()
+
+    @model_validator(mode="after")
+    def _has_one_rate(self) -> "CorrectionRecipe":
+        if self.learning_rate is not None and self.original.learning_rate is not None:
+            raise ValueError("give learning_rate, or original.learning_rate, a fifth of which is the rate, not both")
+        return self
+
+
+class DistillRecipe(Part):
+    """How the student is trained on the outputs of the teacher."""
+
+    tokens: Count = 2_000_000
+    """Tokens to train on; the text is repeated where it is shorter."""
+    skip_tokens: CountOrNone = 0
+    """Tokens of the training text to pass over at first; `stages` on one text continue where the one before stopped."""
+    documents: Literal["joined", "apart"] = "joined"
+    """How documents share a block: attention and positions run across them (`joined`), or begin again with each
+    document (`apart`), for families that allow it."""
+    batch_size: int = Field(8, ge=1)
+    """Blocks per optimizer step, over all processes."""
+    micro_batch_size: int = Field(1, ge=1)
+    """Blocks per forward pass; gradients of a step are accumulated."""
+    learning_rate: float = Field(5e-4, gt=0)
+    """Peak learning rate; the best of three on SmolLM2 (docs/studies/first-run.md)."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Learning rate after the warm-up: a cosine, or constant with a linear decay at the end (warm-up, stable,
+    decay)."""
+    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    decay_ratio: float = Field(0.2, gt=0, le=1)
+    """Share of the steps over which `schedule: wsd` decays."""
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises to its peak. None takes `warmup_steps`, or without them
+    0.05; in `minitron correct` at most 120 steps."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Number of steps over which the learning rate rises to its peak, in place of a share of the steps."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """AdamW; or AdamW with moments of 8 bits, a quarter of the memory (needs torchao, in one process)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Norm to which the gradient of a step is clipped."""
+    trains: Literal["full", "norms", "lora"] = "full"
+    """Which weights are trained: all, those of the norms, or low-rank adapters that are merged into the weights at the
+    end (needs peft)."""
+    lora_rank: int = Field(16, ge=1)
+    """Rank of the adapters, with `trains: lora`."""
+    quantize: Literal["fp8", "int8", "int4"] | None = None
+    """Train the student for an export in this scheme (quantisation-aware distillation): its matrices compute with the
+    values that the export will hold, and are saved as they were before this rounding. None trains the student as it
+    is saved."""
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "mse", "cosine", "probability_mse", "probability_cosine"] = (
+        "forward_kl"
+    )
+    """Distance between the teacher's and the student's distribution, or between their logits (`mse`, `cosine`); see
+    `distillation.losses`."""
+    temperature: float = Field(1.0, gt=0)
+    """Divisor of both models' logits before the softmax."""
+    beta: float = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture to which `loss: jsd` compares both models."""
+    top_k: int | None = Field(None, ge=1)
+    """Compare the teacher's `top_k` most likely tokens one by one and all others as one class. None compares all."""
+    teacher_states: str | None = None
+    """Folder of stored teacher outputs, written if it does not exist, so that later runs on this text need no teacher.
+    None runs the teacher during training."""
+    stored: Literal["hidden", "top_k"] = "hidden"
+    """What `teacher_states` holds: last hidden states, from which exact logits are computed, or the probabilities of
+    the `top_k` most likely tokens and of all others together."""
+    stored_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of stored hidden states. bfloat16 takes half the space; the last loss changed by less than 0.1 % on SmolLM2
+    (docs/studies/distillation.md)."""
+    label_weight: float = Field(0.0, ge=0)
+    """Weight of the cross-entropy of the text's own next token, added to the loss of the logits."""
+    intermediate: IntermediateRecipe = IntermediateRecipe()
+    """Losses inside the layers."""
+    correction: CorrectionRecipe = CorrectionRecipe()
+    """Training of the teacher while it teaches."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers that receive the curves in addition to `metrics.jsonl`; each has to be installed."""
+    activation_checkpointing: bool = False
+    """Compute the activations of each layer again in the backward pass: a third more work, and activation memory for
+    one layer at a time."""
+    compile: bool = False
+    """Compile the layers and the comparison of logits with `torch.compile`."""
+    checkpoint_seconds: float = Field(60.0, ge=0)
+    """Seconds between checkpoints; they change no result."""
+
+    @model_validator(mode="after")
+    def _options_fit(self) -> "DistillRecipe":
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("give warmup_ratio or warmup_steps, not both")
+        if self.stored == "top_k" and self.top_k is None:
+            raise ValueError("stored: top_k needs top_k, the number of tokens to store")
+        if self.top_k is not None and self.loss in {"mse", "cosine"}:
+            raise ValueError(f"top_k needs a loss of probabilities, not {self.loss}")
+        if self.quantize is not None and self.trains == "lora":
+            raise ValueError("quantize rounds the matrices themselves, which trains: lora leaves; give full or norms")
+        if self.teacher_states is not None:
+            if self.intermediate.of:
+                raise ValueError("intermediate needs the teacher in memory; teacher_states holds only its last states")
+            if self.correction.trains != "nothing":
+                raise ValueError("correction trains the teacher; teacher_states holds the outputs of the untrained one")
+        return self
+
+    def num_steps(self, context: int) -> int:
+        """Return the number of steps that the tokens make up, in blocks of `context` tokens."""
+        return max(1, self.tokens // (self.batch_size * context))
+
+    def stored_bytes(self, hidden_size: int) -> int:
+        """Return the bytes of one token's stored teacher outputs, whose hidden states have `hidden_size` channels."""
+        if self.stored == "top_k":
+            assert self.top_k is not None
+            return 4 * self.top_k + 4 * (self.top_k + 1)
+        return hidden_size * STATES_BYTES[self.stored_dtype]
