@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from minitron.quantities import parse_context
-from minitron.recipe.parts import Count, Derived, DerivedCount, Part, Share
+from minitron.recipe.parts import Count, Derived, DerivedCount, Part, Share, Sizes
 
 
 class CalibrationRecipe(Part):
@@ -149,9 +149,7 @@ class SearchRecipe(Part):
 
     tolerance: float = Field(0.05, gt=0, lt=1)
     """How far a shape may stay below the limit that binds, as a share of that limit."""
-    space: dict[str, Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | Span | Factors] = Field(
-        {}
-    )
+    space: dict[str, Sizes | Span | Factors] = Field({})
     """Sizes that the search may choose from, by config name (`hidden_size: [448, 512]`), in place of sizes derived from
     the teacher: a list, a span (`first`, `last`, `step`), or factors of another size (`times`, `of`). Numbers of layers
     of a kind (`num_attention_layers: [4]`) are sizes as well; kinds that are not named share the other layers."""

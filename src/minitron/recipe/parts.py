@@ -40,6 +40,7 @@ CountOrNone = Annotated[int, BeforeValidator(lambda value: 0 if str(value) == "0
 Derived = Annotated[int | None, BeforeValidator(lambda value: value and (0 if value == "0" else parse_count(value)))]
 DerivedCount = Annotated[int | None, BeforeValidator(lambda value: None if value is None else parse_count(value))]
 """A count; None leaves it to the program."""
+Sizes = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 Share = Annotated[Target, BeforeValidator(_share)]
 
 
