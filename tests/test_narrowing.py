@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minitron.data.narrowing import renumbered, stated_tokens, write_narrowed
+from minitron.data.narrowing import RowMeans, renumbered, stated_tokens, write_narrowed
 from minitron.data.tokens import load_tokenizer
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
@@ -56,6 +56,19 @@ def test_rows_beyond_the_tokens_leave(variant: str, tmp_path: Path) -> None:
     narrow = open_checkpoint(tmp_path / "narrow")
     ids = torch.arange(40)[None]
     torch.testing.assert_close(logits(narrow, ids), logits(padded, torch.tensor(kept)[ids])[..., kept])
+
+
+def test_pieces_take_up_the_rows_of_tokens_that_leave(tmp_path: Path) -> None:
+    whole = open_checkpoint(make_model(tmp_path / "whole", "gpt_neox"))
+    kept = [0, 1, *range(3, 258)]
+    first = torch.tensor([0, 1, 0, *range(2, 257)])  # token 2 begins with token 0
+    weights = torch.ones(258).index_fill(0, torch.tensor([2]), 3.0)
+    write_narrowed(whole, kept, tmp_path / "narrow", means=RowMeans(first, weights))
+    narrow = open_checkpoint(tmp_path / "narrow")
+    for name in (whole.arch.embedding.name, whole.arch.output.name):
+        before, after = whole.tensor(name), narrow.tensor(name)
+        torch.testing.assert_close(after[0], (before[0] + 3 * before[2]) / 4)
+        assert torch.equal(after[1:], before[kept[1:]])
 
 
 def test_configs_name_tokens_by_their_new_numbers(tmp_path: Path) -> None:

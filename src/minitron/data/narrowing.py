@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,27 +35,53 @@ VOCAB = (("vocab",),)
 """The dimension of a tensor along the vocabulary."""
 
 
-def narrowed(source: Checkpoint, kept: Sequence[int], described: Step | None = None) -> Checkpoint:
+@dataclass(frozen=True)
+class RowMeans:
+    """The rows of a narrowed model: means of the whole model's rows, by weight."""
+
+    first: Tensor  # (whole model's tokens,): the narrowed model's token in whose mean the row of each token is
+    weights: Tensor  # (whole model's tokens,)
+
+    def of(self, value: Tensor, dim: int, size: int) -> Tensor:
+        """Return the means along a dimension, with `size` entries; a mean of no weight is 0."""
+        rows, weights = value.movedim(dim, 0).float(), self.weights.float().view(-1, *[1] * (value.ndim - 1))
+        totals = rows.new_zeros(size, *rows.shape[1:]).index_add_(0, self.first, rows * weights)
+        shares = weights.new_zeros(size, *weights.shape[1:]).index_add_(0, self.first, weights)
+        return (totals / shares.clamp_min(1e-30)).movedim(0, dim).to(value.dtype)
+
+
+def narrowed(
+    source: Checkpoint, kept: Sequence[int], described: Step | None = None, means: RowMeans | None = None
+) -> Checkpoint:
     """Return a model narrowed to the tokens `kept`, from the cache, where it is written when it is first asked for.
 
-    Its history records `described`, what the cut means for the text.
+    Its history records `described`, what the cut means for the text. See `write_narrowed` for `means`.
 
     Raises:
         UserError: the tokenizer cannot be cut, or the cache has no space.
     """
-    name = sha256(f"{source.identity()} {list(kept)}".encode()).hexdigest()[:16]
+    weights = None if means is None else means.weights.tolist()
+    name = sha256(f"{source.identity()} {list(kept)} {weights}".encode()).hexdigest()[:16]
     folder = cache_folder() / f"{source.folder.name}-{len(kept)}-tokens-{name}"
     require_writable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():  # another process may have written it
             require_space(folder, source.num_bytes)
-            write_narrowed(source, kept, folder, described)
+            write_narrowed(source, kept, folder, described, means)
     return open_checkpoint(folder)
 
 
-def write_narrowed(source: Checkpoint, kept: Sequence[int], out: Path, described: Step | None = None) -> None:
+def write_narrowed(
+    source: Checkpoint,
+    kept: Sequence[int],
+    out: Path,
+    described: Step | None = None,
+    means: RowMeans | None = None,
+) -> None:
     """Write a model narrowed to the tokens `kept` as a Hugging Face folder at `out`; token i is `kept[i]` of `source`.
+
+    Its rows along the vocabulary are those of these tokens, or `means`.
 
     Raises:
         UserError: the tokenizer cannot be cut.
@@ -64,7 +91,9 @@ def write_narrowed(source: Checkpoint, kept: Sequence[int], out: Path, described
     new = {old: number for number, old in enumerate(kept)}
     with whole_folder(out) as staging, Progress("cut vocabulary", arch.num_parameters, "parameters") as progress:
         config = student_config(source, arch, list(range(arch.axis_size("layer"))))
-        write_checkpoint(staging, config, _tensors(source, torch.tensor(kept), progress), companions_from=source.folder)
+        write_checkpoint(
+            staging, config, _tensors(source, torch.tensor(kept), means, progress), companions_from=source.folder
+        )
         for path in [path for pattern in SLOW_FILES for path in staging.glob(pattern)]:
             path.unlink()
         cut_tokenizer(tokenizer, cut).save_pretrained(staging)
@@ -83,13 +112,16 @@ def write_narrowed(source: Checkpoint, kept: Sequence[int], out: Path, described
         record_step(staging, source.folder, step)
 
 
-def _tensors(source: Checkpoint, kept: Tensor, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    """Yield a model's tensors, those along the vocabulary with the rows of the tokens that stay."""
+def _tensors(
+    source: Checkpoint, kept: Tensor, means: RowMeans | None, progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield a model's tensors, those along the vocabulary with the rows of the tokens that stay, or means."""
     for row, layer, expert in source.arch.places():
         name = row.tensor_name(layer, expert)
         value = source.checked_tensor(name)
         if VOCAB in row.dimensions:
-            value = value.index_select(row.dimensions.index(VOCAB), kept)
+            dim = row.dimensions.index(VOCAB)
+            value = value.index_select(dim, kept) if means is None else means.of(value, dim, len(kept))
         yield name, value
         progress.advance(value.numel())
 

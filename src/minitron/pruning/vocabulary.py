@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from minitron.data.blocks import Blocks
-from minitron.data.narrowing import cut_tokenizer, narrowed, stated_tokens
+from minitron.data.narrowing import RowMeans, cut_tokenizer, narrowed, stated_tokens
+from minitron.data.spelling import Pieces
 from minitron.data.tokens import load_tokenizer
 from minitron.data.vocabulary import Vocabulary
 from minitron.errors import UserError
@@ -79,7 +80,8 @@ def over_vocabulary(session: Session, size: int) -> Session:
     """
     if size == session.source.arch.axis_size("vocab"):
         return session
-    kept = TokenChoice.of(session).kept(size)
+    choice = TokenChoice.of(session)
+    kept = choice.kept(size)
     described, least = describe_cut(session, kept), session.recipe.vocabulary.least_coverage
     if (covered := described["coverage"]) < least:
         raise UserError(
@@ -87,7 +89,25 @@ def over_vocabulary(session: Session, size: int) -> Session:
             f"vocabulary.least_coverage {least:.1%}; accepted: more tokens, more text to choose them by, or a lower "
             "limit"
         )
-    return session.over(narrowed(session.source, kept, described))
+    means = _row_means(session, choice, kept) if session.recipe.vocabulary.merge_rows else None
+    return session.over(narrowed(session.source, kept, described | {"merges_rows": means is not None}, means))
+
+
+def _row_means(session: Session, choice: TokenChoice, kept: Sequence[int]) -> RowMeans | None:
+    """Return means of rows in which each token that leaves counts, by its occurrences, for the piece that it begins with.
+
+    A token that stays counts once more than it occurs, so that it keeps its row where no token that begins with it
+    occurs either.
+    """
+    num_rows = len(choice.occurrences)
+    tokenizer = load_tokenizer(session.source.folder)
+    cut = cut_tokenizer(tokenizer, choice.vocabulary.cut(kept))
+    if (pieces := Pieces.between(tokenizer, cut, (num_rows, len(kept)))) is None:
+        return None
+    weights = choice.occurrences.float()
+    weights[pieces.kept] += 1.0
+    weights[pieces.lost] = 0.0
+    return RowMeans(pieces.first, weights)
 
 
 def describe_cut(session: Session, kept: Sequence[int]) -> dict[str, Any]:

@@ -45,6 +45,9 @@ class VocabularyRecipe(Part):
     trim: bool = False
     """Let the search choose the size of the vocabulary too, among those that cover 95 to 99.5 % of the training text's
     tokens, or those of `search.space.vocab_size`. Off by default: what leaves is rare words and other languages."""
+    merge_rows: bool = True
+    """Give a piece, in embeddings and output matrix, the mean by occurrences of its own row and of those of the tokens
+    that leave and begin with it. Without, its row stays as it is."""
     least_coverage: float = Field(0.95, ge=0, le=1)
     """The share of the tokens of held-out text that have to stay. Fewer are an error: the text of the training is then
     too short or too unlike what the student will read, or the vocabulary too small."""
