@@ -94,7 +94,7 @@ def over_vocabulary(session: Session, size: int) -> Session:
 
 
 def _row_means(session: Session, choice: TokenChoice, kept: Sequence[int]) -> RowMeans | None:
-    """Return means of rows in which each token that leaves counts, by its occurrences, for the piece that it begins with.
+    """Return means of rows in which each token that leaves counts, by its occurrences, for the piece it begins with.
 
     A token that stays counts once more than it occurs, so that it keeps its row where no token that begins with it
     occurs either.

@@ -149,9 +149,7 @@ def _narrowing_rows(step: Step) -> Rows:
         ["tokens kept", f"{kept:,} of {tokens:,}; the others are written with these"],
     ]
     if step.get("merges_rows"):
-        rows.append(
-            ["rows of pieces", "means, by occurrences, with the rows of the tokens that left and begin with them"]
-        )
+        rows.append(["rows of pieces", "means, by occurrences, with the rows of tokens that left and begin with them"])
     if "coverage" in step:
         longer, shorter = step["bytes_per_token"]
         text = f"{step['heldout_tokens']:,} tokens of held-out text"
