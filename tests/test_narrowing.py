@@ -171,3 +171,17 @@ def test_trim_vocab_leaves_a_vocabulary_whose_cut_costs_more_than_it_gains(
     assert len(found["costs"]) > 2
     assert found["chosen"] == 960
     assert "perplexity_per_teacher_token" not in figures["student"]
+
+
+@pytest.mark.parametrize(("key", "value"), [("intermediate.of", ["embedding"]), ("correction.trains", "full")])
+def test_what_needs_equal_tokens_is_refused_before_any_work(
+    key: str, value: Any, wordy: Path, text: Path, tmp_path: Path
+) -> None:
+    from minitron import compress
+
+    settings: dict[str, Any] = {"data": str(text), "context": 64, "target_params": 0.7, f"distill.{key}": value}
+    with pytest.raises(UserError, match="at the teacher's own tokens, of which the student lacks some"):
+        compress(wordy, tmp_path / "run", **settings, vocabulary={"trim": True})
+    with pytest.raises(UserError, match="at the teacher's own tokens, of which the student lacks some"):
+        compress(wordy, tmp_path / "run", **settings | {"target_params": None}, shape={"vocab_size": 896})
+    assert not (tmp_path / "run").exists()

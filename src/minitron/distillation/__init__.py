@@ -29,6 +29,7 @@ __all__ = [
     "correct",
     "distill",
     "require_correctable",
+    "require_spellable",
     "require_trainable",
     "stored_teacher",
     "warn_of_repetition",
@@ -99,14 +100,25 @@ def require_trainable(session: Session, student: Arch, trial: DistillRecipe | No
         )
     if recipe.teacher_states is not None:
         require_states_folder(Path(recipe.teacher_states))
-    if student.axis_size("vocab") < session.teacher.arch.axis_size("vocab"):
-        if recipe.teacher_states is not None and recipe.stored == "top_k":
-            raise UserError("distill.stored top_k needs a student with all of the teacher's tokens")
-        if session.pieces is not None and (recipe.intermediate.of or recipe.correction.trains != "nothing"):
-            raise UserError(
-                "distill.intermediate and distill.correction need a student with all of the teacher's tokens: one with "
-                "fewer has other positions than its teacher"
-            )
+    is_padded_more = student.axis_size("vocab") < session.teacher.arch.axis_size("vocab")
+    if session.pieces is not None or (is_padded_more and recipe.stored == "top_k"):
+        require_spellable(recipe)
+
+
+def require_spellable(recipe: DistillRecipe) -> None:
+    """Check that a teacher may have more tokens than its student, as a training is described.
+
+    Raises:
+        UserError: it compares something at equal positions, or in classes of the teacher's tokens.
+    """
+    reasons = {
+        "distill.stored top_k stores": recipe.teacher_states is not None and recipe.stored == "top_k",
+        "distill.intermediate compares": bool(recipe.intermediate.of),
+        "distill.correction trains": recipe.correction.trains != "nothing",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UserError(f"{reason} at the teacher's own tokens, of which the student lacks some")
 
 
 def require_correctable(session: Session) -> None:

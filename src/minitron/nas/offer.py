@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minitron.distillation import require_trainable
+from minitron.distillation import require_spellable, require_trainable
 from minitron.distillation.rounding import is_divided, require_roundable
 from minitron.errors import UserError
 from minitron.model.anatomy import AXES
@@ -52,6 +52,8 @@ def shapes_within(session: Session) -> tuple[Shapes, Budget]:
     require_trainable(session, source.arch, trial_recipe(session.recipe.distill, 1, session.context))
     budget = budget_of(session, target)
     shapes = _offered(session, budget)
+    if AXES["vocab"] in shapes.sizes:
+        require_spellable(session.recipe.distill)
     for line in _obstacles_of_all(source, shapes):
         logger.warning("of no shape within the budget: %s", line)
     return shapes, budget
@@ -63,6 +65,8 @@ def _stated(session: Session) -> Shapes:
     source.require_prunable_to(shape)
     require_runnable(session.source, shape, session.recipe.search)
     check_shape(session, shape)
+    if shape.axis_size("vocab") < source.axis_size("vocab"):
+        require_spellable(session.recipe.distill)
     return Shapes.of(source, [shape], {"num_parameters": np.array([shape.num_parameters])})
 
 
