@@ -185,3 +185,14 @@ def test_what_needs_equal_tokens_is_refused_before_any_work(
     with pytest.raises(UserError, match="at the teacher's own tokens, of which the student lacks some"):
         compress(wordy, tmp_path / "run", **settings | {"target_params": None}, shape={"vocab_size": 896})
     assert not (tmp_path / "run").exists()
+
+
+def test_llama_cpp_writes_text_with_the_tokens_that_stay(
+    verb: Callable[..., dict[str, Any]], wordy: Path, text: Path, tmp_path: Path
+) -> None:
+    shared = ("--data", text, "--context", 64)
+    verb("prune", wordy, tmp_path / "small", "--vocab-size", 864, *shared)
+    written = verb("export", tmp_path / "small", tmp_path / "gguf", "--format", "gguf", "--check", "llama.cpp", *shared)
+    checked = written["checked"]
+    assert checked["texts_with_equal_tokens"] == checked["texts"] > 0
+    assert checked["kl"] < 1e-4
