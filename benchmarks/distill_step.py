@@ -1,11 +1,13 @@
 """Tokens a second and peak memory of a distillation step: ours, live and from stored states, and TRL's GKD trainer.
 
     python benchmarks/distill_step.py [TEACHER] [--batch-size 4] [--steps 4] [--rounds 3] [--ways live stored trl]
+        [--ways stored stored-24576 stored-8192]
 
 SmolLM2 teaches a student of about two thirds of its parameters (random weights: time does not depend on them) on the
 same blocks of 512 tokens, AdamW, float32. Each way runs in a process of its own, in turn, its first step not counted.
 TRL (`pip install trl`) runs its trainer at λ = 0, β = 0: forward KL on given text. Ours takes micro-batches of one
-block, TRL all blocks of a step at once, or one by one with --trl-micro-batches.
+block, TRL all blocks of a step at once, or one by one with --trl-micro-batches. A way with a number trains a student
+with that many of the teacher's tokens.
 """
 
 import argparse
@@ -28,6 +30,7 @@ from minitron.distillation.optimizers import make_optimizer, take_step
 from minitron.distillation.teacher import Live
 from minitron.model.config import student_config
 from minitron.model.language_model import Headless, load_model
+from minitron.pruning import over_vocabulary
 from minitron.recipe import Recipe
 from minitron.session import Session
 
@@ -43,7 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl-micro-batches", action="store_true")
-    parser.add_argument("--ways", nargs="+", choices=["live", "stored", "trl"], default=["live", "stored", "trl"])
+    parser.add_argument("--ways", nargs="+", default=["live", "stored", "trl"])
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -55,9 +58,9 @@ def main() -> None:
         print(json.dumps(rounds[-1]), flush=True)
     for way in options.ways:
         for key in ("tokens_per_second", "peak_mb"):
-            line = f"{way:>7} {key:>18}: {spread([found[way][key] for found in rounds])}"
-            if "trl" in options.ways:
-                line += f", {spread([found[way][key] / found['trl'][key] for found in rounds])} of TRL's"
+            line = f"{way:>13} {key:>18}: {spread([found[way][key] for found in rounds])}"
+            base = "trl" if "trl" in options.ways else options.ways[0]
+            line += f", {spread([found[way][key] / found[base][key] for found in rounds])} of {base}"
             print(line)
 
 
@@ -75,7 +78,11 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, float]:
         "teacher": options.teacher, "context": CONTEXT, "dtype": "float32", "calibration": {"tokens": tokens},
         "search": {"tokens": CONTEXT}, "evaluation": {"tokens": CONTEXT},
         "distill": {"tokens": tokens * (options.steps + 1), "batch_size": options.batch_size},
+        "vocabulary": {"least_coverage": 0.0},
     }))  # fmt: skip
+    way, _, vocab_size = way.partition("-")
+    if vocab_size:
+        session = over_vocabulary(session, int(vocab_size))
     steps = trl_steps(session, options) if way == "trl" else our_steps(session, way, options)
     seconds, started = [], time.perf_counter()
     for _ in steps:
@@ -88,9 +95,9 @@ def make_student(session: Session) -> Any:
     """Random, of two thirds of the parameters."""
     from transformers import AutoModelForCausalLM
 
-    arch = session.teacher.arch.resized(**SIZES)
+    arch = session.source.arch.resized(**SIZES)
     torch.manual_seed(0)
-    config = student_config(session.teacher, arch, list(range(arch.axis_size("layer"))))
+    config = student_config(session.source, arch, list(range(arch.axis_size("layer"))))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(session.runtime.device)
 
 
@@ -100,7 +107,8 @@ def our_steps(session: Session, way: str, options: argparse.Namespace) -> Iterat
     with TemporaryDirectory() as folder:
         if way == "stored":
             # The model goes when its states are written; how long that takes is not part of a step.
-            subprocess.run([sys.executable, "-c", STORE, json.dumps(session.recipe.model_dump()), folder], check=True)
+            stated = [json.dumps(session.recipe.model_dump()), folder, str(session.source.arch.axis_size("vocab"))]
+            subprocess.run([sys.executable, "-c", STORE, *stated], check=True)
             teacher = stored_teacher(session, Path(folder) / "states", blocks, recipe)
         else:
             teacher = Live(load_model(session.teacher, session.runtime.device, session.runtime.dtype))
@@ -116,9 +124,10 @@ STORE = """
 import json, sys
 from pathlib import Path
 from minitron.distillation import stored_teacher
+from minitron.pruning import over_vocabulary
 from minitron.recipe import Recipe
 from minitron.session import Session
-session = Session(Recipe.model_validate(json.loads(sys.argv[1])))
+session = over_vocabulary(Session(Recipe.model_validate(json.loads(sys.argv[1]))), int(sys.argv[3]))
 stored_teacher(session, Path(sys.argv[2]) / "states", session.splits.train, session.recipe.distill)
 """
 
