@@ -110,8 +110,11 @@ def test_sizes_are_checked(teacher: Checkpoint) -> None:
         arch.resized(hiden_size=32)
     with pytest.raises(UserError, match="at least 1"):
         arch.resized(hidden_size=0)
-    with pytest.raises(UserError, match="vocab_size cannot be pruned"):
-        arch.require_prunable_to(arch.resized(vocab_size=100))
+    arch.require_prunable_to(arch.resized(vocab_size=100))
+    for name in {"head_dim", "ssm_state_size"} & arch.sizes.keys():
+        if arch.family.product is None:
+            with pytest.raises(UserError, match=f"{name} cannot be pruned"):
+                arch.require_prunable_to(arch.resized(**{name: arch.sizes[name] // 2}))
     if "intermediate_size" in arch.sizes:
         with pytest.raises(UserError, match="above the teacher's 64"):
             arch.require_prunable_to(arch.resized(intermediate_size=72))

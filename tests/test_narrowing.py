@@ -87,7 +87,7 @@ def test_configs_name_tokens_by_their_new_numbers(tmp_path: Path) -> None:
 def test_prune_distil_and_evaluate_across_the_cut(
     verb: Callable[..., dict[str, Any]], wordy: Path, text: Path, tmp_path: Path
 ) -> None:
-    shared = ("--data", text, "--context", 64, "--dtype", "float32")
+    shared = ("--data", text, "--context", 64, "--dtype", "float32", "--set", "calibration.tokens=2k")
     small = tmp_path / "small"
     made = verb("prune", wordy, small, "--vocab-size", 864, "--hidden-size", 24, *shared)
     assert made["arch"]["vocab_size"] == 864
@@ -111,7 +111,7 @@ def test_a_cut_that_leaves_too_little_of_the_text_is_refused_unless_asked_for_tw
 ) -> None:
     from minitron import prune
 
-    settings: dict[str, Any] = {"data": str(text), "context": 64, "vocab_size": 320}
+    settings: dict[str, Any] = {"data": str(text), "context": 64, "vocab_size": 320, "calibration.tokens": 2048}
     with pytest.raises(UserError, match=r"vocab_size 320: the tokens that stay are \d+\.\d% of those of held-out text"):
         prune(wordy, tmp_path / "small", **settings)
     assert not (tmp_path / "small").exists()
@@ -190,7 +190,7 @@ def test_what_needs_equal_tokens_is_refused_before_any_work(
 def test_llama_cpp_writes_text_with_the_tokens_that_stay(
     verb: Callable[..., dict[str, Any]], wordy: Path, text: Path, tmp_path: Path
 ) -> None:
-    shared = ("--data", text, "--context", 64)
+    shared = ("--data", text, "--context", 64, "--set", "calibration.tokens=2k")
     verb("prune", wordy, tmp_path / "small", "--vocab-size", 864, *shared)
     written = verb("export", tmp_path / "small", tmp_path / "gguf", "--format", "gguf", "--check", "llama.cpp", *shared)
     checked = written["checked"]

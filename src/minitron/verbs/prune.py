@@ -75,13 +75,15 @@ def prune(
                 chosen = nas.search(session, scores, shapes, budget, Path(folder))
         elif sizes:
             chosen = nas.ranked_shape(session, scores, sizes)
-        measured = how_measured(session)
+        measured = None
+        if not random:
+            measured = read_how_measured(Path(importance)) if importance else how_measured(session)
         session = pruning.over_vocabulary(session, chosen.axis_size("vocab"))
         source = session.source
         write = pruning.write_random if random else pruning.prune
         step = write(session, chosen, scores, work / "pruned")
         if not random:
-            step["measured"] = read_how_measured(Path(importance)) if importance else measured
+            step["measured"] = measured
         record_step(work / "pruned", source.folder, step)
         if is_given:
             nas.warn_of_order(source, chosen, read_json(work / "pruned" / "config.json"))
