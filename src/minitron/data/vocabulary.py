@@ -68,8 +68,8 @@ class Vocabulary:
     def required(self) -> frozenset[int]:
         """The numbers of the tokens that always stay.
 
-        They are the added tokens, the unknown token, and those that any other text is written with: bytes, or where
-        there is no fallback to bytes every token of one character. Digits and the space always stay.
+        They are the added tokens, the unknown token, and those that any other text is written with: bytes, or in
+        a tokenizer without byte fallback every token of one character. Digits and the space always stay.
         """
         numbers, model = self.numbers, self.model
         names = {token["content"] for token in self.content["added_tokens"]} | set("0123456789") | {"▁", "Ġ"}

@@ -101,7 +101,8 @@ def require_trainable(session: Session, student: Arch, trial: DistillRecipe | No
     if recipe.teacher_states is not None:
         require_states_folder(Path(recipe.teacher_states))
     is_padded_more = student.axis_size("vocab") < session.teacher.arch.axis_size("vocab")
-    if session.pieces is not None or (is_padded_more and recipe.stored == "top_k"):
+    stores_classes = recipe.teacher_states is not None and recipe.stored == "top_k"
+    if session.pieces is not None or (is_padded_more and stores_classes):
         require_spellable(recipe)
 
 

@@ -125,6 +125,7 @@ def _share_left(whole: Workspace, untrained: dict[int, float]) -> float:
     alone.runtime = replace(session.runtime, world=World())  # the other processes wait
     narrow = Workspace(alone, whole.importance, whole.folder / "narrow", whole.effort)
     folder = narrow.work / "probe"
+    shutil.rmtree(folder, ignore_errors=True)  # of a search that was interrupted here
     folder.mkdir(parents=True)
     (folder / "pruned").symlink_to(alone.source.folder)
     recipe = probe_training(session.recipe.distill, tokens, session.context)

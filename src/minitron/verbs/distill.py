@@ -42,7 +42,7 @@ def distill(
         one_process=False,
     )
     session = session.over(pruned)
-    _ = session.pieces
+    _ = session.pieces  # what is wrong with the two tokenizers is an error before any work
     distillation.require_trainable(session, pruned.arch)
     with resumable(session, output, "distill", [pruned.fingerprint()]) as work:
         distillation.warn_of_repetition(session)
