@@ -166,7 +166,8 @@ def test_a_search_settles_the_vocabulary_and_figures_are_in_the_teachers_unit_to
 def test_trim_vocab_leaves_a_vocabulary_whose_cut_costs_more_than_it_gains(
     verb: Callable[..., dict[str, Any]], wordy: Path, text: Path, tmp_path: Path
 ) -> None:
-    figures = verb("compress", wordy, tmp_path / "run", "--trim-vocab", "--data", text, *SETTINGS)
+    all_sizes = ("--set", "vocabulary.least_coverage=0.3")
+    figures = verb("compress", wordy, tmp_path / "run", "--trim-vocab", "--data", text, *SETTINGS, *all_sizes)
     found = json.loads((tmp_path / "run" / "vocabulary.json").read_text())
     assert len(found["costs"]) > 2
     assert found["chosen"] == 960

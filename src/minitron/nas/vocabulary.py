@@ -26,7 +26,7 @@ from minitron.nas.shapes import Shapes
 from minitron.nas.trial import train
 from minitron.nas.workspace import Workspace
 from minitron.progress import Progress, announce
-from minitron.pruning.vocabulary import TokenChoice, over_vocabulary
+from minitron.pruning.vocabulary import TokenChoice, coverage, over_vocabulary
 from minitron.runtime import World
 from minitron.session import Session
 
@@ -40,7 +40,8 @@ PRICED_TOKENS = 4_096
 def vocabulary_sizes(session: Session) -> tuple[int, ...]:
     """Return the sizes of the vocabulary that a search chooses from, the teacher's own among them, ascending.
 
-    They are those of `search.space`, or with `vocabulary.trim` those that cover `COVERAGES`; without either none.
+    They are those of `search.space`, or with `vocabulary.trim` those that cover `COVERAGES` of the training text and
+    `vocabulary.least_coverage` of held-out text; without either none.
 
     Raises:
         UserError: the tokenizer cannot be cut.
@@ -48,8 +49,10 @@ def vocabulary_sizes(session: Session) -> tuple[int, ...]:
     whole, recipe = session.source.arch.axis_size("vocab"), session.recipe
     if VOCAB in recipe.search.space or not recipe.vocabulary.trim:
         return ()
-    choice = TokenChoice.of(session)
-    return tuple(sorted({*(size for share in COVERAGES if (size := choice.size_covering(share)) < whole), whole}))
+    choice, heldout = TokenChoice.of(session), session.splits.heldout
+    smaller = {size for share in COVERAGES if (size := choice.size_covering(share)) < whole}
+    enough = {size for size in smaller if coverage(heldout, choice.kept(size)) >= recipe.vocabulary.least_coverage}
+    return tuple(sorted({*enough, whole}))
 
 
 def settle_vocabulary(workspace: Workspace, shapes: Shapes) -> tuple[Workspace, Shapes]:

@@ -124,7 +124,8 @@ def _vocabulary_cuts(model: str | Path, data: str, family: str | None) -> list[d
     from minitron.recipe import recipe_from
     from minitron.session import Session
 
-    session = Session(recipe_from(None, teacher=str(model), data=data, family=family, vocabulary={"trim": True}))
+    offered = {"trim": True, "least_coverage": 0.0}  # all sizes are shown, also those that a search refuses
+    session = Session(recipe_from(None, teacher=str(model), data=data, family=family, vocabulary=offered))
     choice, whole = TokenChoice.of(session), session.teacher.arch
     cuts = []
     for size in vocabulary_sizes(session):
