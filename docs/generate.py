@@ -22,12 +22,13 @@ from minitron import recipe
 from minitron.cli import app
 from minitron.model.anatomy import AXES
 from minitron.model.engines import BY_NAME, Engine
-from minitron.model.families import FAMILIES
+from minitron.model.families import FAMILIES, family_of
+from minitron.model.families.table_files import COMMITTED, committed_types
 from minitron.recipe import cutting, run, training
 
 VERBS = {
     "Verbs that make models": ("compress", "calibrate", "search", "prune", "distill", "correct"),
-    "Verbs that look at models": ("inspect", "evaluate", "bench", "chat", "report", "push"),
+    "Verbs that look at models": ("inspect", "families", "evaluate", "bench", "chat", "report", "push"),
 }
 """The known verbs in the order of a job; a verb that is named nowhere here stands under `Further verbs`."""
 
@@ -222,18 +223,24 @@ def _engine(engine: Engine) -> list[str]:
 def families_page() -> str:
     """Return a page of all families with the sizes that can be cut, as their tables state."""
     rows = []
-    for name, family in sorted(FAMILIES.items()):
+    for name, family in sorted((FAMILIES | {name: family_of(name) for name in committed_types()}).items()):
         axes = dict.fromkeys(axis for tap in family.taps for axis in tap.axes)
         names = [f"`{AXES[axis]}`" for axis in axes]
         kinds = sorted({tap.kind for tap in family.taps if tap.kind})
-        rows.append((f"`{name}`", ", ".join(names), ", ".join(kinds)))
+        origin = "written" if name in FAMILIES else "derived"
+        rows.append((f"`{name}`", origin, ", ".join(names), ", ".join(kinds)))
+    obstacles = json.loads((COMMITTED / "obstacles.json").read_text(encoding="utf-8"))
     lines = [
         "# Families",
         "A family is the models of one `model_type` in `config.json`. Layers are dropped in every family. Which widths "
         "can be cut follows from the family's table; some are tied to each other by the config class, which `minitron "
         "prune --dry-run` reports. Sizes have the names that recipes, options and `arch.json` use, whatever a family's "
         "config calls them. `--family` reads a model of another `model_type` as one of these.",
-        _table(("`model_type`", "Widths and counts that can be cut", "Kinds of layers"), rows),
+        _table(("`model_type`", "Table", "Widths and counts that can be cut", "Kinds of layers"), rows),
+        "Derived tables were proven on tiny random models ([how](../how-to/families.md)).",
+        "## Without a table",
+        "The other causal models of transformers, and what stands in the way of a table:",
+        _table(("`model_type`", "Obstacle"), [(f"`{name}`", reason) for name, reason in obstacles.items()]),
     ]
     return "\n\n".join(lines) + "\n"
 

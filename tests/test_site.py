@@ -40,6 +40,7 @@ ELSEWHERE = {
     "--trim-vocab": "test_narrowing.py",
     "--throughput": "test_search_run.py",
     "bench": "test_compress.py",
+    "families": "test_derivation.py",
     "examples/custom_score.py": "test_custom_score.py",
     "examples/custom_loss.py": "test_examples.py",
 }

@@ -39,6 +39,7 @@ _HOMES = {
     "evaluate": "verbs.evaluate",
     "evaluate_tasks": "verbs.evaluate",
     "export": "verbs.export",
+    "families": "verbs.families",
     "inspect": "verbs.inspect",
     "open_checkpoint": "model.checkpoint",
     "open_teacher": "model.source",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from minitron.verbs.evaluate import evaluate as evaluate
     from minitron.verbs.evaluate import evaluate_tasks as evaluate_tasks
     from minitron.verbs.export import export as export
+    from minitron.verbs.families import families as families
     from minitron.verbs.inspect import inspect as inspect
     from minitron.verbs.plan import plan as plan
     from minitron.verbs.prune import prune as prune

@@ -30,6 +30,16 @@ def inspect(
     return inspect_model(model, data=data, family=family, batch=batch, context=context, dtype=dtype)
 
 
+@verb(has_recipe=False)
+def families(
+    model_type: Annotated[str | None, typer.Argument(help="A model_type; all that have a table by default.")] = None,
+) -> Any:
+    """The families of models that can be pruned, and along which axes; the table of another model_type is derived."""
+    from minitron.verbs.families import families as list_families
+
+    return list_families(model_type)
+
+
 @verb(FAMILY, *MACHINE[1:])
 def plan(
     recipe: Annotated[

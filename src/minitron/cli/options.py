@@ -183,7 +183,7 @@ def verb(
             values = {setting.key: given.pop(setting.name) for setting in settings}
             # Options that are not given are None; what --set assigns may be None on purpose.
             chosen = {key: value for key, value in (given | values).items() if value is not None}
-            result = function(**arguments, **(assigned | chosen))
+            result = _with_tables(lambda: function(**arguments, **(assigned | chosen)))
             if result is not None:
                 _print(result, as_json)
                 if failure := getattr(result, "failure", None):
@@ -196,6 +196,20 @@ def verb(
         return called
 
     return add
+
+
+def _with_tables(call: Callable[[], Any]) -> Any:
+    """Call a verb; if a model's family has no table, derive it and call again."""
+    try:
+        return call()
+    except UserError as error:
+        from minitron.model.families import UnsupportedFamilyError
+
+        if not isinstance(error, UnsupportedFamilyError):
+            raise
+    from minitron.verbs.families import with_tables
+
+    return with_tables(call)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

@@ -44,6 +44,16 @@ AXIS_TABLE = (
     Axis("query", "num_attention_heads", "Query heads"),
     Axis("kv", "num_key_value_heads", "KV groups"),
     Axis("head_dim", "head_dim"),
+    Axis("query_rank", "q_lora_rank"),
+    Axis("kv_rank", "kv_lora_rank"),
+    Axis("turned", "qk_rope_head_dim"),
+    Axis("unturned", "qk_nope_head_dim"),
+    Axis("value_dim", "v_head_dim"),
+    Axis("delta_key", "linear_num_key_heads"),
+    Axis("delta_value", "linear_num_value_heads"),
+    Axis("delta_key_dim", "linear_key_head_dim"),
+    Axis("delta_value_dim", "linear_value_head_dim"),
+    Axis("delta_conv", "linear_conv_kernel_dim"),
     Axis("mhead", "mamba_num_heads", "Mamba heads"),
     Axis("mchan", "mamba_head_dim", "Channels of a Mamba head"),
     Axis("mgroup", "n_groups"),
@@ -62,15 +72,24 @@ PRUNABLE = {axis.name: axis.entries for axis in AXIS_TABLE if axis.entries}
 KINDS = {
     "mamba": "mamba",
     "linear_attention": "mamba",
+    "conv": "conv",
     "attention": "attention",
     "full_attention": "attention",
+    "sliding_attention": "attention",
     "mlp": "mlp",
+    "dense": "mlp",
     "moe": "moe",
+    "sparse": "moe",
 }
 """The kinds of layers: their names in configs, and their names in tables."""
 
 SIZE_NAMES = (*(AXES[axis] for axis in PRUNABLE), *(f"num_{kind}_layers" for kind in sorted(set(KINDS.values()))))
 """The sizes that can be given for a shape: config names of prunable axes, and the numbers of layers of each kind."""
+
+
+def size_of(factor: str, size: Callable[[str], Any]) -> Any:
+    """Return the size of an axis, or of several that are one stretch of every entry of an outer one (`a+b`)."""
+    return sum(size(axis) for axis in factor.split("+"))
 
 
 def flags_of(condition: str | None) -> dict[str, bool]:
@@ -143,7 +162,8 @@ class Row:
     @cached_property
     def axes(self) -> frozenset[str]:
         """The axes of all dimensions, and `expert` where every expert has a tensor of its own."""
-        used = {f for dim in self.dimensions for segment in dim for f in segment if isinstance(f, str)}
+        factors = {f for dim in self.dimensions for segment in dim for f in segment if isinstance(f, str)}
+        used = {axis for factor in factors for axis in factor.split("+")}
         return frozenset(used | {"expert"}) if self.is_per_expert else frozenset(used)
 
     def tensor_name(self, layer: int | None = None, expert: int | None = None) -> str:
@@ -160,7 +180,7 @@ class Row:
         def product(segment: Segment) -> Any:
             total: Any = 1
             for factor in segment:
-                total = total * (size(factor) if isinstance(factor, str) else factor)
+                total = total * (size_of(factor, size) if isinstance(factor, str) else factor)
             return total
 
         return tuple(sum(product(segment) for segment in dim) for dim in self.dimensions)

@@ -389,6 +389,8 @@ class Arch:
         """Return its sizes as entries of its family's config."""
         family = self.family
         values: dict[str, Any] = {family.config_name(axis): self.axis_size(axis) for axis in self.axes}
+        if family.product and "head_dim" in family.product.axes:  # the quotient, which some classes compute themselves
+            values.pop(family.config_name("head_dim"), None)
         for name, axes in family.config_products.items():
             values[name] = prod(map(self.axis_size, axes))
         if family.product and family.product.ratio:

@@ -151,10 +151,10 @@ def open_checkpoint(folder: Path, family: str | None = None) -> Checkpoint:
     try:
         config = read_config(folder, family)
     except UnsupportedFamilyError as error:
-        hint = ""
         if fitting := family_that_fits(set(locate_tensors(folder))):
             hint = f"; its tensors match the table of {fitting.model_type}: try --family {fitting.model_type}"
-        raise UserError(f"{error}{hint}") from error
+            raise UnsupportedFamilyError(error.model_type, hint) from error
+        raise
     values = config.to_dict()
     require_plain_weights(folder, values)
     files = locate_tensors(folder, values.get("transformers_weights"))

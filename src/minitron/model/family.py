@@ -13,12 +13,15 @@ class LayerKinds:
     """How a family's config states the kind of each layer."""
 
     entry: str
-    """The config entry: a list of kinds; or, where `listed` is given, of the numbers of the layers of that kind."""
+    """The config entry: a list of kinds; or, where `listed` is given, of the numbers of the layers of that kind, or how
+    many layers of that kind come first."""
     listed: str | None = None
     otherwise: str | None = None
     """The kind of the layers that are not listed."""
     period: str | None = None
     """A config entry n: of the layers not listed, only every n-th is `otherwise`, all others are `listed` too."""
+    comes_first: bool = False
+    """Whether the entry states how many layers of the kind `listed` come before all others."""
     pattern: str | None = None
     """A config entry that may stand in the place of the list: a string with a character of `characters` per layer."""
     characters: Mapping[str, str] = field(default_factory=dict)
@@ -38,6 +41,8 @@ class LayerKinds:
         if self.listed is None or self.otherwise is None:
             return tuple(KINDS[kind] for kind in config[self.entry])
         numbers, period = config[self.entry] or [], config[self.period] if self.period else 1
+        if isinstance(numbers, int):
+            numbers = range(numbers)
         return tuple(
             self.listed if i in numbers or (i + 1) % period else self.otherwise for i in range(config[AXES["layer"]])
         )
@@ -46,7 +51,8 @@ class LayerKinds:
         """Return the config entries for these layers; a list of kinds is cut like every per-layer list."""
         if self.listed is None:
             return {}
-        entries: dict[str, Any] = {self.entry: [i for i, kind in enumerate(layers) if kind == self.listed]}
+        numbers = [i for i, kind in enumerate(layers) if kind == self.listed]
+        entries: dict[str, Any] = {self.entry: len(numbers) if self.comes_first else numbers}
         return {**entries, self.period: 1} if self.period else entries
 
 
@@ -127,6 +133,8 @@ class Family:
     """Whether a block's output is multiplied by a number from the config before it is added to the residual stream."""
     is_centred: bool = False
     """Whether its norms subtract the mean."""
+    fixed_basis: str = ""
+    """The reason why its residual stream cannot be rotated, a clause, where the table itself does not show it."""
     is_transposed: bool = False
     """Whether the matrices of its layers are stored with their inputs first."""
     window_switch: str | None = None

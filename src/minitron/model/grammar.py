@@ -9,9 +9,10 @@
     (nemotron_h) ….mixer.D                     mhead                       in mamba
 
 A dimension is an axis, or in parentheses a product of axes and integers, outermost first; `|` joins products one after
-the other. `{i}` stands for the layer, `{e}` for the expert. `in` names the only kind of layer that has the tensor, `if`
-a config boolean or several (`if A and not B`). `as buffer` marks a tensor that is stored and cut but not counted.
-The shape `-` marks a buffer of old checkpoints that no model reads.
+the other; `a+b` stands for two axes one after the other within every entry of the axes to the left of it. The shape
+`()` is a single number. `{i}` stands for the layer, `{e}` for the expert. `in` names the only kind of layer that has
+the tensor, `if` a config boolean or several (`if A and not B`). `as buffer` marks a tensor that is stored and cut but
+not counted. The shape `-` marks a buffer of old checkpoints that no model reads.
 """
 
 import re
@@ -62,6 +63,8 @@ def _parse_row(line: str) -> Row:
         raise ValueError(f"not a row: {line!r}")
     if match["shape"] == "-":
         return Row(match["name"], (), is_ignored=True)
+    if match["shape"] == "()":
+        return Row(match["name"], (), match["kind"], match["condition"], is_buffer=bool(match["buffer"]))
     dimensions = tuple(_parse_dimension(dim) for dim in re.findall(r"\([^)]*\)|[^\s()]+", match["shape"]))
     return Row(match["name"], dimensions, match["kind"], match["condition"], is_buffer=bool(match["buffer"]))
 
@@ -73,7 +76,7 @@ def _parse_dimension(text: str) -> Dimension:
 def _parse_factor(word: str) -> Factor:
     if word.isdigit():
         return int(word)
-    if word not in AXES:
+    if not set(word.split("+")) <= AXES.keys():
         raise ValueError(f"unknown axis {word!r}; known: {', '.join(AXES)}")
     return word
 

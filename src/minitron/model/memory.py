@@ -1,6 +1,6 @@
 """The memory that serving a model takes, and the sizes of the buffers in which a loss is computed; needs no torch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ def memory(
       window keeps at most the window's tokens. `windows` holds the windows of the layers that have one; a shape of
       fewer layers has the arch's share of windows, rounded down;
     - Mamba state: heads × channels × state in float32 for each layer with a mixer, and the last conv_kernel − 1 inputs
-      of its convolution in `dtype`.
+      of its convolution in `dtype`; of a gated delta net, value heads × value channels × key channels.
     """
     every, width = {**arch.sizes, **(sizes or {})}, DTYPE_BYTES[dtype]
     kv_cache: Any = 0
@@ -88,7 +88,7 @@ def memory(
 
     if _num_layers_along(arch, "query", arch.sizes):
         num_attention = _num_layers_along(arch, "query", every)
-        per_token = 2 * size("kv" if "kv" in arch.axes else "query") * size("head_dim") * width
+        per_token = size("kv" if "kv" in arch.axes else "query") * head_channels(arch, size) * width
         sliding = [min(context, window) for window in windows or []]
         num_sliding = len(sliding) * num_attention // _num_layers_along(arch, "query", arch.sizes)
         in_windows = num_sliding * (sum(sliding) // max(1, len(sliding)))
@@ -98,7 +98,23 @@ def memory(
         recurrent = inner * size("state") * MAMBA_STATE_BYTES
         per_layer = recurrent + (inner + groups) * (size("conv") - 1) * width
         state = batch * _num_layers_along(arch, "mhead", every) * per_layer
+    if _num_layers_along(arch, "delta_value", arch.sizes):
+        keys, values = size("delta_key") * size("delta_key_dim"), size("delta_value") * size("delta_value_dim")
+        recurrent = values * size("delta_key_dim") * MAMBA_STATE_BYTES
+        per_layer = recurrent + (2 * keys + values) * (size("delta_conv") - 1) * width
+        state = state + batch * _num_layers_along(arch, "delta_value", every) * per_layer
     return Memory(arch.count_grid(every) * width, kv_cache, state)
+
+
+def head_channels(arch: Arch, size: Callable[[str], Any]) -> Any:
+    """Return the channels of a key and of a value together, of one head.
+
+    transformers caches them whole in multi-head latent attention too (DeepSeek-V2, arXiv 2405.04434, caches the latent
+    vector from which they are computed).
+    """
+    if "value_dim" in arch.axes:
+        return size("unturned") + size("turned") + size("value_dim")
+    return 2 * size("head_dim")
 
 
 def attention_windows(config: Mapping[str, Any]) -> list[int]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
+from minitron.model.memory import head_channels
 from minitron.recipe import DistillRecipe
 
 BACKWARD = 2
@@ -47,7 +48,7 @@ def forward_flops(arch: Arch, context: int, windows: list[int] | None = None) ->
     if num_layers := layers_along(arch, "query"):
         sliding = [min(context, window) for window in windows or []][:num_layers]
         reached = sum(sliding) + (num_layers - len(sliding)) * context
-        in_attention = 4 * arch.axis_size("query") * arch.axis_size("head_dim") * reached
+        in_attention = 2 * arch.axis_size("query") * head_channels(arch, arch.axis_size) * reached
     in_states: float = 0
     if num_layers := layers_along(arch, "mhead"):
         entries = arch.axis_size("mhead") * arch.axis_size("mchan") * arch.axis_size("state")

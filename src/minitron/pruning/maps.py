@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from minitron.model.anatomy import Dimension, Row
+from minitron.model.anatomy import Dimension, Row, size_of
 
 Maps = dict[str, Tensor]
 """Indices by axis, for one layer; an axis without a map stays as it is."""
@@ -38,7 +38,7 @@ def kept_positions(dimension: Dimension, maps: Maps, axis_size: Callable[[str], 
         # Positions of the kept entries in a row-major product of axes, built from the outermost axis in.
         positions, size = torch.zeros(1, dtype=torch.int64), 1
         for factor in segment:
-            length = axis_size(factor) if isinstance(factor, str) else factor
+            length = size_of(factor, axis_size) if isinstance(factor, str) else factor
             entries = maps[factor] if isinstance(factor, str) and factor in maps else torch.arange(length)
             positions = (positions[:, None] * length + entries[None, :]).flatten()
             size *= length

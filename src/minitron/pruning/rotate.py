@@ -27,6 +27,8 @@ def untied(arch: Arch) -> Arch:
 
 def obstacle(arch: Arch) -> str | None:
     """Return the reason why the stream of a model of this shape cannot be rotated, a clause; None if it can."""
+    if arch.family.fixed_basis:
+        return f"{arch.model_type}: {arch.family.fixed_basis}"
     if after := arch.norms_after_blocks:
         return (
             f"{arch.model_type} has norms after its blocks ({after[0].name}), whose weights cannot move into another "

@@ -9,6 +9,7 @@ from minitron.model.families.mamba import BAMBA, FALCON_H1, MAMBA2, NEMOTRON_H
 from minitron.model.families.nemotron import NEMOTRON
 from minitron.model.families.olmo import OLMO2
 from minitron.model.families.phi import PHI3
+from minitron.model.families.table_files import derived_family, family_under_proof
 from minitron.model.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -23,17 +24,22 @@ FAMILIES: dict[str, Family] = {
 class UnsupportedFamilyError(UserError):
     """The `model_type` has no table."""
 
+    def __init__(self, model_type: str, hint: str = "") -> None:
+        super().__init__(f"model_type '{model_type}' has no table (minitron families lists those that have){hint}")
+        self.model_type = model_type
+        self.can_be_derived = not hint
+
 
 def family_of(model_type: str) -> Family:
     """Return the table of a `model_type`.
 
     Raises:
-        UnsupportedFamilyError: there is none; the message lists the supported types.
+        UnsupportedFamilyError: there is none.
     """
-    if model_type not in FAMILIES:
-        supported = ", ".join(sorted(FAMILIES))
-        raise UnsupportedFamilyError(f"model_type '{model_type}' is not supported; supported: {supported}")
-    return FAMILIES[model_type]
+    family = family_under_proof(model_type) or FAMILIES.get(model_type) or derived_family(model_type)
+    if family is None:
+        raise UnsupportedFamilyError(model_type)
+    return family
 
 
 def family_that_fits(tensor_names: set[str]) -> Family | None:
