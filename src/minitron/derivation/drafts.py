@@ -100,7 +100,7 @@ class Draft:
         dims = self.rows[row]
         if len(dims) == 3:
             return dims[1:] != [HIDDEN, HIDDEN] and HIDDEN in dims[1:] and "down" not in row and "output" not in row
-        return len(dims) == 2 and dims[0 if self.is_transposed(row) else -1] == HIDDEN
+        return len(dims) == 2 and not row.endswith("bias") and dims[0 if self.is_transposed(row) else -1] == HIDDEN
 
     def is_transposed(self, row: str) -> bool:
         """Return whether a row's matrix is stored with its inputs first."""
@@ -129,8 +129,7 @@ class Draft:
         before = [norm for norm in self.flow.norms[:-1] if self.flow.readers[norm]]
         taps: list[tuple[str, ...]] = [("hidden", norm, "output", self._kind_of(norm)) for norm in before]
         if not before:
-            firsts = {reader.split(".")[-2]: reader for reader in reversed(self.flow.plain_readers)}
-            taps = [("hidden", reader, "input", self._kind_of(reader)) for reader in reversed(firsts.values())]
+            taps = [("hidden", reader, "input", self._kind_of(reader)) for reader in self._first_readers()]
         for row in self.writers():
             inner, owner = self.axes(row), self.owners[row]
             if "query" in inner and "kv" in self.used():
@@ -141,6 +140,15 @@ class Draft:
             inner = set().union(*(self.axes(row) for row in self.of(owner)))
             taps += [(axis, owner, "routed", self._kind_of(owner)) for axis in OF_EXPERTS if axis in inner | {"expert"}]
         return taps
+
+    def _first_readers(self) -> list[str]:
+        """Return the first module of each block of a layer that reads the stream."""
+        order = self.flow.order
+        readers = {owner for row, owner in self.owners.items() if "{i}" in row and self.reads(row) and owner in order}
+        firsts: dict[str, str] = {}
+        for owner in sorted(readers, key=order.__getitem__):
+            firsts.setdefault(owner.rpartition(".")[0], owner)
+        return list(firsts.values())
 
     def _kind_of(self, owner: str) -> str:
         kinds = {self.kinds_of.get(row) for row in self.of(owner)}

@@ -17,7 +17,7 @@ from minitron.model.checkpoint import Checkpoint, expected_shapes, open_checkpoi
 from minitron.model.config import student_config
 from minitron.model.families.table_files import known
 from minitron.model.family import Family
-from minitron.model.language_model import build_model, load_model
+from minitron.model.language_model import build_model
 from minitron.pruning.cut import Cut, write_pruned
 from minitron.pruning.rotate import Rotated, obstacle, untied
 from minitron.pruning.selection import Kept, score_shape, select
@@ -63,7 +63,7 @@ def permuted(arch: Arch, axis: str) -> Kept:
 def moves_with(teacher: Checkpoint, axis: str) -> bool:
     """Return whether a permutation of an axis leaves the logits as they are, and one that a tensor misses does not."""
     cut = dict(Cut(teacher.arch, teacher.arch, permuted(teacher.arch, axis), teacher.tensor))
-    whole = _logits(load_model(teacher, CPU, torch.float32))
+    whole = _logits(_whole(teacher))
     if not _agree(_logits(_built(teacher, teacher.arch, list(range(_depth(teacher.arch))), cut)), whole):
         return False
     moved = [name for name, value in cut.items() if not torch.equal(value, teacher.tensor(name))]
@@ -81,7 +81,7 @@ def is_its_masked_teacher(teacher: Checkpoint, axis: str, size: int) -> bool:
     student = _built(teacher, arch, kept["layer"].tolist(), dict(Cut(teacher.arch, arch, kept, teacher.tensor)))
     if sum(parameter.numel() for parameter in student.parameters()) != arch.num_parameters:
         return False
-    model = load_model(teacher, CPU, torch.float32)
+    model = _whole(teacher)
     for layer in range(_depth(teacher.arch)):
         for tap in teacher.arch.layer_taps(layer):
             if tap.axes == (axis,) and tap.side == "input":
@@ -97,7 +97,7 @@ def survives_without_layers(teacher: Checkpoint) -> bool:
     arch = teacher.arch.resized(num_hidden_layers=_depth(teacher.arch) - 1)
     kept = select(random_importance(teacher.arch), teacher.arch, arch)
     student = _built(teacher, arch, kept["layer"].tolist(), dict(Cut(teacher.arch, arch, kept, teacher.tensor)))
-    model = load_model(teacher, CPU, torch.float32)
+    model = _whole(teacher)
     for layer in set(range(_depth(teacher.arch))) - set(kept["layer"].tolist()):
         model.get_submodule(teacher.arch.family.layer_module(layer)).register_forward_hook(_pass_over, with_kwargs=True)
     return _agree(_logits(student), _logits(model))
@@ -113,7 +113,7 @@ def narrows(teacher: Checkpoint) -> bool:
     cut = dict(Cut(teacher.arch, arch, kept, teacher.tensor))
     ids = torch.linspace(size // 3, size - 8, NUM_TOKENS).long()
     narrow = _built(teacher, arch, kept["layer"].tolist(), cut)(input_ids=ids[None], use_cache=False).logits
-    whole = load_model(teacher, CPU, torch.float32)(input_ids=tokens[ids][None], use_cache=False).logits
+    whole = _whole(teacher)(input_ids=tokens[ids][None], use_cache=False).logits
     return _agree(narrow, whole[..., tokens])
 
 
@@ -136,7 +136,7 @@ def turns(teacher: Checkpoint) -> bool:
     read = Rotated(arch, basis, lambda name: teacher.tensor(name).double())
     tensors = {name: read(name).float() for name, _ in expected_shapes(untied(arch))}
     turned = _built(teacher, untied(arch), list(range(_depth(arch))), tensors)
-    return _agree(_logits(turned), _logits(load_model(teacher, CPU, torch.float32)))
+    return _agree(_logits(turned), _logits(_whole(teacher)))
 
 
 def reloads(teacher: Checkpoint, arch: Arch) -> bool:
@@ -145,8 +145,14 @@ def reloads(teacher: Checkpoint, arch: Arch) -> bool:
     cut = Cut(teacher.arch, arch, kept, teacher.tensor)
     with tempfile.TemporaryDirectory(prefix="minitron-proof-") as folder:
         write_pruned(teacher, cut, cut, Path(folder))
-        written = load_model(open_checkpoint(Path(folder)), CPU, torch.float32)
-        return _agree(_logits(written), _logits(_built(teacher, arch, kept["layer"].tolist(), dict(cut))))
+        return _agree(
+            _logits(_whole(open_checkpoint(Path(folder)))),
+            _logits(_built(teacher, arch, kept["layer"].tolist(), dict(cut))),
+        )
+
+
+def _whole(teacher: Checkpoint) -> Any:
+    return build_model(teacher.config, ((name, teacher.tensor(name)) for name in teacher.tensors), CPU)
 
 
 def _built(teacher: Checkpoint, arch: Arch, layers: list[int], tensors: dict[str, Tensor]) -> Any:

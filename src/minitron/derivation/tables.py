@@ -144,8 +144,10 @@ def _find_rows(made: Draft, variants: list[dict[str, Any]], kinds: list[str]) ->
         group = made.specimens
         if changes:
             group = [specimen(made.model_type, made.design, seed, **changes) for seed in range(NUM_SPECIMENS)]
-        for row in group[0].shapes.keys() - shapes.keys():
-            shapes[row], sizes[row] = [each.shapes[row] for each in group], [each.sizes for each in group]
+        # A row that some sizes lack, such as a norm for each head, is left out: its checkpoints are then refused.
+        for row in group[0].shapes:
+            if row not in shapes and all(row in each.shapes for each in group):
+                shapes[row], sizes[row] = [each.shapes[row] for each in group], [each.sizes for each in group]
         buffers = {name for name, _ in group[0].model.named_buffers()}
         for name, held in group[0].names_in_memory.items():
             made.owners.setdefault(in_general(name), made.flow.general(held.rpartition(".")[0]))
@@ -159,11 +161,11 @@ def _find_rows(made: Draft, variants: list[dict[str, Any]], kinds: list[str]) ->
         made.rows[row] = [dim for dim in dims if dim is not None]
 
 
-def _place(made: Draft, places: Mapping[str, int], row: str) -> tuple[int, bool, bool]:
+def _place(made: Draft, places: Mapping[str, int], row: str) -> tuple[int, bool, bool, str]:
     """Return the place of a row in the table; of the experts' matrices, the one that writes is the last."""
     owner = made.owners.get(row, "")
     writes = "expert" in row and len(made.rows[row]) > 1 and not made.reads(row)
-    return places.get(owner, len(places)), writes, row.endswith("bias")
+    return places.get(owner, len(places)), writes, row.endswith("bias"), row
 
 
 def _order(made: Draft) -> None:

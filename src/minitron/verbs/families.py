@@ -10,7 +10,7 @@ from minitron.errors import UserError, nearest
 from minitron.files import whole_file
 from minitron.model.anatomy import AXES
 from minitron.model.families import FAMILIES, UnsupportedFamilyError, family_of
-from minitron.model.families.table_files import COMMITTED, cached_tables, derived_types
+from minitron.model.families.table_files import cached_tables, committed_types, derived_types
 from minitron.progress import announce
 from minitron.reports.figures import Rows
 from minitron.verbs.results import Result
@@ -98,7 +98,7 @@ def derive_table(model_type: str) -> Path:
 def _origin(model_type: str) -> str:
     if model_type in FAMILIES:
         return "written"
-    return "derived" if (COMMITTED / f"{model_type}.yaml").is_file() else "derived here"
+    return "derived" if model_type in committed_types() else "derived here"
 
 
 def _axes(model_type: str) -> list[str]:
