@@ -36,6 +36,7 @@ def test_every_verb_takes_the_common_options() -> None:
             "chat": {"seed", "device", "dtype"},
             "report": {"as_json"},
             "push": {"as_json"},
+            "families": {"as_json"},
             "plan": {"as_json", "device", "dtype"},
         }
         assert needed.get(name, {"as_json", "seed", "device", "dtype"}) <= annotations, name

@@ -71,7 +71,7 @@ class Session:
     @cached_property
     def teacher(self) -> Checkpoint:
         """The teacher on disk."""
-        return open_teacher(self.recipe.teacher, self.recipe.family)
+        return open_teacher(self.recipe.teacher, self.recipe.family, text_only=self.recipe.text_only)
 
     def over(self, source: Checkpoint) -> "Session":
         """Return a session like this one that prunes or trains another model, with the teacher's tokens or fewer."""

@@ -70,6 +70,7 @@ MACHINE = (
 )
 TEXT = (
     FAMILY,
+    Setting("text_only", "text_only", "Read the text model inside a multimodal teacher.", bool, option="--text-only"),
     Setting("data", "data", "A text, JSON, CSV or parquet file, a folder, a glob, a hub data set, or wiki (built in)."),
     *MACHINE,
 )

@@ -326,7 +326,6 @@ def _stated(path: Path, family: str | None) -> tuple[dict[str, Any], str]:
     if isinstance(text, dict) and model_type not in FAMILIES:
         raise UserError(
             f"{path} is of a multimodal model ('{model_type}') around a text model "
-            f"('{text.get('model_type', 'of its default type')}'): save the text model as a checkpoint of its own "
-            "(docs/new-family.md) and take that"
+            f"('{text.get('model_type', 'of its default type')}'): --text-only reads the text model alone"
         )
     return values, family_of(model_type).model_type

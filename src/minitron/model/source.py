@@ -36,15 +36,18 @@ def cache_folder() -> Path:
     return Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron")
 
 
-def open_teacher(teacher: str, family: str | None = None) -> "Checkpoint":
+def open_teacher(teacher: str, family: str | None = None, *, text_only: bool = False) -> "Checkpoint":
     """Find and open a teacher; `family` reads it as another `model_type` than its config states.
+
+    With `text_only`, the text model inside a multimodal one is written to the cache once, and opened there.
 
     Raises:
         UserError: the teacher cannot be found, or cannot be used (see `open_checkpoint`).
     """
     from minitron.model.checkpoint import open_checkpoint
 
-    return open_checkpoint(resolve_teacher(teacher, family=family), family)
+    folder = resolve_teacher(teacher, family=family)
+    return open_checkpoint(text_model_of(folder) if text_only else folder, family)
 
 
 def resolve_teacher(teacher: str, weights: bool = True, family: str | None = None) -> Path:
@@ -165,6 +168,24 @@ def convert_quantised(source: Path, family: str | None = None) -> Path:
     step = {"step": "dequantise", "method": method, "bits": bits, "dtype": quantised.dtype_name}
     with courtesy(f"the history of {folder}"):
         _write_history(folder, history_of(source).then(step))
+    return folder
+
+
+def text_model_of(source: Path) -> Path:
+    """Return a folder in the cache with the text model inside a multimodal one, or a text model's own folder.
+
+    Raises:
+        UserError: see `wrapped.extract_text`.
+    """
+    from minitron.model.wrapped import extract_text, inputs_of, is_wrapped
+
+    if not is_wrapped(source):
+        return source
+    name = (hub_id_of(source.resolve()) or source.resolve().name).replace("/", "--")
+    folder = cache_folder() / f"{name}-text-{content_hash(name, inputs_of(source), cache_folder())}"
+    extract_text(source, folder)
+    with courtesy(f"the history of {folder}"):
+        _write_history(folder, history_of(source))
     return folder
 
 

@@ -53,6 +53,8 @@ class Recipe(Part):
     named stay as they are."""
     family: str | None = None
     """Read the teacher as a model of this `model_type`, whatever its config says. None uses the config's."""
+    text_only: bool = False
+    """Whether to read the text model inside a multimodal teacher, whose images nothing will read any more."""
     data: Data = "wiki"
     """Text: a file of text, JSON, CSV, parquet or Arrow, a folder or a glob of such files, a hub data set
     (`org/name:config:split`), or the built-in `wiki`; or a mixture that maps sources to weights, by characters."""

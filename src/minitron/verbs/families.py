@@ -69,7 +69,9 @@ def with_tables(call: Callable[[], Answer]) -> Answer:
             try:
                 derive_table(error.model_type)
             except UserError as reason:
-                raise UserError(f"{error}; none could be derived: {reason}") from error
+                raise UserError(
+                    f"model_type '{error.model_type}' has no table, and none could be derived: {reason}"
+                ) from error
 
 
 def derive_table(model_type: str) -> Path:

@@ -25,7 +25,8 @@ class UnsupportedFamilyError(UserError):
     """The `model_type` has no table."""
 
     def __init__(self, model_type: str, hint: str = "") -> None:
-        super().__init__(f"model_type '{model_type}' has no table (minitron families lists those that have){hint}")
+        derives = f" yet: minitron families {model_type} derives one"
+        super().__init__(f"model_type '{model_type}' has no table{hint or derives}")
         self.model_type = model_type
         self.can_be_derived = not hint
 

@@ -20,22 +20,31 @@ PARSERS = {"rows": parse_rows, "taps": parse_taps, "norms": parse_norms}
 PARTS = {"product": Product, "demand": Demand, "kinds": LayerKinds}
 
 _under_proof: dict[str, Family] = {}
+_read_tables: dict[tuple[str, str], Family] = {}
 
 
 def cached_tables() -> Path:
     """Return the folder of the tables that were derived on this machine, for the installed transformers."""
     root = Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron")
-    return root / "families" / f"transformers-{version('transformers')}"
+    return root / "families" / f"transformers-{_transformers_version()}"
+
+
+_transformers_version = cache(lambda: version("transformers"))
 
 
 def derived_family(model_type: str) -> Family | None:
     """Return the derived family of a `model_type`: committed, or cached on this machine; None if there is none."""
-    if not model_type.isidentifier() and not model_type.replace("-", "_").isidentifier():
-        return None
-    for folder in (COMMITTED, cached_tables()):
-        if (file := folder / f"{model_type}.yaml").is_file():
-            return _read(file)
-    return None
+    return _family_in(COMMITTED, model_type) or _family_in(cached_tables(), model_type)
+
+
+def _family_in(folder: Path, model_type: str) -> Family | None:
+    """Return the family of a table in a folder; what was read once is kept."""
+    key = str(folder), model_type
+    if key not in _read_tables and model_type.replace("-", "_").isidentifier():
+        file = folder / f"{model_type}.yaml"
+        if file.is_file():
+            _read_tables[key] = parse_table(file.read_text(encoding="utf-8"))
+    return _read_tables.get(key)
 
 
 def family_under_proof(model_type: str) -> Family | None:
@@ -61,11 +70,6 @@ def known(family: Family) -> Iterator[None]:
         yield
     finally:
         del _under_proof[family.model_type]
-
-
-@cache
-def _read(file: Path) -> Family:
-    return parse_table(file.read_text(encoding="utf-8"))
 
 
 def parse_table(text: str) -> Family:
