@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from minitron.derivation.proof import permuted, random_importance
 from minitron.errors import UserError
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
@@ -23,16 +24,11 @@ from minitron.model.config import student_config
 from minitron.model.language_model import build_model, load_model
 from minitron.pruning.cut import Cut, write_pruned
 from minitron.pruning.cut import cut_to as pruned_to
-from minitron.pruning.selection import Kept, score_shape, select
+from minitron.pruning.selection import Kept, select
 from minitron.recipe import CUT_ONLY
 from tests.conftest import INPUT_IDS, VARIANTS, make_model, variants_by, variants_that
 
 CPU = torch.device("cpu")
-
-
-def random_importance(arch: Arch, seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {axis: torch.rand(score_shape(arch, axis), generator=generator) for axis in arch.prunable_axes}
 
 
 def build(teacher: Checkpoint, arch: Arch, kept: Kept) -> Any:
@@ -54,21 +50,6 @@ def whole_logits(folder: Path) -> Tensor:
 def everything(arch: Arch) -> Kept:
     """All entries of every axis, in order."""
     return select(random_importance(arch), arch, arch)
-
-
-def permuted(arch: Arch, axis: str) -> Kept:
-    """All entries of every axis, those of one axis moved on by one: those of groups inside them, groups with theirs."""
-    kept = everything(arch)
-    groups = arch.axis_size(arch.grouped[axis]) if axis in arch.grouped else 1
-    per_group = arch.axis_size(axis) // groups
-    for entries in kept[axis].view(-1, groups, per_group).unbind():
-        for group in entries:
-            group.copy_(group.roll(1))
-    for inner, outer in arch.grouped.items():
-        if outer == axis:
-            count = arch.entries(inner)
-            kept[inner] = (kept[axis][..., None] * count + torch.arange(count)).flatten(-2)
-    return kept
 
 
 AXES_WITHIN_LAYERS = ["hidden", "ffn", "expert", "expert_ffn", "shared_ffn", "latent", "query", "kv", "mhead", "mchan"]
