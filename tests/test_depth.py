@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from minitron.data.blocks import Blocks
+from minitron.derivation.proof import random_importance
 from minitron.errors import UserError
 from minitron.evaluation.multiple_choice import accuracy, read_items
 from minitron.model.checkpoint import Checkpoint
@@ -23,7 +24,6 @@ from minitron.pruning.depth import score_depth
 from minitron.pruning.selection import LAYER_BLOCKS, ranked_depth, select
 from minitron.recipe import DepthRecipe
 from tests.conftest import MECHANISMS, byte_tokenizer
-from tests.test_trim import random_importance
 
 CPU = torch.device("cpu")
 

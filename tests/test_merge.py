@@ -5,11 +5,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from minitron.derivation.proof import random_importance
 from minitron.model.checkpoint import Checkpoint
 from minitron.pruning.cut import Cut
 from minitron.pruning.head_merge import merge_partners
 from minitron.pruning.selection import select
-from tests.test_trim import random_importance
 
 
 def test_heads_are_paired_across_the_cut(teachers: Callable[[str], Checkpoint]) -> None:

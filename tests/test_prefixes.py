@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minitron.data.blocks import Blocks
+from minitron.derivation.proof import random_importance
 from minitron.errors import UserError
 from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
@@ -23,7 +24,7 @@ from minitron.pruning.selection import select
 from minitron.recipe import CUT_ONLY, CalibrationRecipe, PruneRecipe
 from minitron.runtime import Runtime
 from tests.conftest import MECHANISMS, variant_arch, variants_by, variants_that
-from tests.test_trim import CPU, CUTS, build, can_cut, logits, random_importance
+from tests.test_trim import CPU, CUTS, build, can_cut, logits
 from tests.test_trim import cut_to as shape_cut
 
 RUNTIME = Runtime(CPU, torch.float32)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from minitron.data.blocks import Blocks
+from minitron.derivation.proof import random_importance
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from minitron.pruning.writers import correction
 from minitron.recipe import CUT_ONLY, CalibrationRecipe, PruneRecipe
 from minitron.runtime import Runtime
 from tests.conftest import MECHANISMS
-from tests.test_trim import cut_everywhere, random_importance
+from tests.test_trim import cut_everywhere
 
 CPU = torch.device("cpu")
 RUNTIME = Runtime(CPU, torch.float32)
