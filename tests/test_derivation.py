@@ -14,6 +14,7 @@ from minitron.derivation.proof import checkpoint_of, is_its_masked_teacher, move
 from minitron.derivation.specimens import DESIGNS, Design, specimen
 from minitron.derivation.tables import draft
 from minitron.errors import UserError
+from minitron.model.config import decided_values
 from minitron.model.families import FAMILIES, family_of, table_files
 from minitron.model.families.table_files import COMMITTED, in_text, parse_table
 from minitron.model.family import Family
@@ -152,15 +153,24 @@ def test_a_model_without_a_table_gets_one_and_is_pruned(
     assert result["arch"]["intermediate_size"] == 64
     assert len(list((tmp_path / "cache").rglob("cohere.yaml"))) == 1
     assert verb("families", "cohere")["cohere"]["table"] == "derived here"
-    assert verb("families")["llama"] == {"table": "written", "axes": family_axes("llama")}
+    assert verb("families")["llama"] == {
+        "table": "written",
+        "axes": [
+            "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+            "num_hidden_layers",
+        ],
+    }  # fmt: skip
 
 
-def family_axes(model_type: str) -> list[str]:
-    assert model_type == "llama"
-    return [
-        "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-        "num_hidden_layers",
-    ]  # fmt: skip
+def test_a_config_of_a_derived_family_is_read_by_transformers() -> None:
+    """A derived table holds no defaults, so that a file that leaves out head_dim does not decide the sizes."""
+    stated = {
+        "vocab_size": 258, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6,
+        "num_key_value_heads": 3, "sliding_window": None, "tie_word_embeddings": False, "attention_bias": False,
+        "mlp_bias": False,
+    }  # fmt: skip
+    assert decided_values(stated, family_of("llama")) is not None
+    assert decided_values(stated, family_of("glm")) is None
 
 
 def test_a_type_that_transformers_lacks_is_one_line(verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:

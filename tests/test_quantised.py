@@ -17,12 +17,13 @@ from transformers.integrations.mxfp4 import FP4_VALUES
 
 import minitron
 from minitron.errors import UserError
+from minitron.files import cache_folder
 from minitron.history import History, history_of
 from minitron.model import content
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.crosscheck import require_one_reading
 from minitron.model.quantised.methods import METHODS
-from minitron.model.source import cache_folder, open_teacher
+from minitron.model.source import open_teacher
 from minitron.model.weights import DEQUANTISED
 from tests.conftest import make_model
 

@@ -16,6 +16,11 @@ from minitron.errors import UserError
 PARTIAL = ".partial"
 
 
+def cache_folder() -> Path:
+    """Return the folder of converted teachers and derived tables: `$MINITRON_CACHE`, or `~/.cache/minitron`."""
+    return Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron")
+
+
 def partial_path(path: Path) -> Path:
     """Return the hidden path next to `path`, on the same file system, that is written first and renamed at the end."""
     return path.with_name(f".{path.name}{PARTIAL}")

@@ -200,17 +200,22 @@ def verb(
 
 
 def _with_tables(call: Callable[[], Any]) -> Any:
-    """Call a verb; if a model's family has no table, derive it and call again."""
+    """Call a verb; if a model's family has no table, derive it and call the verb again.
+
+    Verbs read the configs of their models before anything else, so that nothing is lost.
+    """
     try:
         return call()
     except UserError as error:
         from minitron.model.families import UnsupportedFamilyError
 
-        if not isinstance(error, UnsupportedFamilyError):
+        if not isinstance(error, UnsupportedFamilyError) or not error.can_be_derived:
             raise
-    from minitron.verbs.families import with_tables
+        model_type = error.model_type
+    from minitron.verbs.families import derive_table
 
-    return with_tables(call)
+    derive_table(model_type)
+    return _with_tables(call)
 
 
 def _assignment(text: str) -> tuple[str, Any]:

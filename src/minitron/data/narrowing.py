@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from minitron.data.tokens import load_tokenizer
 from minitron.data.vocabulary import Vocabulary
-from minitron.files import read_json, require_space, require_writable, whole_folder, write_json
+from minitron.files import cache_folder, read_json, require_space, require_writable, whole_folder, write_json
 from minitron.history import Step, record_step
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.config import student_config
-from minitron.model.source import cache_folder
 from minitron.model.writing import write_checkpoint
 from minitron.progress import Progress
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minitron.data.blocks import Blocks
-from minitron.model.source import cache_folder
+from minitron.files import cache_folder
 
 SPILL_BYTES = 2**30
 """A stream larger than this is kept in a file instead of in memory."""

@@ -29,7 +29,7 @@ def dimension_of(sizes: Sequence[int], specimens: Sequence[Mapping[str, int]]) -
     products and copies follow each other is not visible in sizes: see `orders`.
     """
     known = [axis for axis in specimens[0] if axis not in {"layer", "head_dim", "chosen"}]
-    # A config without head_dim makes hidden equal to query times head_dim: see `flow` for which of both is meant.
+    # A config without head_dim makes hidden equal to query times head_dim: `tables` decides which of both is meant.
     single: list[Segment] = [(axis,) for axis in known] + [
         factors
         for factors in (*PRODUCTS, ("head_dim",))

@@ -68,7 +68,6 @@ FIXED: dict[str, Any] = {
 }
 """Entries that are set where a config has them: ids within the small vocabulary, and what must suit small sizes."""
 
-
 REQUIRED: dict[str, Any] = {"n_shared_experts": 1}
 """Entries without which a model cannot be built though its config class leaves them open."""
 

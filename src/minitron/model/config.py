@@ -185,8 +185,10 @@ def decided_values(stated: Mapping[str, Any], family: Family) -> dict[str, Any] 
 
     `stated` are the entries of the file. None is returned for an entry that is neither read nor `HARMLESS`, for one
     that is read and of another type than expected or missing without a constant default, for layers whose windows the
-    config class computes, and for a shape that the config class may refuse.
+    config class computes, for a shape that the config class may refuse, and for families with a derived table.
     """
+    if family.model_type not in FAMILIES:  # a derived table holds no defaults
+        return None
     names = _names_read(family)
     renamed = {AXES[axis] for axis, name in family.config_names.items() if name != AXES[axis]}
     if family.kinds:

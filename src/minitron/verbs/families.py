@@ -1,21 +1,18 @@
 """`minitron families`: the families that have a table, what of each can be pruned, and the table of another one."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from minitron.errors import UserError, nearest
 from minitron.files import whole_file
 from minitron.model.anatomy import AXES
-from minitron.model.families import FAMILIES, UnsupportedFamilyError, family_of
+from minitron.model.families import FAMILIES, family_of
 from minitron.model.families.table_files import cached_tables, committed_types, derived_types
 from minitron.progress import announce
 from minitron.reports.figures import Rows
 from minitron.verbs.results import Result
-
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,30 +47,6 @@ def families(model_type: str | None = None) -> Families:
     return Families(origins, {name: _axes(name) for name in names})
 
 
-def with_tables(call: Callable[[], Answer]) -> Answer:
-    """Return what a call returns; where it meets a `model_type` without a table, derive the table and call again.
-
-    A verb reads the configs of its models before anything else, so that nothing is lost.
-
-    Raises:
-        UserError: whatever the call raises, or no table can be derived.
-    """
-    tried: set[str] = set()
-    while True:
-        try:
-            return call()
-        except UnsupportedFamilyError as error:
-            if error.model_type in tried or not error.can_be_derived:
-                raise
-            tried.add(error.model_type)
-            try:
-                derive_table(error.model_type)
-            except UserError as reason:
-                raise UserError(
-                    f"model_type '{error.model_type}' has no table, and none could be derived: {reason}"
-                ) from error
-
-
 def derive_table(model_type: str) -> Path:
     """Derive and prove the table of a `model_type`, and keep it for this machine and version of transformers.
 
@@ -88,9 +61,11 @@ def derive_table(model_type: str) -> Path:
             f"{nearest(model_type, list(FAMILIES))}"
         )
     announce(f"{model_type} has no table yet: deriving and proving one from transformers, which takes some seconds")
-    derived = derive(model_type)
+    try:
+        derived = derive(model_type)
+    except UserError as error:
+        raise UserError(f"model_type '{model_type}' has no table, and none could be derived: {error}") from error
     file = cached_tables() / f"{model_type}.yaml"
-    file.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(file) as staging:
         staging.write_text(derived.in_text(), encoding="utf-8")
     announce(f"{model_type} can be pruned along {', '.join(derived.axes)}: {file}")

@@ -1,7 +1,6 @@
 """Families that were derived from transformers and proven, each a file of `derived/` with rows, taps and norms."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, fields
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from minitron.files import cache_folder
 from minitron.model.family import Demand, Family, LayerKinds, Product
 from minitron.model.grammar import parse_norms, parse_rows, parse_taps
 
@@ -25,8 +25,7 @@ _read_tables: dict[tuple[str, str], Family] = {}
 
 def cached_tables() -> Path:
     """Return the folder of the tables that were derived on this machine, for the installed transformers."""
-    root = Path(os.environ.get("MINITRON_CACHE") or Path.home() / ".cache" / "minitron")
-    return root / "families" / f"transformers-{_transformers_version()}"
+    return cache_folder() / "families" / f"transformers-{_transformers_version()}"
 
 
 _transformers_version = cache(lambda: version("transformers"))
@@ -40,7 +39,7 @@ def derived_family(model_type: str) -> Family | None:
 def _family_in(folder: Path, model_type: str) -> Family | None:
     """Return the family of a table in a folder; what was read once is kept."""
     key = str(folder), model_type
-    if key not in _read_tables and model_type.replace("-", "_").isidentifier():
+    if key not in _read_tables and Path(model_type).name == model_type:
         file = folder / f"{model_type}.yaml"
         if file.is_file():
             _read_tables[key] = parse_table(file.read_text(encoding="utf-8"))
