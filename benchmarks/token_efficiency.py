@@ -11,8 +11,10 @@ installation holds). Each gives one line of JSON. The teacher's outputs on the t
 block length and vocabulary in WORK, and pruned models once per arm, shape and seed. The batch is given in tokens; a
 batch shorter than a block shortens the blocks that are trained on. With `--epochs`, the given tokens are processed, and
 the text is that number of times shorter. A shape is one of `SHAPES`, or sizes
-(`vocab_size=24576,intermediate_size=1024`). `show` prints what every arm reaches at its best rate and batch, and how
-many tokens the better of the published methods takes for it, by seed.
+(`vocab_size=24576,intermediate_size=1024`). A student with fewer tokens than the teacher is measured on the text of the
+teacher's blocks, each written with the student's tokens, and its perplexity is per token of the teacher. `show` prints
+what every arm reaches at its best rate and batch, and how many tokens the better of the published methods takes for it,
+by seed.
 """
 
 import argparse
@@ -33,9 +35,10 @@ from prune_quality import SHAPES, read_wikitext
 
 from minitron.data.blocks import Blocks
 from minitron.data.packing import read_blocks
+from minitron.data.tokens import load_tokenizer
 from minitron.distillation import stored_teacher
 from minitron.distillation.trainer import Trainer
-from minitron.evaluation.perplexity import measure_perplexity
+from minitron.evaluation.perplexity import Perplexity, measure_perplexity
 from minitron.files import read_jsonl
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model
@@ -118,12 +121,14 @@ class Bench:
 
         It prunes the teacher narrowed to the vocabulary of a shape, if that is smaller.
         """
+        size = sizes_of(shape).get("vocab_size")
         base = {
-            "teacher": self.teacher, "context": context, "seed": seed, "search.tokens": CONTEXT,
+            "teacher": self.teacher, "context": context, "seed": seed,
+            # The teacher's evaluation text is longer in a student's tokens, and must end before the training text.
+            "search.tokens": EVALUATION_TOKENS if size else CONTEXT,
             "evaluation.tokens": EVALUATION_TOKENS, "calibration.tokens": 16_384, "distill.tokens": self.most_tokens,
         }  # fmt: skip
         session = Session(recipe_from(None, **(base | self.settings | settings)))
-        size = sizes_of(shape).get("vocab_size")
         return session if size is None else over_vocabulary(session, size)
 
     def row(self, trial: Trial) -> dict[str, Any]:
@@ -184,22 +189,37 @@ class Bench:
         }
 
     def figures(self, model: Any, trial: Trial) -> dict[str, Any]:
-        """Return perplexity and bits per byte on every text, written with the tokens of the trial's shape."""
-        texts = {
-            "near": self.session(trial.seed, shape=trial.shape).splits.evaluation,
-            **self._other_texts(trial.shape),
+        """Return perplexity, per token of the teacher, and bits per byte on every text."""
+        texts = {"near": self.session(trial.seed).splits.evaluation, **self._other_texts()}
+        tokenizers = [load_tokenizer(folder) for folder in (self.session(0).teacher.folder, self.pruned(trial))]
+        is_cut = len(tokenizers[1]) < len(tokenizers[0])
+        found = {
+            name: _over_text(model, blocks, tokenizers) if is_cut else measure_perplexity(model, blocks)
+            for name, blocks in texts.items()
         }
-        found = {name: measure_perplexity(model, blocks) for name, blocks in texts.items()}
         return {
             name: {"perplexity": round(each.perplexity, 3), "bits_per_byte": round(each.bits_per_byte, 5)}
             for name, each in found.items()
         }
 
-    def _other_texts(self, shape: str) -> dict[str, Blocks]:
+    def _other_texts(self) -> dict[str, Blocks]:
         """Return the texts that are unlike the training text, in blocks."""
-        session = self.session(0, shape=shape)
+        session = self.session(0)
         texts = {"technical": _python_reference(self.work, session)}
         return texts | ({"far": read_wikitext(self.wikitext, session)} if self.wikitext else {})
+
+
+def _over_text(model: Any, blocks: Blocks, tokenizers: list[Any]) -> Perplexity:
+    """Measure a student with fewer tokens on the text of a teacher's blocks; `tokenizers` are the teacher's and its."""
+    teacher, student = tokenizers
+    found, nll = [], 0.0
+    for text in teacher.batch_decode(blocks.ids):
+        ids = torch.tensor([student(text, add_special_tokens=False)["input_ids"]])
+        found.append(measure_perplexity(model, Blocks(ids, torch.ones_like(ids, dtype=torch.int32))))
+        nll += math.log(found[-1].perplexity) * found[-1].num_tokens
+    num_tokens, num_bytes = blocks.ids[:, 1:].numel(), int(blocks.num_bytes[:, 1:].sum())
+    perplexity, bits_per_byte = math.exp(nll / num_tokens), nll / math.log(2) / num_bytes
+    return replace(found[0], perplexity=perplexity, bits_per_byte=bits_per_byte, num_tokens=num_tokens)
 
 
 def main() -> None:
