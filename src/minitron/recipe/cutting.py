@@ -45,6 +45,9 @@ class VocabularyRecipe(Part):
     trim: bool = False
     """Let the search choose the size of the vocabulary too, among those that cover 95 to 99.5 % of the training text's
     tokens, or those of `search.space.vocab_size`. Off by default: what leaves is rare words and other languages."""
+    tokens: Count = 1_000_000
+    """Tokens of text by whose counts tokens are chosen: the training text, and what follows it in the data. Counting is
+    cheap, and a short training text lacks words that the student will read."""
     merge_rows: bool = True
     """Give a piece, in embeddings and output matrix, the mean by occurrences of its own row and of those of the tokens
     that leave and begin with it. Without, its row stays as it is."""
