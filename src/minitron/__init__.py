@@ -46,6 +46,7 @@ _HOMES = {
     "plan": "verbs.plan",
     "prune": "verbs.prune",
     "push": "verbs.push",
+    "rejoin": "verbs.rejoin",
     "report": "verbs.report",
     "search": "verbs.search",
 }
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from minitron.verbs.plan import plan as plan
     from minitron.verbs.prune import prune as prune
     from minitron.verbs.push import push as push
+    from minitron.verbs.rejoin import rejoin as rejoin
     from minitron.verbs.report import report as report
     from minitron.verbs.search import search as search
 

@@ -150,6 +150,17 @@ def export(
     )
 
 
+@verb(has_recipe=False)
+def rejoin(
+    student: Annotated[Path, typer.Argument(help="A run directory made with --text-only, or a student's folder.")],
+    whole: Annotated[str, typer.Argument(help="The multimodal model whose text model was the teacher.")],
+    out: Out,
+    overwrite: Overwrite = False,
+) -> Any:
+    """Put a student back into the multimodal model whose text model it was made of: a Hugging Face folder at OUT."""
+    return imported("verbs.rejoin").rejoin(student, whole, out, overwrite=overwrite)
+
+
 def _serving(settings: dict[str, Any]) -> dict[str, Any]:
     """Let `--context` be that of the sequences served, where a limit on serving is given."""
     is_served = any(f"budget.{limit}" in settings for limit in ("memory", "throughput", "latency"))

@@ -42,14 +42,7 @@ def extract_text(source: Path, folder: Path) -> None:
     """
     from minitron.model.writing import copy_companions, write_tensors
 
-    config = _text_config(source)
-    family = family_of(config["model_type"])
-    files = locate_tensors(source)
-    names = {stored: name for stored in files if (name := _own_name(stored)) and family.match(name)}
-    if lost := [name for name in files if name not in names and any(place in name for place in PLACES)]:
-        raise UserError(f"{source}: tensor {lost[0]} of the text model has no place in a {family.model_type} model")
-    if not names:
-        raise UserError(f"{source}: no tensor belongs to a {family.model_type} model")
+    config, names, files = _text_config(source), own_names(source), locate_tensors(source)
     config[TIED] = not any(name == "lm_head.weight" for name in names.values())
     num_bytes = sum(path.stat().st_size for path in set(files.values()))
 
@@ -68,6 +61,21 @@ def extract_text(source: Path, folder: Path) -> None:
                 copy_companions(source, staging)
                 write_json(staging / "config.json", config)
     logging.warning("%s: its text model alone is read, from %s; images are not", source, folder)
+
+
+def own_names(source: Path) -> dict[str, str]:
+    """Return the tensors in files that belong to the text model, each with the name it has in that model by itself.
+
+    Raises:
+        UserError: a tensor of the text model matches no row of its family, or there is none.
+    """
+    family, files = family_of(_text_config(source)["model_type"]), locate_tensors(source)
+    names = {stored: name for stored in files if (name := _own_name(stored)) and family.match(name)}
+    if lost := [name for name in files if name not in names and any(place in name for place in PLACES)]:
+        raise UserError(f"{source}: tensor {lost[0]} of the text model has no place in a {family.model_type} model")
+    if not names:
+        raise UserError(f"{source}: no tensor belongs to a {family.model_type} model")
+    return names
 
 
 def inputs_of(source: Path) -> list[Path]:

@@ -1,0 +1,55 @@
+"""Put a student back into the multimodal model whose text model it was made of."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minitron.verbs.results import Result
+
+
+@dataclass(frozen=True, repr=False)
+class Whole(Result):
+    """A folder with a multimodal model."""
+
+    out: Path
+    moved: tuple[str, ...]
+    """Tensors outside the text model that were fitted to the student's stream."""
+    copied: int
+    """Tensors outside the text model that stayed as they are."""
+    residual: float
+    """The share of the student's squared embeddings that no linear map of the teacher's gives."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the folder and what was done."""
+        return {"out": str(self.out), "moved": list(self.moved), "copied": self.copied, "residual": self.residual}
+
+
+def rejoin(student: str | Path, whole: str, out: str | Path, *, overwrite: bool = False) -> Whole:
+    """Write a multimodal model with a student in the place of its text model into a new folder at `out`.
+
+    `student` is a run directory made with `text_only`, or a model folder; `whole` is the multimodal model, a hub id or
+    a folder. What writes the text model's stream, such as a projector's outputs, is fitted to the student's channels;
+    everything else is copied.
+
+    Raises:
+        UserError: `whole` holds no text model, the student does not fit into it, or `out` may not be written.
+    """
+    from minitron.history import record_step
+    from minitron.model.checkpoint import open_checkpoint
+    from minitron.model.rejoined import rejoin as write
+    from minitron.model.source import open_teacher, resolve_teacher
+    from minitron.output import Output
+
+    run = Path(student)
+    source = open_checkpoint(run / "student" if (run / "student").is_dir() else run)
+    folder = resolve_teacher(whole)
+    output = Output(Path(out).absolute(), "config.json")
+    output.require_usable(overwrite, (source.folder, folder))
+    teacher = open_teacher(whole, text_only=True)
+    with output.work("rejoin") as work:
+        written = work / "whole"
+        written.mkdir()
+        found = write(source, teacher, folder, written)
+        record_step(written, source.folder, {"step": "rejoin", "moved": list(found.moved)})
+        output.publish(written)
+    return Whole(output.path, found.moved, found.copied, found.residual)
