@@ -15,10 +15,13 @@ from filelock import FileLock
 from minitron.errors import UserError, courtesy
 from minitron.files import cache_folder, require_space, require_writable, whole_file, whole_folder, write_json
 from minitron.history import HISTORY, HUB_ID, History, Step, history_of, history_of_card, hub_id_of
+from minitron.model.adapter import CONFIG, base_of, is_adapter
+from minitron.model.adapter import WEIGHTS as WEIGHTS_OF_ADAPTER
+from minitron.model.adapter import merge as merge_adapter
 from minitron.model.config import COMPANIONS, config_values
 from minitron.model.content import content_hash
 from minitron.model.families import family_of
-from minitron.model.weights import FLOATS
+from minitron.model.weights import FLOATS, locate_tensors
 from minitron.progress import Progress
 
 if TYPE_CHECKING:
@@ -56,14 +59,23 @@ def resolve_teacher(teacher: str, weights: bool = True, family: str | None = Non
         return convert_gguf(package_file(*BUILT_IN[teacher]), CARDS / f"{teacher}.md")
     path = Path(teacher).expanduser()
     if path.is_dir():
-        return convert_quantised(path, family) if weights else path
+        return _plain(path, weights, family)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"teacher {path} does not exist")
         return convert_gguf(path)
     if path.exists():
         raise UserError(f"teacher {path} is neither a folder nor a .gguf file")
-    found = download(teacher, weights, family)
+    return _plain(download(teacher, weights, family), weights, family)
+
+
+def _plain(found: Path, weights: bool, family: str | None) -> Path:
+    """Return a folder of plain weights for one that was found: an adapter is merged, quantised weights dequantised.
+
+    Without `weights`, only the config matters, which is that of the base model where the folder holds an adapter.
+    """
+    if is_adapter(found):
+        return merged_adapter(found, family) if weights else resolve_teacher(base_of(found), False, family)
     return convert_quantised(found, family) if weights else found
 
 
@@ -162,6 +174,39 @@ def convert_quantised(source: Path, family: str | None = None) -> Path:
     step = {"step": "dequantise", "method": method, "bits": bits, "dtype": quantised.dtype_name}
     with courtesy(f"the history of {folder}"):
         _write_history(folder, history_of(source).then(step))
+    return folder
+
+
+def merged_adapter(source: Path, family: str | None = None) -> Path:
+    """Merge an adapter into its base model, in a folder in the cache, once per content, and return that folder.
+
+    Raises:
+        UserError: the base model cannot be found, or see `adapter.base_of` and `adapter.merge`.
+    """
+    base_name = base_of(source)
+    try:
+        base = resolve_teacher(base_name, family=family)
+    except UserError as error:
+        raise UserError(f"adapter {source} is of the base model '{base_name}': {error}") from error
+    files = [
+        source / CONFIG,
+        source / WEIGHTS_OF_ADAPTER,
+        base / "config.json",
+        *sorted(set(locate_tensors(base).values())),
+    ]
+    companions = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
+    name = (hub_id_of(source.resolve()) or source.resolve().name).replace("/", "--")
+    folder = cache_folder() / f"{name}-merged-{content_hash(name, [*files, *companions], cache_folder())}"
+    logging.warning("%s holds an adapter of %s: read merged, from %s", source, base_name, folder)
+    require_writable(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():  # another process may have merged it
+            require_space(folder, sum(path.stat().st_size for path in files))
+            with Progress(f"merge {name}"), whole_folder(folder) as staging:
+                merge_adapter(source, base, staging)
+    with courtesy(f"the history of {folder}"):
+        _write_history(folder, history_of(base).then({"step": "merge", "adapter": name, "base": base_name}))
     return folder
 
 
@@ -295,11 +340,21 @@ def download(hub_id: str, weights: bool = True, family: str | None = None) -> Pa
         UserError: the hub has no such model, cannot be reached or denies access, or see `config.read_config`.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
 
     try:
         with Progress(f"download {hub_id}"):
-            config = Path(hf_hub_download(hub_id, "config.json"))
+            try:
+                config = Path(hf_hub_download(hub_id, "config.json"))
+            except EntryNotFoundError:
+                hf_hub_download(hub_id, CONFIG)
+                return Path(snapshot_download(hub_id, allow_patterns=["adapter_*", "README.md", *COMPANIONS]))
             config_values(config, family)
             if not weights:
                 return config

@@ -194,9 +194,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _without_weights(folder: Path) -> UserError:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
+        # transformers reads such files with weights_only=True, which builds tensors and runs nothing else.
+        convert = "from transformers import AutoModelForCausalLM as M; M.from_pretrained(f).save_pretrained(f)"
         return UserError(
-            f"{folder} holds pickled weights ({pickles[0]}), which can execute code when loaded; "
-            "convert them to safetensors first (save_pretrained writes them)"
+            f"{folder} holds pickled weights ({pickles[0]}), which can execute code when loaded; this command reads "
+            f"tensors alone, and writes model.safetensors beside them: python -c \"f='{folder}'; {convert}\""
         )
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     if shards:

@@ -10,11 +10,13 @@ from minitron.reports.figures import Rows, versions_in_words
 
 TITLES = {
     "dequantise": "Dequantisation of the teacher",
+    "merge": "Merging of the teacher's adapter",
     "narrow": "Cut of the vocabulary",
     "prune": "Pruning",
     "correct": "Correction of the teacher",
     "distill": "Distillation",
     "quantise": "Quantisation",
+    "rejoin": "Return into the multimodal model",
 }
 SCHEMES = {
     "fp8": "FP8 (E4M3), a scale for each row",
@@ -79,6 +81,10 @@ def step_table(step: Step) -> Rows:
     """Return what a step did, a row per setting; the head is empty."""
     if step["step"] == "dequantise":
         return [["", ""], ["weights stored", stored_weights(step)], ["read in", step["dtype"]]]
+    if step["step"] == "merge":
+        return [["", ""], ["adapter", step["adapter"]], ["base model", model_name(step["base"])]]
+    if step["step"] == "rejoin":
+        return [["", ""], ["fitted to the stream", ", ".join(step["moved"]) or "nothing: its width stayed"]]
     if step["step"] == "prune":
         return [["", ""], *(_random_rows(step) if "random_seed" in step else _pruning_rows(step)), *_common_rows(step)]
     if step["step"] == "narrow":
