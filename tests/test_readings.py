@@ -275,7 +275,7 @@ def in_a_cache(folder: Path) -> None:
         (in_a_wrapper("_orig_mod."), "torch.compile wraps: save the model inside it"),
         (in_a_wrapper("module."), "DataParallel wraps"),
         (in_a_wrapper("base_model.model."), r"merge its adapter \(`merge_and_unload`\)"),
-        (in_a_wrapper("language_model."), "multimodal model: save its text model as a checkpoint of its own"),
+        (in_a_wrapper("language_model."), "multimodal model: --text-only reads its text model"),
         (lambda folder: edit(folder, model_type="x", text_config={"model_type": "llama"}), "around a text model"),
         (lambda folder: edit(folder, "hf_quant_config.json"), "quantised by NVIDIA Model Optimizer"),
         (lambda folder: edit(folder, "quantize_config.json"), "quantised by GPTQ"),

@@ -209,7 +209,7 @@ def test_parts_outside_stay_where_the_stream_keeps_its_width(tmp_path: Path, ver
 def test_a_plain_model_and_other_tokens_are_refused(tmp_path: Path, verb: Verb, text_file: Path) -> None:
     source = make_wrapped(tmp_path / "whole", "mistral3")
     plain = text_model_of(source)
-    with pytest.raises(AssertionError, match="is no multimodal model"):
+    with pytest.raises(AssertionError, match="is not a multimodal model"):
         verb("rejoin", plain, plain, tmp_path / "out")
     other = make_wrapped(tmp_path / "other", "mistral3")
     values = read_json(other / "config.json")

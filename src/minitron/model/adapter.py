@@ -3,7 +3,6 @@
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import Any
 
 from minitron.errors import UserError
 from minitron.files import read_json
@@ -46,20 +45,22 @@ def merge(adapter: Path, base: Path, folder: Path) -> None:
     Raises:
         UserError: the adapter does not fit the model, or is of a kind that cannot be merged.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **local)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True, trust_remote_code=False)
         if (rows := _rows(adapter)) > model.get_input_embeddings().weight.shape[0]:
             model.resize_token_embeddings(rows)
-        with warnings.catch_warnings(action="ignore"):  # whether everything was loaded is checked below
-            adapted = PeftModel.from_pretrained(model, str(adapter))
         with naming(adapter / WEIGHTS):
-            stored = set(open_safetensors(adapter / WEIGHTS).keys())
+            stored = load_file(adapter / WEIGHTS)
+        with warnings.catch_warnings(action="ignore"):  # whether everything was loaded is checked below
+            config = PeftConfig.from_peft_type(**read_json(adapter / CONFIG))
+            adapted = get_peft_model(model, config)
+            set_peft_model_state_dict(adapted, stored)
         loaded = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        if strange := sorted((stored ^ loaded) - _embeddings(stored | loaded)):
+        if strange := sorted((stored.keys() ^ loaded) - _embeddings(stored.keys() | loaded)):
             raise UserError(f"adapter {adapter} does not fit {base}: {strange[0]} is in one of them alone")
         adapted.merge_and_unload(safe_merge=True).save_pretrained(folder)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, OSError) as error:

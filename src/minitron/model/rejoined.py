@@ -62,7 +62,7 @@ def rejoin(student: Checkpoint, teacher: Checkpoint, whole: Path, folder: Path) 
             cannot state its shape.
     """
     if not is_wrapped(whole):
-        raise UserError(f"{whole} is no multimodal model: the student of a plain model is a whole model by itself")
+        raise UserError(f"{whole} is not a multimodal model: the student of a plain model is a whole model by itself")
     sizes = [model.arch.axis_size("vocab") for model in (teacher, student)]
     if sizes[0] != sizes[1]:
         raise UserError(f"the student has {sizes[1]} tokens, the text model of {whole} {sizes[0]}: they must be equal")

@@ -43,8 +43,8 @@ WRAPPERS = {
     "module.": "a model that DataParallel wraps: save the model inside it (`model.module`)",
     "_forward_module.": "a model that a trainer wraps: save the model inside it",
     "_fsdp_wrapped_module.": "a model that FSDP wraps: save its full state dict",
-    "language_model.": "a multimodal model: save its text model as a checkpoint of its own (docs/new-family.md)",
-    "model.language_model.": "a multimodal model: save its text model as a checkpoint of its own (docs/new-family.md)",
+    "language_model.": "a multimodal model: --text-only reads its text model, if its config states one",
+    "model.language_model.": "a multimodal model: --text-only reads its text model, if its config states one",
     "base_model.model.": "a PEFT model: merge its adapter (`merge_and_unload`), then save the merged model",
 }
 """Beginnings of names that transformers does not load, and what was saved there."""
