@@ -15,6 +15,7 @@ from minitron.data.tokens import load_tokenizer
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model
+from minitron.pruning.vocabulary import TokenChoice
 from minitron.recipe import recipe_from
 from minitron.session import Session
 from tests.conftest import make_model
@@ -166,12 +167,27 @@ def test_a_search_settles_the_vocabulary_and_figures_are_in_the_teachers_unit_to
 def test_trim_vocab_leaves_a_vocabulary_whose_cut_costs_more_than_it_gains(
     verb: Callable[..., dict[str, Any]], wordy: Path, text: Path, tmp_path: Path
 ) -> None:
-    all_sizes = ("--set", "vocabulary.least_coverage=0.3")
+    all_sizes = ("--set", "vocabulary.least_coverage=0.3", "--set", "vocabulary.tokens=1k")
     figures = verb("compress", wordy, tmp_path / "run", "--trim-vocab", "--data", text, *SETTINGS, *all_sizes)
     found = json.loads((tmp_path / "run" / "vocabulary.json").read_text())
     assert len(found["costs"]) > 2
     assert found["chosen"] == 960
     assert "perplexity_per_teacher_token" not in figures["student"]
+
+
+def test_tokens_are_counted_beyond_the_training_text(wordy: Path, text: Path) -> None:
+    settings = {"teacher": str(wordy), "data": str(text), "context": 64, "distill.tokens": 512}
+    short = {"calibration.tokens": 512, "evaluation.tokens": 512, "search.tokens": 512}
+    near, far = (
+        Session(recipe_from(None, **settings, **short, **{"vocabulary.tokens": tokens})) for tokens in (256, 8192)
+    )
+    train = far.splits.train
+    assert torch.equal(near.counted_blocks.ids, near.splits.train.ids)
+    assert torch.equal(far.counted_blocks[: len(train)].ids, train.ids)
+    assert far.counted_blocks.num_tokens == 8192 > train.num_tokens
+    measured = {tuple(ids) for split in (far.splits.evaluation, far.splits.heldout) for ids in split.ids.tolist()}
+    assert not measured & {tuple(ids) for ids in far.counted_blocks.ids.tolist()}
+    assert (TokenChoice.of(far).occurrences > 0).sum() > (TokenChoice.of(near).occurrences > 0).sum()
 
 
 @pytest.mark.parametrize(("key", "value"), [("intermediate.of", ["embedding"]), ("correction.trains", "full")])

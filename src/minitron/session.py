@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.data.blocks import Blocks
-from minitron.data.packing import Packing, Splits, SplitTokens, read_splits
+from minitron.data.packing import Packing, Splits, SplitTokens, read_blocks, read_splits
 from minitron.data.spelling import Pieces
 from minitron.data.tokens import load_tokenizer
 from minitron.errors import UserError
@@ -171,6 +171,19 @@ class Session:
             skipped=recipe.distill.skip_tokens,
         )
         return read_splits(recipe.data, self.packing(keeps_apart=keeps_apart), tokens)
+
+    @cached_property
+    def counted_blocks(self) -> Blocks:
+        """The text by whose counts tokens are kept: that of the training, and what follows it in the data.
+
+        It has `vocabulary.tokens` tokens, or as many as the training text.
+        """
+        splits, recipe = self.splits, self.recipe
+        if splits.train.num_tokens >= recipe.vocabulary.tokens:
+            return splits.train
+        measured = len(splits.evaluation) + len(splits.heldout)
+        tokens = max(recipe.vocabulary.tokens, recipe.distill.skip_tokens + splits.train.num_tokens)
+        return read_blocks(recipe.data, self.packing(), measured * self.context + tokens)[measured:]
 
     def packing(self, *, keeps_apart: bool = False) -> Packing:
         """Return how text is packed: the tokenizer of the pruned model, the context and the seed of the recipe."""

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from minitron.errors import UserError
 from minitron.files import read_json
-from minitron.model.weights import INDEX, PICKLES, SINGLE, naming, open_safetensors
-from minitron.model.writing import copy_companions
+from minitron.model.config import COMPANIONS
+from minitron.model.weights import INDEX, PICKLES, SINGLE, locate_tensors, naming, open_safetensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -30,11 +30,18 @@ def base_of(folder: Path) -> str:
         raise UserError(f"{folder / CONFIG} does not state base_model_name_or_path, the model that is adapted")
     if not (folder / WEIGHTS).is_file():
         pickles = sorted(path.name for path in folder.glob("adapter_model*") if path.suffix in PICKLES)
-        found = f"pickled weights ({pickles[0]}), which can execute code when loaded, and" if pickles else ""
-        raise UserError(f"{folder} holds {found} no {WEIGHTS}: save the adapter with a recent peft")
+        found = f"pickled weights ({pickles[0]}), which can execute code when loaded, and " if pickles else ""
+        raise UserError(f"{folder} holds {found}no {WEIGHTS}: save the adapter with a recent peft")
     if importlib.util.find_spec("peft") is None:
         raise UserError(f"{folder} holds an adapter, which needs peft to be merged: pip install 'minitron[lora]'")
     return str(base)
+
+
+def inputs_of(adapter: Path, base: Path) -> list[Path]:
+    """Return the files that a merged model follows from."""
+    companions = {path for pattern in COMPANIONS for path in adapter.glob(pattern) if path.is_file()}
+    own = [adapter / CONFIG, adapter / WEIGHTS, *sorted(companions)]
+    return [*own, base / "config.json", *sorted(set(locate_tensors(base).values()))]
 
 
 def merge(adapter: Path, base: Path, folder: Path) -> None:
@@ -48,6 +55,8 @@ def merge(adapter: Path, base: Path, folder: Path) -> None:
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
+
+    from minitron.model.writing import copy_companions
 
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", local_files_only=True, trust_remote_code=False)

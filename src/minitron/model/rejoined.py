@@ -7,7 +7,6 @@ best linear one after it. Every matrix and bias that writes the stream is multip
 inner width has to be that of the text model (LLaVA, Mistral 3), its neurons with the largest weights stay.
 """
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,14 @@ import torch
 from torch import Tensor
 
 from minitron.errors import UserError
-from minitron.files import read_json, write_json
+from minitron.files import read_json, require_space, write_json
 from minitron.model.arch import TIED
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.config import quiet_transformers
 from minitron.model.weights import locate_tensors, naming, open_safetensors
 from minitron.model.wrapped import is_wrapped, own_names
 from minitron.model.writing import copy_companions, write_tensors
+from minitron.progress import Progress
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 """Files that state how images become inputs."""
@@ -83,20 +83,26 @@ def rejoin(student: Checkpoint, teacher: Checkpoint, whole: Path, folder: Path) 
             value: Tensor = open_safetensors(files[stored]).get_tensor(stored)
         return value
 
-    inner = {stored: dim for stored in dims for end, dim in INNER.items() if stored.endswith(end)}
+    inner = {stored: dim for stored in dims if (dim := _of_suffix(INNER, stored)) is not None}
     neurons = _largest_neurons([(read(stored), dim) for stored, dim in inner.items()], student.arch.axis_size("hidden"))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         places = {name: stored for stored, name in names.items()}
         for name in student.tensors:
-            yield places.get(name) or _place_of_output(name, places), student.tensor(name)
+            value = student.tensor(name)
+            yield places.get(name) or _place_of_output(name, places), value
+            progress.advance(value.nbytes)
         for stored in outside:
             value = read(stored)
+            progress.advance(value.nbytes)
             for dim in dims.get(stored, ()):
                 value = value.index_select(dim, neurons) if inner.get(stored) == dim else moved(value, dim, stream)
             yield stored, value
 
-    write_tensors(folder, tensors())
+    num_bytes = student.num_bytes + sum(path.stat().st_size for path in {files[stored] for stored in outside})
+    require_space(folder, num_bytes)
+    with Progress("rejoin", num_bytes, "bytes") as progress:
+        write_tensors(folder, tensors())
     copy_companions(whole, folder)
     for name in PROCESSORS:
         if (whole / name).is_file():
@@ -171,8 +177,7 @@ def _scale(model: Any) -> float:
 
 def _require_shapes(student: Checkpoint, model: Any) -> None:
     """Check that the text model inside a multimodal one has the shapes of a student's tensors."""
-    text = model.get_decoder() if hasattr(model, "get_decoder") else model
-    expected = {name: tuple(value.shape) for name, value in text.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in model.get_decoder().state_dict().items()}
     prefix = student.arch.family.prefix
     for name in student.tensors:
         shape = expected.get(name.removeprefix(prefix))
@@ -216,6 +221,5 @@ def _of_suffix(found: Mapping[str, T], stored: str) -> T | None:
 
 def _place_of_output(name: str, places: dict[str, str]) -> str:
     """Return the name in files of a student's output matrix, where the teacher's was tied to its embeddings."""
-    logging.info("%s: the multimodal model stores none, so it is added", name)
     is_inside = any(stored.startswith("language_model.model.") for stored in places.values())
     return f"language_model.{name}" if is_inside else name

@@ -15,13 +15,11 @@ from filelock import FileLock
 from minitron.errors import UserError, courtesy
 from minitron.files import cache_folder, require_space, require_writable, whole_file, whole_folder, write_json
 from minitron.history import HISTORY, HUB_ID, History, Step, history_of, history_of_card, hub_id_of
-from minitron.model.adapter import CONFIG, base_of, is_adapter
-from minitron.model.adapter import WEIGHTS as WEIGHTS_OF_ADAPTER
-from minitron.model.adapter import merge as merge_adapter
+from minitron.model import adapter
 from minitron.model.config import COMPANIONS, config_values
 from minitron.model.content import content_hash
 from minitron.model.families import family_of
-from minitron.model.weights import FLOATS, locate_tensors
+from minitron.model.weights import FLOATS
 from minitron.progress import Progress
 
 if TYPE_CHECKING:
@@ -74,8 +72,8 @@ def _plain(found: Path, weights: bool, family: str | None) -> Path:
 
     Without `weights`, only the config matters, which is that of the base model where the folder holds an adapter.
     """
-    if is_adapter(found):
-        return merged_adapter(found, family) if weights else resolve_teacher(base_of(found), False, family)
+    if adapter.is_adapter(found):
+        return merged_adapter(found, family) if weights else resolve_teacher(adapter.base_of(found), False, family)
     return convert_quantised(found, family) if weights else found
 
 
@@ -152,7 +150,7 @@ def convert_quantised(source: Path, family: str | None = None) -> Path:
         return source
     companions = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
     files = [source / "config.json", *companions, *sorted(set(quantised.checkpoint.tensors.values()))]
-    name, num_bytes = (hub_id_of(source.resolve()) or source.resolve().name).replace("/", "--"), quantised.num_bytes
+    name, num_bytes = _name_of(source), quantised.num_bytes
     folder = cache_folder() / f"{name}-{content_hash(name, files, cache_folder())}"
     logging.warning(
         "%s holds weights quantised by %s: read dequantised to %s from %s, with activations that are not quantised",
@@ -183,20 +181,13 @@ def merged_adapter(source: Path, family: str | None = None) -> Path:
     Raises:
         UserError: the base model cannot be found, or see `adapter.base_of` and `adapter.merge`.
     """
-    base_name = base_of(source)
+    base_name = adapter.base_of(source)
     try:
         base = resolve_teacher(base_name, family=family)
     except UserError as error:
         raise UserError(f"adapter {source} is of the base model '{base_name}': {error}") from error
-    files = [
-        source / CONFIG,
-        source / WEIGHTS_OF_ADAPTER,
-        base / "config.json",
-        *sorted(set(locate_tensors(base).values())),
-    ]
-    companions = sorted({path for pattern in COMPANIONS for path in source.glob(pattern) if path.is_file()})
-    name = (hub_id_of(source.resolve()) or source.resolve().name).replace("/", "--")
-    folder = cache_folder() / f"{name}-merged-{content_hash(name, [*files, *companions], cache_folder())}"
+    name, files = _name_of(source), adapter.inputs_of(source, base)
+    folder = cache_folder() / f"{name}-merged-{content_hash(name, files, cache_folder())}"
     logging.warning("%s holds an adapter of %s: read merged, from %s", source, base_name, folder)
     require_writable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +195,7 @@ def merged_adapter(source: Path, family: str | None = None) -> Path:
         if not folder.is_dir():  # another process may have merged it
             require_space(folder, sum(path.stat().st_size for path in files))
             with Progress(f"merge {name}"), whole_folder(folder) as staging:
-                merge_adapter(source, base, staging)
+                adapter.merge(source, base, staging)
     with courtesy(f"the history of {folder}"):
         _write_history(folder, history_of(base).then({"step": "merge", "adapter": name, "base": base_name}))
     return folder
@@ -220,12 +211,17 @@ def text_model_of(source: Path) -> Path:
 
     if not is_wrapped(source):
         return source
-    name = (hub_id_of(source.resolve()) or source.resolve().name).replace("/", "--")
+    name = _name_of(source)
     folder = cache_folder() / f"{name}-text-{content_hash(name, inputs_of(source), cache_folder())}"
     extract_text(source, folder)
     with courtesy(f"the history of {folder}"):
         _write_history(folder, history_of(source))
     return folder
+
+
+def _name_of(source: Path) -> str:
+    """Return what the names of a model's folders in the cache begin with: its hub id, or the name of its folder."""
+    return (hub_id_of(source.resolve()) or source.resolve().name).replace("/", "--")
 
 
 def _write_origin(path: Path, folder: Path, card: Path | None) -> None:
@@ -353,7 +349,7 @@ def download(hub_id: str, weights: bool = True, family: str | None = None) -> Pa
             try:
                 config = Path(hf_hub_download(hub_id, "config.json"))
             except EntryNotFoundError:
-                hf_hub_download(hub_id, CONFIG)
+                hf_hub_download(hub_id, adapter.CONFIG)
                 return Path(snapshot_download(hub_id, allow_patterns=["adapter_*", "README.md", *COMPANIONS]))
             config_values(config, family)
             if not weights:

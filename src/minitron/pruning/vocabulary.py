@@ -11,7 +11,6 @@ from torch import Tensor
 
 from minitron.data.blocks import Blocks
 from minitron.data.narrowing import RowMeans, cut_tokenizer, narrowed, stated_tokens
-from minitron.data.packing import read_blocks
 from minitron.data.spelling import Pieces
 from minitron.data.tokens import load_tokenizer
 from minitron.data.vocabulary import Vocabulary
@@ -39,8 +38,8 @@ class TokenChoice:
         """Return the tokens of a session's model in the order in which its text needs them.
 
         Tokens that the configs and the chat template name come first. The others are ordered by the number of blocks of
-        `counted_text` that they occur in, so that one odd document counts little; then by the number of their
-        occurrences; then by the norm of their rows in the output matrix, which is small where a token was hardly
+        `Session.counted_blocks` that they occur in, so that one odd document counts little; then by the number of
+        their occurrences; then by the norm of their rows in the output matrix, which is small where a token was hardly
         trained.
 
         Raises:
@@ -48,7 +47,7 @@ class TokenChoice:
         """
         source = session.source
         tokenizer = load_tokenizer(source.folder)
-        in_blocks, occurrences = usage(counted_text(session), source.arch.axis_size("vocab"))
+        in_blocks, occurrences = usage(session.counted_blocks, source.arch.axis_size("vocab"))
         norms = source.tensor(source.arch.output.name).float().norm(dim=-1)
         needs = torch.stack([in_blocks.double(), occurrences.double(), norms.double()], dim=1).tolist()
         order = sorted(range(len(needs)), key=needs.__getitem__, reverse=True)
@@ -143,14 +142,6 @@ def script(text: str) -> str:
     """Return the script of the first letter of a text, as Unicode names it; `other` for a text without letters."""
     letter = next((character for character in text if character.isalpha()), None)
     return "other" if letter is None else unicodedata.name(letter, "other").split()[0].lower()
-
-
-def counted_text(session: Session) -> Blocks:
-    """Return the training text, and what follows it in the data, up to `vocabulary.tokens` tokens."""
-    splits, context = session.splits, session.context
-    measured = len(splits.evaluation) + len(splits.heldout)
-    tokens = max(session.recipe.vocabulary.tokens, splits.train.num_tokens)
-    return read_blocks(session.recipe.data, session.packing(), measured * context + tokens)[measured:]
 
 
 def usage(blocks: Blocks, vocab_size: int) -> tuple[Tensor, Tensor]:

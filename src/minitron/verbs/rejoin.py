@@ -1,10 +1,13 @@
 """Put a student back into the multimodal model whose text model it was made of."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minitron.verbs.results import Result
+
+if TYPE_CHECKING:
+    from minitron.model.rejoined import Rejoined
 
 
 @dataclass(frozen=True, repr=False)
@@ -12,16 +15,11 @@ class Whole(Result):
     """A folder with a multimodal model."""
 
     out: Path
-    moved: tuple[str, ...]
-    """Tensors outside the text model that were fitted to the student's stream."""
-    copied: int
-    """Tensors outside the text model that stayed as they are."""
-    residual: float
-    """The share of the student's squared embeddings that no linear map of the teacher's gives."""
+    found: "Rejoined"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the folder and what was done."""
-        return {"out": str(self.out), "moved": list(self.moved), "copied": self.copied, "residual": self.residual}
+        return {"out": str(self.out), **asdict(self.found)}
 
 
 def rejoin(student: str | Path, whole: str, out: str | Path, *, overwrite: bool = False) -> Whole:
@@ -39,9 +37,10 @@ def rejoin(student: str | Path, whole: str, out: str | Path, *, overwrite: bool 
     from minitron.model.rejoined import rejoin as write
     from minitron.model.source import open_teacher, resolve_teacher
     from minitron.output import Output
+    from minitron.recipe import Recipe
+    from minitron.verbs.workspace import student_of
 
-    run = Path(student)
-    source = open_checkpoint(run / "student" if (run / "student").is_dir() else run)
+    source = open_checkpoint(Path(student_of(Recipe(teacher=str(student)), None)[0].teacher))
     folder = resolve_teacher(whole)
     output = Output(Path(out).absolute(), "config.json")
     output.require_usable(overwrite, (source.folder, folder))
@@ -52,4 +51,4 @@ def rejoin(student: str | Path, whole: str, out: str | Path, *, overwrite: bool 
         found = write(source, teacher, folder, written)
         record_step(written, source.folder, {"step": "rejoin", "moved": list(found.moved)})
         output.publish(written)
-    return Whole(output.path, found.moved, found.copied, found.residual)
+    return Whole(output.path, found)
