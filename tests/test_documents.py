@@ -57,7 +57,7 @@ def test_each_document_is_seen_alone(teacher: Checkpoint) -> None:
 
 def test_only_training_keeps_them_apart(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text("".join(f'{{"text": "text number {i}"}}\n' for i in range(400)))
-    packing = Packing(byte_tokenizer(), 258, 32, keeps_apart=True)
+    packing = Packing(byte_tokenizer(), 258, 32, documents="apart")
     splits = read_splits(str(tmp_path / "texts.jsonl"), packing, SplitTokens(64, 64, 640))
     assert splits.evaluation.starts is None
     assert splits.heldout.starts is None
@@ -97,5 +97,7 @@ def test_by_the_command_line(tmp_path: Path, text_file: Path, stored_too: bool) 
 def test_what_cannot_is_refused(tmp_path: Path, variant: str) -> None:
     teacher = make_model(tmp_path / "teacher", variant)
     recipe = Recipe.model_validate({"teacher": str(teacher), "distill": {"documents": "apart"}})
-    with pytest.raises(UserError, match=f"{variant} runs from one document of a block into the next; accepted: joined"):
+    with pytest.raises(
+        UserError, match=f"{variant} runs from one document of a block into the next; accepted: joined, whole"
+    ):
         _ = Session(recipe).splits

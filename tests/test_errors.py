@@ -518,7 +518,7 @@ def test_measuring_a_model_that_gives_nan(place: Place, refused: Run) -> None:
 def test_stages_that_run_in_one_process(place: Place, refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     message = refused("prune", str(place.teacher), str(place.out), "--hidden-size", "32", "--data", str(place.text))
-    assert "only compress, search, distill and correct run under torchrun" in message
+    assert "only compress, search, distill, correct and tune run under torchrun" in message
 
 
 def test_distilling_between_tokenizers(place: Place, refused: Run) -> None:

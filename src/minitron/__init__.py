@@ -49,6 +49,7 @@ _HOMES = {
     "rejoin": "verbs.rejoin",
     "report": "verbs.report",
     "search": "verbs.search",
+    "tune": "verbs.tune",
 }
 """The module that each public name is imported from when the name is first used."""
 
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from minitron.verbs.rejoin import rejoin as rejoin
     from minitron.verbs.report import report as report
     from minitron.verbs.search import search as search
+    from minitron.verbs.tune import tune as tune
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.crosscheck import require_one_reading
 from minitron.model.language_model import load_model, require_attention
 from minitron.model.source import open_teacher
-from minitron.recipe import Recipe
+from minitron.recipe import Documents, Recipe
 from minitron.runtime import (
     Runtime,
     World,
@@ -157,20 +157,14 @@ class Session:
         Raises:
             UserError: the recipe keeps documents apart and the model cannot; or see `read_splits`.
         """
-        recipe, arch = self.recipe, self.teacher.arch
-        keeps_apart = recipe.distill.documents == "apart"
-        if keeps_apart and arch.family.joins_documents:
-            raise UserError(
-                f"distill.documents apart: {arch.model_type} runs from one document of a block into the next; "
-                "accepted: joined"
-            )
+        recipe = self.recipe
         tokens = SplitTokens(
             evaluation=recipe.evaluation.tokens,
             heldout=recipe.heldout_tokens,
             train=max(recipe.calibration.tokens, recipe.distill.tokens),
             skipped=recipe.distill.skip_tokens,
         )
-        return read_splits(recipe.data, self.packing(keeps_apart=keeps_apart), tokens)
+        return read_splits(recipe.data, self.packing(recipe.distill.documents), tokens)
 
     @cached_property
     def counted_blocks(self) -> Blocks:
@@ -185,11 +179,26 @@ class Session:
         tokens = max(recipe.vocabulary.tokens, recipe.distill.skip_tokens + splits.train.num_tokens)
         return read_blocks(recipe.data, self.packing(), measured * self.context + tokens)[measured:]
 
-    def packing(self, *, keeps_apart: bool = False) -> Packing:
-        """Return how text is packed: the tokenizer of the pruned model, the context and the seed of the recipe."""
+    def packing(self, documents: Documents = "joined") -> Packing:
+        """Return how text is packed: the tokenizer of the pruned model, the context and the seed of the recipe.
+
+        Raises:
+            UserError: documents are to be kept apart and the model cannot, or whole and the student lacks tokens.
+        """
+        arch, can_share = self.teacher.arch, not self.teacher.arch.family.joins_documents
+        if documents == "apart" and not can_share:
+            raise UserError(
+                f"distill.documents apart: {arch.model_type} runs from one document of a block into the next; "
+                "accepted: joined, whole"
+            )
+        if documents == "whole" and self.pieces is not None:
+            raise UserError(
+                "distill.documents whole: blocks of a student that has fewer tokens than its teacher hold no padding; "
+                "accepted: joined, apart"
+            )
         tokenizer, vocab_size = load_tokenizer(self.source.folder), self.source.arch.sizes["vocab_size"]
         whole = None if self.pieces is None else load_tokenizer(self.teacher.folder)
-        return Packing(tokenizer, vocab_size, self.context, self.recipe.seed, keeps_apart, whole)
+        return Packing(tokenizer, vocab_size, self.context, self.recipe.seed, documents, can_share, whole)
 
     @property
     def calibration_blocks(self) -> Blocks:
@@ -205,5 +214,5 @@ def require_one_process() -> None:
     """
     if num_ranks() > 1:
         raise UserError(
-            "only compress, search, distill and correct run under torchrun; run this command in one process"
+            "only compress, search, distill, correct and tune run under torchrun; run this command in one process"
         )

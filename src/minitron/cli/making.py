@@ -107,6 +107,24 @@ def correct(teacher: Teacher, out: Out, overwrite: Overwrite = False, **settings
     return imported("verbs.correct").correct(teacher, out, overwrite=overwrite, **settings)
 
 
+@verb(
+    Setting("epochs", "tune.epochs", "How often the data is read.", float),
+    Setting("learning_rate", "tune.learning_rate", "Peak learning rate.", float),
+    Setting("method", "distill.trains", "What is trained: full, norms, lisa, or lora (needs minitron[lora])."),
+    Setting("keep_adapter", "tune.keeps_adapter", "Keep LoRA's adapters, in OUT/adapter.", bool, "--keep-adapter"),
+    CONTEXT,
+    *TEXT,
+)
+def tune(
+    model: Annotated[str, typer.Argument(help="The model to train, such as a student; named as in compress.")],
+    out: Out,
+    overwrite: Overwrite = False,
+    **settings: Any,
+) -> Any:
+    """Train a model on texts, chats or questions with answers: a Hugging Face folder at OUT."""
+    return imported("verbs.tune").tune(model, out, overwrite=overwrite, **settings)
+
+
 @verb(Setting("tokens", "calibration.tokens", "Tokens on which fp8 measures how large inputs are."), CONTEXT, *TEXT)
 def export(
     model: Annotated[str, typer.Argument(help="A run directory, for its student, or a model as in compress.")],

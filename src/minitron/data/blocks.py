@@ -65,6 +65,11 @@ class Blocks:
         return torch.cat([self.is_learnt[:, 1:], self.is_learnt[:, -1:]], dim=1)
 
     @property
+    def leaves_text_unlearnt(self) -> bool:
+        """Whether some of the text is not learnt, as the questions of chats are; padding is not text."""
+        return self.is_learnt is not None and bool((~self.is_learnt & (self.num_bytes > 0)).any())
+
+    @property
     def positions(self) -> Tensor | None:
         """(N, context): each token's position in its document; None where documents are joined.
 

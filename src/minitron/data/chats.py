@@ -33,6 +33,8 @@ class Chat:
     """Further variables of the template, such as `enable_thinking`."""
     in_parts: bool = False
     """Hand contents to the template as parts, which templates of models for images expect."""
+    between: str | None = None
+    """What stands between question and answer where a tokenizer has no chat template; None: such a chat needs one."""
     where: str = field(default="", compare=False)
     """File and line, or data set and row, for error messages."""
 
@@ -65,11 +67,14 @@ def transcript(chat: Chat, tokenizer: Any) -> Transcript:
     The turns are those between `generation` marks where the template has them, and otherwise what the template adds
     when a turn is added to the chat. Where the template writes a turn otherwise once another one follows (Qwen3 drops
     its thinking), the turn is what changes in the whole chat when the answer is replaced by a placeholder. A system
-    turn that the template refuses becomes the beginning of the user's next turn.
+    turn that the template refuses becomes the beginning of the user's next turn. Without a template, a question and its
+    answer follow each other as plain text.
 
     Raises:
-        UserError: the tokenizer has no chat template, or it refuses the chat.
+        UserError: the tokenizer has no chat template and the chat needs one, or the template refuses the chat.
     """
+    if not tokenizer.chat_template and chat.between is not None:
+        return _plain(chat, tokenizer)
     if not tokenizer.chat_template:
         raise UserError(
             f"data {chat.where} is a chat, but the tokenizer has no chat template: use texts, or another model"
@@ -83,6 +88,15 @@ def transcript(chat: Chat, tokenizer: Any) -> Transcript:
     roles = ", ".join([message["role"] for message in chat.messages[:6]] + ["…"] * (len(chat.messages) > 6))
     *_, reason, _ = refusals
     raise UserError(f"data {chat.where}: the chat template cannot write a chat of turns {roles}: {reason}") from reason
+
+
+def _plain(chat: Chat, tokenizer: Any) -> Transcript:
+    """Write a question and its answer as text, with the tokens that begin and end a document, for base models."""
+    *asked, answer = (message["content"] for message in chat.messages)
+    begins = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
+    before = begins + "\n\n".join(asked) + str(chat.between)
+    text = f"{before}{answer}{tokenizer.eos_token or ''}"
+    return Transcript(text, [(len(before), len(text))])
 
 
 def written(tokenizer: Any, messages: list[Message], *, adds_prompt: bool = False, **options: Any) -> str:

@@ -18,8 +18,10 @@ from minitron.data.spelling import TokenStream, align
 from minitron.data.tokens import TokenisedDocument, tokenise
 from minitron.errors import UserError
 from minitron.progress import Progress
-from minitron.recipe import Data, data_in_words
+from minitron.recipe import Data, Documents, data_in_words
 
+HELDOUT_PART = 16
+"""Held-out text is a sixteenth of the data that a model is tuned on, or less."""
 BATCH_DOCUMENTS = 64
 """The number of documents that are tokenised in one call of the tokenizer."""
 
@@ -35,10 +37,22 @@ class Packing:
     """The number of tokens in a block."""
     seed: int = 0
     """Decides the order of the documents."""
-    keeps_apart: bool = False
-    """Mark where documents begin, so that attention does not cross them."""
+    documents: Documents = "joined"
+    """How documents share a block, see `distill.documents`."""
+    can_share: bool = True
+    """Whether several documents that are kept whole may share a block; where attention would cross them, none do."""
     whole_tokenizer: Any = None
     """The tokenizer of a teacher that has more tokens, with which the text is written as well (`Blocks.whole`)."""
+
+    @property
+    def keeps_apart(self) -> bool:
+        """Whether blocks mark where documents begin."""
+        return self.documents == "apart" or (self.documents == "whole" and self.can_share)
+
+    def gap(self, num_tokens: int, length: int) -> int:
+        """Return the tokens of padding between `num_tokens` tokens and a document of `length` tokens after them."""
+        left = -num_tokens % self.context
+        return left if self.documents == "whole" and (length > left or not self.can_share) else 0
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,9 @@ def pack(
 ) -> Blocks:
     """Join the tokens of documents and cut them into at most `max_blocks` blocks; an incomplete last block is dropped.
 
+    Documents that are kept whole begin a new block where the last one lacks the room; what is left there is padding,
+    of which nothing is learnt, as at the end of the last block.
+
     A text gets the special tokens that the tokenizer adds, or an EOS token at its end if the tokenizer adds none. A
     chat is written by the tokenizer's chat template, and only the assistant's turns are learnt.
 
@@ -112,12 +129,17 @@ def pack(
                     f"tokenizer and model do not fit together: the tokenizer returns token {highest}, the model has "
                     f"only {packing.vocab_size} tokens"
                 )
+            if gap := packing.gap(num_tokens, len(part.ids)):
+                parts.append(_padding(gap, packing.tokenizer))
             parts.append(part)
-            num_tokens += len(part.ids)
+            num_tokens += gap + len(part.ids)
         if packing.whole_tokenizer is not None:
             whole_parts.extend(tokenise(batch, packing.whole_tokenizer))
         if progress:
             progress.advance(min(num_tokens, limit or num_tokens) - before)
+    if packing.documents == "whole" and (rest := -num_tokens % context):
+        parts.append(_padding(rest, packing.tokenizer))
+        num_tokens += rest
     num_blocks = num_tokens // context if max_blocks is None else min(max_blocks, num_tokens // context)
     if not num_blocks:
         return Blocks(torch.zeros(0, context, dtype=torch.int64), torch.zeros(0, context, dtype=torch.int32))
@@ -134,6 +156,13 @@ def pack(
         None if is_learnt.all() else is_learnt,
         blocks_of(stream.is_first) if packing.keeps_apart else None,
         whole,
+    )
+
+
+def _padding(length: int, tokenizer: Any) -> TokenisedDocument:
+    token = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+    return TokenisedDocument(
+        np.full(length, token, dtype=np.int64), np.zeros(length, dtype=np.int32), np.zeros(length, dtype=bool)
     )
 
 
@@ -167,6 +196,26 @@ def _whole(student: TokenStream, teacher: TokenStream, packing: Packing, num_blo
     )
     following = np.append(student.ids[1:], student.ids[-1])[: num_blocks * context].reshape(num_blocks, context)
     return Whole(blocks, torch.from_numpy(places), torch.from_numpy(following.copy()))
+
+
+def read_examples(data: Data, packing: Packing, heldout_tokens: int) -> Splits:
+    """Read all of `data` to learn from, without an evaluation split; held-out text gets at most a sixteenth of it.
+
+    Raises:
+        UserError: see `read_blocks`; also when there are fewer than two blocks, or when the blocks of a split hold no
+            token to predict.
+    """
+    blocks = read_blocks(data, packing)
+    if len(blocks) < 2:
+        raise UserError(
+            f"data '{data_in_words(data)}' has one block of {packing.context} tokens; training and held-out text need "
+            "at least one each: add data or lower --context"
+        )
+    num_heldout = max(1, min(heldout_tokens // packing.context, len(blocks) // HELDOUT_PART))
+    splits = Splits(blocks[:0], blocks[:num_heldout], blocks[num_heldout:])
+    for name in ("heldout", "train"):
+        getattr(splits, name).require_targets(f"data '{data_in_words(data)}', split {name}")
+    return splits
 
 
 def read_splits(data: Data, packing: Packing, tokens: SplitTokens) -> Splits:

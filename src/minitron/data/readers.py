@@ -25,6 +25,8 @@ ROWS_AT_ONCE = 1_000
 
 ARROW_FILE = b"ARROW1"
 """The first bytes of an Arrow file; an Arrow stream, as `datasets` writes it, begins otherwise."""
+LMFLOW = re.compile(r'\s*\{\s*(?:"type"\s*:\s*"\w+"\s*,\s*)?"instances"\s*:\s*\[')
+"""The beginning of a file of LMFlow: one mapping, whose `instances` are the rows."""
 LFS_POINTER = b"version https://git-lfs"
 """The first bytes of what Git LFS leaves in the place of a file."""
 
@@ -131,11 +133,11 @@ def _read_jsonl(path: Path) -> Rows:
 
 
 def _read_json(path: Path) -> Rows:
-    """Yield the items of an array, or values that follow each other, on lines of their own or not."""
+    """Yield the items of an array, LMFlow's instances, or values that follow each other, on one line or several."""
     decoder = json.JSONDecoder()
     with _text(path) as file:
         buffer = file.read(PIECE_CHARACTERS)
-        is_array = buffer.lstrip()[:1] == "["
+        is_array = buffer.lstrip()[:1] == "[" or LMFLOW.match(buffer) is not None
         position, number = buffer.index("[") + 1 if is_array else 0, 1
         number += buffer.count("\n", 0, position)
         between = re.compile(r"[\s,]*" if is_array else r"\s*")

@@ -1,6 +1,7 @@
 """Turns a row of a data file or data set into a text or a chat, by the names of its columns."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from minitron.data.chats import Chat, Message
@@ -22,6 +23,9 @@ ANSWERED = (
     ("input", "output"),
 )
 """Pairs of columns that are a chat of two turns; the first pair that a row has decides."""
+JOINED = (("input", "output"), ("prompt", "completion"))
+"""Pairs whose texts follow each other directly where there is no chat template (LMFlow's text2text among them); the
+texts of other pairs are kept apart by an empty line."""
 CONTEXTS = {"instruction": ("input", "context"), "question": ("context",)}
 """What the user's turn holds in addition (Alpaca, Dolly), by the first column of a pair."""
 SYSTEM = ("system", "system_prompt")
@@ -85,7 +89,8 @@ def _answered(row: Row, pair: tuple[str, str], where: str) -> Chat:
     parts = [_text(asked, pair[0], where)]
     parts += [_text(row[name], name, where) for name in CONTEXTS.get(pair[0], ()) if row.get(name)]
     turns = [{"role": "user", "content": "\n\n".join(parts)}]
-    return _chat([*turns, {"role": "assistant", "content": _text(answer, pair[1], where)}], row, where)
+    chat = _chat([*turns, {"role": "assistant", "content": _text(answer, pair[1], where)}], row, where)
+    return replace(chat, between="" if pair in JOINED else "\n\n")
 
 
 def _chat(turns: Any, row: Row, where: str) -> Chat:

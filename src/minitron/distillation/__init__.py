@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from minitron.distillation.correction import recipe_of_correction
 from minitron.distillation.record import write_training
 from minitron.distillation.teacher import Learning, Live, Source, SpelledLive, Teacher, require_states_folder, stored
 from minitron.distillation.trainer import Trainer
+from minitron.distillation.tuning import require_tunable, tune
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
@@ -31,7 +33,9 @@ __all__ = [
     "require_correctable",
     "require_spellable",
     "require_trainable",
+    "require_tunable",
     "stored_teacher",
+    "tune",
     "warn_of_repetition",
 ]
 
@@ -73,7 +77,7 @@ def correct(session: Session, out: Path, work: Path) -> None:
     rate and warm-up follow the paper, see `recipe_of_correction`.
     """
     require_correctable(session)
-    trainer = _trainer(session, None, _recipe_of_correction(session), work)
+    trainer = replace(_trainer(session, None, _recipe_of_correction(session), work), stage="correct")
     trainer.distill(session.teacher, out)
     write_training(out, trainer, session, session.teacher)
 

@@ -20,15 +20,17 @@ CHECKPOINT_FILE_BYTES = 256 * 1024**2
 
 PROJECTION = "student.projection."
 """The beginning of the names of the projection that losses within the layers add."""
-Trained = dict[str, tuple[Headless, Optimizer]]
+Models = dict[str, tuple[Headless, Optimizer]]
 """The models that are trained, by name, each with its optimizer: the student, and a teacher that learns as well."""
 
 
-def _state(trained: Trained) -> Iterator[tuple[str, Tensor]]:
-    for role, (model, optimizer) in trained.items():
+def _state(models: Models) -> Iterator[tuple[str, Tensor]]:
+    for role, (model, optimizer) in models.items():
+        # Those that are frozen now may have trained before; others are as they were when the run began.
+        trains = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue  # unchanged since the run began
+            if id(parameter) not in trains:
+                continue
             yield f"{role}.{name}", parameter.detach()
             for key, value in optimizer.state.get(parameter, {}).items():
                 for inner, plain in _plain(value).items():
@@ -42,13 +44,13 @@ def _plain(value: Any) -> dict[str, Tensor]:
     return {f".{inner}": getattr(value, inner) for inner in value.__tensor_flatten__()[0]}
 
 
-def save_checkpoint(work: Path, trained: Trained, step: int, world: World, *, is_trial: bool = False) -> None:
+def save_checkpoint(work: Path, models: Models, step: int, world: World, *, is_trial: bool = False) -> None:
     """Write `work/checkpoint`, complete or not at all, with the step; every rank must call this function.
 
     The checkpoint of a trial may lack what is trained besides the student from then on: a projection to the teacher.
     """
     # Safetensors within torch's distributed checkpoint: reading it cannot execute code.
-    state = dict(_state(trained))
+    state = dict(_state(models))
     staging = partial_path(work / "checkpoint")
     if world.is_main:
         empty_folder(staging)
@@ -71,16 +73,21 @@ def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
-def load_checkpoint(work: Path, trained: Trained, world: World) -> int:
-    """Restore the last checkpoint, if there is one, and return its step; without one return 0."""
+def saved_step(work: Path, world: World) -> int:
+    """Return the step of the last checkpoint, or 0 if there is none."""
     if world.is_main:
         recover_folder(work / "checkpoint")
     world.barrier()
-    if not (work / "checkpoint").is_dir():
+    return int(read_json(work / "checkpoint" / "state.json")["step"]) if (work / "checkpoint").is_dir() else 0
+
+
+def load_checkpoint(work: Path, models: Models, world: World) -> int:
+    """Restore the last checkpoint, if there is one, and return its step; without one return 0."""
+    if not saved_step(work, world):
         return 0
-    for _, optimizer in trained.values():
+    for _, optimizer in models.values():
         make_state(optimizer)
-    record, state = read_json(work / "checkpoint" / "state.json"), dict(_state(trained))
+    record, state = read_json(work / "checkpoint" / "state.json"), dict(_state(models))
     with warnings.catch_warnings(action="ignore"):
         reader = HuggingFaceStorageReader(str(work / "checkpoint"))
         if record.get("is_trial"):

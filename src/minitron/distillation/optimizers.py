@@ -54,7 +54,8 @@ def make_state(optimizer: torch.optim.Optimizer) -> None:
     _set_rate(optimizer, 0.0)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -24,7 +24,7 @@ def write_training(folder: Path, trainer: Trainer, session: Session, trained: Ch
 def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
     """Return how a finished training was done, with the tokens that it processed and how many of them differ.
 
-    A step without a teacher is a correction: the model learnt the text itself.
+    A step without a teacher goes by the name of its stage, correct or tune: the model learnt the text itself.
     """
     recipe, train = trainer.recipe, trainer.train
     num_steps = recipe.num_steps(train.context)
@@ -32,10 +32,12 @@ def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
     rows = read_jsonl(trainer.work / "metrics.jsonl")
     perplexities = [row["heldout_perplexity"] for row in rows if "heldout_perplexity" in row]
     step: Step = {
-        "step": "correct" if trainer.teacher is None else "distill",
+        "step": trainer.stage if trainer.teacher is None else "distill",
         **(_matching(trainer, session, student) if trainer.teacher else {"of": session.recipe.teacher}),
         "trains": recipe.trains,
         "lora_rank": recipe.lora_rank if recipe.trains == "lora" else None,
+        "lisa": [recipe.lisa_layers, recipe.lisa_steps] if recipe.trains == "lisa" else None,
+        "neftune_alpha": recipe.neftune_alpha,
         "quantize": recipe.quantize,
         "learning_rate": recipe.learning_rate,
         "min_learning_rate": recipe.learning_rate * recipe.min_learning_rate_ratio,
@@ -43,7 +45,7 @@ def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
         "warmup_steps": num_warmup_steps(num_steps, recipe),
         "optimizer": recipe.optimizer,
         "data": session.recipe.data,
-        "learns": "all tokens" if train.is_learnt is None else "answers",
+        "learns": "answers" if train.leaves_text_unlearnt else "all tokens",
         "documents": recipe.documents,
         "context": train.context,
         "batch_size": recipe.batch_size,

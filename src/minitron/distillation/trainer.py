@@ -6,7 +6,6 @@ A run that is killed continues from its last checkpoint to bit-identical results
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ from torch import Tensor
 
 from minitron.data.blocks import Blocks
 from minitron.data.tokens import load_tokenizer
-from minitron.distillation.checkpoint import Trained, load_checkpoint, save_checkpoint
+from minitron.distillation.checkpoint import Models, load_checkpoint, save_checkpoint, saved_step
 from minitron.distillation.correction import RATE_WHILE_TEACHING, correction_rate
 from minitron.distillation.intermediate import Intermediate, compare_on_the_way, pairs_compared
 from minitron.distillation.metrics import Metrics, is_measured, require_trackers
+from minitron.distillation.noise import add_noise
 from minitron.distillation.objective import Objective
 from minitron.distillation.optimizers import learning_rate, make_optimizer, take_step
 from minitron.distillation.parallel import lighten, shard, whole
-from minitron.distillation.parameters import choose_parameters
+from minitron.distillation.parameters import Trained, choose_parameters
 from minitron.distillation.rounding import require_roundable, simulate_rounding
 from minitron.distillation.teacher import Learning, Live, SpelledLive, Teacher
 from minitron.errors import UserError, courtesy
@@ -51,8 +51,8 @@ class Student:
     headless: Headless
     checkpoint: Checkpoint
     """The pruned model on disk."""
-    finish: Callable[[], None]
-    """Makes a stock model of it after training, by merging adapters."""
+    trained: Trained
+    """How its parameters are trained."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,10 @@ class Trainer:
     """Blocks whose perplexity is measured along the way; None: nothing is measured."""
     stage: str = "distill"
     """The name of the progress line."""
+    adapter: Path | None = None
+    """A folder for the adapters that were trained, besides merging them into the student."""
+    base: str = ""
+    """The path or hub id of the model that these adapters belong to."""
 
     def distill(self, pruned: Checkpoint, out: Path) -> None:
         """Train a pruned model for all steps of the recipe and write the student to the folder `out`.
@@ -83,7 +87,9 @@ class Trainer:
         """
         require_trainable(self.recipe, pruned.arch, self.runtime.dtype, num_ranks=self.runtime.world.size)
         student = self.trained(pruned)
-        student.finish()
+        if self.adapter is not None:
+            student.trained.save_adapter(self.adapter, self.base)
+        student.trained.finish()
         _write_student(student, out, self.runtime.world)
 
     def trained(self, pruned: Checkpoint, until: int | None = None) -> Student:
@@ -109,7 +115,9 @@ class Trainer:
             lighten(self.teacher.headless, self.teacher.arch, recipe)
             teacher, arch = self.teacher.headless, self.teacher.arch
             shard(teacher, arch, runtime, is_teacher=True)
-        models: Trained = {"student": (headless, make_optimizer(headless, recipe))}
+        if recipe.neftune_alpha is not None:
+            add_noise(headless.model.get_input_embeddings(), recipe.neftune_alpha)  # type: ignore[operator]
+        models: Models = {"student": (headless, make_optimizer(headless, recipe))}
         if isinstance(self.teacher, Learning):
             teacher = self.teacher.headless
             models["teacher"] = teacher, make_optimizer(teacher, recipe)
@@ -146,7 +154,7 @@ class _Loop:
 
     trainer: Trainer
     student: Student
-    models: Trained
+    models: Models
     objective: Objective
     step: int = 0
     is_trial: bool = field(default=False, init=False)
@@ -158,6 +166,7 @@ class _Loop:
         last, self.is_trial = self.num_steps if until is None else until, until is not None
         # A training that continues a trial is measured from the pruned model on as well, before its state is read.
         start = self._evaluate(trainer.heldout) if trainer.heldout and not is_measured(trainer.work) else None
+        self._begin(max(0, saved_step(trainer.work, world) - 1))
         self.step = load_checkpoint(trainer.work, self.models, world)
         self.metrics = Metrics(trainer.work, self.step, trainer.recipe.trackers, world, start)
         tokens = last * self.step_tokens
@@ -193,6 +202,7 @@ class _Loop:
         recipe, train = self.trainer.recipe, self.trainer.train
         headless, optimizer = self.models["student"]
         rate = learning_rate(self.step, self.num_steps, recipe)
+        self._begin(self.step)
         numbers = batch_indices(self.step, recipe.batch_size, len(train), self.trainer.runtime.seed)
         sums = self.objective.accumulate(headless, train[numbers], numbers)
         loss, intermediate_loss, added_loss, teacher_loss = self.trainer.runtime.world.sum(sums).tolist()
@@ -223,6 +233,12 @@ class _Loop:
             )
         progress.note(f"loss {loss:.3f}{self.metrics.in_words()}")
 
+    def _begin(self, step: int) -> None:
+        """Prepare a step: which layers train in it, and the noise of its embeddings."""
+        self.student.trained.begin(step, self.models["student"][1])
+        if self.trainer.recipe.neftune_alpha is not None:
+            torch.manual_seed(self.trainer.runtime.seed * 1_000_003 + step)
+
     @property
     def _evaluation_steps(self) -> set[int]:
         return {round(self.num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
@@ -252,8 +268,8 @@ def require_trainable(recipe: DistillRecipe, student: Arch, dtype: torch.dtype, 
     if num_ranks > 1 and recipe.optimizer == "adamw8bit":
         raise UserError("distill.optimizer adamw8bit runs in one process; accepted under torchrun: adamw")
     for key, trains in (("trains", recipe.trains), ("correction.trains", recipe.correction.trains)):
-        if num_ranks > 1 and trains == "lora":
-            raise UserError(f"distill.{key} lora runs in one process; accepted under torchrun: full, norms")
+        if num_ranks > 1 and trains in {"lora", "lisa"}:
+            raise UserError(f"distill.{key} {trains} runs in one process; accepted under torchrun: full, norms")
     if recipe.top_k is not None and recipe.top_k >= student.axis_size("vocab"):
         raise UserError(f"distill.top_k {recipe.top_k} leaves no tail of {student.axis_size('vocab')} tokens")
     if recipe.quantize is not None:

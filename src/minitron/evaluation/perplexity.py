@@ -67,7 +67,8 @@ def measure_perplexity(
                 observe(number, hidden, head)
             return next_token_nll(hidden, head, targets)
 
-        nll += headless(block.ids.to(device), read)
+        positions = None if block.positions is None else block.positions.to(device)
+        nll += headless(block.ids.to(device), read, positions)
         advance(block.num_tokens)
     if torch.isnan(nll):
         raise UserError("the model's logits are NaN: its weights are broken, or the dtype is too small for it")

@@ -177,7 +177,7 @@ def _attention(recipe: Recipe, machine: Machine) -> str | None:
 
 def _masked(recipe: Recipe, teacher: Teacher, context: int) -> float:
     """Return the share of attention layers that need a mask: for documents apart, or windows below the context."""
-    if recipe.distill.documents == "apart":
+    if recipe.distill.documents != "joined":
         return 1.0
     return sum(window < context for window in teacher.windows) / max(1, layers_along(teacher.arch, "query"))
 

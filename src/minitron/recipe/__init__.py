@@ -19,7 +19,14 @@ from minitron.recipe.cutting import (
 from minitron.recipe.parts import Data, Target, data_in_words
 from minitron.recipe.reading import RecipeSource, built_in_recipes, laid_over, load_recipe, recipe_from, validate
 from minitron.recipe.run import DEFAULT_CONTEXT, EvaluationRecipe, LineageRecipe, Recipe
-from minitron.recipe.training import CorrectionRecipe, DistillRecipe, IntermediateRecipe, OriginalTraining
+from minitron.recipe.training import (
+    CorrectionRecipe,
+    DistillRecipe,
+    Documents,
+    IntermediateRecipe,
+    OriginalTraining,
+    TuneRecipe,
+)
 
 __all__ = [
     "BASELINES",
@@ -31,6 +38,7 @@ __all__ = [
     "Data",
     "DepthRecipe",
     "DistillRecipe",
+    "Documents",
     "EvaluationRecipe",
     "Factors",
     "IntermediateRecipe",
@@ -42,6 +50,7 @@ __all__ = [
     "SearchRecipe",
     "Span",
     "Target",
+    "TuneRecipe",
     "VocabularyRecipe",
     "baseline",
     "built_in_recipes",

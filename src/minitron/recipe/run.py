@@ -14,7 +14,7 @@ from minitron.recipe.cutting import (
     VocabularyRecipe,
 )
 from minitron.recipe.parts import Count, Data, Part, Target, shares
-from minitron.recipe.training import DistillRecipe
+from minitron.recipe.training import DistillRecipe, TuneRecipe
 
 DEFAULT_CONTEXT = 1024
 """Tokens in a block where neither the recipe nor the teacher limits them."""
@@ -78,6 +78,7 @@ class Recipe(Part):
     search: SearchRecipe = SearchRecipe()
     prune: PruneRecipe = PruneRecipe()
     distill: DistillRecipe = DistillRecipe()
+    tune: TuneRecipe = TuneRecipe()
     lineage: LineageRecipe = LineageRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     stages: tuple[dict[str, Any], ...] = ()

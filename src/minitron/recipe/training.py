@@ -9,6 +9,7 @@ from minitron.recipe.parts import Count, CountOrNone, Part
 DEEP_CUT = 0.75
 """The share of the teacher's layers, at most which a student has whose depth was cut a lot."""
 STATES_BYTES = {"bfloat16": 2, "float32": 4}
+Documents = Literal["joined", "apart", "whole"]
 
 
 class IntermediateRecipe(Part):
@@ -72,6 +73,19 @@ class CorrectionRecipe(Part):
         return self
 
 
+class TuneRecipe(Part):
+    """Training of a model on the text itself, by `minitron tune`; what is not listed here is as `distill` states it."""
+
+    epochs: float = Field(3.0, gt=0)
+    """How often the data is read."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate. None takes 1e-4, or 5e-4 for adapters (docs/studies/tuning.md)."""
+    documents: Documents = "whole"
+    """How documents share a block, see `distill.documents`."""
+    keeps_adapter: bool = False
+    """Keep the adapters of `distill.trains: lora` in the folder `adapter` of the result, besides merging them."""
+
+
 class DistillRecipe(Part):
     """How the student is trained on the outputs of the teacher."""
 
@@ -79,9 +93,10 @@ class DistillRecipe(Part):
     """Tokens to train on; the text is repeated where it is shorter."""
     skip_tokens: CountOrNone = 0
     """Tokens of the training text to pass over at first; `stages` on one text continue where the one before stopped."""
-    documents: Literal["joined", "apart"] = "joined"
+    documents: Documents = "joined"
     """How documents share a block: attention and positions run across them (`joined`), or begin again with each
-    document (`apart`), for families that allow it."""
+    document (`apart`), for families that allow it. `whole` is like `apart`, and cuts only documents that are longer
+    than a block: the rest of a block is padding, and families that cannot keep documents apart get one per block."""
     batch_size: int = Field(8, ge=1)
     """Blocks per optimizer step, over all processes."""
     micro_batch_size: int = Field(1, ge=1)
@@ -108,11 +123,19 @@ class DistillRecipe(Part):
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Norm to which the gradient of a step is clipped."""
-    trains: Literal["full", "norms", "lora"] = "full"
-    """Which weights are trained: all, those of the norms, or low-rank adapters that are merged into the weights at the
-    end (needs peft)."""
+    trains: Literal["full", "norms", "lora", "lisa"] = "full"
+    """Which weights are trained: all; those of the norms; low-rank adapters that are merged into the weights at the end
+    (`lora`, needs peft); or embeddings, output matrix, final norm and a few layers, which are drawn again every few
+    steps (`lisa`, arXiv 2403.17919)."""
     lora_rank: int = Field(16, ge=1)
     """Rank of the adapters, with `trains: lora`."""
+    lisa_layers: int = Field(2, ge=1)
+    """Number of layers that train at a time, with `trains: lisa`."""
+    lisa_steps: int = Field(5, ge=1)
+    """Number of steps after which other layers are drawn, with `trains: lisa`."""
+    neftune_alpha: float | None = Field(None, gt=0)
+    """Size of uniform noise on the embeddings in training (NEFTune, arXiv 2310.05914, section 2), such as 5. None adds
+    none."""
     quantize: Literal["fp8", "int8", "int4"] | None = None
     """Train the student for an export in this scheme (quantisation-aware distillation): its matrices compute with the
     values that the export will hold, and are saved as they were before this rounding. None trains the student as it

@@ -20,7 +20,7 @@ from minitron.reports.figures import (
     versions_in_words,
 )
 from minitron.reports.run_files import RunFiles
-from minitron.reports.steps import cut_sizes, data_rows, in_order, model_name, step_table, step_title
+from minitron.reports.steps import answers_table, cut_sizes, data_rows, in_order, model_name, step_table, step_title
 from minitron.reports.words import (
     ethics_in_words,
     export_in_words,
@@ -122,6 +122,8 @@ def _made(steps: list[Step]) -> str:
     parts = []
     for step in steps:
         parts.append(f"### {step_title(step)}\n\n{_markdown(step_table(step))}")
+        if answers := answers_table(step):
+            parts += ["Answers to held-out chats, greedy, before and after:", _markdown(answers, 3)]
         if step["step"] == "prune":
             sizes = [[f"`{name}`", f"{old:,}", f"{new:,}"] for name, (old, new) in step["sizes"].items()]
             parts.append(_markdown([["size", "before", "after"], *sizes]))

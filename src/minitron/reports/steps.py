@@ -15,6 +15,7 @@ TITLES = {
     "prune": "Pruning",
     "correct": "Correction of the teacher",
     "distill": "Distillation",
+    "tune": "Tuning",
     "quantise": "Quantisation",
     "rejoin": "Return into the multimodal model",
 }
@@ -50,7 +51,12 @@ KINDS = {
     "mlp_input": "inputs of MLPs",
     "attention": "attention relations",
 }
-TRAINS = {"full": "all", "norms": "those of the norms", "lora": "low-rank adapters"}
+TRAINS = {
+    "full": "all",
+    "norms": "those of the norms",
+    "lora": "low-rank adapters",
+    "lisa": "embeddings, output matrix, final norm and some layers",
+}
 SCORES = {
     "ffn": ("ffn_scores",),
     "query": ("head_scores",),
@@ -91,7 +97,8 @@ def step_table(step: Step) -> Rows:
         return [["", ""], *_narrowing_rows(step)]
     if step["step"] == "quantise":
         return [["", ""], *_quantisation_rows(step), *_common_rows(step)]
-    text = [["model", model_name(step.get("of", ""))], ["loss", "cross-entropy of the text itself"]]
+    learnt = "text itself" if step["learns"] == "all tokens" else "answers"
+    text = [["model", model_name(step.get("of", ""))], ["loss", f"cross-entropy of the {learnt}"]]
     matching = _matching_rows(step) if step["step"] == "distill" else text
     return [["", ""], *matching, *_training_rows(step), *_common_rows(step)]
 
@@ -260,20 +267,24 @@ def _intermediate(losses: dict[str, Any] | None) -> str:
 
 def _training_rows(step: Step) -> Rows:
     trained = TRAINS[step["trains"]] + (f", of rank {step['lora_rank']}" if step["lora_rank"] else "")
+    if lisa := step.get("lisa"):  # earlier histories have no such entry
+        trained += f", {lisa[0]} at a time, drawn again every {lisa[1]} steps"
     skipped = f"; {step['steps_skipped']} of them skipped" if step["steps_skipped"] else ""
     learns = "" if step["learns"] == "all tokens" else "; only the assistant's answers are learnt"
-    apart = ", documents kept apart" if step["documents"] == "apart" else ""
+    apart = {"joined": "", "apart": ", documents kept apart", "whole": ", documents whole"}[step["documents"]]
     rate = (
         f"{step['learning_rate']:g} falling to {step['min_learning_rate']:g} ({step['schedule']}), "
         f"{step['warmup_steps']} warm-up steps, {step['optimizer']}"
     )
+    noise = step.get("neftune_alpha")
     rows = [
         ["weights trained", trained],
+        *([["noise on embeddings", f"NEFTune, α {noise:g}"]] if noise else []),
         *_rounding_rows(step),
         ["tokens", f"{step['tokens']:,} processed, {step['unique_tokens']:,} of them unique{learns}"],
         ["steps", f"{step['steps']:,} of {step['batch_size']} × {step['context']:,} tokens{apart}{skipped}"],
         ["learning rate", rate],
-        ["data", data_in_words(step["data"])],
+        ["data", data_in_words(step["data"]) + (f", read {step['epochs']:g} times" if "epochs" in step else "")],
         ["computed on", f"{step['device']} in {step['dtype']}"],
     ]
     if heldout := step.get("heldout"):
@@ -281,6 +292,13 @@ def _training_rows(step: Step) -> Rows:
         rounded = f", rounded to {step['quantize']}" if step.get("quantize") else ""
         rows.append(["held-out perplexity", f"{change}, on {heldout['tokens']:,} tokens of the data{rounded}"])
     return rows
+
+
+def answers_table(step: Step) -> Rows:
+    """Return what a model answered before and after a tuning; no rows where nothing was asked."""
+    answers = step.get("answers", [])
+    rows = [[" ".join(each[key].split()) or "(nothing)" for key in ("asked", "before", "after")] for each in answers]
+    return [["asked", "before", "after"], *rows] if rows else []
 
 
 def _rounding_rows(step: Step) -> Rows:

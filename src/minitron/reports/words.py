@@ -35,6 +35,8 @@ def origin_in_words(history: History, model: Arch) -> str:
     tokens = f"{sum(step['tokens'] for step in trainings):,} tokens"
     teachers = " and ".join(dict.fromkeys(f"`{model_name(step['teacher'])}`" for step in trainings))
     learnt = f"trained by distillation from {teachers} on {tokens}" if trainings else "not trained by distillation"
+    if tuned := [step for step in history.steps if step["step"] == "tune"]:
+        learnt += f", and tuned on {sum(step['tokens'] for step in tuned):,} tokens of text"
     if not prunings:
         corrected = history.steps[-1]["step"] == "correct"
         return f"{kind}{', a teacher trained further on text,' if corrected else ''} {learnt}.{descent}"
