@@ -38,6 +38,7 @@ def test_every_verb_takes_the_common_options() -> None:
             "push": {"as_json"},
             "families": {"as_json"},
             "rejoin": {"as_json"},
+            "merge": {"as_json"},
             "plan": {"as_json", "device", "dtype"},
         }
         assert needed.get(name, {"as_json", "seed", "device", "dtype"}) <= annotations, name

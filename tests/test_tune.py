@@ -149,7 +149,8 @@ def trained(teacher: Checkpoint, folder: Path, recipe: DistillRecipe, **options:
     Trainer(None, recipe, blocks, Runtime(CPU, torch.float32), work, blocks[:2], **options).distill(
         teacher, folder / "out"
     )
-    return load_file(folder / "out" / "model.safetensors")
+    found: dict[str, torch.Tensor] = load_file(folder / "out" / "model.safetensors")
+    return found
 
 
 def test_a_few_layers_train_at_a_time(tmp_path: Path) -> None:

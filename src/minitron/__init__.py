@@ -40,7 +40,9 @@ _HOMES = {
     "evaluate_tasks": "verbs.evaluate",
     "export": "verbs.export",
     "families": "verbs.families",
+    "generate": "verbs.generate",
     "inspect": "verbs.inspect",
+    "merge": "verbs.merge",
     "open_checkpoint": "model.checkpoint",
     "open_teacher": "model.source",
     "plan": "verbs.plan",
@@ -80,7 +82,9 @@ if TYPE_CHECKING:
     from minitron.verbs.evaluate import evaluate_tasks as evaluate_tasks
     from minitron.verbs.export import export as export
     from minitron.verbs.families import families as families
+    from minitron.verbs.generate import generate as generate
     from minitron.verbs.inspect import inspect as inspect
+    from minitron.verbs.merge import merge as merge
     from minitron.verbs.plan import plan as plan
     from minitron.verbs.prune import prune as prune
     from minitron.verbs.push import push as push

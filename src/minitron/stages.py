@@ -45,7 +45,7 @@ def stores_states(recipe: Recipe) -> bool:
     distill = recipe.distill
     # The teacher's outputs on a text depend on how the student writes it.
     is_cut = recipe.vocabulary.trim or "vocab_size" in {*recipe.search.space, *recipe.shape}
-    is_needed = distill.intermediate.of or distill.correction.trains != "nothing"
+    is_needed = distill.intermediate.of or distill.correction.trains != "nothing" or distill.on_policy.share
     return recipe.lineage.stores_states and distill.teacher_states is None and not is_needed and not is_cut
 
 

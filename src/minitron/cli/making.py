@@ -8,6 +8,7 @@ import typer
 from minitron.cli.options import (
     BUDGET,
     CONTEXT,
+    MACHINE,
     SERVED,
     TARGET,
     TEXT,
@@ -166,6 +167,37 @@ def export(
     return imported("verbs.export").export(
         model, out, format=format, quantize=quantize, check=check or (), overwrite=overwrite, **served, **settings
     )
+
+
+@verb(*MACHINE, has_recipe=False)
+def generate(
+    model: Annotated[str, typer.Argument(help="A run directory, for its student, or a model as in compress.")],
+    out: Annotated[Path, typer.Argument(help="The file to make, such as answers.jsonl.", resolve_path=True)],
+    prompts: Annotated[Path, typer.Option(help="Questions or chats: a text file with one per line, or JSON, CSV, …")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Draw from this share of the probability.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 8,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at OUT.")] = False,
+    **settings: Any,
+) -> Any:
+    """Let a model answer prompts: a file of chats at OUT, which --data reads."""
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
+    return imported("verbs.generate").generate(
+        model, out, prompts=prompts, sampling=sampling, batch_size=batch_size, overwrite=overwrite, **settings
+    )
+
+
+@verb(has_recipe=False)
+def merge(
+    one: Annotated[str, typer.Argument(help="A run directory, for its student, or a model as in compress.")],
+    other: Annotated[str, typer.Argument(help="A model of the same shape.")],
+    out: Out,
+    weight: Annotated[float, typer.Option(help="Share of the second model, from 0 to 1.")] = 0.5,
+    overwrite: Overwrite = False,
+) -> Any:
+    """Write the model between two models of one shape, by linear interpolation: a Hugging Face folder at OUT."""
+    return imported("verbs.merge").merge(one, other, out, weight=weight, overwrite=overwrite)
 
 
 @verb(has_recipe=False)

@@ -120,6 +120,7 @@ def require_spellable(recipe: DistillRecipe) -> None:
         "distill.stored top_k stores": recipe.teacher_states is not None and recipe.stored == "top_k",
         "distill.intermediate compares": bool(recipe.intermediate.of),
         "distill.correction trains": recipe.correction.trains != "nothing",
+        "distill.on_policy continues": recipe.on_policy.share > 0,
     }
     for reason, holds in reasons.items():
         if holds:
@@ -130,6 +131,8 @@ def require_correctable(session: Session) -> None:
     """Check what a training of the session's teacher on the text would fail on; see `require_trainable`."""
     if session.recipe.distill.intermediate.of:
         raise UserError("distill.intermediate compares a student with a teacher; correct trains the teacher alone")
+    if session.recipe.distill.on_policy.share:
+        raise UserError("distill.on_policy needs a teacher of the student; correct trains the teacher alone")
     if session.recipe.distill.quantize is not None:
         raise UserError("distill.quantize rounds a student; correct trains the teacher alone, which stays as it is")
     require_trainable(session, session.teacher.arch)

@@ -82,6 +82,7 @@ def _matching(trainer: Trainer, session: Session, student: Arch) -> dict[str, An
         "top_k": recipe.top_k,
         "label_weight": recipe.label_weight,
         "intermediate": compared.model_dump() if compared else None,
+        "on_policy": recipe.on_policy.model_dump() if recipe.on_policy.share else None,
         "teacher_learns": learning,
         "teacher_outputs": "computed during training" if isinstance(teacher, Live) else stored,
     }

@@ -21,6 +21,7 @@ from minitron.distillation.intermediate import Intermediate, compare_on_the_way,
 from minitron.distillation.metrics import Metrics, is_measured, require_trackers
 from minitron.distillation.noise import add_noise
 from minitron.distillation.objective import Objective
+from minitron.distillation.on_policy import OnPolicy, continued
 from minitron.distillation.optimizers import learning_rate, make_optimizer, take_step
 from minitron.distillation.parallel import lighten, shard, whole
 from minitron.distillation.parameters import Trained, choose_parameters
@@ -204,7 +205,13 @@ class _Loop:
         rate = learning_rate(self.step, self.num_steps, recipe)
         self._begin(self.step)
         numbers = batch_indices(self.step, recipe.batch_size, len(train), self.trainer.runtime.seed)
-        sums = self.objective.accumulate(headless, train[numbers], numbers)
+        blocks, objective = train[numbers], self.objective
+        on_policy = OnPolicy(objective, recipe, self.num_steps)
+        if length := on_policy.length(self.step, train.context):
+            with self.trainer.runtime.autocast():
+                blocks = continued(headless.model, blocks, length)
+            numbers, objective = torch.arange(len(blocks)), on_policy.objective_of(length, train.context)
+        sums = objective.accumulate(headless, blocks, numbers)
         loss, intermediate_loss, added_loss, teacher_loss = self.trainer.runtime.world.sum(sums).tolist()
         norm = take_step(headless, optimizer, rate, recipe.max_grad_norm, loss)
         is_finite = math.isfinite(loss) and math.isfinite(norm)
@@ -214,6 +221,8 @@ class _Loop:
             row["dtype"] = self.trainer.runtime.training_dtype
         if self.is_trial:
             row["trial"] = True
+        if length:
+            row["continued_by"] = length
         row |= {"loss": loss, "grad_norm": norm} if is_finite else {"skipped": f"loss {loss}, gradient {norm}"}
         if self.objective.intermediate and is_finite:
             weight = added_loss / intermediate_loss if intermediate_loss else 0.0
@@ -234,9 +243,9 @@ class _Loop:
         progress.note(f"loss {loss:.3f}{self.metrics.in_words()}")
 
     def _begin(self, step: int) -> None:
-        """Prepare a step: which layers train in it, and the noise of its embeddings."""
+        """Prepare a step: which layers train in it, and what it draws."""
         self.student.trained.begin(step, self.models["student"][1])
-        if self.trainer.recipe.neftune_alpha is not None:
+        if self.trainer.recipe.neftune_alpha is not None or self.trainer.recipe.on_policy.share:
             torch.manual_seed(self.trainer.runtime.seed * 1_000_003 + step)
 
     @property
@@ -270,6 +279,8 @@ def require_trainable(recipe: DistillRecipe, student: Arch, dtype: torch.dtype, 
     for key, trains in (("trains", recipe.trains), ("correction.trains", recipe.correction.trains)):
         if num_ranks > 1 and trains in {"lora", "lisa"}:
             raise UserError(f"distill.{key} {trains} runs in one process; accepted under torchrun: full, norms")
+    if num_ranks > 1 and recipe.on_policy.share:
+        raise UserError("distill.on_policy generates with a whole model, in one process; leave it out under torchrun")
     if recipe.top_k is not None and recipe.top_k >= student.axis_size("vocab"):
         raise UserError(f"distill.top_k {recipe.top_k} leaves no tail of {student.axis_size('vocab')} tokens")
     if recipe.quantize is not None:

@@ -45,6 +45,7 @@ def require_tunable(recipe: Recipe) -> None:
         ("intermediate", bool(distill.intermediate.of)),
         ("teacher_states", distill.teacher_states is not None),
         ("correction", distill.correction.trains != "nothing"),
+        ("on_policy", distill.on_policy.share > 0),
         ("quantize", distill.quantize is not None),
     ):
         if is_set:

@@ -18,7 +18,7 @@ from minitron.nas.workspace import Workspace
 from minitron.nas.zero_shot import divergence
 from minitron.progress import beside
 from minitron.pruning import how_measured, prune
-from minitron.recipe import CorrectionRecipe, DistillRecipe, IntermediateRecipe
+from minitron.recipe import CorrectionRecipe, DistillRecipe, IntermediateRecipe, OnPolicyRecipe
 from minitron.runtime import World
 
 TIE = 0.01
@@ -70,6 +70,7 @@ def trial_recipe(recipe: DistillRecipe, steps: int, context: int) -> DistillReci
         "warmup_steps": None,  # a number of the long training's steps
         "intermediate": IntermediateRecipe(of=()),
         "correction": CorrectionRecipe(),
+        "on_policy": OnPolicyRecipe(),
         "quantize": None,
     }
     if recipe.teacher_states is None:

@@ -24,6 +24,7 @@ from minitron.recipe.training import (
     DistillRecipe,
     Documents,
     IntermediateRecipe,
+    OnPolicyRecipe,
     OriginalTraining,
     TuneRecipe,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Factors",
     "IntermediateRecipe",
     "LineageRecipe",
+    "OnPolicyRecipe",
     "OriginalTraining",
     "PruneRecipe",
     "Recipe",

@@ -86,6 +86,19 @@ class TuneRecipe(Part):
     """Keep the adapters of `distill.trains: lora` in the folder `adapter` of the result, besides merging them."""
 
 
+class OnPolicyRecipe(Part):
+    """Steps at the end of a distillation in which the student continues the text itself, and learns from what the
+    teacher expects there: a student that is trained on text alone never sees its own mistakes."""
+
+    share: float = Field(0.0, ge=0, le=1)
+    """Share of the steps. Half of a step's tokens are the student's own then, and generating them takes time."""
+    tokens: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (32, 256)
+    """Tokens that the student continues a beginning of equal length by, in the first and in the last of these steps;
+    it doubles in between. At most half of a block."""
+    loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """Distance between the teacher's and the student's distribution on the continuation."""
+
+
 class DistillRecipe(Part):
     """How the student is trained on the outputs of the teacher."""
 
@@ -166,6 +179,8 @@ class DistillRecipe(Part):
     """Losses inside the layers."""
     correction: CorrectionRecipe = CorrectionRecipe()
     """Training of the teacher while it teaches."""
+    on_policy: OnPolicyRecipe = OnPolicyRecipe()
+    """Continuations by the student at the end."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Trackers that receive the curves in addition to `metrics.jsonl`; each has to be installed."""
     activation_checkpointing: bool = False
@@ -186,7 +201,13 @@ class DistillRecipe(Part):
             raise ValueError(f"top_k needs a loss of probabilities, not {self.loss}")
         if self.quantize is not None and self.trains == "lora":
             raise ValueError("quantize rounds the matrices themselves, which trains: lora leaves; give full or norms")
+        if self.on_policy.share and (self.compile or self.correction.trains != "nothing"):
+            raise ValueError("on_policy generates with the student: leave out compile and correction.trains")
+        if self.on_policy.tokens[0] > self.on_policy.tokens[1]:
+            raise ValueError("on_policy.tokens: continuations grow, so the first number is the smaller one")
         if self.teacher_states is not None:
+            if self.on_policy.share:
+                raise ValueError("on_policy needs the teacher in memory; teacher_states holds its outputs on the text")
             if self.intermediate.of:
                 raise ValueError("intermediate needs the teacher in memory; teacher_states holds only its last states")
             if self.correction.trains != "nothing":

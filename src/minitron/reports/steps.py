@@ -17,6 +17,7 @@ TITLES = {
     "distill": "Distillation",
     "tune": "Tuning",
     "quantise": "Quantisation",
+    "interpolate": "Merging of two models",
     "rejoin": "Return into the multimodal model",
 }
 SCHEMES = {
@@ -89,6 +90,9 @@ def step_table(step: Step) -> Rows:
         return [["", ""], ["weights stored", stored_weights(step)], ["read in", step["dtype"]]]
     if step["step"] == "merge":
         return [["", ""], ["adapter", step["adapter"]], ["base model", model_name(step["base"])]]
+    if step["step"] == "interpolate":
+        shares = f"{1 - step['weight']:g} of {model_name(step['of'])}, {step['weight']:g} of {model_name(step['with'])}"
+        return [["", ""], ["weights", f"linear interpolation: {shares}"]]
     if step["step"] == "rejoin":
         return [["", ""], ["fitted to the stream", ", ".join(step["moved"]) or "nothing: its width stayed"]]
     if step["step"] == "prune":
@@ -248,7 +252,16 @@ def _matching_rows(step: Step) -> Rows:
         ["loss", loss_in_words(step)],
         ["label loss", f"{weight:g} × cross-entropy of the text's own next tokens" if weight else "none"],
         ["intermediate losses", _intermediate(step["intermediate"])],
+        *_on_policy_rows(step.get("on_policy")),  # earlier histories have no such entry
     ]
+
+
+def _on_policy_rows(recipe: dict[str, Any] | None) -> Rows:
+    if recipe is None:
+        return []
+    first, last = recipe["tokens"]
+    text = f"the last {recipe['share']:.0%} of the steps, by {first} to {last} tokens; {LOSSES[recipe['loss']]}"
+    return [["continued by the student", text.format(beta=0.5)]]
 
 
 def _intermediate(losses: dict[str, Any] | None) -> str:
