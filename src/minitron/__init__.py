@@ -46,6 +46,7 @@ _HOMES = {
     "open_checkpoint": "model.checkpoint",
     "open_teacher": "model.source",
     "plan": "verbs.plan",
+    "prefer": "verbs.prefer",
     "prune": "verbs.prune",
     "push": "verbs.push",
     "rejoin": "verbs.rejoin",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from minitron.verbs.inspect import inspect as inspect
     from minitron.verbs.merge import merge as merge
     from minitron.verbs.plan import plan as plan
+    from minitron.verbs.prefer import prefer as prefer
     from minitron.verbs.prune import prune as prune
     from minitron.verbs.push import push as push
     from minitron.verbs.rejoin import rejoin as rejoin

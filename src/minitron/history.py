@@ -18,7 +18,7 @@ INHERITED = ("language", "license", "license_link", "license_name")
 HUB_ID = r"[\w.-]+/[\w.-]+"
 
 Step = dict[str, Any]
-"""What was done: `step` names it (dequantise, prune, distill, correct), the other entries state how."""
+"""What was done: `step` names it (dequantise, prune, distill, tune, …), the other entries state how."""
 
 
 @dataclass(frozen=True)

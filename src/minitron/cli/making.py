@@ -169,6 +169,23 @@ def export(
     )
 
 
+@verb(
+    Setting("epochs", "prefer.epochs", "How often the pairs are read.", float),
+    Setting("learning_rate", "prefer.learning_rate", "Peak learning rate.", float),
+    Setting("beta", "prefer.beta", "Strength with which the model is held to what it was.", float),
+    CONTEXT,
+    *TEXT,
+)
+def prefer(
+    model: Annotated[str, typer.Argument(help="The model to train, such as a tuned student; named as in compress.")],
+    out: Out,
+    overwrite: Overwrite = False,
+    **settings: Any,
+) -> Any:
+    """Train a model on pairs of answers, chosen and rejected (DPO, needs minitron[preference]): a folder at OUT."""
+    return imported("verbs.prefer").prefer(model, out, overwrite=overwrite, **settings)
+
+
 @verb(*MACHINE, has_recipe=False)
 def generate(
     model: Annotated[str, typer.Argument(help="A run directory, for its student, or a model as in compress.")],

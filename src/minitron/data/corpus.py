@@ -52,6 +52,15 @@ def read_documents(data: Data, seed: int) -> Iterator[Document]:
         yield found
 
 
+def read_all_rows(source: str) -> Rows:
+    """Yield the rows of one source in their order, each with file and line.
+
+    Raises:
+        UserError: the source is missing or not what its name states.
+    """
+    return _rows(source, _files(source))
+
+
 def _files(source: str) -> list[Path]:
     """Return the files of a source, all of a readable kind; [] for the built-in corpus and for data sets on the hub."""
     if source in BUILT_IN:

@@ -33,7 +33,11 @@ OTHER_TEXTS = ("content", "document")
 """Columns of text in a row without `text` and without a chat."""
 FORMS = (("text",), *((name,) for name in CHATS), *ANSWERED, *((name,) for name in OTHER_TEXTS))
 """Sets of columns, each of which makes a document."""
-COLUMNS = frozenset([name for form in FORMS for name in form] + ["context", *SYSTEM, "tools", "chat_template_kwargs"])
+PAIR = ("chosen", "rejected")
+"""Columns of two answers of which the first is preferred (`data/preferences.py`)."""
+COLUMNS = frozenset(
+    [name for form in (*FORMS, PAIR) for name in form] + ["context", *SYSTEM, "tools", "chat_template_kwargs"]
+)
 """All columns that are read."""
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 """What data sets call the roles of chat templates."""
@@ -68,6 +72,19 @@ def document(row: Any, where: str) -> Document | None:
         return None
     columns = ", ".join(map(str, row)) or "no columns"
     raise UserError(f"data {where} has no column that is read: {ACCEPTED}; it has {columns}")
+
+
+def turns_of(value: Any, where: str) -> Chat:
+    """Return a list of turns, or a mapping that holds one, as a chat.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    row = value if isinstance(value, dict) else {"messages": value}
+    name = next((name for name in CHATS if name in row), None)
+    if name is None:
+        raise UserError(f"data {where} has no turns: it has {', '.join(map(str, row)) or 'no columns'}")
+    return _chat(row[name], row, where)
 
 
 def _text(value: Any, name: str, where: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from minitron.data.blocks import Blocks
 from minitron.distillation import trainer
 from minitron.distillation.correction import recipe_of_correction
+from minitron.distillation.preference import prefer, require_trl
 from minitron.distillation.record import write_training
 from minitron.distillation.teacher import Learning, Live, Source, SpelledLive, Teacher, require_states_folder, stored
 from minitron.distillation.trainer import Trainer
@@ -30,9 +31,11 @@ from minitron.session import Session
 __all__ = [
     "correct",
     "distill",
+    "prefer",
     "require_correctable",
     "require_spellable",
     "require_trainable",
+    "require_trl",
     "require_tunable",
     "stored_teacher",
     "tune",

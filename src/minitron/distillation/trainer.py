@@ -91,7 +91,7 @@ class Trainer:
         if self.adapter is not None:
             student.trained.save_adapter(self.adapter, self.base)
         student.trained.finish()
-        _write_student(student, out, self.runtime.world)
+        write_trained(student.headless.model, pruned, out, self.runtime.world)
 
     def trained(self, pruned: Checkpoint, until: int | None = None) -> Student:
         """Return the student in memory after all steps; with `until`, after that step, with a checkpoint on disk.
@@ -300,15 +300,15 @@ def batch_indices(step: int, batch_size: int, num_blocks: int, seed: int) -> Ten
     return torch.stack([orders[position // num_blocks][position % num_blocks] for position in positions])
 
 
-def _write_student(student: Student, out: Path, world: World) -> None:
-    model = student.headless.model
+def write_trained(model: Any, like: Checkpoint, out: Path, world: World) -> None:
+    """Write a model that was trained, in the dtype of the model on disk that it began as, to the folder `out`."""
     saved = model.state_dict().keys()
     state = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     for name, parameter in model.named_parameters():
         value = whole(parameter)  # gathering takes every rank; keeping and writing take one
         if world.is_main:
-            state[name] = value.to(student.checkpoint.dtype).cpu()
+            state[name] = value.to(like.dtype).cpu()
     if world.is_main:
         with Progress("write student"), whole_folder(out) as staging:
-            write_model(staging, model, state, student.checkpoint)
+            write_model(staging, model, state, like)
     world.barrier()

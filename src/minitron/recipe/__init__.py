@@ -26,6 +26,7 @@ from minitron.recipe.training import (
     IntermediateRecipe,
     OnPolicyRecipe,
     OriginalTraining,
+    PreferRecipe,
     TuneRecipe,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "LineageRecipe",
     "OnPolicyRecipe",
     "OriginalTraining",
+    "PreferRecipe",
     "PruneRecipe",
     "Recipe",
     "RecipeSource",

@@ -14,7 +14,7 @@ from minitron.recipe.cutting import (
     VocabularyRecipe,
 )
 from minitron.recipe.parts import Count, Data, Part, Target, shares
-from minitron.recipe.training import DistillRecipe, TuneRecipe
+from minitron.recipe.training import DistillRecipe, PreferRecipe, TuneRecipe
 
 DEFAULT_CONTEXT = 1024
 """Tokens in a block where neither the recipe nor the teacher limits them."""
@@ -79,6 +79,7 @@ class Recipe(Part):
     prune: PruneRecipe = PruneRecipe()
     distill: DistillRecipe = DistillRecipe()
     tune: TuneRecipe = TuneRecipe()
+    prefer: PreferRecipe = PreferRecipe()
     lineage: LineageRecipe = LineageRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     stages: tuple[dict[str, Any], ...] = ()

@@ -86,6 +86,24 @@ class TuneRecipe(Part):
     """Keep the adapters of `distill.trains: lora` in the folder `adapter` of the result, besides merging them."""
 
 
+class PreferRecipe(Part):
+    """Training on pairs of answers, by `minitron prefer`, of which people prefer one (DPO, arXiv 2305.18290)."""
+
+    epochs: float = Field(1.0, gt=0)
+    """How often the pairs are read."""
+    learning_rate: float = Field(5e-6, gt=0)
+    """Peak learning rate."""
+    batch_size: int = Field(8, ge=1)
+    """Pairs per optimizer step."""
+    beta: float = Field(0.1, gt=0)
+    """Strength with which the model is held to what it was before."""
+    loss: Annotated[
+        tuple[Literal["sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "apo_zero", "apo_down", "sft"], ...],
+        Field(min_length=1),
+    ] = ("sigmoid",)
+    """Losses of trl that are added: `sigmoid` is DPO, and `sft` the negative log-likelihood of the preferred answer."""
+
+
 class OnPolicyRecipe(Part):
     """Steps at the end of a distillation in which the student continues the text itself, and learns from what the
     teacher expects there: a student that is trained on text alone never sees its own mistakes."""

@@ -131,7 +131,7 @@ def _made(steps: list[Step]) -> str:
 
 
 def _training_data(steps: list[Step]) -> str:
-    trainings = [step for step in steps if "data" in step]
+    trainings = [step for step in steps if "tokens" in step]
     if not trainings:
         return "The model was not trained."
     return (

@@ -16,6 +16,7 @@ TITLES = {
     "correct": "Correction of the teacher",
     "distill": "Distillation",
     "tune": "Tuning",
+    "prefer": "Preference training",
     "quantise": "Quantisation",
     "interpolate": "Merging of two models",
     "rejoin": "Return into the multimodal model",
@@ -90,6 +91,8 @@ def step_table(step: Step) -> Rows:
         return [["", ""], ["weights stored", stored_weights(step)], ["read in", step["dtype"]]]
     if step["step"] == "merge":
         return [["", ""], ["adapter", step["adapter"]], ["base model", model_name(step["base"])]]
+    if step["step"] == "prefer":
+        return [["", ""], *_preference_rows(step), *_common_rows(step)]
     if step["step"] == "interpolate":
         shares = f"{1 - step['weight']:g} of {model_name(step['of'])}, {step['weight']:g} of {model_name(step['with'])}"
         return [["", ""], ["weights", f"linear interpolation: {shares}"]]
@@ -305,6 +308,22 @@ def _training_rows(step: Step) -> Rows:
         rounded = f", rounded to {step['quantize']}" if step.get("quantize") else ""
         rows.append(["held-out perplexity", f"{change}, on {heldout['tokens']:,} tokens of the data{rounded}"])
     return rows
+
+
+def _preference_rows(step: Step) -> Rows:
+    before, after = step["before"], step["after"]
+    words = {"accuracies": "pairs in the preferred order", "margins": "margin of rewards"}
+    changes = ", ".join(f"{each} {before[name]:.3g} before, {after[name]:.3g} after" for name, each in words.items())
+    loss = f"{' + '.join(step['loss'])} of trl {step['versions']['trl']}, β {step['beta']:g}"
+    steps = f"{step['steps']:,} steps of {step['batch_size']}"
+    return [
+        ["model", model_name(step["of"])],
+        ["loss", f"{loss}; the reference is the model before"],
+        ["pairs", f"{step['pairs']:,} of {data_in_words(step['data'])}, in {steps}"],
+        ["learning rate", f"{step['learning_rate']:g} falling to 0 (cosine)"],
+        ["held-out pairs", f"{step['heldout_pairs']:,}: {changes}"],
+        ["computed on", f"{step['device']} in {step['dtype']}"],
+    ]
 
 
 def answers_table(step: Step) -> Rows:

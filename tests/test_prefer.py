@@ -1,0 +1,185 @@
+"""Preference training: pairs of every form, the reference that stays, and what is refused."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minitron import cli
+from minitron.data.preferences import Preference, read_preferences
+from minitron.errors import UserError
+from minitron.files import read_jsonl
+from minitron.history import history_of
+from minitron.model.checkpoint import open_checkpoint
+from minitron.model.language_model import load_model
+from tests.conftest import Verb, byte_tokenizer, make_model
+
+CPU = torch.device("cpu")
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+PAIRS = [(f"What is {i}?", f"It is {i}.", f"Who cares, {i}!") for i in range(24)]
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+
+
+def forms(asked: str, good: str, bad: str) -> dict[str, Any]:
+    return {
+        "texts": {"prompt": asked, "chosen": good, "rejected": bad},
+        "turns": {"prompt": turns(asked), "chosen": turns(asked, good)[1:], "rejected": turns(asked, bad)[1:]},
+        "whole chats": {"chosen": turns(asked, good), "rejected": turns(asked, bad)},
+        "LMFlow": {"chosen": {"messages": turns(asked, good)}, "rejected": {"messages": turns(asked, bad)}},
+        "sharegpt": {
+            name: [{"from": "human", "value": asked}, {"from": "gpt", "value": answer}]
+            for name, answer in (("chosen", good), ("rejected", bad))
+        },
+    }
+
+
+def write_pairs(path: Path, form: str = "texts") -> Path:
+    rows = [forms(*pair)[form] for pair in PAIRS]
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps({"type": "paired_conversation", "instances": rows}))
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("form", forms("a", "b", "c"))
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_pairs(tmp_path: Path, form: str, suffix: str) -> None:
+    found = read_preferences(str(write_pairs(tmp_path / f"pairs{suffix}", form)), 0)
+    assert {
+        (pair.prompt[0]["content"], pair.chosen[0]["content"], pair.rejected[0]["content"]) for pair in found
+    } == set(PAIRS)
+    assert [pair.prompt for pair in found] != [
+        pair.prompt for pair in read_preferences(str(tmp_path / f"pairs{suffix}"), 1)
+    ]
+    assert all(pair.chosen[0]["role"] == "assistant" for pair in found)
+    plain = found[0].to_row(has_template=False)
+    assert plain == {
+        "prompt": f"{found[0].prompt[0]['content']}\n\n",
+        "chosen": found[0].chosen[0]["content"],
+        "rejected": found[0].rejected[0]["content"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"prompt": "a", "chosen": "b"},
+            "pairs.jsonl:3 must be a pair, with 'chosen' and 'rejected'; it has prompt, chosen",
+        ),
+        ({"chosen": "a", "rejected": "b"}, "pairs.jsonl:3: two texts need a column 'prompt'"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "pairs.jsonl:3: the two answers are equal"),
+        ({"chosen": turns("a", "b"), "rejected": turns("c", "b")}, "pairs.jsonl:3: the two chats do not begin alike"),
+        ({"prompt": "a", "chosen": 3, "rejected": "b"}, "pairs.jsonl:3 holds a number; accepted: a list of turns"),
+        (["a"], "pairs.jsonl:3 must be a pair"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(tmp_path: Path, row: Any, message: str) -> None:
+    rows = [forms(*pair)["texts"] for pair in PAIRS[:2]]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*rows, row])))
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_preferences(str(tmp_path / "pairs.jsonl"), 0)
+
+
+@pytest.fixture
+def chatty(tmp_path: Path) -> Path:
+    folder = make_model(tmp_path / "chatty", "llama-tied")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def log_probability(folder: Path, pair: Preference, answer: str) -> float:
+    """The log-probability of an answer after its prompt, computed from the folder."""
+    model, tokenizer = load_model(open_checkpoint(folder), CPU, torch.float32), byte_tokenizer()
+    prompt = tokenizer(f"<user>{pair.prompt[0]['content']}</s><assistant>").input_ids
+    ids = torch.tensor([prompt + tokenizer(f"{answer}</s>").input_ids])
+    logits = model(ids).logits.log_softmax(-1)[0, :-1]
+    return float(logits.gather(-1, ids[0, 1:, None])[len(prompt) - 1 :].sum())
+
+
+def test_prefer(tmp_path: Path, chatty: Path, verb: Verb) -> None:
+    data, out = write_pairs(tmp_path / "pairs.jsonl"), tmp_path / "out"
+    given = ["--data", data, "--epochs", "4", "--learning-rate", "1e-3", "--dtype", "float32", "--context", "128"]
+    verb("prefer", chatty, out, *given, "--set", "prefer.batch_size=4", "--beta", "0.5")
+    step = history_of(out).steps[-1]
+    assert step["heldout_pairs"] == 3
+    assert step["steps"] == 21
+    assert step["before"]["margins"] == pytest.approx(0, abs=1e-4)
+    assert step["after"]["margins"] > 0.5
+    assert step["after"]["accuracies"] == 1
+    # The figures are those of the two folders: the reference is the model before, which has not moved.
+    heldout = read_preferences(str(data), 0)[:3]
+    gains = [
+        log_probability(out, pair, answer) - log_probability(chatty, pair, answer)
+        for pair in heldout
+        for answer in (pair.chosen[0]["content"], pair.rejected[0]["content"])
+    ]
+    margins = [0.5 * (gains[i] - gains[i + 1]) for i in range(0, 6, 2)]
+    assert step["after"]["margins"] == pytest.approx(sum(margins) / 3, rel=1e-3)
+    assert len(read_jsonl(out / "metrics.jsonl")) == 21
+    card = (out / "README.md").read_text()
+    assert "### Preference training" in card
+    assert "pairs in the preferred order" in card
+    assert history_of(out).steps[-1]["versions"]["trl"]
+
+
+def test_continues_after_a_kill(tmp_path: Path, chatty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainerCallback
+
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    given = ["--data", str(data), "--epochs", "2", "--learning-rate", "1e-3", "--dtype", "float32", "--context", "128",
+             "--set", "prefer.batch_size=4"]  # fmt: skip
+    cli.app(["prefer", str(chatty), str(tmp_path / "through"), *given], standalone_mode=False)
+
+    class Killed(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 6:
+                raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minitron.distillation.preference._callback", lambda _: Killed())
+        with pytest.raises(RuntimeError, match="killed"):
+            cli.app(["prefer", str(chatty), str(tmp_path / "killed"), *given], standalone_mode=False)
+    assert list((tmp_path / "killed").glob(".minitron-prefer/checkpoint/checkpoint-*"))
+    cli.app(["prefer", str(chatty), str(tmp_path / "killed"), *given], standalone_mode=False)
+    one, other, before = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "through", tmp_path / "killed", chatty)
+    )
+    for name in one:
+        assert torch.equal(one[name], other[name])
+    assert any(not torch.equal(one[name], before[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "prefer needs --data"),
+        (["--data", "DATA", "--set", "prefer.loss=[nonsense]"], "prefer.loss"),
+        (["--data", "DATA", "--set", "prefer.beta=0"], "prefer.beta"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, chatty: Path, options: list[str], message: str) -> None:
+    data = write_pairs(tmp_path / "pairs.jsonl")
+    given = [str(data) if option == "DATA" else option for option in options]
+    with pytest.raises(UserError, match=message):
+        cli.app(["prefer", str(chatty), str(tmp_path / "out"), *given, "--context", "64"], standalone_mode=False)
+    assert not (tmp_path / "out" / "config.json").exists()
