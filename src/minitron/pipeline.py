@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from safetensors.torch import load_file
 
 from minitron import nas
+from minitron.conversations import CHATS, answers_of, require_conversing, teacher_nats, write_chats
 from minitron.distillation import (
     correct,
     distill,
@@ -92,6 +93,7 @@ def _cut(run: Run, session: Session) -> None:
     """Cut a student and distil it."""
     session.validate(one_process=False)
     require_trainable(session, session.source.arch)
+    require_conversing(session)
     shapes, budget = nas.shapes_within(session)
     session.require_one_reading()
     _begin(run, session, int(shapes.figures["num_parameters"].max()))
@@ -100,6 +102,7 @@ def _cut(run: Run, session: Session) -> None:
         announce(in_words(expected))
         run.record["expected"] = {each.name: round(each.seconds, 2) for each in expected if each.seconds is not None}
         run.save()
+    _converse(run, session)
     with _step(run, session, "calibrate", on_main=True) as is_taken:
         if is_taken:
             write_importance(run.folder, session, nas.removed_layers(shapes))
@@ -139,8 +142,10 @@ def _distill_further(run: Run, session: Session) -> None:
     """Distil a student further, its shape as it is."""
     session.validate(one_process=False)
     require_trainable(session, session.source.arch)
+    require_conversing(session)
     session.require_one_reading()
     _begin(run, session, session.source.arch.num_parameters)
+    _converse(run, session)
     if session.runtime.world.is_main:
         write_json(run.path("arch.json"), session.source.arch.to_dict())
         run.link("pruned", session.source.folder)
@@ -267,6 +272,16 @@ def _begin(run: Run, session: Session, num_parameters: int) -> None:
     run.share(session.runtime.world)
 
 
+def _converse(run: Run, session: Session) -> None:
+    """Let the teacher answer chats where the recipe asks for them, and mix them into the training text."""
+    if not session.recipe.chats.share:
+        return
+    if session.runtime.world.is_main and not run.path(CHATS).exists():
+        write_chats(session, run.path(CHATS))
+    run.share(session.runtime.world)
+    session.mix_in(run.path(CHATS))
+
+
 def _record_resumption(run: Run, session: Session) -> None:
     """Record at how many tokens an interrupted distillation continues, for the curves, but not after a trial."""
     state, rows = run.path("checkpoint") / "state.json", read_jsonl(run.path("metrics.jsonl"))
@@ -314,12 +329,18 @@ def _measure(run: Run, session: Session, models: dict[str, Path]) -> None:
                 num_samples=NUM_SAMPLES if name in missing else 0,
                 observer=states if name == "teacher" else Comparison(states),
             )
+        if session.recipe.chats.share and name in missing:
+            measured["answers"] = answers_of(session, checkpoint, model)
         del model
         figures.setdefault(name, measured)
         if session.pieces is not None:
             share = measured["bits_per_byte"] / figures["teacher"]["bits_per_byte"]
             figures[name][PER_TEACHER_TOKEN] = figures["teacher"]["perplexity"] ** share
         write_json(path, figures)
+    for name in missing:
+        if answers := figures[name].get("answers"):
+            figures[name]["answers_teacher_nats"] = teacher_nats(session, answers)
+            write_json(path, figures)
     if "student" in models and "speed_up" not in figures["student"] and (ratios := _speed_up(run, session)):
         figures["student"]["speed_up"] = ratios
         write_json(path, figures)

@@ -44,6 +44,7 @@ class Session:
         """
         self.recipe, self.larger, self._world = recipe, larger, world or World()
         self._models: dict[Path, Any] = {}
+        self._chats: Path | None = None
 
     def validate(self, *, one_process: bool = True) -> None:
         """Check what can be wrong with teacher, device, dtype and attention, before any work.
@@ -77,6 +78,7 @@ class Session:
         """Return a session like this one that prunes or trains another model, with the teacher's tokens or fewer."""
         session = Session(self.recipe, self.larger, self._world)
         session.teacher, session.source, session.runtime = self.teacher, source, self.runtime
+        session._chats = self._chats
         return session
 
     @cached_property
@@ -164,7 +166,16 @@ class Session:
             train=max(recipe.calibration.tokens, recipe.distill.tokens),
             skipped=recipe.distill.skip_tokens,
         )
-        return read_splits(recipe.data, self.packing(recipe.distill.documents), tokens)
+        packing = self.packing(recipe.distill.documents)
+        splits = read_splits(recipe.data, packing, tokens)
+        if self._chats is None:
+            return splits
+        return replace(splits, train=splits.train.mixed(read_blocks(str(self._chats), packing), recipe.chats.share))
+
+    def mix_in(self, chats: Path) -> None:
+        """Let a share of the training blocks, `chats.share`, be chats from a file."""
+        self._chats = chats
+        self.__dict__.pop("splits", None)
 
     @cached_property
     def counted_blocks(self) -> Blocks:

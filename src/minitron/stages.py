@@ -46,6 +46,7 @@ def stores_states(recipe: Recipe) -> bool:
     # The teacher's outputs on a text depend on how the student writes it.
     is_cut = recipe.vocabulary.trim or "vocab_size" in {*recipe.search.space, *recipe.shape}
     is_needed = distill.intermediate.of or distill.correction.trains != "nothing" or distill.on_policy.share
+    is_needed = is_needed or recipe.chats.share  # each student's run asks the teacher for its chats
     return recipe.lineage.stores_states and distill.teacher_states is None and not is_needed and not is_cut
 
 

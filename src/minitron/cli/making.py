@@ -41,6 +41,8 @@ SIZES = (
     *SERVED,
     *TEXT,
     *TRAINING,
+    Setting("chats", "chats.share", "Share of training blocks that are chats which the teacher answers (0.1).", float),
+    Setting("prompts", "chats.prompts", "With --chats, a file of questions in place of the built-in ones."),
 )
 def compress(teacher: Teacher, out: Out, plain: Plain = None, overwrite: Overwrite = False, **settings: Any) -> Any:
     """The main job: search for a shape, prune, distil, evaluate. Run the command again to continue."""

@@ -64,6 +64,30 @@ class Blocks:
             return torch.ones_like(self.ids, dtype=torch.bool)
         return torch.cat([self.is_learnt[:, 1:], self.is_learnt[:, -1:]], dim=1)
 
+    def mixed(self, other: "Blocks", share: float) -> "Blocks":
+        """Return these blocks with a share of them, evenly spread, replaced by those of `other`, again from its first.
+
+        The first block is one of `other`. Both have equal context, and mark the starts of documents or do not.
+        """
+        places = torch.linspace(0, len(self) - 1, max(1, round(share * len(self)))).round().long()
+        order = torch.arange(len(self))
+        order[places] = len(self) + torch.arange(len(places)) % len(other)
+        return self._followed_by(other)[order]
+
+    def _followed_by(self, other: "Blocks") -> "Blocks":
+        learnt = [torch.ones_like(each.ids, dtype=torch.bool) if each.is_learnt is None else each.is_learnt
+                  for each in (self, other)]  # fmt: skip
+        starts = None if self.starts is None or other.starts is None else torch.cat([self.starts, other.starts])
+        whole = None
+        if self.whole is not None and other.whole is not None:
+            one, two = self.whole, other.whole
+            places, following = (
+                torch.cat([getattr(each, name) for each in (one, two)]) for name in ("places", "following")
+            )
+            whole = Whole(one.blocks._followed_by(two.blocks), places, following)
+        ids, num_bytes = torch.cat([self.ids, other.ids]), torch.cat([self.num_bytes, other.num_bytes])
+        return Blocks(ids, num_bytes, torch.cat(learnt), starts, whole)
+
     @property
     def leaves_text_unlearnt(self) -> bool:
         """Whether some of the text is not learnt, as the questions of chats are; padding is not text."""

@@ -10,6 +10,9 @@ from minitron.data.readers import is_readable, kinds, read_rows
 from minitron.data.rows import ANSWERED, CHATS, document
 from minitron.errors import UserError
 
+NUM_HELD_BACK = 3
+"""The number of built-in prompts that are kept for measuring."""
+
 
 def read_prompts(path: Path) -> list[Chat]:
     """Return the conversations of a file up to the turn that is to be answered.
@@ -28,6 +31,12 @@ def read_prompts(path: Path) -> list[Chat]:
     if not chats:
         raise UserError(f"prompts {path} is empty")
     return chats
+
+
+def built_in_prompts() -> tuple[list[Chat], list[Chat]]:
+    """Return the questions of `prompts.txt`: those to train on, and three that no training reads."""
+    chats = read_prompts(Path(__file__).with_name("prompts.txt"))
+    return chats[:-NUM_HELD_BACK], chats[-NUM_HELD_BACK:]
 
 
 def _rows(path: Path) -> Iterator[tuple[Any, str]]:

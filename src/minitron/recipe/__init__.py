@@ -18,7 +18,7 @@ from minitron.recipe.cutting import (
 )
 from minitron.recipe.parts import Data, Target, data_in_words
 from minitron.recipe.reading import RecipeSource, built_in_recipes, laid_over, load_recipe, recipe_from, validate
-from minitron.recipe.run import DEFAULT_CONTEXT, EvaluationRecipe, LineageRecipe, Recipe
+from minitron.recipe.run import DEFAULT_CONTEXT, ChatsRecipe, EvaluationRecipe, LineageRecipe, Recipe
 from minitron.recipe.training import (
     CorrectionRecipe,
     DistillRecipe,
@@ -36,6 +36,7 @@ __all__ = [
     "DEFAULT_CONTEXT",
     "BudgetRecipe",
     "CalibrationRecipe",
+    "ChatsRecipe",
     "CorrectionRecipe",
     "Data",
     "DepthRecipe",

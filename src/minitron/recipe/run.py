@@ -22,6 +22,18 @@ HELDOUT_PART, MOST_HELDOUT = 16, 16_384
 """Held-out text is a sixteenth of the tokens of the distillation, up to this limit."""
 
 
+class ChatsRecipe(Part):
+    """Chats that the teacher answers itself before the student is made, mixed into the training text: a chat model that
+    is distilled on plain text alone stops answering."""
+
+    share: float = Field(0.0, ge=0, lt=1)
+    """Share of the training blocks, such as 0.1."""
+    prompts: str | None = None
+    """File of questions or chats (see `minitron generate`). None takes some of a built-in list of 61."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Most tokens of an answer, drawn greedily."""
+
+
 class LineageRecipe(Part):
     """How the students of a series (several `target_params`) are made, each cut out of the next larger one."""
 
@@ -78,6 +90,7 @@ class Recipe(Part):
     search: SearchRecipe = SearchRecipe()
     prune: PruneRecipe = PruneRecipe()
     distill: DistillRecipe = DistillRecipe()
+    chats: ChatsRecipe = ChatsRecipe()
     tune: TuneRecipe = TuneRecipe()
     prefer: PreferRecipe = PreferRecipe()
     lineage: LineageRecipe = LineageRecipe()

@@ -95,6 +95,7 @@ def _sections(run: RunFiles) -> Iterator[tuple[str, str]]:
     heading, learner = ("Correction", "teacher") if "corrected" in run.results else ("Distillation", "student")
     yield heading, stacked(draw_curves({learner: run.metrics}, run.resumed_at))
     yield "Generated text", _samples(run.results)
+    yield "Answers", _answers(run.results)
     yield "Recipe", _provenance(run)
 
 
@@ -208,6 +209,23 @@ def _search_conditions(search: dict[str, Any]) -> str:
         f"shapes within the budget, {compared['shapes']:,} were compared untrained and {distilled['shapes']:,} "
         f"distilled, on {distilled['tokens']:,} tokens in all. KL after cutting one axis about halfway: {probes}. "
         f"{speeds}Seconds: {seconds}."
+    )
+
+
+def _answers(results: dict[str, Any]) -> str:
+    answers = {name: figures["answers"] for name, figures in results.items() if figures.get("answers")}
+    if not answers:
+        return ""
+    asked = [each["asked"] for each in next(iter(answers.values()))]
+    rows = [[asked[i], *(each[i]["answer"] for each in answers.values())] for i in range(len(asked))]
+    nats = ", ".join(
+        f"{name} {figures['answers_teacher_nats']:.3g}"
+        for name, figures in results.items()
+        if figures.get("answers_teacher_nats") is not None
+    )
+    return table([["asked", *answers], *rows], style="texts") + note(
+        f"Greedy answers of at most 64 tokens to questions that no training has read. The teacher's nats per token of "
+        f"them: {nats}."
     )
 
 

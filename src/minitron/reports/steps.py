@@ -287,6 +287,8 @@ def _training_rows(step: Step) -> Rows:
         trained += f", {lisa[0]} at a time, drawn again every {lisa[1]} steps"
     skipped = f"; {step['steps_skipped']} of them skipped" if step["steps_skipped"] else ""
     learns = "" if step["learns"] == "all tokens" else "; only the assistant's answers are learnt"
+    if chats := step.get("chats"):  # earlier histories have no such entry
+        learns = f"; {chats:.0%} of the blocks are chats that the teacher answered, of which the answers are learnt"
     apart = {"joined": "", "apart": ", documents kept apart", "whole": ", documents whole"}[step["documents"]]
     rate = (
         f"{step['learning_rate']:g} falling to {step['min_learning_rate']:g} ({step['schedule']}), "
