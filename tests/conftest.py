@@ -303,6 +303,22 @@ def wordy(tmp_path: Path) -> Path:
     return folder
 
 
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(tmp_path: Path) -> Path:
+    """A tiny model that answers chats, of one token a byte."""
+    folder = make_model(tmp_path / "chatty", "llama-tied")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     """Text of which that tokenizer has learnt."""

@@ -18,20 +18,6 @@ from minitron.session import Session
 from minitron.stages import stores_states
 from tests.conftest import Verb, byte_tokenizer, make_model
 
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.fixture
-def chatty(tmp_path: Path) -> Path:
-    folder = make_model(tmp_path / "chatty", "llama-tied")
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return folder
-
 
 def blocks(first: int, count: int, **marks: Any) -> Blocks:
     ids = torch.arange(first, first + count)[:, None].expand(-1, 4).clone()

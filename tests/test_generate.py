@@ -17,23 +17,10 @@ from minitron.evaluation.generation import Sampling
 from minitron.history import history_of
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model
-from tests.conftest import Verb, byte_tokenizer, make_model
+from tests.conftest import CHAT, Verb, byte_tokenizer, make_model
 
 CPU = torch.device("cpu")
 QUESTIONS = ["What is a river?", "Name a prime.", "Say nothing at all, please.", "Why?", "How many?"]
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-
-
-@pytest.fixture
-def chatty(tmp_path: Path) -> Path:
-    folder = make_model(tmp_path / "chatty", "llama-tied")
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

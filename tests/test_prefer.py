@@ -16,13 +16,9 @@ from minitron.files import read_jsonl
 from minitron.history import history_of
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model
-from tests.conftest import Verb, byte_tokenizer, make_model
+from tests.conftest import Verb, byte_tokenizer
 
 CPU = torch.device("cpu")
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 PAIRS = [(f"What is {i}?", f"It is {i}.", f"Who cares, {i}!") for i in range(24)]
 
 
@@ -95,15 +91,6 @@ def test_a_row_that_does_not_fit_is_named(tmp_path: Path, row: Any, message: str
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [*rows, row])))
     with pytest.raises(UserError, match=re.escape(message)):
         read_preferences(str(tmp_path / "pairs.jsonl"), 0)
-
-
-@pytest.fixture
-def chatty(tmp_path: Path) -> Path:
-    folder = make_model(tmp_path / "chatty", "llama-tied")
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @torch.no_grad()

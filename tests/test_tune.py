@@ -24,8 +24,7 @@ from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import Headless, load_model
 from minitron.recipe import DistillRecipe, Recipe
 from minitron.runtime import Runtime
-from tests.conftest import Verb, byte_tokenizer, make_model
-from tests.small_tokenizers import CHAT
+from tests.conftest import CHAT, Verb, byte_tokenizer, make_model
 
 CPU = torch.device("cpu")
 PAIRS = [{"input": f"What is {i} plus {i}?", "output": f" It is {2 * i}."} for i in range(60)]
@@ -62,7 +61,7 @@ def written(folder: Path, name: str, indent: int | None = 1) -> Path:
     return path
 
 
-def chatty() -> Any:
+def with_template() -> Any:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT
     return tokenizer
@@ -71,7 +70,7 @@ def chatty() -> Any:
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("has_template", [False, True])
 def test_formats(tmp_path: Path, name: str, has_template: bool) -> None:
-    data, tokenizer = str(written(tmp_path, name)), chatty() if has_template else byte_tokenizer()
+    data, tokenizer = str(written(tmp_path, name)), with_template() if has_template else byte_tokenizer()
     first = next(read_documents(data, 0))
     if not has_template and name in {"conversation", "sharegpt"}:
         with pytest.raises(UserError, match=r"data.json:\d+ is a chat, but the tokenizer has no chat template"):
@@ -233,18 +232,11 @@ def test_epochs_are_tokens(tmp_path: Path) -> None:
     assert recipe_of_tuning(recipe, blocks[:1]).num_steps(16) == 1
 
 
-@pytest.fixture
-def chat_model(tmp_path: Path) -> Path:
-    folder = make_model(tmp_path / "chatty", "llama-tied")
-    chatty().save_pretrained(folder)
-    return folder
-
-
-def test_tune(tmp_path: Path, chat_model: Path, verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tune(tmp_path: Path, chatty: Path, verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
     data = written(tmp_path, "conversation")
     common = ["--data", data, "--context", "128", "--set", "distill.batch_size=1", "--dtype", "float32"]
     out = tmp_path / "out"
-    verb("tune", chat_model, out, *common, "--epochs", "2", "--method", "lora", "--keep-adapter",
+    verb("tune", chatty, out, *common, "--epochs", "2", "--method", "lora", "--keep-adapter",
          "--learning-rate", "5e-3", "--set", "distill.lora_rank=4")  # fmt: skip
     step = history_of(out).steps[-1]
     assert step["step"] == "tune"
@@ -260,7 +252,7 @@ def test_tune(tmp_path: Path, chat_model: Path, verb: Verb, capsys: pytest.Captu
     from transformers import AutoModelForCausalLM
 
     ids = torch.arange(40)[None]
-    base = AutoModelForCausalLM.from_pretrained(chat_model, trust_remote_code=False)
+    base = AutoModelForCausalLM.from_pretrained(chatty, trust_remote_code=False)
     with torch.no_grad():
         before = base(ids).logits
         adapted = PeftModel.from_pretrained(base, out / "adapter")(ids).logits
@@ -269,20 +261,38 @@ def test_tune(tmp_path: Path, chat_model: Path, verb: Verb, capsys: pytest.Captu
     assert not torch.allclose(before, merged, atol=1e-3)
     # A tuned folder is a model that other verbs take.
     figures = verb("evaluate", out, *common[:4], "--max-tokens", "512")
-    assert figures["perplexity"] < verb("evaluate", chat_model, *common[:4], "--max-tokens", "512")["perplexity"]
+    assert figures["perplexity"] < verb("evaluate", chatty, *common[:4], "--max-tokens", "512")["perplexity"]
     verb("prune", out, tmp_path / "pruned", "--intermediate-size", "48", *common)
     assert [step["step"] for step in history_of(tmp_path / "pruned").steps] == ["tune", "prune"]
 
 
+def test_a_teacher_says_more_than_the_answers_alone(tmp_path: Path, chatty: Path, verb: Verb) -> None:
+    """The teacher's likeliest tokens, stored once, and the answers' own cross-entropy, on answers kept whole."""
+    student = make_model(tmp_path / "student", "llama-tied", seed=1)
+    data = written(tmp_path, "conversation")
+    given = ["--data", data, "--context", "128", "--tokens", "2048", "--dtype", "float32",
+             "--set", "distill.documents=whole", "--set", "distill.batch_size=1"]  # fmt: skip
+    stored = ["--teacher-states", tmp_path / "states", "--set", "distill.stored=top_k", "--set", "distill.top_k=100"]
+    for folder in (student, chatty):
+        with_template().save_pretrained(folder)
+    steps = []
+    for name, more in (("kl", []), ("both", ["--set", "distill.label_weight=1"])):
+        verb("distill", chatty, student, tmp_path / name, *given, *stored, *more)
+        steps.append(history_of(tmp_path / name).steps[-1])
+    assert [step["label_weight"] for step in steps] == [0, 1]
+    assert all(step["learns"] == "answers" for step in steps)
+    assert steps[1]["heldout"]["after"] < steps[0]["heldout"]["after"]  # this teacher is random
+
+
 def test_the_first_example_is_shown(
-    tmp_path: Path, chat_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, chatty: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = written(tmp_path, "alpaca", indent=None)
-    given = ["tune", str(chat_model), str(tmp_path / "out"), "--data", str(data), "--context", "128", "--epochs", "0.1"]
+    given = ["tune", str(chatty), str(tmp_path / "out"), "--data", str(data), "--context", "128", "--epochs", "0.1"]
     cli.app(given, standalone_mode=False)
     shown = capsys.readouterr().err
     assert "the first example: a chat of 2 turns" in shown
-    assert "<|turn|>assistant\n⟦ It is" in shown or "⟦<|turn|>assistant\n It is" in shown
+    assert "<assistant>⟦ It is" in shown
     assert history_of(tmp_path / "out").steps[-1]["documents"] == "whole"
     assert load_tokenizer(tmp_path / "out").chat_template
 
@@ -298,10 +308,10 @@ def test_the_first_example_is_shown(
         (["--data", "DATA", "--context", "250"], "hold nothing that the assistant answers|has one block"),
     ],
 )
-def test_what_is_refused(tmp_path: Path, chat_model: Path, options: list[str], message: str) -> None:
+def test_what_is_refused(tmp_path: Path, chatty: Path, options: list[str], message: str) -> None:
     data = tmp_path / "data.json"
     data.write_text(json.dumps(PAIRS[:4]))
     given = [str(data) if option == "DATA" else option for option in options]
     with pytest.raises(UserError, match=message):
-        cli.app(["tune", str(chat_model), str(tmp_path / "out"), *given], standalone_mode=False)
+        cli.app(["tune", str(chatty), str(tmp_path / "out"), *given], standalone_mode=False)
     assert not (tmp_path / "out").exists()

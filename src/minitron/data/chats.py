@@ -90,11 +90,16 @@ def transcript(chat: Chat, tokenizer: Any) -> Transcript:
     raise UserError(f"data {chat.where}: the chat template cannot write a chat of turns {roles}: {reason}") from reason
 
 
+def plain_question(chat: Chat, tokenizer: Any) -> str:
+    """Return a question as text up to its answer, with the token that begins a document, if the tokenizer adds one."""
+    begins = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
+    return str(begins) + "\n\n".join(message["content"] for message in chat.messages) + str(chat.between)
+
+
 def _plain(chat: Chat, tokenizer: Any) -> Transcript:
     """Write a question and its answer as text, with the tokens that begin and end a document, for base models."""
-    *asked, answer = (message["content"] for message in chat.messages)
-    begins = tokenizer.bos_token if tokenizer.bos_token_id in tokenizer("").input_ids else ""
-    before = begins + "\n\n".join(asked) + str(chat.between)
+    answer = chat.messages[-1]["content"]
+    before = plain_question(replace(chat, messages=chat.messages[:-1]), tokenizer)
     text = f"{before}{answer}{tokenizer.eos_token or ''}"
     return Transcript(text, [(len(before), len(text))])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from minitron.data.chats import Chat, RefusedError, written
+from minitron.data.chats import Chat, RefusedError, plain_question, written
 from minitron.errors import UserError
 from minitron.evaluation.generation import Sampling
 from minitron.files import parents_of, whole_file
@@ -41,8 +41,7 @@ class Answerer:
                 raise UserError(f"prompts {chat.where}: the chat template cannot write this chat: {error}") from error
         if chat.between is None:
             raise UserError(f"prompts {chat.where} is a chat, but the tokenizer has no chat template: give texts")
-        begins = self.tokenizer.bos_token if self.tokenizer.bos_token_id in self.tokenizer("").input_ids else ""
-        return str(begins) + "\n\n".join(message["content"] for message in messages) + chat.between
+        return plain_question(chat, self.tokenizer)
 
     @torch.no_grad()
     def answers(self, prompts: Sequence[str], number: int) -> list[tuple[str, bool]]:
