@@ -366,3 +366,35 @@ def test_compress_takes_the_stages_of_one_process_on_two(
         assert {step["state"] for step in steps.values()} == {"done"}
     assert (tmp_path / "two" / "report.html").exists()
     assert not list(tmp_path.glob("two/.*"))
+
+
+def test_two_processes_tune_on_chats_like_one(chatty: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}."} for i in range(80)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--data", str(tmp_path / "chats.jsonl"), "--context", "64", "--epochs", "1", "--device", "cpu",
+               "--dtype", "float32", "--set", "distill.batch_size=4", "--learning-rate", "1e-3"]  # fmt: skip
+    verbs = {name: ["tune", str(chatty), str(tmp_path / name), *options] for name in ("one", "two")}
+    codes, log = on_two_ranks(["minitron", *verbs["two"]], tmp_path / "log")
+    assert codes == [0, 0], log[-2000:]
+    cli.app(verbs["one"], standalone_mode=False)
+    assert apart(tmp_path / "one", tmp_path / "two", chatty) < 1e-3
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5, atol=0)
+    steps = [json.loads((tmp_path / name / "minitron.json").read_text())["steps"][-1] for name in ("one", "two")]
+    assert steps[0]["answers"] == steps[1]["answers"]
+    assert not list(tmp_path.glob("two/.*"))
+
+
+def test_chats_of_the_teacher_reach_both_processes(chatty: Path, tmp_path: Path, text_file: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "shape: {intermediate_size: 48}\nchats: {share: 0.25, max_new_tokens: 4}\nevaluation: {tokens: 256}\n"
+        "calibration: {tokens: 256}\ndistill: {batch_size: 4}\n"
+    )
+    options = ["--data", str(text_file), "--context", "32", "--tokens", "1024", "--device", "cpu", "--dtype", "float32",
+               "--recipe", str(tmp_path / "recipe.yaml")]  # fmt: skip
+    verbs = {name: ["compress", str(chatty), str(tmp_path / name), *options] for name in ("one", "two")}
+    codes, log = on_two_ranks(["minitron", *verbs["two"]], tmp_path / "log")
+    assert codes == [0, 0], log[-2000:]
+    cli.app(verbs["one"], standalone_mode=False)
+    one, two = ((tmp_path / name / "chats.jsonl").read_text() for name in ("one", "two"))
+    assert one == two
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4, atol=0)
