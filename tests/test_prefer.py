@@ -125,7 +125,7 @@ def test_prefer(tmp_path: Path, chatty: Path, verb: Verb) -> None:
     assert len(read_jsonl(out / "metrics.jsonl")) == 21
     card = (out / "README.md").read_text()
     assert "### Preference training" in card
-    assert "pairs in the preferred order" in card
+    assert "100% in the preferred order" in card
     assert history_of(out).steps[-1]["versions"]["trl"]
 
 

@@ -314,8 +314,11 @@ def _training_rows(step: Step) -> Rows:
 
 def _preference_rows(step: Step) -> Rows:
     before, after = step["before"], step["after"]
-    words = {"accuracies": "pairs in the preferred order", "margins": "margin of rewards"}
-    changes = ", ".join(f"{each} {before[name]:.3g} before, {after[name]:.3g} after" for name, each in words.items())
+    ordered = f"{after['accuracies']:.0%} in the preferred order, margin of rewards {after['margins']:.3g}"
+    changes = ", ".join(
+        f"{words} {before[f'logps/{words}']:.4g} before, {after[f'logps/{words}']:.4g} after"
+        for words in ("chosen", "rejected")
+    )
     loss = f"{' + '.join(step['loss'])} of trl {step['versions']['trl']}, β {step['beta']:g}"
     steps = f"{step['steps']:,} steps of {step['batch_size']}"
     return [
@@ -323,7 +326,8 @@ def _preference_rows(step: Step) -> Rows:
         ["loss", f"{loss}; the reference is the model before"],
         ["pairs", f"{step['pairs']:,} of {data_in_words(step['data'])}, in {steps}"],
         ["learning rate", f"{step['learning_rate']:g} falling to 0 (cosine)"],
-        ["held-out pairs", f"{step['heldout_pairs']:,}: {changes}"],
+        ["held-out pairs", f"{step['heldout_pairs']:,}: {ordered} (0 before, when every reward is 0)"],
+        ["their log-probabilities", changes],
         ["computed on", f"{step['device']} in {step['dtype']}"],
     ]
 
