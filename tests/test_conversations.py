@@ -85,6 +85,11 @@ def test_compress(tmp_path: Path, chatty: Path, text_file: Path, verb: Verb) -> 
     assert torch.equal(before.heldout.ids, session.splits.heldout.ids)
     changed = (before.train.ids != session.splits.train.ids).any(dim=1)
     assert int(changed.sum()) == round(0.25 * len(before.train))
+    # A run directory stands for its student.
+    verb("tune", tmp_path / "run", tmp_path / "tuned", "--data", tmp_path / "run" / "chats.jsonl", "--context", "128",
+         "--epochs", "1", "--set", "distill.batch_size=1")  # fmt: skip
+    steps = [step["step"] for step in read_json(tmp_path / "tuned" / "minitron.json")["steps"]]
+    assert steps == ["prune", "distill", "tune"]
     # Without chats the student is another one, and nothing is asked.
     verb("compress", chatty, tmp_path / "plain", *given)
     assert not (tmp_path / "plain" / "chats.jsonl").exists()

@@ -119,7 +119,7 @@ def correct(teacher: Teacher, out: Out, overwrite: Overwrite = False, **settings
     *TEXT,
 )
 def tune(
-    model: Annotated[str, typer.Argument(help="The model to train, such as a student; named as in compress.")],
+    model: Annotated[str, typer.Argument(help="A run directory, for its student, or a model as in compress.")],
     out: Out,
     overwrite: Overwrite = False,
     **settings: Any,
@@ -179,7 +179,7 @@ def export(
     *TEXT,
 )
 def prefer(
-    model: Annotated[str, typer.Argument(help="The model to train, such as a tuned student; named as in compress.")],
+    model: Annotated[str, typer.Argument(help="A run directory, for its student, or a model as in compress.")],
     out: Out,
     overwrite: Overwrite = False,
     **settings: Any,

@@ -16,7 +16,8 @@ def prefer(
 ) -> Shaped:
     """Train a model, such as a tuned student, on pairs of answers (DPO) and write a Hugging Face folder at `out`.
 
-    Rows of the data hold `chosen` and `rejected`. The reference is the model before. `prefer` is the part of the recipe
+    Rows of the data hold `chosen` and `rejected`. The reference is the model before. Of a run directory, the student is
+    trained. `prefer` is the part of the recipe
     that counts; see `calibrate` for `settings`.
 
     Raises:
@@ -26,13 +27,14 @@ def prefer(
     from minitron.data.preferences import read_preferences
     from minitron.output import Output
     from minitron.recipe import recipe_from
-    from minitron.verbs.workspace import open_session, publish_student, resumable
+    from minitron.verbs.workspace import open_session, publish_student, resumable, student_of
 
     if not recipe and "data" not in settings:
         raise UserError("prefer needs --data, pairs of answers: rows with 'prompt', 'chosen' and 'rejected'")
     distillation.require_trl()
     output = Output(Path(out).absolute(), "config.json")
-    session = open_session(recipe_from(recipe, teacher=model, **settings), output, overwrite=overwrite)
+    settled, _ = student_of(recipe_from(recipe, teacher=model, **settings), None)
+    session = open_session(settled, output, overwrite=overwrite)
     if not isinstance(session.recipe.data, str):
         raise UserError("prefer takes one source of pairs, not a mixture")
     pairs = read_preferences(session.recipe.data, session.recipe.seed)

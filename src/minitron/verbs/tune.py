@@ -16,8 +16,8 @@ def tune(
     """Train a model, such as a student, on the recipe's data and write a Hugging Face folder at `out`.
 
     Of chats and of questions with answers, only the answers are learnt. The first example is printed as the model sees
-    it. An interrupted run continues as in `distill`. `tune` and `distill` are the parts of the recipe that count; see
-    `calibrate` for `settings`.
+    it. Of a run directory, the student is trained. An interrupted run continues as in `distill`. `tune` and `distill`
+    are the parts of the recipe that count; see `calibrate` for `settings`.
 
     Raises:
         UserError: no data is named, a row of it does not fit, or the training cannot be done.
@@ -30,15 +30,13 @@ def tune(
     from minitron.output import Output
     from minitron.progress import announce
     from minitron.recipe import recipe_from
-    from minitron.verbs.workspace import open_session, publish_student, resumable
+    from minitron.verbs.workspace import open_session, publish_student, resumable, student_of
 
     if not recipe and "data" not in settings:
         raise UserError("tune needs --data, what to learn: texts, chats, or questions with answers")
     output = Output(Path(out).absolute(), "config.json")
-    session = open_session(
-        recipe_from(recipe, teacher=model, **settings), output, overwrite=overwrite, one_process=False
-    )
-    settled = session.recipe
+    settled, _ = student_of(recipe_from(recipe, teacher=model, **settings), None)
+    session = open_session(settled, output, overwrite=overwrite, one_process=False)
     distillation.require_tunable(settled)
     distillation.require_trainable(session, session.teacher.arch)
     first = next(read_documents(settled.data, settled.seed))
