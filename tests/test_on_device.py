@@ -24,6 +24,8 @@ from minitron.distillation.teacher import Learning, Live, Source, Teacher, store
 from minitron.distillation.trainer import Trainer
 from minitron.evaluation import measure
 from minitron.evaluation.agreement import Comparison, TeacherStates
+from minitron.evaluation.answering import Answerer
+from minitron.evaluation.generation import Sampling
 from minitron.evaluation.multiple_choice import Item, accuracy
 from minitron.evaluation.speed import alternate, measure_speed, speed_up
 from minitron.model import schemes
@@ -45,6 +47,7 @@ from minitron.recipe import (
     DepthRecipe,
     DistillRecipe,
     IntermediateRecipe,
+    OnPolicyRecipe,
     PruneRecipe,
 )
 from minitron.runtime import Runtime, World
@@ -136,6 +139,7 @@ DISTILLED: dict[str, dict[str, Any]] = {
     "stored states": {"teacher_states": "x"},
     "stored classes": {"teacher_states": "x", "stored": "top_k", "top_k": 7},
     "adapters": {"trains": "lora"},
+    "layers in turn": {"trains": "lisa", "lisa_layers": 1, "lisa_steps": 1},
     "answers in documents": {"loss": "reverse_kl", "top_k": 9},
 }
 
@@ -169,6 +173,32 @@ def test_trainings(gpu: torch.device, name: str, tmp_path: Path) -> None:
     on_cpu, on_gpu = losses(CPU), losses(gpu)
     assert on_gpu == pytest.approx(on_cpu, rel=0.02 if name == "in bfloat16" else 1e-3)
     assert on_gpu[-1] != pytest.approx(on_gpu[0], rel=1e-3)  # the weights have moved
+
+
+@pytest.mark.parametrize(
+    "changes", [{"neftune_alpha": 5.0}, {"on_policy": OnPolicyRecipe(share=1.0, tokens=(4, 8), loss="reverse_kl")}]
+)
+def test_what_is_drawn(gpu: torch.device, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Devices draw other numbers, so losses are not compared."""
+    one, model = (
+        open_checkpoint(make_model(tmp_path / str(seed), "llama-tied", seed, num_hidden_layers=2)) for seed in (0, 1)
+    )
+    recipe = DistillRecipe(tokens=24 * 6, batch_size=2, **changes)
+    teacher = Live(load_model(one, gpu, torch.float32))
+    Trainer(teacher, recipe, BLOCKS, runtime_of(gpu), tmp_path).distill(model, tmp_path / "out")
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == 3
+    assert all(0 < loss < 100 for loss in losses)
+
+
+def test_answers(gpu: torch.device, chatty: Path) -> None:
+    tokenizer = load_tokenizer(chatty)
+    prompts, found = ["<user>a</s><assistant>", "<user>longer</s><assistant>"], []
+    for device in (CPU, gpu):
+        model = load_model(open_checkpoint(chatty), device, torch.float32)
+        found.append(Answerer(model, tokenizer, Sampling(max_new_tokens=6)).answers(prompts, 0))
+    assert found[0] == found[1]
 
 
 def importance_of(teacher: Checkpoint, device: torch.device) -> Importance:
