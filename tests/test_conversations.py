@@ -118,6 +118,12 @@ def test_how_many_chats(tmp_path: Path, chatty: Path) -> None:
     write_chats(Session(Recipe.model_validate(values | {"chats": chats})), tmp_path / "chats.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "chats.jsonl").read_text().splitlines()]
     assert len(rows) == 13  # a tenth of 12,000 tokens, 96 each
+    # Fewer tokens than a block has are read again.
+    longer = Session(Recipe.model_validate(values | {"chats": chats, "context": 256, "data": "wiki"}))
+    longer.mix_in(tmp_path / "short.jsonl")
+    (tmp_path / "short.jsonl").write_text(json.dumps(rows[0]))
+    assert longer.splits.train.is_learnt is not None
+    assert int((~longer.splits.train.is_learnt).any(dim=1).sum()) == max(1, round(0.1 * len(longer.splits.train)))
     assert not stores_states(Recipe.model_validate(values | {"chats": chats}))
 
 
@@ -126,6 +132,7 @@ def test_how_many_chats(tmp_path: Path, chatty: Path) -> None:
     [
         (["--chats", "0.1"], "chats.share: the teacher has no chat template"),
         (["--chats", "1"], "chats.share"),
+        (["--prompts", "x.txt"], "prompts are answered for chats.share, which is 0"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, text_file: Path, options: list[str], message: str) -> None:

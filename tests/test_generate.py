@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from minitron import cli
+from minitron.data.chats import Chat, transcript
 from minitron.data.corpus import read_documents
 from minitron.data.prompts import read_prompts
 from minitron.errors import UserError
@@ -63,6 +64,30 @@ def test_prompts_that_do_not_fit(tmp_path: Path, name: str, content: str, messag
         read_prompts(tmp_path / name)
     with pytest.raises(UserError, match="does not exist"):
         read_prompts(tmp_path / "missing.jsonl")
+
+
+def test_prompts_in_parquet(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{"question": text, "number": 1} for text in QUESTIONS])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert [chat.messages[0]["content"] for chat in read_prompts(tmp_path / "a.parquet")] == QUESTIONS
+
+
+def test_an_answer_ends_where_the_tokenizer_ends_a_text(chatty: Path) -> None:
+    """Also where the generation config of the model names no such token."""
+    model, tokenizer = load_model(open_checkpoint(chatty), CPU, torch.float32), byte_tokenizer()
+    tokenizer.chat_template = CHAT
+    answerer = answering.Answerer(model, tokenizer, Sampling(max_new_tokens=6))
+    [(whole, is_finished)] = answerer.answers(["<user>a</s><assistant>"], 0)
+    assert not is_finished
+    first = tokenizer(whole).input_ids[1]
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(first)
+    model.generation_config.eos_token_id = None
+    [(answer, is_finished)] = answerer.answers(["<user>a</s><assistant>"], 0)
+    assert is_finished
+    assert len(answer) <= 1
 
 
 def test_batches_answer_like_single_prompts(chatty: Path) -> None:
@@ -125,6 +150,14 @@ def test_a_base_model_continues(tmp_path: Path, verb: Verb) -> None:
     (tmp_path / "questions.txt").write_text("\n".join(QUESTIONS[:2]))
     verb("generate", base, tmp_path / "a.jsonl", "--prompts", tmp_path / "questions.txt", "--max-new-tokens", "4")
     assert [row["prompt"] for row in rows_of(tmp_path / "a.jsonl")] == QUESTIONS[:2]
+    (tmp_path / "rows.jsonl").write_text('{"question": "Why?"}')
+    verb("generate", base, tmp_path / "c.jsonl", "--prompts", tmp_path / "rows.jsonl", "--max-new-tokens", "4")
+    [row] = rows_of(tmp_path / "c.jsonl")
+    # When it is read as data, the answer follows what the model has seen.
+    assert row["prompt"] == "Why?\n\n"
+    [found] = list(read_documents(str(tmp_path / "c.jsonl"), 0))
+    assert isinstance(found, Chat)
+    assert transcript(found, byte_tokenizer()).text == f"{row['prompt']}{row['completion']}</s>"
     (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
     with pytest.raises(UserError, match=r"chats.jsonl:1 is a chat, but the tokenizer has no chat template"):
         cli.app(["generate", str(base), str(tmp_path / "b.jsonl"), "--prompts", str(tmp_path / "chats.jsonl")],

@@ -134,6 +134,7 @@ def test_continues_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         ({"compile": True}, "on_policy generates with the student"),
         ({"correction": {"trains": "full"}}, "on_policy generates with the student"),
         ({"teacher_states": "x"}, "on_policy needs the teacher in memory"),
+        ({"documents": "whole"}, "on_policy continues any place of a block"),
         ({"on_policy": {"share": 0.5, "tokens": (8, 4)}}, "continuations grow"),
     ],
 )

@@ -72,6 +72,20 @@ def test_pairs(tmp_path: Path, form: str, suffix: str) -> None:
     }
 
 
+def test_what_both_answers_answer(tmp_path: Path) -> None:
+    rows = [
+        # A column that repeats what both chats begin with.
+        {"prompt": "Q", "chosen": turns("Q", "good"), "rejected": turns("Q", "bad")},
+        {"system": "Be kind.", "question": "Q", "chosen": "good", "rejected": "bad"},
+        {"instruction": "Translate.", "input": "Bonjour", "chosen": "good", "rejected": "bad"},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = {
+        tuple(turn["content"] for turn in pair.prompt) for pair in read_preferences(str(tmp_path / "pairs.jsonl"), 0)
+    }
+    assert prompts == {("Q",), ("Be kind.", "Q"), ("Translate.\n\nBonjour",)}
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -84,6 +98,14 @@ def test_pairs(tmp_path: Path, form: str, suffix: str) -> None:
         ({"chosen": turns("a", "b"), "rejected": turns("c", "b")}, "pairs.jsonl:3: the two chats do not begin alike"),
         ({"prompt": "a", "chosen": 3, "rejected": "b"}, "pairs.jsonl:3 holds a number; accepted: a list of turns"),
         (["a"], "pairs.jsonl:3 must be a pair"),
+        (
+            {
+                "prompt": "a",
+                "chosen": [{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}],
+                "rejected": "b",
+            },
+            "pairs.jsonl:3: pairs hold texts; a turn has tool_calls",
+        ),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(tmp_path: Path, row: Any, message: str) -> None:
@@ -162,11 +184,12 @@ def test_continues_after_a_kill(tmp_path: Path, chatty: Path, monkeypatch: pytes
         ([], "prefer needs --data"),
         (["--data", "DATA", "--set", "prefer.loss=[nonsense]"], "prefer.loss"),
         (["--data", "DATA", "--set", "prefer.beta=0"], "prefer.beta"),
+        (["--data", "DATA", "--context", "16"], "pairs have a prompt of 16 tokens or more"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, chatty: Path, options: list[str], message: str) -> None:
     data = write_pairs(tmp_path / "pairs.jsonl")
     given = [str(data) if option == "DATA" else option for option in options]
     with pytest.raises(UserError, match=message):
-        cli.app(["prefer", str(chatty), str(tmp_path / "out"), *given, "--context", "64"], standalone_mode=False)
+        cli.app(["prefer", str(chatty), str(tmp_path / "out"), "--context", "64", *given], standalone_mode=False)
     assert not (tmp_path / "out" / "config.json").exists()

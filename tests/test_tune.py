@@ -229,7 +229,7 @@ def test_epochs_are_tokens(tmp_path: Path) -> None:
     settled = recipe_of_tuning(recipe, blocks)
     assert settled.num_steps(16) == 10
     assert settled.learning_rate == 5e-4
-    assert recipe_of_tuning(recipe, blocks[:1]).num_steps(16) == 1
+    assert recipe_of_tuning(recipe, blocks[:1]).num_steps(16) == 2  # all of the data, and rather more than less
 
 
 def test_tune(tmp_path: Path, chatty: Path, verb: Verb, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,6 +305,9 @@ def test_the_first_example_is_shown(
         (["--data", "DATA", "--set", "distill.teacher_states=s"], "distill.teacher_states needs a teacher"),
         (["--data", "DATA", "--set", "distill.quantize=int8"], "distill.quantize needs a teacher"),
         (["--data", "DATA", "--epochs", "0"], "tune.epochs"),
+        (["--data", "DATA", "--set", "distill.learning_rate=1e-5"], "distill.learning_rate does not count in tune"),
+        (["--data", "DATA", "--set", "distill.documents=apart"], "what does: tune.documents"),
+        (["--data", "DATA", "--context", "64", "--epochs", "1", "--set", "distill.warmup_steps=50"], "takes all"),
         (["--data", "DATA", "--context", "250"], "hold nothing that the assistant answers|has one block"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minitron.data.blocks import Blocks
-from minitron.data.packing import Packing, Splits, SplitTokens, read_blocks, read_splits
+from minitron.data.packing import Packing, Splits, SplitTokens, read_blocks, read_repeatedly, read_splits
 from minitron.data.spelling import Pieces
 from minitron.data.tokens import load_tokenizer
 from minitron.errors import UserError
@@ -170,7 +170,13 @@ class Session:
         splits = read_splits(recipe.data, packing, tokens)
         if self._chats is None:
             return splits
-        return replace(splits, train=splits.train.mixed(read_blocks(str(self._chats), packing), recipe.chats.share))
+        chats = read_repeatedly(str(self._chats), packing)
+        return replace(splits, train=splits.train.mixed(chats, recipe.chats.share))
+
+    @property
+    def mixes_chats(self) -> bool:
+        """Whether a share of the training blocks are chats."""
+        return self._chats is not None
 
     def mix_in(self, chats: Path) -> None:
         """Let a share of the training blocks, `chats.share`, be chats from a file."""

@@ -1,5 +1,6 @@
 """Packs tokens into fixed-length blocks and splits them into train, held-out and evaluation."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -15,7 +16,7 @@ from minitron.data.chats import Array
 from minitron.data.corpus import read_documents
 from minitron.data.rows import Document
 from minitron.data.spelling import TokenStream, align
-from minitron.data.tokens import TokenisedDocument, tokenise
+from minitron.data.tokens import TokenisedDocument, padding_token, tokenise
 from minitron.errors import UserError
 from minitron.progress import Progress
 from minitron.recipe import Data, Documents, data_in_words
@@ -130,7 +131,7 @@ def pack(
                     f"only {packing.vocab_size} tokens"
                 )
             if gap := packing.gap(num_tokens, len(part.ids)):
-                parts.append(_padding(gap, packing.tokenizer))
+                parts.append(_padding(gap, packing))
             parts.append(part)
             num_tokens += gap + len(part.ids)
         if packing.whole_tokenizer is not None:
@@ -138,7 +139,7 @@ def pack(
         if progress:
             progress.advance(min(num_tokens, limit or num_tokens) - before)
     if packing.documents == "whole" and (rest := -num_tokens % context):
-        parts.append(_padding(rest, packing.tokenizer))
+        parts.append(_padding(rest, packing))
         num_tokens += rest
     num_blocks = num_tokens // context if max_blocks is None else min(max_blocks, num_tokens // context)
     if not num_blocks:
@@ -159,8 +160,8 @@ def pack(
     )
 
 
-def _padding(length: int, tokenizer: Any) -> TokenisedDocument:
-    token = next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
+def _padding(length: int, packing: Packing) -> TokenisedDocument:
+    token = padding_token(packing.tokenizer, packing.vocab_size)
     return TokenisedDocument(
         np.full(length, token, dtype=np.int64), np.zeros(length, dtype=np.int32), np.zeros(length, dtype=bool)
     )
@@ -196,6 +197,17 @@ def _whole(student: TokenStream, teacher: TokenStream, packing: Packing, num_blo
     )
     following = np.append(student.ids[1:], student.ids[-1])[: num_blocks * context].reshape(num_blocks, context)
     return Whole(blocks, torch.from_numpy(places), torch.from_numpy(following.copy()))
+
+
+def read_repeatedly(data: Data, packing: Packing) -> Blocks:
+    """Read all documents of `data`, as often as it takes to fill a block.
+
+    Raises:
+        UserError: see `read_documents` and `pack`.
+    """
+    documents = list(read_documents(data, packing.seed))
+    num_tokens = sum(len(part.ids) for part in tokenise(documents, packing.tokenizer))
+    return pack(documents * math.ceil(packing.context / max(1, num_tokens)), packing)
 
 
 def read_examples(data: Data, packing: Packing, heldout_tokens: int) -> Splits:

@@ -6,7 +6,7 @@ from typing import Any
 
 from minitron.data.chats import Message
 from minitron.data.corpus import read_all_rows
-from minitron.data.rows import PAIR, turns_of
+from minitron.data.rows import CONTEXTS, PAIR, SYSTEM, turns_of
 from minitron.errors import UserError
 
 ASKED = ("prompt", "question", "instruction")
@@ -49,10 +49,10 @@ def _preference(row: Any, where: str) -> Preference:
     if not isinstance(row, dict) or not set(PAIR) <= {name for name, value in row.items() if value is not None}:
         columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise UserError(f"data {where} must be a pair, with 'chosen' and 'rejected'; it has {columns}")
-    asked = next((row[name] for name in ASKED if row.get(name)), None)
-    prompt = () if asked is None else _turns(asked, "user", where)
     chosen, rejected = (_turns(row[name], "assistant", where) for name in PAIR)
-    if asked is None:
+    prompt = _asked(row, where)
+    if prompt is None or all(turns[:1] and turns[0]["role"] != "assistant" for turns in (chosen, rejected)):
+        # Whole chats, also where a column repeats what they begin with.
         if any(isinstance(row[name], str) for name in PAIR):
             raise UserError(f"data {where}: two texts need a column 'prompt', 'question' or 'instruction'")
         alike = next(
@@ -60,11 +60,29 @@ def _preference(row: Any, where: str) -> Preference:
             min(len(chosen), len(rejected)),
         )
         prompt, chosen, rejected = chosen[:alike], chosen[alike:], rejected[alike:]
+    for turn in (*prompt, *chosen, *rejected):
+        if turn.keys() - {"role", "content"}:
+            raise UserError(f"data {where}: pairs hold texts; a turn has {min(turn.keys() - {'role', 'content'})}")
     if not prompt:
         raise UserError(f"data {where}: the two chats do not begin alike, so there is no prompt")
     if not chosen or not rejected or chosen == rejected:
         raise UserError(f"data {where}: the two answers are equal, or one is missing")
     return Preference(prompt, chosen, rejected)
+
+
+def _asked(row: dict[str, Any], where: str) -> tuple[Message, ...] | None:
+    """Return what both answers answer, with a system turn and the columns that add to a question; None: no column."""
+    name = next((name for name in ASKED if row.get(name)), None)
+    if name is None:
+        return None
+    turns = list(_turns(row[name], "user", where))
+    more = [str(row[column]) for column in CONTEXTS.get(name, ()) if row.get(column)]
+    if more and isinstance(row[name], str):
+        turns[0] = {**turns[0], "content": "\n\n".join([row[name], *more])}
+    system = next((row[column] for column in SYSTEM if row.get(column)), None)
+    if isinstance(system, str) and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": system})
+    return tuple(turns)
 
 
 def _turns(value: Any, role: str, where: str) -> tuple[Message, ...]:

@@ -15,7 +15,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
-from minitron.data.rows import COLUMNS, FORMS, PAIR
+from minitron.data.rows import ANSWERED, COLUMNS, FORMS, PAIR
 from minitron.errors import UserError
 
 PIECE_CHARACTERS = 100_000
@@ -207,10 +207,9 @@ def _read_arrow(path: Path) -> Rows:
 
 
 def _columns(names: list[str]) -> list[str]:
-    """Return the columns to read of those that a table has; [] if they make no document."""
-    return (
-        [name for name in names if name in COLUMNS] if any(set(form) <= set(names) for form in (*FORMS, PAIR)) else []
-    )
+    """Return the columns to read of those that a table has; [] if they make no document, pair or prompt."""
+    forms = (*FORMS, PAIR, *((asked,) for asked, _ in ANSWERED))
+    return [name for name in names if name in COLUMNS] if any(set(form) <= set(names) for form in forms) else []
 
 
 def _rows_of(path: Path, names: list[str], batches: Iterable[Any]) -> Rows:

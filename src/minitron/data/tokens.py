@@ -65,6 +65,12 @@ def _bytes_per_token(text: str, ends: Array) -> Array:
     return np.diff(bytes_up_to, prepend=0).astype(np.int32)
 
 
+def padding_token(tokenizer: Any, vocab_size: int) -> int:
+    """Return a token of the model for what is not text: that for padding, that which ends a text, or the first one."""
+    tokens = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(token) for token in tokens if token is not None and token < vocab_size), 0)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a model folder; code that the folder holds is never run.
 

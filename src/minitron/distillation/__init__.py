@@ -19,7 +19,7 @@ from minitron.distillation.preference import prefer, require_trl
 from minitron.distillation.record import write_training
 from minitron.distillation.teacher import Learning, Live, Source, SpelledLive, Teacher, require_states_folder, stored
 from minitron.distillation.trainer import Trainer
-from minitron.distillation.tuning import require_tunable, tune
+from minitron.distillation.tuning import recipe_of_tuning, require_tunable, tune
 from minitron.errors import UserError
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint
@@ -85,11 +85,14 @@ def correct(session: Session, out: Path, work: Path) -> None:
     write_training(out, trainer, session, session.teacher)
 
 
-def require_trainable(session: Session, student: Arch, trial: DistillRecipe | None = None) -> None:
+def require_trainable(
+    session: Session, student: Arch, trial: DistillRecipe | None = None, *, tuned: bool = False
+) -> None:
     """Check what a training of a student of this shape would fail on; teacher and text are not read for it.
 
     Verbs call this before their first work, with the number of processes that torchrun started. `trial` are the
-    settings of a search's trials, each of which runs in one process.
+    settings of a search's trials, each of which runs in one process. With `tuned`, the training is that of
+    `recipe_of_tuning`, whose length follows from the session's text.
 
     Raises:
         UserError: see `trainer.require_trainable`; the recipe asks for a package or a compiler that is missing; stored
@@ -97,6 +100,8 @@ def require_trainable(session: Session, student: Arch, trial: DistillRecipe | No
             something else.
     """
     recipe = trial or session.recipe.distill
+    if tuned:
+        recipe = recipe_of_tuning(session.recipe, session.splits.train)
     trainer.require_trainable(recipe, student, session.runtime.dtype, num_ranks=1 if trial else num_ranks())
     _require_installed(recipe)
     num_steps = recipe.num_steps(session.context)

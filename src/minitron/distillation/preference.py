@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from minitron.data.chats import RefusedError, written
 from minitron.data.preferences import Preference
 from minitron.data.tokens import load_tokenizer
 from minitron.distillation.trainer import write_trained
@@ -42,15 +43,20 @@ def prefer(session: Session, pairs: list[Preference], out: Path, work: Path) -> 
 
     The reference is the model before: the log-probabilities that it gives the answers are computed once. `work`
     receives `metrics.jsonl` and `checkpoint/`, from which an interrupted run continues.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer, or a device is asked for that trl does not train on.
     """
     recipe, model = session.recipe.prefer, session.teacher
+    _require_room(pairs, load_tokenizer(model.folder), session.context)
     num_heldout = max(1, min(MOST_HELDOUT, len(pairs) // HELDOUT_PART))
     heldout, train = pairs[:num_heldout], pairs[num_heldout:]
     steps = max(1, math.ceil(recipe.epochs * len(train) / recipe.batch_size))
     trainer, loaded = _trainer(session, (train, heldout), steps, work / "checkpoint")
     with Progress("measure pairs", len(heldout), "pairs"):
         before = _figures(trainer.evaluate())
-    saved = sorted((work / "checkpoint").glob("checkpoint-*"))
+    complete = (path.parent for path in (work / "checkpoint").glob("checkpoint-*/trainer_state.json"))
+    saved = sorted(complete, key=lambda path: int(path.name.rpartition("-")[-1]))
     with Progress("prefer", steps, "steps") as progress:
         trainer.add_callback(_callback(progress))
         trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
@@ -66,6 +72,28 @@ def prefer(session: Session, pairs: list[Preference], out: Path, work: Path) -> 
         "seed": session.runtime.seed, "versions": versions() | {"trl": _version()},
     }  # fmt: skip
     record_step(out, model.folder, step)
+
+
+def _require_room(pairs: list[Preference], tokenizer: Any, context: int) -> None:
+    """Check that answers fit after their prompts; trl would leave such pairs out without a word.
+
+    Raises:
+        UserError: some do not, or the chat template refuses a prompt.
+    """
+    too_long = 0
+    for pair in pairs:
+        text = pair.to_row(has_template=False)["prompt"]
+        if tokenizer.chat_template:
+            try:
+                text = written(tokenizer, list(pair.prompt), adds_prompt=True)
+            except RefusedError as error:
+                raise UserError(f"the chat template cannot write a prompt: {error}") from error
+        too_long += len(tokenizer(text, add_special_tokens=False).input_ids) >= context
+    if too_long:
+        raise UserError(
+            f"{too_long} of {len(pairs)} pairs have a prompt of {context} tokens or more, which leaves no room for an "
+            "answer: raise --context, or leave them out"
+        )
 
 
 def _trainer(
@@ -89,6 +117,9 @@ def _trainer(
         seed=runtime.seed, save_steps=max(1, steps // NUM_CHECKPOINTS), save_total_limit=1, logging_steps=1,
         report_to=[], disable_tqdm=True,
     )  # fmt: skip
+    if args.device != runtime.device and runtime.device.index not in (None, args.device.index):
+        raise UserError(f"--device {runtime.device}: trl trains on the first GPU; CUDA_VISIBLE_DEVICES chooses it")
+    args._n_gpu = min(1, args.n_gpu)  # several would need processes of their own
     loaded = load_model(session.teacher, runtime.device, torch.float32, runtime.attention)
     tokenizer = load_tokenizer(session.teacher.folder)
     datasets = [

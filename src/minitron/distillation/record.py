@@ -46,7 +46,7 @@ def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
         "optimizer": recipe.optimizer,
         "data": session.recipe.data,
         "learns": "answers" if train.leaves_text_unlearnt else "all tokens",
-        "chats": session.recipe.chats.share if trainer.teacher and session.recipe.chats.share else None,
+        "chats": session.recipe.chats.share if session.mixes_chats else None,
         "documents": recipe.documents,
         "context": train.context,
         "batch_size": recipe.batch_size,

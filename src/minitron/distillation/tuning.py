@@ -1,5 +1,6 @@
 """Supervised tuning: a model is trained on the text itself, on the answers of chats alone."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -28,8 +29,8 @@ NUM_ANSWERS, ANSWER_TOKENS = 3, 64
 def recipe_of_tuning(recipe: Recipe, train: Blocks) -> DistillRecipe:
     """Return the settings of the training loop for the epochs, the learning rate and the documents of `recipe.tune`."""
     tune, distill = recipe.tune, recipe.distill
-    step_tokens = distill.batch_size * train.context
-    tokens = max(step_tokens, round(tune.epochs * train.num_tokens))
+    steps = max(1, math.ceil(tune.epochs * len(train) / distill.batch_size))
+    tokens = steps * distill.batch_size * train.context
     rate = tune.learning_rate or RATES.get(distill.trains, OTHER_RATE)
     return distill.model_copy(update={"tokens": tokens, "learning_rate": rate, "documents": tune.documents})
 
@@ -38,7 +39,8 @@ def require_tunable(recipe: Recipe) -> None:
     """Check that a recipe sets nothing that tuning does not do.
 
     Raises:
-        UserError: it names losses to a teacher or stored teacher outputs, or keeps adapters that are not trained.
+        UserError: it names losses to a teacher or stored teacher outputs, sets a key that `tune` has in another place,
+            or keeps adapters that are not trained.
     """
     distill = recipe.distill
     for name, is_set in (
@@ -50,6 +52,19 @@ def require_tunable(recipe: Recipe) -> None:
     ):
         if is_set:
             raise UserError(f"distill.{name} needs a teacher, and tune has none: distill on this data, or leave it out")
+    defaults = DistillRecipe()
+    for name, instead in (
+        ("learning_rate", "tune.learning_rate"),
+        ("documents", "tune.documents"),
+        ("tokens", "tune.epochs"),
+        ("skip_tokens", "the data itself"),
+        ("label_weight", "minitron distill"),
+        ("top_k", "minitron distill"),
+        ("loss", "minitron distill"),
+        ("temperature", "minitron distill"),
+    ):
+        if getattr(distill, name) != getattr(defaults, name):
+            raise UserError(f"distill.{name} does not count in tune; what does: {instead}")
     if recipe.tune.keeps_adapter and distill.trains != "lora":
         raise UserError(f"tune.keeps_adapter needs distill.trains lora, not {distill.trains}")
 
@@ -87,11 +102,11 @@ def tune(session: Session, out: Path, work: Path) -> None:
 def _heldout_chats(session: Session) -> list[Chat]:
     """Return the first chats of the data that end with an answer and lie within the held-out text."""
     chats: list[Chat] = []
-    tokenizer, left = load_tokenizer(session.teacher.folder), session.splits.heldout.num_tokens
+    packing, num_tokens = session.packing(session.recipe.tune.documents), 0
     for document in read_documents(session.recipe.data, session.recipe.seed):
-        [tokens] = tokenise([document], tokenizer)
-        left -= len(tokens.ids)
-        if left < 0 or len(chats) == NUM_ANSWERS:
+        [tokens] = tokenise([document], packing.tokenizer)
+        num_tokens += packing.gap(num_tokens, len(tokens.ids)) + len(tokens.ids)
+        if num_tokens > session.splits.heldout.num_tokens or len(chats) == NUM_ANSWERS:
             break
         if isinstance(document, Chat) and document.messages[-1]["role"] == "assistant":
             chats.append(document)

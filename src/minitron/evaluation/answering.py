@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from minitron.data.chats import Chat, RefusedError, plain_question, written
+from minitron.data.tokens import padding_token
 from minitron.errors import UserError
 from minitron.evaluation.generation import Sampling
 from minitron.files import parents_of, whole_file
@@ -47,27 +48,41 @@ class Answerer:
     def answers(self, prompts: Sequence[str], number: int) -> list[tuple[str, bool]]:
         """Return the answers to a batch, and whether each ended by itself; draws depend on the seed and `number`."""
         device, eos = next(self.model.parameters()).device, self.tokenizer.eos_token_id
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else (eos or 0)
-        rows = [self.tokenizer(prompt, add_special_tokens=False).input_ids for prompt in prompts]
+        pad = padding_token(self.tokenizer, self.model.config.vocab_size)
+        rows = [self._ids(prompt) for prompt in prompts]
         longest = max(map(len, rows))
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+        ends = _ends(self.model, eos)
+        torch.manual_seed(self.sampling.seed * 1_000_003 + number)
+        output = self.model.generate(
+            inputs=ids, attention_mask=mask, pad_token_id=pad, eos_token_id=sorted(ends) or None,
+            **self.sampling.to_options(),
+        )[:, longest:].tolist()  # fmt: skip
+        found = []
+        for row in output:
+            is_finished = any(token in ends for token in row)
+            text = self.tokenizer.decode(row, skip_special_tokens=True)
+            found.append((text.strip() if self.tokenizer.chat_template else text, is_finished))
+        return found
+
+    def require_room(self, prompts: Sequence[str]) -> None:
+        """Check that the model was made for as many tokens as each prompt and its answer may have.
+
+        Raises:
+            UserError: it was not.
+        """
         limit = getattr(self.model.config, "max_position_embeddings", None)
+        longest = max(len(self._ids(prompt)) for prompt in prompts)
         if limit is not None and longest + self.sampling.max_new_tokens > limit:
             raise UserError(
                 f"a prompt of {longest:,} tokens with {self.sampling.max_new_tokens:,} new ones is above the {limit:,} "
                 "that the model was made for: lower --max-new-tokens, or leave long prompts out"
             )
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-        torch.manual_seed(self.sampling.seed * 1_000_003 + number)
-        output = self.model.generate(
-            inputs=ids, attention_mask=mask, pad_token_id=pad, **self.sampling.to_options()
-        )[:, longest:].tolist()  # fmt: skip
-        ends = _ends(self.model, eos)
-        found = []
-        for row in output:
-            is_finished = any(token in ends for token in row)
-            found.append((self.tokenizer.decode(row, skip_special_tokens=True).strip(), is_finished))
-        return found
+
+    def _ids(self, prompt: str) -> list[int]:
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        return ids
 
 
 def write_answers(out: Path, answerer: Answerer, chats: Sequence[Chat], identity: dict[str, Any]) -> int:
@@ -81,6 +96,7 @@ def write_answers(out: Path, answerer: Answerer, chats: Sequence[Chat], identity
         UserError: see `Answerer`.
     """
     prompts = [answerer.prompt(chat) for chat in chats]
+    answerer.require_room(prompts)
     record = identity | asdict(answerer.sampling) | {"batch_size": answerer.batch_size}
     head = json.dumps(record | {"prompts": sha256(json.dumps(prompts).encode()).hexdigest()})
     partial = out.with_name(f".{out.name}.answers")
@@ -120,8 +136,11 @@ def _row(chat: Chat, answer: str, is_finished: bool, *, has_template: bool) -> s
         row: dict[str, Any] = {"messages": [*chat.messages, {"role": "assistant", "content": answer}]}
         if chat.tools:
             row["tools"] = list(chat.tools)
-    else:
-        row = {"prompt": chat.messages[-1]["content"], "completion": answer}
+        if chat.options:
+            row["chat_template_kwargs"] = chat.options
+    else:  # prompt and completion follow each other directly when they are read
+        asked = "\n\n".join(message["content"] for message in chat.messages)
+        row = {"prompt": f"{asked}{chat.between}", "completion": answer}
     return json.dumps(row | {"finished": is_finished}, ensure_ascii=False)
 
 

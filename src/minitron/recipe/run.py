@@ -33,6 +33,12 @@ class ChatsRecipe(Part):
     max_new_tokens: int = Field(128, ge=1)
     """Most tokens of an answer, drawn greedily."""
 
+    @model_validator(mode="after")
+    def _mixes_what_it_names(self) -> "ChatsRecipe":
+        if self.prompts is not None and not self.share:
+            raise ValueError("prompts are answered for chats.share, which is 0: give a share, such as 0.1")
+        return self
+
 
 class LineageRecipe(Part):
     """How the students of a series (several `target_params`) are made, each cut out of the next larger one."""

@@ -221,6 +221,10 @@ class DistillRecipe(Part):
             raise ValueError("quantize rounds the matrices themselves, which trains: lora leaves; give full or norms")
         if self.on_policy.share and (self.compile or self.correction.trains != "nothing"):
             raise ValueError("on_policy generates with the student: leave out compile and correction.trains")
+        if self.on_policy.share and self.documents == "whole":
+            raise ValueError(
+                "on_policy continues any place of a block, which documents: whole pads; give joined or apart"
+            )
         if self.on_policy.tokens[0] > self.on_policy.tokens[1]:
             raise ValueError("on_policy.tokens: continuations grow, so the first number is the smaller one")
         if self.teacher_states is not None:

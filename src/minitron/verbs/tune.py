@@ -38,10 +38,10 @@ def tune(
     settled, _ = student_of(recipe_from(recipe, teacher=model, **settings), None)
     session = open_session(settled, output, overwrite=overwrite, one_process=False)
     distillation.require_tunable(settled)
-    distillation.require_trainable(session, session.teacher.arch)
     first = next(read_documents(settled.data, settled.seed))
     announce(example_in_words(first, load_tokenizer(session.teacher.folder)))
     session.splits = read_examples(settled.data, session.packing(settled.tune.documents), settled.heldout_tokens)
+    distillation.require_trainable(session, session.teacher.arch, tuned=True)
     with resumable(session, output, "tune", []) as work:
         distillation.tune(session, work / "student", work)
         publish_student(session, work, output)
