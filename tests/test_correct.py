@@ -67,7 +67,7 @@ def test_adapters_continue_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monk
     expected = corrected(teacher, tmp_path / "through", recipe)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "minitron.distillation.trainer._write_student", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "minitron.distillation.trainer.write_trained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             corrected(teacher, tmp_path / "killed", recipe)
@@ -153,7 +153,7 @@ def test_a_student_of_a_learning_teacher_continues_after_a_kill(
     expected = taught(tmp_path / "through", *pair, recipe)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "minitron.distillation.trainer._write_student", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+            "minitron.distillation.trainer.write_trained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
         )
         with pytest.raises(KeyboardInterrupt):
             taught(tmp_path / "killed", *pair, recipe)

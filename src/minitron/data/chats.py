@@ -33,7 +33,7 @@ class Chat:
     """Further variables of the template, such as `enable_thinking`."""
     in_parts: bool = False
     """Hand contents to the template as parts, which templates of models for images expect."""
-    between: str | None = None
+    between: str | None = field(default=None, compare=False)
     """What stands between question and answer where a tokenizer has no chat template; None: such a chat needs one."""
     where: str = field(default="", compare=False)
     """File and line, or data set and row, for error messages."""
