@@ -65,9 +65,10 @@ class Blocks:
         return torch.cat([self.is_learnt[:, 1:], self.is_learnt[:, -1:]], dim=1)
 
     def mixed(self, other: "Blocks", share: float) -> "Blocks":
-        """Return these blocks with a share of them, evenly spread, replaced by those of `other`, again from its first.
+        """Return these blocks with a share of them, evenly spread, replaced by those of `other`.
 
-        The first block is one of `other`. Both have equal context, and mark the starts of documents or do not.
+        Where `other` has fewer blocks, they are taken again. The first block is one of `other`. Both have equal
+        context, and mark the starts of documents or do not.
         """
         places = torch.linspace(0, len(self) - 1, max(1, round(share * len(self)))).round().long()
         order = torch.arange(len(self))

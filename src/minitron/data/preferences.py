@@ -22,7 +22,7 @@ class Preference:
     rejected: tuple[Message, ...]
 
     def to_row(self, *, has_template: bool) -> dict[str, Any]:
-        """Return the row as trl reads it: turns, or where there is no chat template texts."""
+        """Return the row as trl reads it: turns, which a chat template writes, or texts for models without one."""
         parts = {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
         if has_template:
             return {name: [_plain(turn) for turn in turns] for name, turns in parts.items()}

@@ -11,7 +11,8 @@ from minitron.data.tokens import load_tokenizer, tokenise
 from minitron.distillation.record import training_step
 from minitron.distillation.trainer import Trainer
 from minitron.errors import UserError, courtesy
-from minitron.evaluation.generation import greedy_answer
+from minitron.evaluation.answering import Answerer
+from minitron.evaluation.generation import Sampling
 from minitron.history import hub_id_of, record_step
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import load_model
@@ -115,17 +116,15 @@ def _heldout_chats(session: Session) -> list[Chat]:
 
 def _answers(session: Session, checkpoint: Checkpoint, chats: list[Chat]) -> list[str]:
     """Return what a model answers greedily, in the main process; nothing where there are no chats."""
-    answers: list[str] = []
+    answers: list[tuple[str, bool]] = []
     if chats and session.runtime.world.is_main:
-        with courtesy("answers to held-out chats"), Progress("answer", len(chats)) as progress:
+        with courtesy("answers to held-out chats"), Progress("answer"):
             runtime, tokenizer = session.runtime, load_tokenizer(checkpoint.folder)
             model = load_model(checkpoint, runtime.device, runtime.dtype, runtime.attention)
-            for chat in chats:
-                written = transcript(chat, tokenizer)
-                prompt = written.text[: written.spans[-1][0]]
-                answers.append(greedy_answer(model, tokenizer, prompt, ANSWER_TOKENS))
-                progress.advance(1)
-    return answers
+            answerer = Answerer(model, tokenizer, Sampling(max_new_tokens=ANSWER_TOKENS))
+            transcripts = [transcript(chat, tokenizer) for chat in chats]
+            answers = answerer.answers([each.text[: each.spans[-1][0]] for each in transcripts], 0)
+    return [answer for answer, _ in answers]
 
 
 def _asked(chat: Chat) -> str:

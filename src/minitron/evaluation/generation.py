@@ -28,14 +28,6 @@ def greedy_continuation(model: Any, tokenizer: Any, ids: Tensor) -> str:
     return str(tokenizer.decode(output[0].tolist()))
 
 
-@torch.no_grad()
-def greedy_answer(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    """Generate greedily after a prompt that holds its special tokens already; return the answer without them."""
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
-    output = model.generate(**_inputs(model, tokenizer, ids), max_new_tokens=max_new_tokens, do_sample=False)
-    return str(tokenizer.decode(output[0, ids.shape[1] :].tolist(), skip_special_tokens=True))
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn; a temperature of 0 is greedy."""

@@ -37,7 +37,7 @@ def interpolate(one: Checkpoint, other: Checkpoint, weight: float, folder: Path)
     """Write (1 − w)·one + w·other, tensor by tensor, with the config and tokenizer files of `one`.
 
     Sums are computed in float32 and stored in the dtype of `one`. Nemotron Nano 2 ends with such a merge (arXiv
-    2508.14444, section 3.4).
+    2508.14444), at weight 0.5.
     """
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

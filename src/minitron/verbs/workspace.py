@@ -38,9 +38,9 @@ def open_session(
 def resumable(session: Session, out: Output, verb: str, sources: list[str], text: str | None = None) -> Iterator[Path]:
     """Yield a hidden folder within `out` from which an interrupted verb continues, and hold the lock of `out`.
 
-    The folder is emptied when it belongs to other inputs: another recipe, teacher, text, or other `sources`. While
-    `text` is the fingerprint of what is read, by default of the session's splits. While
-    the block runs, the session's runtime is one of the processes that torchrun started.
+    The folder is emptied when it belongs to other inputs: another recipe, teacher, text, or other `sources`; `text` is
+    the fingerprint of what is read, by default that of the session's splits. While the block runs, the session's
+    runtime is one of the processes that torchrun started.
     """
     identity = {
         "recipe": session.recipe.model_dump(mode="json"),
