@@ -31,6 +31,7 @@ from minitron.recipe import Recipe, recipe_from
 from minitron.reports.candidates import draw_candidates
 from minitron.reports.svg import side_by_side
 from minitron.runtime import Runtime
+from minitron.series import compress_series
 from minitron.session import Session
 from minitron.verbs.results import Shaped
 from tests.conftest import MECHANISMS, make_model
@@ -394,7 +395,7 @@ QUICK = {"search.zero_shot": 4, "search.shortlist": 1, "search.probe_tokens": 0,
 
 @pytest.fixture(scope="module")
 def series(place: Path) -> Path:
-    pipeline.compress_series(recipe(place, target_params="0.85,0.7,0.55", **QUICK), place / "series")
+    compress_series(recipe(place, target_params="0.85,0.7,0.55", **QUICK), place / "series")
     return place / "series"
 
 
@@ -434,14 +435,14 @@ def test_a_member_starts_from_the_larger_one(series: Path, place: Path) -> None:
 
 def test_a_finished_member_is_not_made_again(series: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in series.rglob("student/*")}
-    monkeypatch.setattr(pipeline, "_take_stage", lambda *_, **__: pytest.fail("a member was made again"))
-    pipeline.compress_series(recipe(place, target_params="0.85,0.7,0.55", **QUICK), series)
+    monkeypatch.setattr("minitron.series.take_stage", lambda *_, **__: pytest.fail("a member was made again"))
+    compress_series(recipe(place, target_params="0.85,0.7,0.55", **QUICK), series)
     assert before == {path: path.stat().st_mtime_ns for path in series.rglob("student/*")}
 
 
 def test_members_may_be_taught_by_the_larger_one(place: Path, tmp_path: Path) -> None:
     taught = recipe(place, target_params="0.85,0.7", **QUICK, **{"lineage.taught_by": "larger"})
-    pipeline.compress_series(taught, tmp_path / "series")
+    compress_series(taught, tmp_path / "series")
     record = json.loads((tmp_path / "series" / "0.7" / "run.json").read_text())
     assert record["sources"]["teacher"] == open_checkpoint(tmp_path / "series" / "0.85" / "student").fingerprint()
     student = open_checkpoint(tmp_path / "series" / "0.7" / "student")
@@ -451,7 +452,7 @@ def test_members_may_be_taught_by_the_larger_one(place: Path, tmp_path: Path) ->
 
 def test_members_must_get_smaller(place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="each member must be smaller than the one before"):
-        pipeline.compress_series(recipe(place, target_params="0.6,0.7"), tmp_path / "series")
+        compress_series(recipe(place, target_params="0.6,0.7"), tmp_path / "series")
     with pytest.raises(UserError, match="make a series of students, which is what compress does"):
         search(out=tmp_path / "s", **settings(place, target_params="0.7,0.6"))
     assert not list(tmp_path.iterdir())

@@ -12,6 +12,7 @@ from minitron.data.packing import Splits
 from minitron.errors import UserError
 from minitron.model.checkpoint import open_checkpoint
 from minitron.recipe import Recipe, recipe_from
+from minitron.series import compress_series
 from minitron.session import Session
 from minitron.stages import stages_of
 from tests.conftest import make_model
@@ -44,7 +45,7 @@ def recipe(place: Path, stages: list[dict[str, Any]], **changes: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def made(place: Path) -> Path:
-    pipeline.compress_series(recipe(place, STAGES), place / "run")
+    compress_series(recipe(place, STAGES), place / "run")
     return place / "run"
 
 
@@ -102,8 +103,8 @@ def test_pages_state_what_a_stage_did(made: Path) -> None:
 
 
 def test_a_finished_stage_is_not_taken_again(made: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_take_stage", lambda *_, **__: pytest.fail("a stage was taken again"))
-    figures = pipeline.compress_series(recipe(place, STAGES), made)
+    monkeypatch.setattr("minitron.series.take_stage", lambda *_, **__: pytest.fail("a stage was taken again"))
+    figures = compress_series(recipe(place, STAGES), made)
     assert figures == {name: json.loads((made / name / "eval.json").read_text()) for name in figures}
     assert list(figures) == [stage["name"] for stage in STAGES]
 

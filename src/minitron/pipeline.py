@@ -1,12 +1,9 @@
-"""The order of the steps in one run directory, and of several stages or students in a series."""
+"""The order of the steps in one run directory."""
 
 import logging
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +17,10 @@ from minitron.distillation import (
     distill,
     require_correctable,
     require_trainable,
-    stored_teacher,
     warn_of_repetition,
 )
 from minitron.distillation.rounding import simulate_rounding
-from minitron.errors import UserError, courtesy
+from minitron.errors import courtesy
 from minitron.evaluation import measure
 from minitron.evaluation.agreement import Comparison, TeacherStates
 from minitron.evaluation.speed import TURNS, speed_up
@@ -37,18 +33,16 @@ from minitron.model.language_model import load_model
 from minitron.progress import Progress, announce
 from minitron.pruning import how_measured, over_vocabulary, prune, require_scores, write_importance
 from minitron.pruning.selection import kept_layers
-from minitron.recipe import Recipe, Target
+from minitron.recipe import Recipe
 from minitron.reports.card import write_card
 from minitron.reports.figures import PER_TEACHER_TOKEN, rounded_name
 from minitron.reports.html import write_report
 from minitron.reports.run_files import RunFiles
-from minitron.reports.series import write_series_report
 from minitron.run import Run, linked, open_run
 from minitron.runtime import World, joined_world, resolve_device
 from minitron.session import Session
-from minitron.stages import IN_WORDS, STEPS, Stage, stages_of, stores_states
+from minitron.stages import STEPS, Stage
 
-STATES = "teacher-states"
 logger = logging.getLogger(__name__)
 NUM_SAMPLES = 3
 """Texts that each model generates for the report."""
@@ -65,10 +59,10 @@ def compress(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, An
     """
     require_scores(recipe)
     with joined_world(resolve_device(recipe.device)) as world:
-        return _take_stage(Stage(out.name, recipe), out, overwrite, world=world)
+        return take_stage(Stage(out.name, recipe), out, overwrite, world=world)
 
 
-def _take_stage(
+def take_stage(
     stage: Stage, out: Path, overwrite: bool = False, *, world: World, larger: Path | None = None
 ) -> dict[str, Any]:
     """Take all steps of a stage in the run directory `out`; `larger` is the student that it starts from."""
@@ -83,7 +77,7 @@ def _take_stage(
                 shutil.rmtree(run.path("checkpoint"), ignore_errors=True)
                 run.path("report.html").unlink(missing_ok=True)  # a page that was written while the run was under way
         if world.is_main:
-            _accompany(run)
+            accompany(run)
             run.publish()
         run.share(world)
     return dict(read_json(run.path("eval.json")))
@@ -96,18 +90,18 @@ def _cut(run: Run, session: Session) -> None:
     require_conversing(session)
     shapes, budget = nas.shapes_within(session)
     session.require_one_reading()
-    _begin(run, session, int(shapes.figures["num_parameters"].max()))
+    begin(run, session, int(shapes.figures["num_parameters"].max()))
     if session.runtime.world.is_main and not run.is_done("calibrate"):
         expected = forecast(session, shapes)
         announce(in_words(expected))
         run.record["expected"] = {each.name: round(each.seconds, 2) for each in expected if each.seconds is not None}
         run.save()
     _converse(run, session)
-    with _step(run, session, "calibrate", on_main=True) as is_taken:
+    with step_of(run, session, "calibrate", on_main=True) as is_taken:
         if is_taken:
             write_importance(run.folder, session, nas.removed_layers(shapes))
     importance = load_file(run.path("importance.safetensors"))
-    with _step(run, session, "search") as is_taken:
+    with step_of(run, session, "search") as is_taken:
         if is_taken:
             arch = nas.search(session, importance, shapes, budget, run.folder)
             if session.runtime.world.is_main:
@@ -115,7 +109,7 @@ def _cut(run: Run, session: Session) -> None:
     arch = Arch.from_dict(read_json(run.path("arch.json")), session.source.arch)
     measured, session = how_measured(session), over_vocabulary(session, arch.axis_size("vocab"))
     source = session.source.arch
-    with _step(run, session, "prune", on_main=True) as is_taken:
+    with step_of(run, session, "prune", on_main=True) as is_taken:
         if is_taken:
             run.record["kept_layers"] = kept_layers(importance, source, arch).tolist()
             if not _takes_trial(run):
@@ -144,7 +138,7 @@ def _distill_further(run: Run, session: Session) -> None:
     require_trainable(session, session.source.arch)
     require_conversing(session)
     session.require_one_reading()
-    _begin(run, session, session.source.arch.num_parameters)
+    begin(run, session, session.source.arch.num_parameters)
     _converse(run, session)
     if session.runtime.world.is_main:
         write_json(run.path("arch.json"), session.source.arch.to_dict())
@@ -158,29 +152,29 @@ def _correct(run: Run, session: Session) -> None:
     session.validate(one_process=False)
     require_correctable(session)
     session.require_one_reading()
-    _begin(run, session, session.teacher.arch.num_parameters)
-    with _step(run, session, "distill") as is_taken:
+    begin(run, session, session.teacher.arch.num_parameters)
+    with step_of(run, session, "distill") as is_taken:
         if is_taken:
             _record_resumption(run, session)
             correct(session, run.path("corrected"), work=run.folder)
-    _evaluate(run, session, {"teacher": session.teacher.folder, "corrected": run.path("corrected")})
+    evaluate(run, session, {"teacher": session.teacher.folder, "corrected": run.path("corrected")})
 
 
 def _train(run: Run, session: Session, start: str = "pruned") -> None:
     """Distil the pruned model and measure it; `start` is the name of the pruned model among the figures."""
     pruned, student = linked(run.folder, "pruned"), run.path("student")
-    with _step(run, session, "distill") as is_taken:
+    with step_of(run, session, "distill") as is_taken:
         if is_taken:
             _record_resumption(run, session)
             distill(session, open_checkpoint(pruned), student, work=run.folder)
     models = {"teacher": session.teacher.folder, start: pruned, "student": student}
     if scheme := session.recipe.distill.quantize:
         models[rounded_name(scheme)] = student
-    _evaluate(run, session, models)
+    evaluate(run, session, models)
 
 
 @contextmanager
-def _step(run: Run, session: Session, name: str, *, on_main: bool = False) -> Iterator[bool]:
+def step_of(run: Run, session: Session, name: str, *, on_main: bool = False) -> Iterator[bool]:
     """Record a step while the block runs, in which all processes take it, or with `on_main` the main one alone.
 
     The block receives whether this process has to take the step, which may be done already. The processes wait for
@@ -195,7 +189,7 @@ def _step(run: Run, session: Session, name: str, *, on_main: bool = False) -> It
     run.share(world)
 
 
-def _accompany(run: Run) -> None:
+def accompany(run: Run) -> None:
     """Write the model card and the report of a finished run where they are missing; a failure is a warning."""
     if run.path("student").exists() and not (run.path("student") / "README.md").exists():
         with courtesy("the model card"):
@@ -205,53 +199,7 @@ def _accompany(run: Run) -> None:
             write_report(run.folder)
 
 
-def compress_series(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[str, Any]:
-    """Take the stages of a recipe, or make a student for each of its targets, in `out`; return what `eval.json` holds.
-
-    Each student is cut out of the one before, and taught by the one teacher or by that student (Minitron, arXiv
-    2407.14679, section 4). Each stage is a run directory of its own, which continues after an interruption. For a
-    series of targets the teacher runs over the text once.
-
-    Raises:
-        UserError: the targets do not fall; or see `compress` and `stages_of`.
-    """
-    stages = stages_of(recipe)
-    for stage in stages:
-        require_scores(stage.recipe)
-    if isinstance(recipe.target_params, tuple):
-        _require_falling(recipe.target_params, Session(recipe))
-    figures: dict[str, Any] = {}
-    made = Made()
-    with (
-        joined_world(resolve_device(recipe.device)) as world,
-        open_run(out, recipe, overwrite, follows=not world.is_main) as run,
-    ):
-        run.begin()
-        run.share(world)
-        for number, stage in enumerate(stages, 1):
-            folder, member = run.path(stage.name), _member(stage, run, made)
-            if not run.is_done(stage.name):
-                announce(f"{number} of {len(stages)}: {stage.name}, {IN_WORDS[stage.kind]}")
-                with run.stage(stage.name):
-                    if made.student is None:
-                        _store_teacher_once(run, member, world)
-                    larger = None if stage.is_taught_by_larger else made.student
-                    _take_stage(replace(stage, recipe=member), folder, world=world, larger=larger)
-            run.share(world)
-            figures[stage.name] = read_json(folder / "eval.json")
-            if stage.kind == "correct":
-                made = replace(made, teacher=folder / "corrected")
-            else:
-                made = replace(made, student=folder / "student")
-        if world.is_main:
-            shutil.rmtree(run.path(STATES), ignore_errors=True)
-            with courtesy("report.html"):
-                write_series_report(run.folder)
-            run.publish()
-    return figures
-
-
-def _begin(run: Run, session: Session, num_parameters: int) -> None:
+def begin(run: Run, session: Session, num_parameters: int) -> None:
     """Check text and disk space for a student of at most `num_parameters`, and begin the run.
 
     Raises:
@@ -291,9 +239,9 @@ def _record_resumption(run: Run, session: Session) -> None:
         run.save()
 
 
-def _evaluate(run: Run, session: Session, models: dict[str, Path]) -> None:
+def evaluate(run: Run, session: Session, models: dict[str, Path]) -> None:
     """Measure models, by name, on the blocks that no other stage has seen; see `_measure`."""
-    with _step(run, session, "evaluate", on_main=True) as is_taken:
+    with step_of(run, session, "evaluate", on_main=True) as is_taken:
         if is_taken:
             _measure(run, session, models)
 
@@ -362,46 +310,3 @@ def _speed_up(run: Run, session: Session) -> dict[str, float] | None:
     student, teacher = (load_model(each, runtime.device, runtime.dtype, runtime.attention) for each in checkpoints)
     with Progress("evaluate speed-up", TURNS + 1, "turns") as progress:
         return speed_up(student, teacher, context, progress.advance)
-
-
-@dataclass(frozen=True)
-class Made:
-    """What the stages so far have made, from which the next one starts."""
-
-    teacher: Path | None = None
-    """The corrected teacher, which teaches in place of the recipe's."""
-    student: Path | None = None
-
-
-def _member(stage: Stage, run: Run, made: Made) -> Recipe:
-    """Return the recipe with which a stage runs, which names the models before it and the stored teacher outputs."""
-    recipe = stage.recipe
-    teacher, target, distill = made.teacher or recipe.teacher, recipe.target_params, recipe.distill
-    if made.student and stage.is_taught_by_larger:
-        whole = Session(recipe.model_copy(update={"teacher": str(teacher)})).teacher.arch.num_parameters
-        teacher = made.student
-        if isinstance(target, float):  # a share of the first teacher, not of this one
-            target = str(round(target * whole))
-    elif run.record["recipe"]["target_params"] and stores_states(recipe):
-        distill = distill.model_copy(update={"teacher_states": str(run.path(STATES))})
-    return recipe.model_copy(update={"teacher": str(teacher), "target_params": target, "distill": distill})
-
-
-def _store_teacher_once(run: Run, member: Recipe, world: World) -> None:
-    """Run the teacher over the text before its first student is made, and record the time."""
-    states = member.distill.teacher_states
-    if states != str(run.path(STATES)):
-        return
-    session, started = Session(member, world=world), time.monotonic()
-    stored_teacher(session, Path(states), session.splits.train, member.distill)
-    cost = {"tokens": session.splits.train.num_tokens, "seconds": round(time.monotonic() - started, 2)}
-    if world.is_main and not run.path("teacher.json").exists():
-        write_json(run.path("teacher.json"), cost)
-
-
-def _require_falling(targets: tuple[Target, ...], session: Session) -> None:
-    highs = [nas.budget_of(session, target).limits["num_parameters"].high for target in targets]
-    if any(following >= before for before, following in pairwise(highs)):
-        raise UserError(
-            f"target_params {', '.join(map(str, targets))}: each member must be smaller than the one before"
-        )

@@ -36,6 +36,13 @@ SIZES = (
 
 @verb(
     TARGET._replace(help=f"{TARGET.help} Several (0.8,0.6,0.4) make a series."),
+    Setting(
+        "nested",
+        "lineage.nested",
+        "Make the students of a series in one training, on shared weights.",
+        bool,
+        "--nested",
+    ),
     TRIM,
     *BUDGET,
     *SERVED,

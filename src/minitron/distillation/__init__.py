@@ -15,6 +15,7 @@ from typing import Any
 from minitron.data.blocks import Blocks
 from minitron.distillation import trainer
 from minitron.distillation.correction import recipe_of_correction
+from minitron.distillation.nested import Member, default_weights, require_nestable
 from minitron.distillation.preference import prefer, require_trl
 from minitron.distillation.record import write_training
 from minitron.distillation.teacher import Learning, Live, Source, SpelledLive, Teacher, require_states_folder, stored
@@ -29,10 +30,14 @@ from minitron.runtime import is_main_process, num_ranks
 from minitron.session import Session
 
 __all__ = [
+    "Member",
     "correct",
+    "default_weights",
     "distill",
+    "distill_nested",
     "prefer",
     "require_correctable",
+    "require_nestable",
     "require_spellable",
     "require_trainable",
     "require_trl",
@@ -71,6 +76,20 @@ def distill(session: Session, pruned: Checkpoint, out: Path, work: Path) -> None
         trainer = _trainer(session, teacher, recipe, work)
         trainer.distill(pruned, out)
         write_training(out, trainer, session, pruned)
+
+
+def distill_nested(session: Session, series: tuple[Member, ...], outs: list[Path], work: Path) -> None:
+    """Train students that are the beginnings of each other together, and write one to each folder of `outs`.
+
+    Every step trains one of them, drawn by its weight; see `distill` for `work` and what is raised.
+    """
+    recipe = session.recipe.distill
+    recipe = recipe.model_copy(update={"intermediate": recipe.intermediate.model_copy(update={"of": ()})})
+    with _teacher_of(session) as teacher:
+        trainer = replace(_trainer(session, teacher, recipe, work), series=series)
+        trainer.distill_nested(outs)
+        for member, out in zip(series, outs, strict=True):
+            write_training(out, trainer, session, member.pruned, member.name)
 
 
 def correct(session: Session, out: Path, work: Path) -> None:

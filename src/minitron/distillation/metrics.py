@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,18 @@ class Metrics:
     """
 
     def __init__(
-        self, work: Path, step: int, trackers: tuple[str, ...], world: World, start: Row | None = None
+        self, work: Path, step: int, trackers: tuple[str, ...], world: World, start: Sequence[Row] = ()
     ) -> None:
-        """`start` holds figures before the first step, which the rows so far lack."""
+        """`start` are rows of figures before the first step, which the rows so far lack."""
         self.path, self.is_main = work / METRICS, world.is_main
         self.rows = [row for row in read_jsonl(self.path) if row["step"] <= step]
         self.trackers: dict[str, Callable[[Row], None]] = {}
         for name in trackers if world.is_main else ():
             with courtesy(f"distill.trackers: curves in {name}"):
                 self.trackers[name] = TRACKERS[name](work)
-        if start is not None:
-            self.rows.insert(0, {"step": 0, "tokens": 0, **start})
-            self._track(self.rows[0])
+        self.rows = [*({"step": 0, "tokens": 0, **figures} for figures in start), *self.rows]
+        for row in self.rows[: len(start)]:
+            self._track(row)
         if self.is_main:
             write_jsonl(self.path, self.rows)
 

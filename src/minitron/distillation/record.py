@@ -15,13 +15,18 @@ from minitron.run import versions
 from minitron.session import Session
 
 
-def write_training(folder: Path, trainer: Trainer, session: Session, trained: Checkpoint) -> None:
-    """Write the history of a trained model into its folder: that of the model `trained`, and this training."""
+def write_training(
+    folder: Path, trainer: Trainer, session: Session, trained: Checkpoint, member: str | None = None
+) -> None:
+    """Write the history of a trained model into its folder: that of the model `trained`, and this training.
+
+    `member` is its name where a nested series was trained.
+    """
     if session.runtime.world.is_main:
-        record_step(folder, trained.folder, training_step(trainer, session, trained.arch))
+        record_step(folder, trained.folder, training_step(trainer, session, trained.arch, member))
 
 
-def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
+def training_step(trainer: Trainer, session: Session, student: Arch, member: str | None = None) -> Step:
     """Return how a finished training was done, with the tokens that it processed and how many of them differ.
 
     A step without a teacher goes by the name of its stage, correct or tune: the model learnt the text itself.
@@ -29,7 +34,7 @@ def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
     recipe, train = trainer.recipe, trainer.train
     num_steps = recipe.num_steps(train.context)
     num_blocks = num_steps * recipe.batch_size
-    rows = read_jsonl(trainer.work / "metrics.jsonl")
+    rows = rows_of(trainer.work / "metrics.jsonl", member)
     perplexities = [row["heldout_perplexity"] for row in rows if "heldout_perplexity" in row]
     step: Step = {
         "step": trainer.stage if trainer.teacher is None else "distill",
@@ -51,6 +56,7 @@ def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
         "context": train.context,
         "batch_size": recipe.batch_size,
         "steps": num_steps,
+        "series": _series(trainer, rows, member) if member else None,
         "steps_of_trial": sum("trial" in row for row in rows),
         "steps_skipped": sum("skipped" in row for row in rows),
         "tokens": num_blocks * train.context,
@@ -64,6 +70,17 @@ def training_step(trainer: Trainer, session: Session, student: Arch) -> Step:
     if trainer.heldout and perplexities:
         step["heldout"] = {"tokens": trainer.heldout.num_tokens, "before": perplexities[0], "after": perplexities[-1]}
     return step
+
+
+def rows_of(metrics: Path, member: str | None) -> list[dict[str, Any]]:
+    """Return the rows of a training, or of a nested series those of one member."""
+    return [row for row in read_jsonl(metrics) if row.get("member") == member]
+
+
+def _series(trainer: Trainer, rows: list[dict[str, Any]], member: str) -> dict[str, Any]:
+    """Return how a student was trained with others on shared weights."""
+    weights = {each.name: round(each.weight, 4) for each in trainer.series}
+    return {"member": member, "weights": weights, "steps": sum("learning_rate" in row for row in rows)}
 
 
 def _matching(trainer: Trainer, session: Session, student: Arch) -> dict[str, Any]:

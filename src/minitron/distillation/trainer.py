@@ -6,6 +6,7 @@ A run that is killed continues from its last checkpoint to bit-identical results
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from minitron.distillation.checkpoint import Models, load_checkpoint, save_check
 from minitron.distillation.correction import RATE_WHILE_TEACHING, correction_rate
 from minitron.distillation.intermediate import Intermediate, compare_on_the_way, pairs_compared
 from minitron.distillation.metrics import Metrics, is_measured, require_trackers
+from minitron.distillation.nested import Member, Nested, drawn
 from minitron.distillation.noise import add_noise
 from minitron.distillation.objective import Objective
 from minitron.distillation.on_policy import OnPolicy, continued
@@ -54,6 +56,15 @@ class Student:
     """The pruned model on disk."""
     trained: Trained
     """How its parameters are trained."""
+    nested: tuple[Nested, ...] = ()
+    """Smaller students that are the beginnings of this one."""
+
+    def of_step(self, step: int, series: tuple[Member, ...], seed: int) -> tuple[Headless, str | None]:
+        """Return the model that a step trains, and its name within a nested series."""
+        if not series:
+            return self.headless, None
+        number = drawn(step, [member.weight for member in series], seed)
+        return (self.headless, *self.nested)[number], series[number].name
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,8 @@ class Trainer:
     """A folder for the adapters that were trained, besides merging them into the student."""
     base: str = ""
     """The path or hub id of the model that these adapters belong to."""
+    series: tuple[Member, ...] = ()
+    """Students that are the beginnings of each other and share weights, largest first; empty for one student alone."""
 
     def distill(self, pruned: Checkpoint, out: Path) -> None:
         """Train a pruned model for all steps of the recipe and write the student to the folder `out`.
@@ -92,6 +105,14 @@ class Trainer:
             student.trained.save_adapter(self.adapter, self.base)
         student.trained.finish()
         write_trained(student.headless.model, pruned, out, self.runtime.world)
+
+    def distill_nested(self, outs: list[Path]) -> None:
+        """Train the members of the series together and write each as a student to a folder of `outs`; see `distill`."""
+        student = self.trained(self.series[0].pruned)
+        write_trained(student.headless.model, self.series[0].pruned, outs[0], self.runtime.world)
+        for nested, out in zip(student.nested, outs[1:], strict=True):
+            with torch.no_grad():
+                write_state(nested.model, nested.tensors(), nested.member.pruned, out)
 
     def trained(self, pruned: Checkpoint, until: int | None = None) -> Student:
         """Return the student in memory after all steps; with `until`, after that step, with a checkpoint on disk.
@@ -110,6 +131,12 @@ class Trainer:
             simulate_rounding(headless.model, pruned, recipe.quantize)
         intermediate = self._intermediate(headless, pruned)
         student = Student(headless, pruned, choose_parameters(headless.model, pruned.arch, recipe, runtime.seed))
+        student.nested = tuple(
+            Nested(
+                member, headless, load_model(member.pruned, runtime.loading_device, runtime.weights_dtype, attention)
+            )
+            for member in self.series[1:]
+        )
         lighten(headless, pruned.arch, recipe)
         shard(headless, pruned.arch, runtime)
         if isinstance(self.teacher, Live):
@@ -166,7 +193,7 @@ class _Loop:
         trainer, world = self.trainer, self.trainer.runtime.world
         last, self.is_trial = self.num_steps if until is None else until, until is not None
         # A training that continues a trial is measured from the pruned model on as well, before its state is read.
-        start = self._evaluate(trainer.heldout) if trainer.heldout and not is_measured(trainer.work) else None
+        start = self._evaluate(trainer.heldout) if trainer.heldout and not is_measured(trainer.work) else []
         self._begin(max(0, saved_step(trainer.work, world) - 1))
         self.step = load_checkpoint(trainer.work, self.models, world)
         self.metrics = Metrics(trainer.work, self.step, trainer.recipe.trackers, world, start)
@@ -202,6 +229,7 @@ class _Loop:
         """Take one step of the student, and of a teacher that learns; write a row of metrics."""
         recipe, train = self.trainer.recipe, self.trainer.train
         headless, optimizer = self.models["student"]
+        trained, name = self.student.of_step(self.step, self.trainer.series, self.trainer.runtime.seed)
         rate = learning_rate(self.step, self.num_steps, recipe)
         self._begin(self.step)
         numbers = batch_indices(self.step, recipe.batch_size, len(train), self.trainer.runtime.seed)
@@ -211,7 +239,7 @@ class _Loop:
             with self.trainer.runtime.autocast():
                 blocks = continued(headless.model, blocks, length)
             numbers, objective = torch.arange(len(blocks)), on_policy.objective_of(length, train.context)
-        sums = objective.accumulate(headless, blocks, numbers)
+        sums = objective.accumulate(trained, blocks, numbers)
         loss, intermediate_loss, added_loss, teacher_loss = self.trainer.runtime.world.sum(sums).tolist()
         norm = take_step(headless, optimizer, rate, recipe.max_grad_norm, loss)
         is_finite = math.isfinite(loss) and math.isfinite(norm)
@@ -221,6 +249,8 @@ class _Loop:
             row["dtype"] = self.trainer.runtime.training_dtype
         if self.is_trial:
             row["trial"] = True
+        if name:
+            row["member"] = name
         if length:
             row["continued_by"] = length
         row |= {"loss": loss, "grad_norm": norm} if is_finite else {"skipped": f"loss {loss}, gradient {norm}"}
@@ -233,7 +263,10 @@ class _Loop:
             row["teacher_loss"] = teacher_loss
         progress.advance(self.step_tokens)
         if self.trainer.heldout and self.step in self._evaluation_steps:
-            row |= self._evaluate(self.trainer.heldout)
+            figures, *others = sorted(self._evaluate(self.trainer.heldout), key=lambda each: each.get("member") != name)
+            row |= figures
+            for other in others:
+                self.metrics.add(step=row["step"], tokens=row["tokens"], **other)
         self.metrics.add(**row)
         if self.metrics.num_skipped_last == MOST_SKIPPED:
             raise UserError(
@@ -252,8 +285,11 @@ class _Loop:
     def _evaluation_steps(self) -> set[int]:
         return {round(self.num_steps * (i + 1) / NUM_EVALUATIONS) for i in range(NUM_EVALUATIONS)}
 
-    def _evaluate(self, heldout: Blocks) -> dict[str, Any]:
-        """Measure held-out perplexity; in one process also generate text after the beginning of the held-out text."""
+    def _evaluate(self, heldout: Blocks) -> list[dict[str, Any]]:
+        """Measure held-out perplexity; in one process also generate text after the beginning of the held-out text.
+
+        Returns the figures of the student, or of each member of its series by name, the largest first.
+        """
         headless, folder = self.student.headless, self.student.checkpoint.folder
         with self.trainer.runtime.autocast():
             figures: dict[str, Any] = {"heldout_perplexity": measure_perplexity(headless, heldout).perplexity}
@@ -261,7 +297,13 @@ class _Loop:
                 prompt = heldout.ids[:1, :PROMPT_TOKENS]
                 with courtesy("generated text"):
                     figures["sample"] = greedy_continuation(headless.model, load_tokenizer(folder), prompt)
-        return figures
+            if not self.trainer.series:
+                return [figures]
+            rows = [{"member": self.trainer.series[0].name, **figures}]
+            for nested in self.student.nested:
+                perplexity = measure_perplexity(nested, heldout).perplexity
+                rows.append({"member": nested.member.name, "heldout_perplexity": perplexity})
+            return rows
 
 
 def require_trainable(recipe: DistillRecipe, student: Arch, dtype: torch.dtype, *, num_ranks: int) -> None:
@@ -309,6 +351,12 @@ def write_trained(model: Any, like: Checkpoint, out: Path, world: World) -> None
         if world.is_main:
             state[name] = value.to(like.dtype).cpu()
     if world.is_main:
-        with Progress("write student"), whole_folder(out) as staging:
-            write_model(staging, model, state, like)
+        write_state(model, state, like, out)
     world.barrier()
+
+
+def write_state(model: Any, state: Mapping[str, Tensor], like: Checkpoint, out: Path) -> None:
+    """Write a transformers model with the tensors of `state`, in the dtype of `like`, to the folder `out`."""
+    tensors = {name: value.to(like.dtype).cpu().contiguous() for name, value in state.items()}
+    with Progress("write student"), whole_folder(out) as staging:
+        write_model(staging, model, tensors, like)

@@ -9,6 +9,7 @@ from minitron.nas.effort import Costs
 from minitron.nas.estimate import meet_speed_limits
 from minitron.nas.offer import (
     check_shape,
+    inside,
     ranked_shape,
     ranks_together,
     shapes_within,
@@ -34,6 +35,7 @@ __all__ = [
     "budget_of",
     "check_shape",
     "costs_of",
+    "inside",
     "ranked_shape",
     "ranks_together",
     "removed_layers",

@@ -60,6 +60,8 @@ class Budget:
 
     limits: Mapping[str, Limit]
     serving: Serving = field(default_factory=Serving)
+    larger: Arch | None = None
+    """A shape of which those within the budget must be beginnings, with no more of anything."""
 
     def fits(self, figures: Figures) -> Any:
         """Return whether a shape fits the budget, or a boolean for each of many shapes."""

@@ -1,5 +1,6 @@
 """Estimates the speed of every shape from a few that are measured, and drops shapes that miss the limits on speed."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,8 +55,8 @@ def meet_speed_limits(workspace: Workspace, shapes: Shapes, budget: Budget) -> t
     estimated = {name: seconds for name, seconds in estimate(speeds, shapes).items() if name in limits}
     shapes = Shapes(shapes.teacher, shapes.sizes, {**shapes.figures, **estimated})
     loose = {name: Limit(limit.low * (1 - SPEED_MARGIN), limit.high) for name, limit in limits.items()}
-    near = feasible(shapes, Budget({**budget.limits, **loose}, budget.serving))
-    return near, Budget({**budget.limits, **limits}, budget.serving)
+    near = feasible(shapes, replace(budget, limits={**budget.limits, **loose}))
+    return near, replace(budget, limits={**budget.limits, **limits})
 
 
 def estimate(speeds: Speeds, shapes: Shapes) -> dict[str, Array]:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,16 @@ def shapes_within(session: Session) -> tuple[Shapes, Budget]:
     for line in _obstacles_of_all(source, shapes):
         logger.warning("of no shape within the budget: %s", line)
     return shapes, budget
+
+
+def inside(shapes: Shapes, budget: Budget, larger: Arch) -> tuple[Shapes, Budget]:
+    """Return those of the shapes that are beginnings of a larger one, and the budget with that limit.
+
+    Raises:
+        UserError: none is.
+    """
+    budget = replace(budget, larger=larger)
+    return feasible(shapes, budget), budget
 
 
 def _stated(session: Session) -> Shapes:

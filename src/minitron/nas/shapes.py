@@ -209,6 +209,10 @@ def feasible(shapes: Shapes, budget: Budget) -> Shapes:
     """
     if not len(shapes):
         raise UserError("search: no shape of the grid is smaller than the teacher")
+    if budget.larger is not None:
+        shapes = shapes.at(_is_inside(shapes, budget.larger))
+        if not len(shapes):
+            raise UserError("search: no shape of the grid has no more of anything than the next larger student")
     fits = np.broadcast_to(budget.fits(shapes.figures), (len(shapes),))
     if fits.any():
         return shapes.at(fits)
@@ -222,6 +226,17 @@ def feasible(shapes: Shapes, budget: Budget) -> Shapes:
     wanted = ", ".join(_limit_in_words(name, limit.low, limit.high) for name, limit in budget.limits.items())
     near = "; ".join(_in_words(shapes, i, budget) for i in chosen)
     raise UserError(f"no shape has {wanted}; the feasible ones nearest to that: {near}")
+
+
+def _is_inside(shapes: Shapes, larger: Arch) -> Any:
+    """Return which shapes have no more of anything than a larger one, in every group of a grouped axis as well."""
+    is_inside: Any = np.ones(len(shapes), dtype=bool)
+    for name, sizes in shapes.sizes.items():
+        is_inside = is_inside & (sizes <= larger.sizes[name])
+    for axis, group in shapes.teacher.grouped.items():
+        size, groups = (shapes.sizes.get(AXES[each], shapes.teacher.axis_size(each)) for each in (axis, group))
+        is_inside = is_inside & (size <= larger.entries(axis) * groups)
+    return is_inside
 
 
 def _limit_in_words(name: str, low: float, high: float) -> str:

@@ -7,20 +7,18 @@ per size: the basis that hidden is rotated into depends on its size, and Mamba h
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from minitron.data.blocks import Blocks
-from minitron.model.anatomy import AXES, Row
+from minitron.model.anatomy import AXES
 from minitron.model.arch import Arch
+from minitron.model.beginning import Beginning
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.config import student_config
 from minitron.model.language_model import build_model
 from minitron.pruning.cut import cut_to
-from minitron.pruning.maps import kept_positions
 from minitron.pruning.repair import repaired
 from minitron.pruning.rotate import rotates
 from minitron.pruning.scores import Importance
@@ -48,48 +46,8 @@ class SortedTeacher:
         return numbers
 
     def views(self, arch: Arch) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of a candidate by name; tensors that join several things in one dimension are copies."""
-        layers = self._layers(arch)
-        new_numbers = {number: new for new, number in enumerate(layers)}
-        for row in arch.rows:
-            parts = self._parts(row, arch)
-            numbers = [i for i in layers if row.kind in {None, self.teacher.arch.layer_kind(i)}]
-            for number in numbers if row.is_per_layer else [None]:
-                new = None if number is None else new_numbers[number]
-                for expert in range(arch.axis_size("expert")) if row.is_per_expert else [None]:
-                    yield row.tensor_name(new, expert), _cut(self.tensors[row.tensor_name(number, expert)], parts)
-
-    def _parts(self, row: Row, arch: Arch) -> list[tuple[int, int | Tensor]]:
-        """Return each dimension that gets shorter with the length of its beginning, or with the kept positions."""
-        maps = {
-            axis: self._prefix(axis, arch) for axis in row.axes if arch.axis_size(axis) != self.whole.axis_size(axis)
-        }
-        parts: list[tuple[int, int | Tensor]] = []
-        for dim, dimension in enumerate(row.dimensions):
-            if any(factor in maps for segment in dimension for factor in segment):
-                positions = kept_positions(dimension, maps, self.whole.axis_size)
-                is_prefix = torch.equal(positions, torch.arange(len(positions)))
-                parts.append((dim, len(positions) if is_prefix else positions.to(self._device)))
-        return parts
-
-    def _prefix(self, axis: str, arch: Arch) -> Tensor:
-        """Return the positions along an axis that a candidate keeps, in each group of a grouped axis."""
-        size, group = arch.axis_size(axis), arch.grouped.get(axis)
-        if group is None:
-            return torch.arange(size)
-        starts = torch.arange(arch.axis_size(group)) * self.whole.entries(axis)
-        return (starts[:, None] + torch.arange(arch.entries(axis))).flatten()
-
-    @cached_property
-    def _device(self) -> torch.device:
-        return next(iter(self.tensors.values())).device
-
-
-def _cut(tensor: Tensor, parts: list[tuple[int, int | Tensor]]) -> Tensor:
-    for dim, part in parts:
-        # A view cannot leave out heads in each of several groups: index_select copies.
-        tensor = tensor.narrow(dim, 0, part) if isinstance(part, int) else tensor.index_select(dim, part)
-    return tensor
+        """Yield the tensors of a candidate by name; see `Beginning.of`."""
+        return Beginning(self.whole, arch, self._layers(arch)).of(self.tensors)
 
 
 def deciding_sizes(teacher: Arch, recipe: PruneRecipe) -> tuple[str, ...]:

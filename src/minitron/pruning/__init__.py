@@ -6,7 +6,7 @@ from minitron.data.blocks import Blocks
 from minitron.files import whole_folder
 from minitron.history import Step
 from minitron.model.arch import Arch
-from minitron.pruning.cut import cut_to, write_pruned
+from minitron.pruning.cut import Cut, cut_to, write_pruned
 from minitron.pruning.importance import (
     how_measured,
     measure_importance,
@@ -16,6 +16,7 @@ from minitron.pruning.importance import (
     require_scores,
     write_importance,
 )
+from minitron.pruning.nested import nested_cuts, require_nestable
 from minitron.pruning.random_start import write_random
 from minitron.pruning.record import pruning_step
 from minitron.pruning.repair import repaired
@@ -30,13 +31,16 @@ __all__ = [
     "Importance",
     "how_measured",
     "measure_importance",
+    "nested_cuts",
     "over_vocabulary",
     "prune",
     "ranked_depth",
     "read_how_measured",
     "read_importance",
     "require_measurable",
+    "require_nestable",
     "require_scores",
+    "write_cut",
     "write_importance",
     "write_random",
 ]
@@ -63,9 +67,13 @@ def prune(
     source, recipe = session.source, recipe or session.recipe.prune
     blocks = session.calibration_blocks if blocks is None else blocks
     importance = score_in_rounds(session, arch, importance, rounds=recipe.rounds, blocks=blocks, folder=out.parent)
-    kept = select(importance, source.arch, arch)
-    cut = cut_to(arch, source, importance, recipe, kept=kept)
-    tensors = repaired(source, cut, blocks=blocks, recipe=recipe, runtime=session.runtime)
+    cut = cut_to(arch, source, importance, recipe, kept=select(importance, source.arch, arch))
+    return write_cut(session, cut, out, recipe=recipe, blocks=blocks)
+
+
+def write_cut(session: Session, cut: Cut, out: Path, *, recipe: PruneRecipe, blocks: Blocks) -> Step:
+    """Repair a cut of the session's model and write a Hugging Face folder at `out`; see `prune`."""
+    tensors = repaired(session.source, cut, blocks=blocks, recipe=recipe, runtime=session.runtime)
     with whole_folder(out) as staging:
-        write_pruned(source, cut, tensors, staging)
+        write_pruned(session.source, cut, tensors, staging)
     return pruning_step(session, cut)

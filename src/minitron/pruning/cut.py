@@ -13,9 +13,9 @@ from minitron.model.anatomy import Row
 from minitron.model.arch import TIED, Arch
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.config import student_config
+from minitron.model.maps import apply_maps
 from minitron.model.writing import write_checkpoint
 from minitron.pruning.head_merge import MergedHeads, merge_partners
-from minitron.pruning.maps import apply_maps
 from minitron.pruning.rotate import Rotated, principal_basis, rotates
 from minitron.pruning.scores import Importance
 from minitron.pruning.selection import Kept, select
@@ -30,7 +30,7 @@ class Cut:
     `kept` holds the teacher's entries that the student keeps of each prunable axis, in the student's order. `tensor`
     reads a tensor of the teacher; each is read once. With a `basis` (hidden, size) of orthonormal columns the residual
     stream is rotated into it, and `kept["hidden"]` is not used. With `partners` query heads are merged
-    (`head_merge.merge_partners`).
+    (`head_merge.merge_partners`). A cut that `is_nested` has a basis of several sizes (`rotate.nested_basis`).
     """
 
     teacher: Arch
@@ -39,6 +39,7 @@ class Cut:
     tensor: Callable[[str], Tensor]
     basis: Tensor | None = None
     partners: Tensor | None = None
+    is_nested: bool = False
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the student's tensors by name: first those outside the layers, then layer after layer."""
@@ -77,7 +78,8 @@ class Cut:
     def _read(self) -> Callable[[str], Tensor]:
         read = self.tensor
         if self.basis is not None:
-            read = Rotated(self.teacher, self.basis, read, is_tied=self.student.flags.get(TIED, False))
+            is_tied = self.student.flags.get(TIED, False)
+            read = Rotated(self.teacher, self.basis, read, is_tied=is_tied, is_nested=self.is_nested)
         return read if self.partners is None else MergedHeads(self.teacher, self.partners, read)
 
     def _rows_of(self, number: int | None) -> Iterator[tuple[Row, int | None]]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minitron.model.anatomy import Row
 from minitron.model.arch import Arch
-from minitron.pruning.maps import apply_maps
+from minitron.model.maps import apply_maps
 from minitron.pruning.scores import Importance
 from minitron.pruning.selection import Kept
 

@@ -15,6 +15,7 @@ def pruning_step(session: Session, cut: Cut) -> Step:
         "kept_layers": cut.layers,
         "rounds": recipe.rounds,
         "hidden": "rotated" if cut.basis is not None else "channels",
+        "nested": cut.is_nested,
         "merges_heads": cut.partners is not None,
         "rescales_norms": rescales(source, student, recipe),
         "refits": recipe.refit,

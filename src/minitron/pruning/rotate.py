@@ -84,11 +84,37 @@ def principal_basis(arch: Arch, size: int, moment: Tensor, tensor: Callable[[str
         directions = _principal(centred - (centred @ ones) @ ones.T)[:, cut_off + 1 :]
         basis: Tensor = torch.cat([ones, directions], dim=1) @ _first_to_ones(size)
         return basis
-    directions = _principal(moment)[:, cut_off:]
-    if arch.flags.get(TIED, False):
-        gain = norm_weight(arch, arch.family.final_norm, None, tensor)
-        directions = directions @ _principal(directions.T @ (gain[:, None] * directions))
-    return directions
+    return _with_diagonal_gain(_principal(moment)[:, cut_off:], arch, tensor)
+
+
+def nested_basis(arch: Arch, sizes: list[int], moment: Tensor, tensor: Callable[[str], Tensor]) -> Tensor | None:
+    """Return directions (hidden, the largest size) of which the first ones, for each of `sizes`, are principal.
+
+    So one basis serves students of several hidden sizes, each of which has the first channels of the next larger one.
+    Of a tied model the weight of the final norm is diagonal among the directions that one size adds to the next
+    smaller one; what couples them with the others is lost, which a basis for one size keeps. None where no basis serves
+    several sizes: norms that subtract the mean need the vector of ones in each.
+
+    Raises:
+        UserError: the family cannot be rotated.
+    """
+    if reason := obstacle(arch):
+        raise UserError(reason)
+    if arch.family.is_centred:
+        return None
+    best_first, start, parts = _principal(moment.double()).flip(1), 0, []
+    for size in sorted(set(sizes)):
+        parts.append(_with_diagonal_gain(best_first[:, start:size], arch, tensor))
+        start = size
+    return torch.cat(parts, dim=1)
+
+
+def _with_diagonal_gain(directions: Tensor, arch: Arch, tensor: Callable[[str], Tensor]) -> Tensor:
+    """Return a basis of the space of some directions; of a tied model that in which Qᵀ diag(g) Q is diagonal."""
+    if not arch.flags.get(TIED, False):
+        return directions
+    gain = norm_weight(arch, arch.family.final_norm, None, tensor)
+    return directions @ _principal(directions.T @ (gain[:, None] * directions))
 
 
 def norm_weight(arch: Arch, norm: Norm, layer: int | None, tensor: Callable[[str], Tensor]) -> Tensor:
@@ -133,7 +159,7 @@ class Rotated:
     that is the stored dtype; tensors are returned in their stored dtype.
 
     The rotated model is `untied(arch)`, or with `is_tied` stays tied: then Qᵀ diag(w) Q of the final norm must be
-    diagonal.
+    diagonal, unless `is_nested`.
 
     Raises:
         ValueError: the columns are not orthonormal, or with `is_tied` that product is not diagonal.
@@ -146,6 +172,8 @@ class Rotated:
     rotation: Tensor
     tensor: Callable[[str], Tensor]
     is_tied: bool = False
+    is_nested: bool = False
+    """Whether what is not diagonal in that product is left out; see `nested_basis`."""
 
     def __post_init__(self) -> None:
         rotation = self.rotation.double()
@@ -157,7 +185,7 @@ class Rotated:
         ones = rotation.new_full((len(rotation),), len(rotation) ** -0.5) @ rotation
         if self.arch.family.is_centred and not torch.allclose(ones, ones.new_full(ones.shape, len(ones) ** -0.5)):
             raise UserError(f"the norms of {self.arch.model_type} subtract the mean, which this rotation moves")
-        if self.is_tied:
+        if self.is_tied and not self.is_nested:
             gain = self._rotated_gain()
             if (gain - torch.diag(gain.diagonal())).abs().max() > 1e-6 * gain.diagonal().abs().max():
                 raise ValueError("the basis of a tied model must make the final norm's weight diagonal")

@@ -11,9 +11,9 @@ from minitron.model.anatomy import Norm, Row
 from minitron.model.arch import Arch
 from minitron.model.experts import Experts
 from minitron.model.language_model import Point
+from minitron.model.maps import kept_positions
 from minitron.pruning.cut import Cut
 from minitron.pruning.layers import Layer
-from minitron.pruning.maps import kept_positions
 
 DOUBLE_WIDTH = 4096
 """Systems of more unknowns than this are solved in float32: their matrices are large, and the ridge conditions them."""

@@ -47,6 +47,12 @@ class LineageRecipe(Part):
     """Which model teaches: the one teacher of the series, or the larger student that a student was cut from."""
     stores_states: bool = True
     """Run the teacher over the text once for the whole series, and keep its outputs until the last student is done."""
+    nested: bool = False
+    """Make the students in one training instead: each is the beginning of the next larger one, with which it shares its
+    weights, and every step trains one of them (Nemotron Elastic, arXiv 2511.16664)."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Share of the steps that trains each of the nested students, largest first, such as 0.5, 0.3, 0.2. Empty takes
+    falling shares: 3/6, 2/6 and 1/6 for three."""
 
 
 class EvaluationRecipe(Part):

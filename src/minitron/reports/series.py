@@ -18,6 +18,9 @@ from minitron.reports.page import note, stacked, table, write_page
 from minitron.reports.run_files import RunFiles
 from minitron.stages import stages_of
 
+SHARED = ("calibrate", "distill")
+"""Steps that a nested series takes once, for all of its students."""
+
 
 def write_series_report(folder: Path) -> None:
     """Write `report.html` into the folder of a finished series, or of finished stages."""
@@ -28,14 +31,25 @@ def write_series_report(folder: Path) -> None:
     taught_by = teacher if recipe["lineage"]["taught_by"] == "teacher" else "that model"
     num_students = sum("student" in run.results for run in runs.values())
     links = ", ".join(f'<a href="{html.escape(name)}/report.html">{html.escape(name)}</a>' for name in runs)
-    lines = f"Each student is made from the model to its left and learns from {taught_by}. {_conditions(runs)}"
+    is_nested = recipe["lineage"]["nested"]
+    how = (
+        "The students were made in one training: each is the beginning of the one to its left and shares its weights, "
+        "and every step trained one of them."
+        if is_nested
+        else f"Each student is made from the model to its left and learns from {taught_by}."
+    )
+    lines = f"{how} {_conditions(runs)}"
     sections = [
         (
             "Stages" if recipe["stages"] else "Students",
             table(_figures_table(runs)) + note(lines) + f"<p>Their reports: {links}.</p>",
         ),
         ("Distillation", stacked(draw_curves({name: run.metrics for name, run in runs.items()}))),
-        ("Time", table(_seconds_table(runs)) + note(_saving(folder, num_students))),
+        (
+            "Time",
+            table(_seconds_table(runs, {"all together": RunFiles(folder)} if is_nested else {}))
+            + note("" if is_nested else _saving(folder, num_students)),
+        ),
     ]
     made = f"{len(stages)} stages" if recipe["stages"] else f"a series of {num_students} students"
     write_page(folder / "report.html", f"{recipe['teacher']}: {made}", sections)
@@ -81,10 +95,15 @@ def _figures_table(runs: dict[str, RunFiles]) -> list[list[str]]:
     return rows
 
 
-def _seconds_table(runs: dict[str, RunFiles]) -> list[list[str]]:
+def _seconds_table(runs: dict[str, RunFiles], together: dict[str, RunFiles]) -> list[list[str]]:
+    """Return the seconds of each step by run; `together` is the run of the steps that all students share."""
     seconds = {
-        name: {step: float(entry["seconds"]) for step, entry in run.record["stages"].items()}
-        for name, run in runs.items()
+        name: {
+            step: float(entry["seconds"])
+            for step, entry in run.record["stages"].items()
+            if (name in together) == (step in SHARED) or not together
+        }
+        for name, run in (runs | together).items()
     }
     rows = [["seconds", *seconds]]
     for step in dict.fromkeys(step for steps in seconds.values() for step in steps):

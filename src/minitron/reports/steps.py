@@ -197,6 +197,8 @@ def _pruning_rows(step: Step) -> Rows:
     if AXES["hidden"] in cut:
         along = {"rotated": "principal directions of the residual stream", "channels": "channels"}
         rows.append(["hidden_size cut along", along[step["hidden"]]])
+    if step.get("nested"):  # earlier histories have no such entry
+        rows.append(["nested series", "entries in the order of their importance, as the beginning of a larger student"])
     if step["merges_heads"]:
         rows.append(["query heads", "dropped ones merged into those kept"])
     done = {"norms rescaled": step["rescales_norms"], "matrices refitted by least squares": step["refits"]}
@@ -301,6 +303,7 @@ def _training_rows(step: Step) -> Rows:
         *_rounding_rows(step),
         ["tokens", f"{step['tokens']:,} processed, {step['unique_tokens']:,} of them unique{learns}"],
         ["steps", f"{step['steps']:,} of {step['batch_size']} × {step['context']:,} tokens{apart}{skipped}"],
+        *_series_rows(step.get("series")),
         ["learning rate", rate],
         ["data", data_in_words(step["data"]) + (f", read {step['epochs']:g} times" if "epochs" in step else "")],
         ["computed on", f"{step['device']} in {step['dtype']}"],
@@ -310,6 +313,14 @@ def _training_rows(step: Step) -> Rows:
         rounded = f", rounded to {step['quantize']}" if step.get("quantize") else ""
         rows.append(["held-out perplexity", f"{change}, on {heldout['tokens']:,} tokens of the data{rounded}"])
     return rows
+
+
+def _series_rows(series: dict[str, Any] | None) -> Rows:
+    if series is None:
+        return []
+    weights = ", ".join(f"{name} ({weight:.0%})" for name, weight in series["weights"].items())
+    shared = f"students {weights} share weights, and each step trains one; {series['steps']:,} steps trained this one"
+    return [["nested series", shared]]
 
 
 def _preference_rows(step: Step) -> Rows:

@@ -17,17 +17,19 @@ def compress(
 
     `settings` are keys of the recipe, such as `target_params=0.7`, `data="wiki"` or `distill={"tokens": "2M"}`;
     `recipe` is a YAML file or the name of a recipe, which they override. Several `target_params` make a series, each
-    student cut out of the next larger one; so do the `stages` of a recipe.
+    student cut out of the next larger one; so do the `stages` of a recipe. With `lineage.nested` they share weights and
+    are trained together.
 
     Raises:
         UserError: something asked for cannot be done; nothing is left behind that was not finished.
     """
-    from minitron import pipeline
+    from minitron import nested, pipeline, series
     from minitron.recipe import recipe_from
 
     out, given = Path(out).absolute(), recipe_from(recipe, teacher=teacher, **settings)
-    if isinstance(given.target_params, tuple) or given.stages:
-        members = pipeline.compress_series(given, out, overwrite)
+    if isinstance(given.target_params, tuple) or given.stages or given.lineage.nested:
+        make = nested.compress_nested if given.lineage.nested else series.compress_series
+        members = make(given, out, overwrite)
         results = {name: _result(out / name, figures) for name, figures in members.items() if "student" in figures}
         corrected = {name: figures for name, figures in members.items() if "corrected" in figures}
         return CompressedSeries(out, results, corrected)
