@@ -18,13 +18,12 @@ from typing import Any
 from prune_quality import read_wikitext
 
 import minitron
-from minitron.distillation import default_weights
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import read_json, read_jsonl
 from minitron.model.checkpoint import open_checkpoint
 from minitron.model.language_model import load_model
 from minitron.model.work import forward_flops, training_flops
-from minitron.recipe import recipe_from
+from minitron.recipe import LineageRecipe, recipe_from
 from minitron.run import versions
 from minitron.session import Session
 
@@ -61,7 +60,7 @@ def family(way: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     names, base = options.targets.split(","), settings(seed)
     out = options.work / f"{way}-{options.tokens}-{seed}"
     shapes, first = options.work / f"shapes-{options.targets}.json", {"distill.tokens": options.tokens}
-    weights = default_weights(len(names))
+    weights = LineageRecipe().shares(len(names))
     tokens = [options.tokens if way == "whole" else round(weight * options.tokens) for weight in weights]
     started = time.monotonic()
     if way == "nested" and not shapes.exists():

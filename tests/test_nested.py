@@ -14,7 +14,7 @@ from minitron import compress, prune
 from minitron.data.blocks import Blocks
 from minitron.derivation.proof import random_importance
 from minitron.distillation import Member
-from minitron.distillation.nested import Nested, default_weights, drawn
+from minitron.distillation.nested import Nested, drawn
 from minitron.distillation.optimizers import take_step
 from minitron.errors import UserError
 from minitron.files import read_json, read_jsonl
@@ -28,7 +28,7 @@ from minitron.pruning.nested import beginning_of, nested_cuts, nested_layers
 from minitron.pruning.repair import repaired
 from minitron.pruning.scores import score
 from minitron.pruning.selection import LAYER_BLOCKS
-from minitron.recipe import CalibrationRecipe, PruneRecipe, recipe_from
+from minitron.recipe import CalibrationRecipe, LineageRecipe, PruneRecipe, recipe_from
 from minitron.runtime import Runtime
 from tests.conftest import Verb, variant_arch
 from tests.test_prefixes import can_cut_everywhere_but_in_hidden, cut_everywhere_but_in_hidden, narrower
@@ -152,8 +152,8 @@ def test_blocks_of_removed_layers_grow_around_each_other() -> None:
 
 
 def test_steps_are_drawn_by_weight_evenly() -> None:
-    assert default_weights(3) == pytest.approx([1 / 2, 1 / 3, 1 / 6])
-    assert default_weights(1) == [1.0]
+    assert LineageRecipe().shares(3) == pytest.approx([1 / 2, 1 / 3, 1 / 6])
+    assert LineageRecipe(weights=(5, 3, 2)).shares(3) == pytest.approx([0.5, 0.3, 0.2])
     for seed in range(5):
         numbers = [drawn(step, [0.5, 0.3, 0.2], seed) for step in range(60)]
         for number, weight in enumerate([0.5, 0.3, 0.2]):

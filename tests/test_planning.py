@@ -253,6 +253,19 @@ def test_a_series_runs_its_teacher_once(config_file: Callable[..., Path]) -> Non
     assert first["flops_per_step"]["teacher"] > 0
 
 
+def test_a_nested_series_takes_the_tokens_of_one_training(config_file: Callable[..., Path]) -> None:
+    settings: dict[str, Any] = {"distill": {"tokens": "1M"}, "context": 64, "gpus": "H100", "target_params": (0.8, 0.6)}
+    teacher = config_file(**TINY)
+    found = minitron.plan(None, teacher, **settings, lineage={"nested": True, "weights": (3, 1)}).to_dict()["stages"]
+    chain = minitron.plan(None, teacher, **settings).to_dict()["stages"]
+    first, second = (stage["tokens"] for stage in found)
+    assert first == pytest.approx(750_000, rel=1e-3)
+    assert second == pytest.approx(250_000, rel=1e-3)
+    assert [stage["tokens"] for stage in chain] == pytest.approx([1_000_000] * 2, rel=1e-3)
+    assert found[0]["flops_besides"]["calibration"] > found[1]["flops_besides"]["calibration"] == 0
+    assert found[0]["num_parameters"] > found[1]["num_parameters"]
+
+
 def test_what_does_not_fit_is_stated_with_what_to_change(config_file: Callable[..., Path]) -> None:
     teacher = config_file(**NEMOTRON)
     planned = minitron.plan(None, teacher, gpus="8xA100-40", **(staged() | {"distill": {"batch_size": 64}}))

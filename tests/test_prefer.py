@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from minitron import cli
-from minitron.data.preferences import Preference, read_preferences
+from minitron.data.preferences import Preference, read_preferences, turned_by_reward
 from minitron.errors import UserError
 from minitron.files import read_jsonl
 from minitron.history import history_of
@@ -149,6 +150,50 @@ def test_prefer(tmp_path: Path, chatty: Path, verb: Verb) -> None:
     assert "### Preference training" in card
     assert "100% in the preferred order" in card
     assert history_of(out).steps[-1]["versions"]["trl"]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("chosen_score", "rejected_score"),
+        ("score_chosen", "score_rejected"),
+        ("chosen-rating", "rejected-rating"),
+        ("reward_chosen", "reward_rejected"),
+    ],
+)
+def test_rewards_are_read(tmp_path: Path, names: tuple[str, str]) -> None:
+    rows = [forms(*pair)["texts"] | dict(zip(names, (4.5, 3), strict=True)) for pair in PAIRS[:3]]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert [pair.gap for pair in read_preferences(str(path), 0)] == [1.5] * 3
+    path.write_text("\n".join(map(json.dumps, [*rows, rows[0] | {names[1]: "low"}])))
+    with pytest.raises(UserError, match=rf"pairs.jsonl:4: {names[1]} must be a number, not 'low'"):
+        read_preferences(str(path), 0)
+
+
+def test_pairs_are_exchanged_as_their_rewards_make_it_likely(tmp_path: Path) -> None:
+    pair = replace(read_preferences(str(write_pairs(tmp_path / "pairs.jsonl")), 0)[0], gap=1.0)
+    for scale, share in ((1e-6, 0.5), (1.0, 0.7311), (50.0, 1.0)):
+        drawn = turned_by_reward([pair] * 4_000, scale, seed=0)
+        assert sum(each == pair for each in drawn) / 4_000 == pytest.approx(share, abs=0.02)
+        assert all(each in (pair, pair.turned) for each in drawn)
+    assert turned_by_reward([pair] * 40, 1.0, seed=0) != turned_by_reward([pair] * 40, 1.0, seed=1)
+    with pytest.raises(UserError, match="1 of 2 do not"):
+        turned_by_reward([pair, replace(pair, gap=None)], 1.0, seed=0)
+
+
+def test_rewards_decide_what_is_preferred(tmp_path: Path, chatty: Path, verb: Verb) -> None:
+    given = ["--epochs", "2", "--learning-rate", "1e-3", "--dtype", "float32", "--context", "128"]
+    margins = []
+    for rejected in (0, 60):
+        rows = [forms(*pair)["texts"] | {"chosen_score": 30, "rejected_score": rejected} for pair in PAIRS]
+        data, out = tmp_path / f"{rejected}.jsonl", tmp_path / f"out-{rejected}"
+        data.write_text("\n".join(map(json.dumps, rows)))
+        verb("prefer", chatty, out, "--data", data, *given, "--set", "prefer.reward_scale=1")
+        margins.append(history_of(out).steps[-1]["after"]["margins"])
+        assert "RPO" in (out / "README.md").read_text()
+    assert margins[0] > 0.02
+    assert margins[1] < -0.02
 
 
 def test_continues_after_a_kill(tmp_path: Path, chatty: Path, monkeypatch: pytest.MonkeyPatch) -> None:

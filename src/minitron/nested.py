@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from minitron import distillation, nas, pruning
-from minitron.distillation import Member, default_weights, distill_nested
+from minitron.distillation import Member, distill_nested
 from minitron.distillation.record import rows_of
 from minitron.errors import UserError, courtesy
 from minitron.files import read_json, write_json, write_jsonl
@@ -73,8 +73,7 @@ def nested_stages(recipe: Recipe) -> tuple[Stage, ...]:
         raise UserError(
             "lineage.nested needs several targets or shapes, largest first, such as --target-params 0.8,0.6"
         )
-    if recipe.lineage.weights and len(recipe.lineage.weights) != len(stages):
-        raise UserError(f"lineage.weights has {len(recipe.lineage.weights)} numbers for {len(stages)} students")
+    recipe.lineage.shares(len(stages))
     if recipe.lineage.taught_by == "larger":
         raise UserError("lineage.taught_by larger: a larger student that shares its weights teaches nothing new")
     if recipe.vocabulary.trim or any("vocab_size" in {*s.recipe.shape, *s.recipe.search.space} for s in stages):
@@ -179,8 +178,7 @@ def _train(run: Run, session: Session, students: list[Student]) -> None:
 
 def _members(recipe: Recipe, students: list[Student]) -> tuple[Member, ...]:
     """Return the members of the series, each as the beginning of the first."""
-    given = recipe.lineage.weights
-    weights = [weight / sum(given) for weight in given] if given else default_weights(len(students))
+    weights = recipe.lineage.shares(len(students))
     models = [open_checkpoint(student.run.path("pruned")) for student in students]
     layers = [student.run.record["kept_layers"] for student in students]
     return tuple(

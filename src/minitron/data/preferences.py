@@ -1,7 +1,8 @@
 """Reads pairs of answers to a prompt, of which one is preferred."""
 
+import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minitron.data.chats import Message
@@ -11,6 +12,12 @@ from minitron.errors import UserError
 
 ASKED = ("prompt", "question", "instruction")
 """Columns of what both answers answer; without one, both are chats that begin alike."""
+REWARDS = tuple(
+    tuple(form.format(name, answer) for answer in PAIR)
+    for name in ("score", "rating", "reward")
+    for form in ("{1}_{0}", "{1}-{0}", "{0}_{1}")
+)
+"""Names of two columns that rate both answers, such as `chosen_score` and `rejected_score`."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +27,13 @@ class Preference:
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
+    gap: float | None = None
+    """The reward of the preferred answer less that of the other; None: the row rates neither."""
+
+    @property
+    def turned(self) -> "Preference":
+        """The pair with its answers exchanged."""
+        return replace(self, chosen=self.rejected, rejected=self.chosen, gap=self.gap and -self.gap)
 
     def to_row(self, *, has_template: bool) -> dict[str, Any]:
         """Return the row as trl reads it: turns, which a chat template writes, or texts for models without one."""
@@ -45,6 +59,28 @@ def read_preferences(source: str, seed: int) -> list[Preference]:
     return pairs
 
 
+def turned_by_reward(pairs: list[Preference], scale: float, seed: int) -> list[Preference]:
+    """Return pairs of which each has its answers exchanged with the probability 1 − σ(scale · gap).
+
+    DPO on pairs that are drawn so is, on average over the draws, reward-aware preference optimization (RPO, arXiv
+    2406.11704, section 3.3.2): its gradient σ(a) − σ(scale · gap), a being the gap of the model's own rewards, is the
+    mean of DPO's σ(a) − 1 for the pair and σ(a) for the exchanged one.
+
+    Raises:
+        UserError: a pair has no rewards.
+    """
+    drawn, turned = random.Random(seed), []
+    for pair in pairs:
+        if pair.gap is None:
+            raise UserError(
+                "prefer.reward_scale needs pairs that rate both answers, such as chosen_score and rejected_score; "
+                f"{sum(each.gap is None for each in pairs)} of {len(pairs)} do not"
+            )
+        likely = 1 / (1 + math.exp(-min(700.0, max(-700.0, scale * pair.gap))))
+        turned.append(pair if drawn.random() < likely else pair.turned)
+    return turned
+
+
 def _preference(row: Any, where: str) -> Preference:
     if not isinstance(row, dict) or not set(PAIR) <= {name for name, value in row.items() if value is not None}:
         columns = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
@@ -67,7 +103,19 @@ def _preference(row: Any, where: str) -> Preference:
         raise UserError(f"data {where}: the two chats do not begin alike, so there is no prompt")
     if not chosen or not rejected or chosen == rejected:
         raise UserError(f"data {where}: the two answers are equal, or one is missing")
-    return Preference(prompt, chosen, rejected)
+    return Preference(prompt, chosen, rejected, _gap(row, where))
+
+
+def _gap(row: dict[str, Any], where: str) -> float | None:
+    """Return by how much the preferred answer is rated higher; None without ratings."""
+    names = next((names for names in REWARDS if all(row.get(name) is not None for name in names)), None)
+    if names is None:
+        return None
+    chosen, rejected = (row[name] for name in names)
+    for name, value in zip(names, (chosen, rejected), strict=True):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(f"data {where}: {name} must be a number, not {value!r}")
+    return float(chosen - rejected)
 
 
 def _asked(row: dict[str, Any], where: str) -> tuple[Message, ...] | None:

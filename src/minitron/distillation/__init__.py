@@ -15,7 +15,7 @@ from typing import Any
 from minitron.data.blocks import Blocks
 from minitron.distillation import trainer
 from minitron.distillation.correction import recipe_of_correction
-from minitron.distillation.nested import Member, default_weights, require_nestable
+from minitron.distillation.nested import Member, require_nestable
 from minitron.distillation.preference import prefer, require_trl
 from minitron.distillation.record import write_training
 from minitron.distillation.teacher import Learning, Live, Source, SpelledLive, Teacher, require_states_folder, stored
@@ -32,7 +32,6 @@ from minitron.session import Session
 __all__ = [
     "Member",
     "correct",
-    "default_weights",
     "distill",
     "distill_nested",
     "prefer",

@@ -93,11 +93,6 @@ def drawn(step: int, weights: list[float], seed: int) -> int:
     return next((i for i, end in enumerate(accumulate(weights)) if place < end), len(weights) - 1)
 
 
-def default_weights(number: int) -> list[float]:
-    """Return falling weights of students, largest first, that sum to 1: 3/6, 2/6 and 1/6 for three of them."""
-    return [2 * (number - i) / (number * (number + 1)) for i in range(number)]
-
-
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and the saved buffers of a model by name, each once."""
     saved = model.state_dict().keys()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from minitron.data.chats import RefusedError, written
-from minitron.data.preferences import Preference
+from minitron.data.preferences import Preference, turned_by_reward
 from minitron.data.tokens import load_tokenizer
 from minitron.distillation.trainer import write_trained
 from minitron.errors import UserError
@@ -51,8 +51,10 @@ def prefer(session: Session, pairs: list[Preference], out: Path, work: Path) -> 
     _require_room(pairs, load_tokenizer(model.folder), session.context)
     num_heldout = max(1, min(MOST_HELDOUT, len(pairs) // HELDOUT_PART))
     heldout, train = pairs[:num_heldout], pairs[num_heldout:]
-    steps = max(1, math.ceil(recipe.epochs * len(train) / recipe.batch_size))
-    trainer, loaded = _trainer(session, (train, heldout), steps, work / "checkpoint")
+    steps, read = max(1, math.ceil(recipe.epochs * len(train) / recipe.batch_size)), train
+    if recipe.reward_scale is not None:  # drawn again in every epoch
+        read = turned_by_reward(train * math.ceil(recipe.epochs), recipe.reward_scale, session.runtime.seed)
+    trainer, loaded = _trainer(session, (read, heldout), steps, work / "checkpoint")
     with Progress("measure pairs", len(heldout), "pairs"):
         before = _figures(trainer.evaluate())
     complete = (path.parent for path in (work / "checkpoint").glob("checkpoint-*/trainer_state.json"))
@@ -66,7 +68,8 @@ def prefer(session: Session, pairs: list[Preference], out: Path, work: Path) -> 
     write_trained(loaded, model, out, session.runtime.world)
     step: Step = {
         "step": "prefer", "of": session.recipe.teacher, "data": session.recipe.data, "loss": list(recipe.loss),
-        "beta": recipe.beta, "learning_rate": recipe.learning_rate, "batch_size": recipe.batch_size, "steps": steps,
+        "beta": recipe.beta, "reward_scale": recipe.reward_scale, "learning_rate": recipe.learning_rate,
+        "batch_size": recipe.batch_size, "steps": steps,
         "context": session.context, "pairs": len(train), "heldout_pairs": len(heldout), "before": before,
         "after": after, "dtype": session.runtime.training_dtype, "device": session.runtime.device.type,
         "seed": session.runtime.seed, "versions": versions() | {"trl": _version()},

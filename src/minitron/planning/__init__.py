@@ -108,17 +108,35 @@ def plan_stages(recipe: Recipe, teacher: Teacher, machine: Machine, dtype: str) 
             target.
     """
     stages = stages_of(recipe) or (Stage("run", recipe),)
+    is_nested = recipe.lineage.nested
+    if is_nested:
+        stages = _shares(stages, recipe)
     is_series = isinstance(recipe.target_params, tuple)
     plans: list[StagePlan] = []
     source = teacher.arch
     for number, stage in enumerate(stages):
         teaches = source if stage.is_taught_by_larger and number else teacher.arch
-        stores = is_series and stores_states(recipe) and not stage.is_taught_by_larger
+        stores = is_series and not is_nested and stores_states(recipe) and not stage.is_taught_by_larger
         plan = _stage_plan(stage, replace(teacher, arch=teaches), source, machine, dtype, stores, number == 0)
         plans.append(plan)
-        if stage.kind != "correct":
+        if stage.kind != "correct" and not is_nested:
             source = plan.student
     return plans
+
+
+def _shares(stages: tuple[Stage, ...], recipe: Recipe) -> tuple[Stage, ...]:
+    """Return the stages of a nested series, each with its share of the tokens and of the search's effort."""
+    shares = recipe.lineage.shares(len(stages))
+    return tuple(
+        replace(stage, recipe=stage.recipe.model_copy(update={
+            "distill": recipe.distill.model_copy(update={"tokens": round(share * recipe.distill.tokens)}),
+            "search": stage.recipe.search.model_copy(update={
+                "effort": recipe.search.effort / len(stages), "distill_tokens": 0,
+            }),
+            "calibration": recipe.calibration if number == 0 else recipe.calibration.model_copy(update={"tokens": 0}),
+        }))
+        for number, (stage, share) in enumerate(zip(stages, shares, strict=True))
+    )  # fmt: skip
 
 
 def fits(peak: Peak, machine: Machine) -> bool:

@@ -54,6 +54,17 @@ class LineageRecipe(Part):
     """Share of the steps that trains each of the nested students, largest first, such as 0.5, 0.3, 0.2. Empty takes
     falling shares: 3/6, 2/6 and 1/6 for three."""
 
+    def shares(self, number: int) -> list[float]:
+        """Return the share of the steps that trains each of `number` nested students, largest first; they sum to 1.
+
+        Raises:
+            UserError: `weights` are of another number of students.
+        """
+        if self.weights and len(self.weights) != number:
+            raise UserError(f"lineage.weights has {len(self.weights)} numbers for {number} students")
+        weights = self.weights or [float(number - i) for i in range(number)]
+        return [weight / sum(weights) for weight in weights]
+
 
 class EvaluationRecipe(Part):
     """What the final figures are measured on."""

@@ -102,6 +102,15 @@ class PreferRecipe(Part):
         Field(min_length=1),
     ] = ("sigmoid",)
     """Losses of trl that are added: `sigmoid` is DPO, and `sft` the negative log-likelihood of the preferred answer."""
+    reward_scale: float | None = Field(None, gt=0)
+    """Factor on the rewards that pairs hold, such as 1: the model learns by how much an answer is better, not only that
+    it is (RPO, arXiv 2406.11704, section 3.3.2). None takes no rewards."""
+
+    @model_validator(mode="after")
+    def _learns_by_dpo(self) -> "PreferRecipe":
+        if self.reward_scale is not None and "sigmoid" not in self.loss:
+            raise ValueError("reward_scale turns pairs around for the loss sigmoid, which is not among prefer.loss")
+        return self
 
 
 class OnPolicyRecipe(Part):

@@ -330,11 +330,17 @@ def _preference_rows(step: Step) -> Rows:
         f"{words} {before[f'logps/{words}']:.4g} before, {after[f'logps/{words}']:.4g} after"
         for words in ("chosen", "rejected")
     )
+    scale = step.get("reward_scale")  # earlier histories have no such entry
     loss = f"{' + '.join(step['loss'])} of trl {step['versions']['trl']}, β {step['beta']:g}"
     steps = f"{step['steps']:,} steps of {step['batch_size']}"
     return [
         ["model", model_name(step["of"])],
         ["loss", f"{loss}; the reference is the model before"],
+        *(
+            [["rewards", f"RPO: pairs are exchanged as their rewards, times {scale:g}, make it likely"]]
+            if scale
+            else []
+        ),
         ["pairs", f"{step['pairs']:,} of {data_in_words(step['data'])}, in {steps}"],
         ["learning rate", f"{step['learning_rate']:g} falling to 0 (cosine)"],
         ["held-out pairs", f"{step['heldout_pairs']:,}: {ordered} (0 before, when every reward is 0)"],
