@@ -1,10 +1,12 @@
 """What on-policy steps at the end of a distillation do to free text: repetition, variety, and what the teacher expects.
 
-    python benchmarks/on_policy.py PRUNED [--teacher smollm2] [--ways 0 0.1 0.3 0.3:reverse_kl] [--tokens 25600]
-        [--seeds 0] [--results benchmarks/results/on_policy.jsonl]
+    python benchmarks/on_policy.py MODEL [--teacher smollm2] [--ways 0 0.1 0.3 0.3:reverse_kl] [--tokens 25600]
+        [--rate 5e-4] [--start pruned] [--seeds 0] [--wikitext FILE]
+        [--results benchmarks/results/on_policy.jsonl]
 
-A way is `distill.on_policy.share` and, if given, its loss. Each way distils the pruned model on its own full schedule
-of equal tokens, one block of 512 per step. Students then continue the first 32 tokens of 24 held-out blocks by 96
+A way is `distill.on_policy.share` and, if given, its loss. Each way distils the model, a pruned one or a student that
+is trained further (`--start` names it in the results), on its own full schedule of equal tokens, one block of 512 per
+step. Students then continue the first 32 tokens of 24 held-out blocks, or of 16 of WikiText-2 (`--wikitext`), by 96
 tokens, greedily and drawn at temperature 1; of each continuation are measured: the share of its 4-grams that occurred
 before in it, distinct pairs of tokens per token, and the teacher's nats per token. Held-out perplexity is beside them.
 """
@@ -18,9 +20,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from prune_quality import read_wikitext
 from torch import Tensor
 
 import minitron
+from minitron.data.blocks import Blocks
 from minitron.data.tokens import load_tokenizer
 from minitron.evaluation.perplexity import measure_perplexity
 from minitron.files import read_json, read_jsonl
@@ -37,7 +41,10 @@ def main() -> None:
     """Distil and measure all ways that the results lack; a line of JSON for each."""
     minitron.configure_backends()
     parser = argparse.ArgumentParser()
-    parser.add_argument("pruned")
+    parser.add_argument("model")
+    parser.add_argument("--start", default="pruned")
+    parser.add_argument("--wikitext", type=Path)
+    parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--ways", nargs="+", default=["0", "0.1", "0.3", "0.3:reverse_kl"])
     parser.add_argument("--tokens", type=int, default=25_600)
@@ -45,8 +52,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "on_policy.jsonl")
     options = parser.parse_args()
     for seed in options.seeds:
-        for way in ["teacher", *options.ways]:
-            key = {"way": way, "tokens": options.tokens, "seed": seed}
+        for way in ["teacher", "start", *options.ways]:
+            key = {"start": options.start, "rate": options.rate, "way": way, "tokens": options.tokens, "seed": seed}
             done = read_jsonl(options.results) if options.results.exists() else []
             if not any(key.items() <= row.items() for row in done):
                 row = key | measured(way, options, seed) | {"versions": versions()}
@@ -67,23 +74,32 @@ def measured(way: str, options: argparse.Namespace, seed: int) -> dict[str, Any]
     share, _, loss = way.partition(":")
     figures: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
-        student = session.teacher.folder
-        if way != "teacher":
+        student = Path(options.model) if way == "start" else session.teacher.folder
+        if way not in ("teacher", "start"):
             student = Path(folder) / "student"
             on_policy = {"share": float(share), "loss": loss or "forward_kl"}
-            distill = {"tokens": options.tokens, "batch_size": 1, "on_policy": on_policy, "checkpoint_seconds": 1e6}
+            distill = {
+                "tokens": options.tokens,
+                "batch_size": 1,
+                "learning_rate": options.rate,
+                "on_policy": on_policy,
+                "checkpoint_seconds": 1e6,
+            }
             started = time.monotonic()
-            minitron.distill(options.teacher, options.pruned, student, recipe=Recipe.model_validate(
+            minitron.distill(options.teacher, options.model, student, recipe=Recipe.model_validate(
                 {"teacher": options.teacher, **base, "distill": distill, "search": {"tokens": CONTEXT}}))  # fmt: skip
             figures["seconds"] = round(time.monotonic() - started)
             figures["loss"] = read_json(student / "minitron.json")["steps"][-1]["loss"]
-        return figures | free_text(session, student)
+        blocks = session.splits.evaluation
+        if options.wikitext:  # of a student that has read most of the text
+            blocks = read_wikitext(options.wikitext, session)
+        return figures | free_text(session, student, blocks)
 
 
 @torch.no_grad()
-def free_text(session: Session, folder: Path) -> dict[str, Any]:
+def free_text(session: Session, folder: Path, blocks: Blocks) -> dict[str, Any]:
     """Measure perplexity, and continuations of the beginnings of held-out blocks."""
-    device, dtype, blocks = session.runtime.device, session.runtime.dtype, session.splits.evaluation
+    device, dtype = session.runtime.device, session.runtime.dtype
     model, teacher = (load_model(open_checkpoint(place), device, dtype) for place in (folder, session.teacher.folder))
     found: dict[str, Any] = {"perplexity": measure_perplexity(model, blocks[:16]).perplexity}
     prompts = blocks.ids[:PROMPTS, :PROMPT]

@@ -197,7 +197,8 @@ def test_students_of_a_series_are_stock_folders_that_share_weights(made: Path, p
         assert any((before[name] != tensors[number][name]).any() for name in before)
         loaded = AutoModelForCausalLM.from_pretrained(runs[number] / "student")
         assert sum(parameter.numel() for parameter in loaded.parameters()) == sizes[number]
-    prune(made / "0.7" / "student", place / "again", num_hidden_layers=1, data=str(place / "text.txt"), context=32)
+    again: dict[str, Any] = {"data": str(place / "text.txt"), "context": 32, "calibration": {"tokens": 256}}
+    prune(made / "0.7" / "student", place / "again", num_hidden_layers=1, **again)
 
 
 def test_the_training_is_recorded_for_each_student(made: Path) -> None:
@@ -254,6 +255,15 @@ def given(place: Path, **changes: Any) -> dict[str, Any]:
     return {"data": str(place / "text.txt"), "target_params": TARGETS, "lineage.nested": True, **QUICK, **changes}
 
 
+def test_chats_of_the_teacher_reach_every_student(place: Path, tmp_path: Path, chatty: Path) -> None:
+    settings = given(place, **{"chats.share": 0.25, "chats.max_new_tokens": 8, "target_params": "0.8,0.6"})
+    compress(chatty, tmp_path / "run", **settings)
+    assert (tmp_path / "run" / "chats.jsonl").exists()
+    for name in ("0.8", "0.6"):
+        assert read_json(tmp_path / "run" / name / "student" / "minitron.json")["steps"][-1]["chats"] == 0.25
+        assert len(read_json(tmp_path / "run" / name / "eval.json")["student"]["answers"]) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -261,7 +271,7 @@ def given(place: Path, **changes: Any) -> dict[str, Any]:
         ({"lineage.weights": [0.5, 0.5]}, "2 numbers for 3"),
         ({"lineage.taught_by": "larger"}, "teaches nothing new"),
         ({"vocabulary.trim": True}, "keeps the teacher's vocabulary"),
-        ({"chats.share": 0.1}, "chats.share"),
+        ({"chats.share": 0.1}, "no chat template"),
         ({"distill.trains": "norms"}, "distill.trains norms"),
         ({"distill.quantize": "int8"}, "distill.quantize"),
         ({"distill.activation_checkpointing": True}, "activation_checkpointing"),

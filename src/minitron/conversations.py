@@ -15,6 +15,7 @@ from minitron.evaluation.generation import Sampling
 from minitron.evaluation.perplexity import next_token_nll
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import Head, Headless
+from minitron.progress import announce
 from minitron.session import Session
 
 CHATS = "chats.jsonl"
@@ -38,6 +39,16 @@ def require_conversing(session: Session) -> None:
         raise UserError("chats.share: the teacher has no chat template, so it answers no chats: leave it out")
     if recipe.prompts is not None:
         read_prompts(Path(recipe.prompts).expanduser())
+
+
+def announce_silence(session: Session) -> None:
+    """State that a student of a chat model will hardly answer, where its training text holds no chats."""
+    if session.recipe.chats.share or session.splits.train.leaves_text_unlearnt:
+        return
+    if load_tokenizer(session.teacher.folder).chat_template:
+        announce(
+            "the teacher answers chats and the text holds none, so that the student will hardly answer: --chats 0.1"
+        )
 
 
 def write_chats(session: Session, out: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from minitron import distillation, nas, pruning
+from minitron.conversations import require_conversing
 from minitron.distillation import Member, distill_nested
 from minitron.distillation.record import rows_of
 from minitron.errors import UserError, courtesy
@@ -18,7 +19,7 @@ from minitron.model.arch import Arch
 from minitron.model.checkpoint import open_checkpoint
 from minitron.nas.budget import Budget
 from minitron.nas.shapes import Shapes
-from minitron.pipeline import accompany, begin, evaluate
+from minitron.pipeline import accompany, begin, converse, evaluate
 from minitron.progress import announce
 from minitron.pruning import Importance, how_measured, nested_cuts, write_cut, write_importance
 from minitron.pruning.nested import beginning_of
@@ -45,6 +46,7 @@ def compress_nested(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
     with open_run(out, recipe, overwrite) as run:
         if not run.is_done("evaluate"):
             students = [Student.of(stage) for stage in stages]
+            require_conversing(students[0].session)
             students[0].session.require_one_reading()
             run.begin()
             with ExitStack() as stack:
@@ -52,7 +54,9 @@ def compress_nested(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
                     student.open(run, stack)
                 importance = _score(run, students)
                 _prune(students, _shapes(students, importance), importance)
-                _train(run, Session(recipe), students)
+                session = Session(recipe)
+                converse(run, session)
+                _train(run, session, students)
                 _evaluate(run, students)
         with courtesy("report.html"):
             write_series_report(run.folder)
@@ -78,8 +82,6 @@ def nested_stages(recipe: Recipe) -> tuple[Stage, ...]:
         raise UserError("lineage.taught_by larger: a larger student that shares its weights teaches nothing new")
     if recipe.vocabulary.trim or any("vocab_size" in {*s.recipe.shape, *s.recipe.search.space} for s in stages):
         raise UserError("a nested series keeps the teacher's vocabulary: leave out vocab_size and vocabulary.trim")
-    if recipe.chats.share:
-        raise UserError("chats.share is for one student at a time; leave it out of a nested series")
     distillation.require_nestable(recipe.distill)
     own: list[Stage] = []
     for stage in stages:

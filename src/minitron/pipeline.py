@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from safetensors.torch import load_file
 
 from minitron import nas
-from minitron.conversations import CHATS, answers_of, require_conversing, teacher_nats, write_chats
+from minitron.conversations import CHATS, announce_silence, answers_of, require_conversing, teacher_nats, write_chats
 from minitron.distillation import (
     correct,
     distill,
@@ -96,7 +96,7 @@ def _cut(run: Run, session: Session) -> None:
         announce(in_words(expected))
         run.record["expected"] = {each.name: round(each.seconds, 2) for each in expected if each.seconds is not None}
         run.save()
-    _converse(run, session)
+    converse(run, session)
     with step_of(run, session, "calibrate", on_main=True) as is_taken:
         if is_taken:
             write_importance(run.folder, session, nas.removed_layers(shapes))
@@ -139,7 +139,7 @@ def _distill_further(run: Run, session: Session) -> None:
     require_conversing(session)
     session.require_one_reading()
     begin(run, session, session.source.arch.num_parameters)
-    _converse(run, session)
+    converse(run, session)
     if session.runtime.world.is_main:
         write_json(run.path("arch.json"), session.source.arch.to_dict())
         run.link("pruned", session.source.folder)
@@ -220,9 +220,11 @@ def begin(run: Run, session: Session, num_parameters: int) -> None:
     run.share(session.runtime.world)
 
 
-def _converse(run: Run, session: Session) -> None:
+def converse(run: Run, session: Session) -> None:
     """Let the teacher answer chats where the recipe asks for them, and mix them into the training text."""
     if not session.recipe.chats.share:
+        if session.runtime.world.is_main:
+            announce_silence(session)
         return
     if session.runtime.world.is_main and not run.path(CHATS).exists():
         write_chats(session, run.path(CHATS))
