@@ -20,6 +20,7 @@ from minitron.data.blocks import Blocks
 from minitron.data.tokens import load_tokenizer
 from minitron.distillation.fused import Labels, LossOptions, States, logit_loss
 from minitron.distillation.losses import COMPARISONS, comparison_of, forward_kl_
+from minitron.distillation.nested import Member, Nested
 from minitron.distillation.teacher import Learning, Live, Source, Teacher, stored
 from minitron.distillation.trainer import Trainer
 from minitron.evaluation import measure
@@ -30,7 +31,7 @@ from minitron.evaluation.multiple_choice import Item, accuracy
 from minitron.evaluation.speed import alternate, measure_speed, speed_up
 from minitron.model import schemes
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
-from minitron.model.language_model import Head, load_model, read_head
+from minitron.model.language_model import Head, Headless, load_model, read_head
 from minitron.nas.budget import Serving
 from minitron.nas.sorted_teacher import deciding_sizes, sort_teacher
 from minitron.nas.speed import Speeds
@@ -38,6 +39,7 @@ from minitron.nas.zero_shot import divergence
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import cut_to
 from minitron.pruning.depth import score_depth
+from minitron.pruning.nested import beginning_of
 from minitron.pruning.repair import repaired
 from minitron.pruning.rotate import rotates
 from minitron.pruning.scores import Importance, score
@@ -54,6 +56,7 @@ from minitron.runtime import Runtime, World
 from tests.conftest import Verb, make_model
 from tests.placement import GPU, MixedDevicesError, pretended_gpu
 from tests.test_losses import fused, problem
+from tests.test_nested import written
 from tests.test_trim import cut_everywhere
 from tests.test_trim import cut_to as as_wide
 
@@ -284,6 +287,22 @@ def test_untrained_candidates(gpu: torch.device, teacher: Checkpoint) -> None:
         losses.append(divergence(found.model(arch, runtime), BLOCKS, outputs))
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)
     assert losses[0] > 1e-2
+
+
+@pytest.mark.parametrize("teacher", ["llama-tied"], indirect=True)
+def test_a_student_on_the_weights_of_a_larger_one(gpu: torch.device, teacher: Checkpoint, tmp_path: Path) -> None:
+    models, cuts = written(teacher, tmp_path, BLOCKS, PruneRecipe())
+    begins, found = beginning_of(models[0], cuts[0].layers, models[2], cuts[2].layers), []
+    for device in (CPU, gpu):
+        largest = Headless(load_model(models[0], device, torch.float32))
+        own = load_model(models[2], device, torch.float32)
+        nested = Nested(Member("small", models[2], begins, 1.0), largest, own)
+        loss = nested(BLOCKS.ids.to(device), lambda hidden, head: head.logits(hidden).square().mean())
+        loss.backward()
+        gradient = largest.model.get_input_embeddings().weight.grad  # type: ignore[operator]
+        assert gradient.device == device
+        found.append([loss.item(), gradient.norm().item()])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
 def test_speeds_of_shapes(gpu: torch.device, teachers: Any, tmp_path: Path) -> None:
