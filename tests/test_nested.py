@@ -14,7 +14,7 @@ from minitron import compress, prune
 from minitron.data.blocks import Blocks
 from minitron.derivation.proof import random_importance
 from minitron.distillation import Member
-from minitron.distillation.nested import Nested, drawn
+from minitron.distillation.nested import Nested, drawn, require_equal_names
 from minitron.distillation.optimizers import take_step
 from minitron.errors import UserError
 from minitron.files import read_json, read_jsonl
@@ -125,6 +125,15 @@ def test_a_step_of_a_member_moves_what_it_has_and_nothing_else(
     removed = set(range(models[0].arch.axis_size("layer"))) - set(begins.layers)
     assert removed
     assert not any(f"layers.{number}." in name for number in removed for name in gradients)
+
+
+@pytest.mark.parametrize("teacher", [*SHARED, "mixtral"], indirect=True)
+def test_tensors_that_transformers_joins_cannot_be_shared(teacher: Checkpoint) -> None:
+    if teacher.arch.model_type in {variant_arch(variant).model_type for variant in SHARED}:
+        require_equal_names(teacher)
+    else:
+        with pytest.raises(UserError, match="mixtral: transformers does not hold"):
+            require_equal_names(teacher)
 
 
 def test_layers_of_a_smaller_student_are_among_those_of_the_larger_one() -> None:

@@ -47,6 +47,7 @@ def compress_nested(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
         if not run.is_done("evaluate"):
             students = [Student.of(stage) for stage in stages]
             require_conversing(students[0].session)
+            distillation.require_equal_names(students[0].session.teacher)
             students[0].session.require_one_reading()
             run.begin()
             with ExitStack() as stack:

@@ -15,7 +15,7 @@ from typing import Any
 from minitron.data.blocks import Blocks
 from minitron.distillation import trainer
 from minitron.distillation.correction import recipe_of_correction
-from minitron.distillation.nested import Member, require_nestable
+from minitron.distillation.nested import Member, require_equal_names, require_nestable
 from minitron.distillation.preference import prefer, require_trl
 from minitron.distillation.record import write_training
 from minitron.distillation.teacher import Learning, Live, Source, SpelledLive, Teacher, require_states_folder, stored
@@ -36,6 +36,7 @@ __all__ = [
     "distill_nested",
     "prefer",
     "require_correctable",
+    "require_equal_names",
     "require_nestable",
     "require_spellable",
     "require_trainable",

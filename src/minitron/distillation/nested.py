@@ -1,6 +1,7 @@
 """Trains students that are the beginnings of one another: all compute with the weights of the largest one."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from minitron.errors import UserError
 from minitron.model.beginning import Beginning
@@ -41,11 +43,7 @@ class Nested(Headless):
     """
 
     def __init__(self, member: Member, largest: Headless, model: nn.Module) -> None:
-        """`model` is the member's pruned model as transformers loads it, whose own weights are freed.
-
-        Raises:
-            UserError: transformers holds tensors of this family under other names than its files.
-        """
+        """`model` is the member's pruned model as transformers loads it, whose own weights are freed."""
         super().__init__(model)
         self.member, self._shared, self._largest_parameters = member, _tensors(largest.model), largest.parameters
         self._factors = _factors(member, _tensors(model), self._shared)
@@ -87,6 +85,22 @@ def require_nestable(recipe: DistillRecipe) -> None:
         raise UserError(f"{given} trains one student, not a nested series: leave it out")
 
 
+def require_equal_names(teacher: Checkpoint) -> None:
+    """Check that transformers holds the tensors of a model as its files do, so that one can be a part of another.
+
+    Raises:
+        UserError: it does not, as where it joins the experts of a layer.
+    """
+    with torch.device("meta"):
+        held = _tensors(AutoModelForCausalLM.from_config(deepcopy(teacher.config)))
+    names = {place.row.tensor_name(place.layer, place.expert) for place in teacher.arch.places()}
+    if other := next(iter(sorted(names ^ held.keys())), None):
+        raise UserError(
+            f"{teacher.arch.model_type}: transformers does not hold {other} as files do, so that students cannot share "
+            "weights in one training: leave out lineage.nested"
+        )
+
+
 def drawn(step: int, weights: list[float], seed: int) -> int:
     """Return the number of the student that a step trains, by weights that sum to 1, evenly along the steps."""
     place = (step * GOLDEN_RATIO + torch.rand((), generator=torch.Generator().manual_seed(seed)).item()) % 1
@@ -104,12 +118,6 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _factors(member: Member, own: dict[str, Tensor], shared: dict[str, Tensor]) -> dict[str, Scale]:
     """Return functions that turn beginnings into the student's own tensors, by name, where these are not equal."""
     arch, factors = member.pruned.arch, dict[str, Scale]()
-    names = {place.row.tensor_name(place.layer, place.expert) for place in arch.places()}
-    if other := next(iter(sorted(names ^ own.keys())), None):
-        raise UserError(
-            f"{arch.model_type}: transformers does not hold {other} as files do, so its students cannot share weights "
-            "in one training"
-        )
     named = dict(member.begins.of(shared))
     norms = {norm.name for norm in arch.family.norms}
     for place in arch.places():
