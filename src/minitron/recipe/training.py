@@ -118,7 +118,8 @@ class OnPolicyRecipe(Part):
     teacher expects there: a student that is trained on text alone never sees its own mistakes."""
 
     share: float = Field(0.0, ge=0, le=1)
-    """Share of the steps. Half of a step's tokens are the student's own then, and generating them takes time."""
+    """Share of the steps. Half of a step's tokens are the student's own then, and generating them takes time. It pays
+    after long trainings alone (docs/studies/tuning.md)."""
     tokens: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] = (32, 256)
     """Tokens that the student continues a beginning of equal length by, in the first and in the last of these steps;
     it doubles in between. At most half of a block."""
