@@ -1,12 +1,13 @@
-"""Three ways to a family of students at equal tokens: one nested training, a chain, and separate runs.
+"""Three ways to several students at equal tokens: one nested training, a chain, and separate runs.
 
     python benchmarks/nested.py WORK [TEACHER] [--targets 0.8,0.6,0.4] [--tokens 25600] [--seeds 0 1 2]
         [--wikitext wikitext-2/valid.txt] [--results benchmarks/results/nested.jsonl]
 
 The nested training of the first seed searches for the shapes, which all other runs take. Each of its students gets a
 share of the tokens, and the run of that student in a chain (each cut out of the one before), or by itself, gets as
-many: so all ways process equal tokens of each size. `whole` runs each student by itself on all of the tokens. Each way
-and seed gives one line of JSON, with figures on held-out wiki text and, where it is given, on WikiText-2 validation.
+many: so all ways process equal tokens of each size. `whole` runs each student by itself on all of the tokens, and
+`nested:1,1,1` is a nested training with other weights, from which the tokens of each student follow. Each way and seed
+gives one line of JSON, with figures on held-out wiki text and, where it is given, on WikiText-2 validation.
 """
 
 import argparse
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--targets", default="0.8,0.6,0.4")
     parser.add_argument("--tokens", type=int, default=25_600)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--ways", nargs="+", default=WAYS[:3], choices=WAYS)
+    parser.add_argument("--ways", nargs="+", default=WAYS[:3])
     parser.add_argument("--wikitext", type=Path)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "nested.jsonl")
     options = parser.parse_args()
@@ -49,30 +50,34 @@ def main() -> None:
             key = {"way": way, "targets": options.targets, "tokens": options.tokens, "seed": seed}
             done = read_jsonl(options.results) if options.results.exists() else []
             if not any(key.items() <= row.items() for row in done):
-                row = key | family(way, options, seed) | {"versions": versions()}
+                row = key | students_of(way, options, seed) | {"versions": versions()}
                 with options.results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 print(json.dumps(row), flush=True)
 
 
-def family(way: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+def students_of(way: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Make the students of one way, and return their figures by target, with seconds and operations."""
     names, base = options.targets.split(","), settings(seed)
     out = options.work / f"{way}-{options.tokens}-{seed}"
+    way, _, given = way.partition(":")
+    if way not in WAYS:
+        raise SystemExit(f"way {way}; accepted: {', '.join(WAYS)}")
     shapes, first = options.work / f"shapes-{options.targets}.json", {"distill.tokens": options.tokens}
-    weights = LineageRecipe().shares(len(names))
+    lineage = LineageRecipe(nested=way == "nested", weights=tuple(map(float, given.split(","))) if given else ())
+    weights = lineage.shares(len(names))
     tokens = [options.tokens if way == "whole" else round(weight * options.tokens) for weight in weights]
     started = time.monotonic()
     if way == "nested" and not shapes.exists():
         minitron.compress(
-            options.teacher, out, target_params=options.targets, **base, **first, lineage={"nested": True}
+            options.teacher, out, target_params=options.targets, **base, **first, lineage=lineage.model_dump()
         )
         shapes.write_text(json.dumps({name: open_checkpoint(out / name / "pruned").arch.sizes for name in names}))
     else:
         sizes = pruned_sizes(read_json(shapes), options.teacher)
         stages = [{"name": name, "shape": sizes[name]} for name in names]
         if way == "nested":
-            minitron.compress(options.teacher, out, stages=stages, **base, **first, lineage={"nested": True})
+            minitron.compress(options.teacher, out, stages=stages, **base, **first, lineage=lineage.model_dump())
         elif way == "chain":
             for stage, number in zip(stages, tokens, strict=True):
                 stage["distill"] = {"tokens": number}
