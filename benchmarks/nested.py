@@ -4,10 +4,11 @@
         [--wikitext wikitext-2/valid.txt] [--results benchmarks/results/nested.jsonl]
 
 The nested training of the first seed searches for the shapes, which all other runs take. Each of its students gets a
-share of the tokens, and the run of that student in a chain (each cut out of the one before), or by itself, gets as
-many: so all ways process equal tokens of each size. `whole` runs each student by itself on all of the tokens, and
-`nested:1,1,1` is a nested training with other weights, from which the tokens of each student follow. Each way and seed
-gives one line of JSON, with figures on held-out wiki text and, where it is given, on WikiText-2 validation.
+share of the tokens, falling as `WEIGHTS`, and the run of that student in a chain (each cut out of the one before), or
+by itself, gets as many: so all ways process equal tokens of each size. `whole` runs each student by itself on all of
+the tokens, and `nested:1,1,1` is a nested training with other weights, from which the tokens of each student follow.
+Each way and seed gives one line of JSON, with figures on held-out wiki text and, where it is given, on WikiText-2
+validation.
 """
 
 import argparse
@@ -30,6 +31,8 @@ from minitron.session import Session
 
 CONTEXT = 512
 WAYS = ("nested", "chain", "separate", "whole")
+WEIGHTS = (3.0, 2.0, 1.0)
+"""Shares of the steps, and of the tokens, unless a way names others."""
 
 
 def main() -> None:
@@ -64,7 +67,7 @@ def students_of(way: str, options: argparse.Namespace, seed: int) -> dict[str, A
     if way not in WAYS:
         raise SystemExit(f"way {way}; accepted: {', '.join(WAYS)}")
     shapes, first = options.work / f"shapes-{options.targets}.json", {"distill.tokens": options.tokens}
-    lineage = LineageRecipe(nested=way == "nested", weights=tuple(map(float, given.split(","))) if given else ())
+    lineage = LineageRecipe(nested=way == "nested", weights=tuple(map(float, given.split(","))) if given else WEIGHTS)
     weights = lineage.shares(len(names))
     tokens = [options.tokens if way == "whole" else round(weight * options.tokens) for weight in weights]
     started = time.monotonic()

@@ -52,7 +52,7 @@ class LineageRecipe(Part):
     weights, and every step trains one of them (Nemotron Elastic, arXiv 2511.16664)."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Share of the steps that trains each of the nested students, largest first, such as 0.5, 0.3, 0.2. Empty takes
-    falling shares: 3/6, 2/6 and 1/6 for three."""
+    equal shares, which cost the largest student little (docs/studies/nested.md)."""
 
     def shares(self, number: int) -> list[float]:
         """Return the share of the steps that trains each of `number` nested students, largest first; they sum to 1.
@@ -62,7 +62,7 @@ class LineageRecipe(Part):
         """
         if self.weights and len(self.weights) != number:
             raise UserError(f"lineage.weights has {len(self.weights)} numbers for {number} students")
-        weights = self.weights or [float(number - i) for i in range(number)]
+        weights = self.weights or [1.0] * number
         return [weight / sum(weights) for weight in weights]
 
 
