@@ -21,7 +21,6 @@ from minitron.files import read_json, read_jsonl
 from minitron.model.arch import Arch
 from minitron.model.checkpoint import Checkpoint, open_checkpoint
 from minitron.model.language_model import Head, Headless, load_model
-from minitron.nested import nested_stages
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.cut import Cut, write_pruned
 from minitron.pruning.nested import beginning_of, nested_cuts, nested_layers
@@ -30,6 +29,7 @@ from minitron.pruning.scores import score
 from minitron.pruning.selection import LAYER_BLOCKS
 from minitron.recipe import CalibrationRecipe, LineageRecipe, PruneRecipe, recipe_from
 from minitron.runtime import Runtime
+from minitron.stages import nested_stages
 from tests.conftest import Verb, variant_arch
 from tests.test_prefixes import can_cut_everywhere_but_in_hidden, cut_everywhere_but_in_hidden, narrower
 from tests.test_trim import CPU

@@ -2,7 +2,7 @@
 
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from minitron.recipe import Recipe
 from minitron.reports.series import write_series_report
 from minitron.run import Run, open_run
 from minitron.session import Session
-from minitron.stages import Stage, stages_of
+from minitron.stages import Stage, nested_stages
 
 IMPORTANCE = "importance.safetensors"
 
@@ -40,9 +40,11 @@ def compress_nested(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
     an interruption.
 
     Raises:
-        UserError: something asked for cannot be done, or not in a nested series; see `nested_stages`.
+        UserError: something asked for cannot be done, or not in a nested series; see `nested_stages` and
+            `require_nestable`.
     """
     stages = nested_stages(recipe)
+    require_nestable(recipe, stages)
     with open_run(out, recipe, overwrite) as run:
         if not run.is_done("evaluate"):
             students = [Student.of(stage) for stage in stages]
@@ -65,38 +67,20 @@ def compress_nested(recipe: Recipe, out: Path, overwrite: bool = False) -> dict[
         return {stage.name: read_json(run.path(stage.name) / "eval.json") for stage in stages}
 
 
-def nested_stages(recipe: Recipe) -> tuple[Stage, ...]:
-    """Return one stage for each student, largest first, with the recipe of its own run directory.
-
-    Their searches share the effort of one, and have no trials, which would train students apart.
+def require_nestable(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
+    """Check that the stages of a recipe can be students of a nested series.
 
     Raises:
-        UserError: the recipe asks for what members of a nested series cannot have.
+        UserError: the recipe asks for what these cannot have.
     """
-    stages = stages_of(recipe)
-    if len(stages) < 2 or any(stage.kind != "cut" for stage in stages):
-        raise UserError(
-            "lineage.nested needs several targets or shapes, largest first, such as --target-params 0.8,0.6"
-        )
     recipe.lineage.shares(len(stages))
     if recipe.lineage.taught_by == "larger":
         raise UserError("lineage.taught_by larger: a larger student that shares its weights teaches nothing new")
     if recipe.vocabulary.trim or any("vocab_size" in {*s.recipe.shape, *s.recipe.search.space} for s in stages):
         raise UserError("a nested series keeps the teacher's vocabulary: leave out vocab_size and vocabulary.trim")
     distillation.require_nestable(recipe.distill)
-    own: list[Stage] = []
     for stage in stages:
         pruning.require_nestable(stage.recipe.prune)
-        search = {"effort": recipe.search.effort / len(stages), "distill_tokens": 0}
-        given = stage.recipe.model_copy(
-            update={
-                "search": stage.recipe.search.model_copy(update=search),
-                "distill": recipe.distill,
-                "stages": (),
-            }
-        )
-        own.append(replace(stage, recipe=given))
-    return tuple(own)
 
 
 @dataclass

@@ -86,6 +86,29 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+def nested_stages(recipe: Recipe) -> tuple[Stage, ...]:
+    """Return one stage for each student of a nested series, largest first, which share one training.
+
+    Their searches share the effort of one, and have no trials, which would train students apart.
+
+    Raises:
+        UserError: there are fewer than two, or one that does not cut a student; or see `stages_of`.
+    """
+    stages = stages_of(recipe)
+    if len(stages) < 2 or any(stage.kind != "cut" for stage in stages):
+        raise UserError(
+            "lineage.nested needs several targets or shapes, largest first, such as --target-params 0.8,0.6"
+        )
+    effort = {"effort": recipe.search.effort / len(stages), "distill_tokens": 0}
+    own = {"distill": recipe.distill, "stages": ()}
+    return tuple(
+        replace(stage, recipe=stage.recipe.model_copy(
+            update={**own, "search": stage.recipe.search.model_copy(update=effort)}
+        ))
+        for stage in stages
+    )  # fmt: skip
+
+
 def _with_heldout(recipe: Recipe, tokens: int) -> Recipe:
     """Return a recipe with a number of held-out tokens, unless it gives one."""
     if recipe.search.tokens is not None:

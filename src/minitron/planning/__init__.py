@@ -13,7 +13,7 @@ from minitron.planning.layers import Place
 from minitron.planning.machine import Machine
 from minitron.planning.memory import Peak, loading_memory, training_memory
 from minitron.recipe import DistillRecipe, Recipe
-from minitron.stages import Kind, Stage, stages_of, stores_states
+from minitron.stages import Kind, Stage, nested_stages, stages_of, stores_states
 
 if TYPE_CHECKING:
     from minitron.nas.effort import Effort
@@ -107,10 +107,8 @@ def plan_stages(recipe: Recipe, teacher: Teacher, machine: Machine, dtype: str) 
         UserError: see `stages_of`; a shape cannot be cut, or no shape is within a budget; or the recipe states no
             target.
     """
-    stages = stages_of(recipe) or (Stage("run", recipe),)
     is_nested = recipe.lineage.nested
-    if is_nested:
-        stages = _shares(stages, recipe)
+    stages = _nested(recipe) if is_nested else stages_of(recipe) or (Stage("run", recipe),)
     is_series = isinstance(recipe.target_params, tuple)
     plans: list[StagePlan] = []
     source = teacher.arch
@@ -124,19 +122,18 @@ def plan_stages(recipe: Recipe, teacher: Teacher, machine: Machine, dtype: str) 
     return plans
 
 
-def _shares(stages: tuple[Stage, ...], recipe: Recipe) -> tuple[Stage, ...]:
-    """Return the stages of a nested series, each with its share of the tokens and of the search's effort."""
-    shares = recipe.lineage.shares(len(stages))
-    return tuple(
-        replace(stage, recipe=stage.recipe.model_copy(update={
-            "distill": recipe.distill.model_copy(update={"tokens": round(share * recipe.distill.tokens)}),
-            "search": stage.recipe.search.model_copy(update={
-                "effort": recipe.search.effort / len(stages), "distill_tokens": 0,
-            }),
-            "calibration": recipe.calibration if number == 0 else recipe.calibration.model_copy(update={"tokens": 0}),
-        }))
-        for number, (stage, share) in enumerate(zip(stages, shares, strict=True))
-    )  # fmt: skip
+def _nested(recipe: Recipe) -> tuple[Stage, ...]:
+    """Return the stages of a nested series, each with its share of the tokens; the teacher is scored for the first."""
+    stages = nested_stages(recipe)
+    planned: list[Stage] = []
+    for stage, share in zip(stages, recipe.lineage.shares(len(stages)), strict=True):
+        parts: dict[str, Any] = {
+            "distill": recipe.distill.model_copy(update={"tokens": round(share * recipe.distill.tokens)})
+        }
+        if planned:
+            parts["calibration"] = recipe.calibration.model_copy(update={"tokens": 0})
+        planned.append(replace(stage, recipe=stage.recipe.model_copy(update=parts)))
+    return tuple(planned)
 
 
 def fits(peak: Peak, machine: Machine) -> bool:
