@@ -47,7 +47,8 @@ def announce_silence(session: Session) -> None:
         return
     if load_tokenizer(session.teacher.folder).chat_template:
         announce(
-            "the teacher answers chats and the text holds none, so that the student will hardly answer: --chats 0.1"
+            "the teacher answers chats and the text holds none, so that the student will hardly answer; --chats 0.1 "
+            "mixes in chats of the teacher"
         )
 
 

@@ -21,7 +21,7 @@ from minitron.nas.budget import Budget
 from minitron.nas.shapes import Shapes
 from minitron.pipeline import accompany, begin, converse, evaluate
 from minitron.progress import announce
-from minitron.pruning import Importance, how_measured, nested_cuts, write_cut, write_importance
+from minitron.pruning import Importance, how_measured, nested_cuts, require_scores, write_cut, write_importance
 from minitron.pruning.nested import beginning_of
 from minitron.recipe import Recipe
 from minitron.reports.series import write_series_report
@@ -73,6 +73,8 @@ def require_nestable(recipe: Recipe, stages: tuple[Stage, ...]) -> None:
     Raises:
         UserError: the recipe asks for what these cannot have.
     """
+    for stage in stages:
+        require_scores(stage.recipe)
     recipe.lineage.shares(len(stages))
     if recipe.lineage.taught_by == "larger":
         raise UserError("lineage.taught_by larger: a larger student that shares its weights teaches nothing new")
