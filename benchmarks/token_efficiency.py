@@ -11,10 +11,11 @@ installation holds). Each gives one line of JSON. The teacher's outputs on the t
 block length and vocabulary in WORK, and pruned models once per arm, shape and seed. The batch is given in tokens; a
 batch shorter than a block shortens the blocks that are trained on. With `--epochs`, the given tokens are processed, and
 the text is that number of times shorter. A shape is one of `SHAPES`, or sizes
-(`vocab_size=24576,intermediate_size=1024`). A student with fewer tokens than the teacher is measured on the text of the
-teacher's blocks, each written with the student's tokens, and its perplexity is per token of the teacher. `show` prints
-what every arm reaches at its best rate and batch, and how many tokens the better of the published methods takes for it,
-by seed.
+(`vocab_size=24576,intermediate_size=1024`), or `num_parameters=89139904`: what `compress` chooses at most of that size,
+in a run of the trial's tokens to which the search is added. A student with fewer tokens than the teacher is measured on
+the text of the teacher's blocks, each written with the student's tokens, and its perplexity is per token of the
+teacher. `show` prints what every arm reaches at its best rate and batch, and how many tokens the better of the
+published methods takes for it, by seed; a chosen shape is compared with those of `SHAPES` that have as many parameters.
 """
 
 import argparse
@@ -40,9 +41,10 @@ from minitron.distillation import stored_teacher
 from minitron.distillation.trainer import Trainer
 from minitron.evaluation.perplexity import Perplexity, measure_perplexity
 from minitron.files import read_jsonl
-from minitron.model.checkpoint import open_checkpoint
-from minitron.model.language_model import load_model
+from minitron.model.checkpoint import Checkpoint, open_checkpoint
+from minitron.model.language_model import Headless, load_model
 from minitron.model.work import forward_flops, training_flops
+from minitron.pipeline import compress
 from minitron.pruning import Importance, over_vocabulary, prune, read_importance, write_importance, write_random
 from minitron.quantities import parse_count
 from minitron.recipe import BASELINES, recipe_from
@@ -55,17 +57,22 @@ CONTEXT = 512
 """Tokens in a block of the evaluations, and of training unless the batch is shorter."""
 EVALUATION_TOKENS = 8_192
 """Tokens of each text."""
+BUDGET = "num_parameters"
 TEXTS = ("near", "far", "technical")
-PUBLISHED = ("papers", "plain")
+PUBLISHED = ("papers", "plain", "plain-eps")
+ADAMW: dict[str, Any] = {"distill.eps": 1e-8}
 ARMS: dict[str, dict[str, Any]] = {
-    "papers": BASELINES["papers"],
-    "plain": BASELINES["modelopt"],
+    "papers": BASELINES["papers"] | ADAMW,
+    "plain": BASELINES["modelopt"] | ADAMW,
+    "plain-eps": BASELINES["modelopt"],
     "random": {},
     "default": {},
     "refit": {"prune.refit": True},
+    "searched": {"search.effort": 1.0},
 }
 """Settings of each arm, laid over the defaults. `papers` and `plain` are the published methods (`--plain papers` and
-`--plain modelopt`), of which the better one at each point is the baseline; `random` starts from random weights."""
+`--plain modelopt`) with AdamW as published, and `plain-eps` the latter with our ε; the best at each point is the
+baseline. `random` starts from random weights; `searched` takes as much work for a shape as for its training."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +140,19 @@ class Bench:
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """Make the student of a trial and return its figures."""
+        if BUDGET in sizes_of(trial.shape):
+            return self._recorded(trial, self._compressed(trial))
         pruned = open_checkpoint(self.pruned(trial))
-        row = asdict(trial) | {"num_parameters": pruned.arch.num_parameters}
+        row: dict[str, Any] = {"num_parameters": pruned.arch.num_parameters}
         if trial.tokens:
             row |= self._trained(trial)
         else:
-            row |= self.figures(load_model(pruned, torch.device("cpu"), torch.float32), trial)
-        return row | {"settings": {key: str(value) for key, value in self.settings.items()}, **_machine(), **versions()}
+            row |= self.figures(pruned, trial.seed)
+        return self._recorded(trial, row)
+
+    def _recorded(self, trial: Trial, row: dict[str, Any]) -> dict[str, Any]:
+        settings = {key: str(value) for key, value in self.settings.items()}
+        return asdict(trial) | row | {"settings": settings, **_machine(), **versions()}
 
     def pruned(self, trial: Trial) -> Path:
         """Return the folder of the trial's model before training, made when it is first asked for."""
@@ -177,7 +190,7 @@ class Bench:
         student = Trainer(teacher, recipe, blocks, session.runtime, folder, stage=trial.arm).trained(pruned)
         seconds = time.monotonic() - started
         losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl")][-10:]
-        figures = self.figures(student.headless, trial)
+        figures = self.figures(pruned, trial.seed, student.headless)
         shutil.rmtree(folder)
         flops = trial.tokens * training_flops(pruned.arch, trial.block)
         flops += trial.unique_tokens * forward_flops(session.teacher.arch, trial.block)
@@ -188,10 +201,34 @@ class Bench:
             "seconds": round(seconds, 1),
         }
 
-    def figures(self, model: Any, trial: Trial) -> dict[str, Any]:
-        """Return perplexity, per token of the teacher, and bits per byte on every text."""
-        texts = {"near": self.session(trial.seed).splits.evaluation, **self._other_texts()}
-        tokenizers = [load_tokenizer(folder) for folder in (self.session(0).teacher.folder, self.pruned(trial))]
+    def _compressed(self, trial: Trial) -> dict[str, Any]:
+        """Compress the teacher to the trial's number of parameters, in a shape that is searched for, and measure it."""
+        settings = ARMS[trial.arm] | {
+            "target_params": sizes_of(trial.shape)[BUDGET], "distill.tokens": trial.tokens, "search.tokens": None,
+            "distill.batch_size": trial.batch // trial.block, "distill.learning_rate": trial.rate,
+        }  # fmt: skip
+        recipe = self.session(trial.seed, trial.block, **settings).recipe
+        out = self.work / "runs" / _digest(repr(trial))
+        started = time.monotonic()
+        compress(recipe, out)
+        seconds = time.monotonic() - started
+        student, effort = open_checkpoint(out / "student"), json.loads((out / "search.json").read_text())["effort"]
+        row = self.figures(student, trial.seed) | {
+            "num_parameters": student.arch.num_parameters,
+            "sizes": student.arch.sizes,
+            "unique_tokens": trial.unique_tokens,
+            "tokens_with_search": round(trial.tokens * (1 + effort["added"])),
+            "flops": round(effort["distillation"] * (1 + effort["added"])),
+            "seconds": round(seconds, 1),
+        }
+        shutil.rmtree(out)
+        return row
+
+    def figures(self, student: Checkpoint, seed: int, headless: Headless | None = None) -> dict[str, Any]:
+        """Return perplexity, per token of the teacher, and bits per byte on every text; of weights on disk or given."""
+        model = headless or load_model(student, torch.device("cpu"), torch.float32)
+        texts = {"near": self.session(seed).splits.evaluation, **self._other_texts()}
+        tokenizers = [load_tokenizer(folder) for folder in (self.session(0).teacher.folder, student.folder)]
         is_cut = len(tokenizers[1]) < len(tokenizers[0])
         found = {
             name: _over_text(model, blocks, tokenizers) if is_cut else measure_perplexity(model, blocks)
@@ -249,7 +286,7 @@ def main() -> None:
     settings = dict(each.split("=", 1) for each in options.set)
     bench = Bench(options.work, options.teacher, options.wikitext, options.most_tokens, settings)
     for trial in _trials(options):
-        for each in (trial.start, trial):
+        for each in (trial,) if BUDGET in sizes_of(trial.shape) else (trial.start, trial):
             if asdict(each) not in [
                 {name: row.get(name) for name in asdict(each)} for row in read_jsonl(options.results)
             ]:
@@ -262,13 +299,13 @@ def main() -> None:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the best figures of each arm by shape and tokens, and the tokens that published methods need for them."""
     for shape in dict.fromkeys(row["shape"] for row in rows):
+        size = sizes_of(shape).get(BUDGET)
         own = [row for row in rows if row["shape"] == shape]
+        own += [row for row in rows if row["num_parameters"] == size and row["arm"] in PUBLISHED]
         seeds = sorted({row["seed"] for row in own})
         best = {(seed, text): _best(own, seed, text) for seed in seeds for text in TEXTS}
-        print(
-            f"\n{shape}: bits per byte at the best rate and batch, mean over seeds; × tokens of the published methods"
-        )
-        for arm, tokens in dict.fromkeys((row["arm"], row["tokens"]) for row in own):
+        print(f"\n{shape}: bits per byte at the best setting, mean over seeds; × tokens of the published methods")
+        for arm, tokens in sorted({(row["arm"], _cost(row)) for row in own}):
             cells = [f"{arm:14} {tokens:8,}"]
             for text in TEXTS:
                 found = [best[seed, text] for seed in seeds if (arm, tokens) in best[seed, text]]
@@ -278,12 +315,17 @@ def show(rows: list[dict[str, Any]]) -> None:
             print("  ".join(cells))
 
 
+def _cost(row: dict[str, Any]) -> int:
+    """Return the tokens of a training, and those that its search added."""
+    return int(row.get("tokens_with_search", row["tokens"]))
+
+
 def _best(rows: list[dict[str, Any]], seed: int, text: str) -> dict[tuple[str, int], float]:
     """Return bits per byte by arm and tokens, of a seed, at the rate, batch and epochs that are best for it."""
     best: dict[tuple[str, int], float] = {}
     for row in rows:
         if row["seed"] == seed and text in row:
-            key = row["arm"], row["tokens"]
+            key = row["arm"], _cost(row)
             best[key] = min(best.get(key, math.inf), row[text]["bits_per_byte"])
     return best
 

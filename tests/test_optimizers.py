@@ -45,6 +45,23 @@ def test_a_step_is_taken_only_where_all_is_finite(tmp_path: Path, loss: float) -
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
+@pytest.mark.parametrize(("eps", "is_held"), [(None, True), (1e-8, False)])
+def test_weights_of_tiny_gradients_are_held(tmp_path: Path, eps: float | None, is_held: bool) -> None:
+    """Rows of tokens that the text does not hold get gradients of noise, which Adam by itself steps along in full."""
+    checkpoint = open_checkpoint(make_model(tmp_path, "llama-tied"))
+    student, recipe = Headless(load_model(checkpoint, CPU, torch.float32)), DistillRecipe(eps=eps)
+    optimizer = make_optimizer(student, recipe)
+    embedding = student.model.get_input_embeddings().weight  # type: ignore[operator]
+    before = embedding.detach().clone()
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    embedding.grad[:100] = 1e-4
+    take_step(student, optimizer, 1e-3, recipe.max_grad_norm, 1.0)
+    moved = (embedding.detach() - before).abs().mean(dim=1)
+    assert moved[100:].mean() == pytest.approx(1e-3 / (1 + 0.3 * is_held), rel=0.02)
+    assert (moved[:100].max() < 1e-6) == is_held
+
+
 def test_moments_of_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They move weights nearly as whole ones do, and are the same when read back from a checkpoint."""
     # torchao would compile its step for each shape of a weight, which takes a minute.

@@ -13,6 +13,9 @@ from minitron.recipe import DistillRecipe
 WARMUP_RATIO = 0.05
 """The share of the steps over which the learning rate rises, where a recipe gives neither a share nor a number."""
 
+EPSILON_SHARE = 0.3
+"""AdamW's ε as a share of the root mean square of a clipped gradient (docs/studies/token-efficiency.md)."""
+
 
 def make_optimizer(student: Headless, recipe: DistillRecipe) -> torch.optim.Optimizer:
     """Return AdamW for all parameters that are trained.
@@ -24,6 +27,7 @@ def make_optimizer(student: Headless, recipe: DistillRecipe) -> torch.optim.Opti
     """
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     options: dict[str, Any] = {"betas": recipe.betas, "weight_decay": recipe.weight_decay}
+    options["eps"] = epsilon(sum(parameter.numel() for parameter in trained), recipe)
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(trained, lr=0.0, fused=True, **options)
     try:
@@ -32,6 +36,17 @@ def make_optimizer(student: Headless, recipe: DistillRecipe) -> torch.optim.Opti
         raise UserError("distill.optimizer adamw8bit needs torchao: pip install 'minitron[8bit]'") from error
     optimizer: torch.optim.Optimizer = AdamW8bit(trained, lr=0.0, **options)
     return optimizer
+
+
+def epsilon(num_weights: int, recipe: DistillRecipe) -> float:
+    """Return AdamW's ε for a number of trained weights.
+
+    Adam moves every weight by about the learning rate, however small its gradient is. Rows of tokens that the text
+    never holds get hardly more than noise, and drift by it; an ε in proportion to the usual gradient holds them.
+    """
+    if recipe.eps is not None:
+        return recipe.eps
+    return EPSILON_SHARE * min(1.0, recipe.max_grad_norm) / math.sqrt(num_weights)
 
 
 def take_step(

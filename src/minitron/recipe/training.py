@@ -160,6 +160,10 @@ class DistillRecipe(Part):
     """AdamW; or AdamW with moments of 8 bits, a quarter of the memory (needs torchao, in one process)."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of AdamW's two moments."""
+    eps: float | None = Field(None, gt=0)
+    """AdamW's ε: weights whose gradient is smaller take smaller steps. None takes 0.3 of the root mean square of a
+    clipped gradient, `max_grad_norm` (at most 1) over the root of the number of weights, so that tokens and directions
+    that the text hardly uses stay as they were (docs/studies/token-efficiency.md)."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
