@@ -227,3 +227,18 @@ def test_a_folder_named_like_a_recipe_is_not_taken_for_it(tmp_path: Path, monkey
     assert recipe_from("qwen3", teacher="t").search.fixed
     (tmp_path / "laptop").write_text("seed: 7\n")
     assert recipe_from("laptop", teacher="t").seed == 7
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context", "processes", "batch_size"),
+    [("20k", None, 1, 1), ("200k", 512, 1, 4), ("200k", 512, 4, 4), ("20k", None, 2, 2), ("1M", None, 1, 8),
+     (2_000_000, 4096, 8, 8), (100, 512, 16, 16)],
+)  # fmt: skip
+def test_short_trainings_take_small_batches(
+    tokens: Any, context: int | None, processes: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    distill = recipe_from(None, teacher="smollm2", context=context, distill={"tokens": tokens}).distill
+    assert distill.batch_size == batch_size
+    given = recipe_from(None, teacher="smollm2", context=context, distill={"tokens": tokens, "batch_size": 8})
+    assert given.distill.batch_size == 8

@@ -1,5 +1,6 @@
 """The settings of a run: all parts of a recipe together."""
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -14,7 +15,7 @@ from minitron.recipe.cutting import (
     VocabularyRecipe,
 )
 from minitron.recipe.parts import Count, Data, Part, Target, shares
-from minitron.recipe.training import DistillRecipe, PreferRecipe, TuneRecipe
+from minitron.recipe.training import LEAST_STEPS, DistillRecipe, PreferRecipe, TuneRecipe
 
 DEFAULT_CONTEXT = 1024
 """Tokens in a block where neither the recipe nor the teacher limits them."""
@@ -128,6 +129,17 @@ class Recipe(Part):
     def _has_one_target(self) -> "Recipe":
         if self.shape and self.has_budget:
             raise ValueError("give a shape, or a budget (target_params, budget), not both")
+        return self
+
+    @model_validator(mode="after")
+    def _takes_enough_steps(self) -> "Recipe":
+        """Make the batch of a short training smaller, where it is not given."""
+        if "batch_size" not in self.distill.model_fields_set:
+            processes = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun, each of which takes a share of a step
+            blocks = self.distill.tokens // (self.context or DEFAULT_CONTEXT)
+            sizes = [size for size in (8, 4, 2) if size % processes == 0 and blocks // size >= LEAST_STEPS]
+            batch_size = sizes[0] if sizes else processes
+            object.__setattr__(self, "distill", self.distill.model_copy(update={"batch_size": batch_size}))
         return self
 
     def context_within(self, longest: int | None) -> int:
