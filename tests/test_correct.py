@@ -232,7 +232,7 @@ def test_a_teacher_that_learns_while_it_teaches_has_a_rate(
     [
         ("correction: {learning_rate: 1.0e-4, original: {learning_rate: 3.0e-4}}", "a fifth of which is the rate, not"),
         ("correction: {original: {learning_rate: 1.0e-4, min_learning_rate: 5.0e-5}}", "5e-05 is above the peak"),
-        ("warmup_steps: 2", r"warmup_steps 2 takes all 2 steps of the training; accepted: fewer"),
+        ("warmup_steps: 16", r"warmup_steps 16 takes all 16 steps of the training; accepted: fewer"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_any_work(
