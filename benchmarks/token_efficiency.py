@@ -189,7 +189,7 @@ class Bench:
         started = time.monotonic()
         student = Trainer(teacher, recipe, blocks, session.runtime, folder, stage=trial.arm).trained(pruned)
         seconds = time.monotonic() - started
-        losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl")][-10:]
+        losses = [row["loss"] for row in read_jsonl(folder / "metrics.jsonl") if "loss" in row][-10:]
         figures = self.figures(pruned, trial.seed, student.headless)
         shutil.rmtree(folder)
         flops = trial.tokens * training_flops(pruned.arch, trial.block)
