@@ -15,7 +15,7 @@ from minitron.recipe.cutting import (
     VocabularyRecipe,
 )
 from minitron.recipe.parts import Count, Data, Part, Target, shares
-from minitron.recipe.training import LEAST_STEPS, DistillRecipe, PreferRecipe, TuneRecipe
+from minitron.recipe.training import ENOUGH_STEPS, DistillRecipe, PreferRecipe, TuneRecipe
 
 DEFAULT_CONTEXT = 1024
 """Tokens in a block where neither the recipe nor the teacher limits them."""
@@ -137,7 +137,7 @@ class Recipe(Part):
         if "batch_size" not in self.distill.model_fields_set:
             processes = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun, each of which takes a share of a step
             blocks = self.distill.tokens // (self.context or DEFAULT_CONTEXT)
-            sizes = [size for size in (8, 4, 2) if size % processes == 0 and blocks // size >= LEAST_STEPS]
+            sizes = [size for size in (8, 4, 2) if size % processes == 0 and blocks // size >= ENOUGH_STEPS]
             batch_size = sizes[0] if sizes else processes
             object.__setattr__(self, "distill", self.distill.model_copy(update={"batch_size": batch_size}))
         return self

@@ -8,7 +8,7 @@ from minitron.recipe.parts import Count, CountOrNone, Part
 
 DEEP_CUT = 0.75
 """The share of the teacher's layers, at most which a student has whose depth was cut a lot."""
-LEAST_STEPS = 50
+ENOUGH_STEPS = 50
 """Steps that a training takes at least where its batch is not given and can be smaller."""
 STATES_BYTES = {"bfloat16": 2, "float32": 4}
 Documents = Literal["joined", "apart", "whole"]
@@ -141,8 +141,8 @@ class DistillRecipe(Part):
     document (`apart`), for families that allow it. `whole` is like `apart`, and cuts only documents that are longer
     than a block: the rest of a block is padding, and families that cannot keep documents apart get one per block."""
     batch_size: int = Field(8, ge=1)
-    """Blocks per optimizer step, over all processes. Where it is not given, 8 or what half, a quarter or an eighth of
-    that takes to leave `LEAST_STEPS` steps: a short training of few large steps learns little
+    """Blocks per optimizer step, over all processes. Where it is not given, it is 8, 4, 2 or 1, the largest that
+    leaves 50 steps and that processes of torchrun can share: a short training of few large steps learns little
     (docs/studies/token-efficiency.md)."""
     micro_batch_size: int = Field(1, ge=1)
     """Blocks per forward pass; gradients of a step are accumulated."""
