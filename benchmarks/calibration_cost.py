@@ -40,7 +40,7 @@ def main() -> None:
             "plain": lambda: forward(model, blocks),
             "scores": lambda: calibrate(session.teacher, blocks, recipe=recipe, runtime=runtime),
             "scores and moment": lambda: calibrate(
-                session.teacher, blocks, recipe=recipe, runtime=runtime, moment=True
+                session.teacher, blocks, recipe=recipe, runtime=runtime, others=blocks[:1]
             ),
         }
         for way in ways.values():

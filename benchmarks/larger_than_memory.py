@@ -169,7 +169,7 @@ def calibrated(folder: Path) -> dict[str, Any]:
 
     teacher, blocks = inputs(folder)
     recipe, runtime = CalibrationRecipe(), Runtime(torch.device("cpu"), torch.bfloat16)
-    statistics = calibrate(teacher, blocks, recipe=recipe, runtime=runtime, moment=True)
+    statistics = calibrate(teacher, blocks, recipe=recipe, runtime=runtime, others=blocks[:1])
     scores = {name: value.contiguous() for name, value in score(statistics, teacher, recipe).items()}
     save_file(scores, folder.parent / f"{folder.name}.importance")
     return {"tokens": blocks.num_tokens}

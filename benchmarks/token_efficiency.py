@@ -67,12 +67,17 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain-eps": BASELINES["modelopt"],
     "random": {},
     "default": {},
+    "random-tokens": {"calibration.other_text": "random"},
+    "channels": {"prune.rotate": False},
+    "unscaled": {"prune.rescale_norms": False},
+    "eps1e-08": ADAMW,
     "refit": {"prune.refit": True},
     "searched": {"search.effort": 1.0},
 }
 """Settings of each arm, laid over the defaults. `papers` and `plain` are the published methods (`--plain papers` and
 `--plain modelopt`) with AdamW as published, and `plain-eps` the latter with our ε; the best at each point is the
-baseline. `random` starts from random weights; `searched` takes as much work for a shape as for its training."""
+baseline. `random` starts from random weights; `searched` takes as much work for a shape as for its training; the others
+leave out one part of the default, or add one."""
 
 
 @dataclass(frozen=True)

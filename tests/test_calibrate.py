@@ -16,7 +16,8 @@ from minitron.model.anatomy import Tap
 from minitron.model.checkpoint import Checkpoint
 from minitron.model.language_model import load_model, module_of
 from minitron.pruning import require_scores
-from minitron.pruning.calibrate import ENDS, NOISE, calibrate, random_blocks
+from minitron.pruning.calibrate import ENDS, OTHERS, calibrate
+from minitron.pruning.other_text import random_ids
 from minitron.pruning.scores import SCORES, Importance, Score, score
 from minitron.pruning.selection import score_shape, select
 from minitron.pruning.statistics import STREAM_MOMENT
@@ -453,29 +454,27 @@ def test_a_stream_in_a_file_is_the_one_in_memory(
     tmp_path: Path,
 ) -> None:
     teacher = teachers("llama")
-    in_memory = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, dtype), moment=True)
+    in_memory = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, dtype), others=blocks[:1])
     monkeypatch.setenv("MINITRON_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("minitron.data.stream.SPILL_BYTES", 0)
     assert Stream(blocks, 48, dtype).file is not None
-    spilled = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, dtype), moment=True)
+    spilled = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, dtype), others=blocks[:1])
     assert all(torch.equal(in_memory[name], spilled[name]) for name in in_memory)
     assert not list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen2", "nemotron", "gpt_neox"])
-def test_the_moment_of_the_stream_counts_its_ends_more_and_random_tokens_less(
+def test_the_moment_of_the_stream_counts_its_ends_more_and_other_text_less(
     variant: str, teachers: Callable[[str], Checkpoint], blocks: Blocks
 ) -> None:
     teacher = teachers(variant)
     arch = teacher.arch
-    noise = random_blocks(blocks, arch.axis_size("vocab"), seed=0)
-    assert len(noise) == 1
-    assert noise.context == blocks.context
-    assert not torch.equal(noise.ids, random_blocks(blocks, arch.axis_size("vocab"), seed=1).ids)
+    ids = random_ids(1, blocks.context, arch.axis_size("vocab"), seed=0)
+    others = Blocks(ids, torch.ones_like(ids, dtype=torch.int32))
 
     def expected(ends: float, share: float) -> Tensor:
         layers, total = range(arch.axis_size("layer")), torch.zeros(())
-        for part, weight in ((blocks, 1.0), (noise, share)):
+        for part, weight in ((blocks, 1.0), (others, share)):
             model = reference_model(teacher)
             seen, inner, final = Seen(), arch.norms_before_blocks, arch.family.final_norm
             for i in layers:
@@ -489,13 +488,13 @@ def test_the_moment_of_the_stream_counts_its_ends_more_and_random_tokens_less(
                 x = x - x.mean(dim=-1, keepdim=True) if arch.family.is_centred else x
                 x = x / x.square().mean(dim=-1, keepdim=True).sqrt()
                 factor = ends if name in {f"{inner[0].name} 0", "final"} else 1.0
-                total = total + weight * factor * (x.T @ x) / len(x)
+                total = total + weight * factor * (x.T @ x) / blocks.num_tokens
         return total
 
-    found = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, torch.float64), moment=True)
+    found = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, torch.float64), others=others)
     moment = found.pop(STREAM_MOMENT)
-    torch.testing.assert_close(moment, expected(ENDS, NOISE), rtol=1e-4, atol=1e-5)
-    for ends, share in ((1.0, NOISE), (ENDS, 0.0)):
+    torch.testing.assert_close(moment, expected(ENDS, OTHERS), rtol=1e-4, atol=1e-5)
+    for ends, share in ((1.0, OTHERS), (ENDS, 0.0)):
         assert not torch.allclose(moment, expected(ends, share), rtol=1e-2, atol=1e-2)
     without = calibrate(teacher, blocks, recipe=MINITRON, runtime=Runtime(CPU, torch.float64))
     assert without.keys() == found.keys()

@@ -63,7 +63,7 @@ def written(
     teacher: Checkpoint, folder: Path, blocks: Blocks, recipe: PruneRecipe
 ) -> tuple[list[Checkpoint], list[Cut]]:
     """Write a nested series of pruned models."""
-    statistics = calibrate(teacher, blocks, recipe=CalibrationRecipe(), runtime=RUNTIME, moment=True)
+    statistics = calibrate(teacher, blocks, recipe=CalibrationRecipe(), runtime=RUNTIME, others=blocks[:1])
     importance = {**random_importance(teacher.arch), **score(statistics, teacher, CalibrationRecipe())}
     cuts = nested_cuts(teacher, importance, shapes_of(teacher.arch), recipe)
     models = []

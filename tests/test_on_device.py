@@ -205,8 +205,8 @@ def test_answers(gpu: torch.device, chatty: Path) -> None:
 
 
 def importance_of(teacher: Checkpoint, device: torch.device) -> Importance:
-    recipe, moment = CalibrationRecipe(), rotates(teacher.arch, PruneRecipe())
-    statistics = calibrate(teacher, BLOCKS, recipe=recipe, runtime=runtime_of(device), moment=moment)
+    recipe, others = CalibrationRecipe(), BLOCKS[:1] if rotates(teacher.arch, PruneRecipe()) else None
+    statistics = calibrate(teacher, BLOCKS, recipe=recipe, runtime=runtime_of(device), others=others)
     return score(statistics, teacher, recipe)
 
 

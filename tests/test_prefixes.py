@@ -95,7 +95,8 @@ def test_hidden_is_rotated_and_its_norms_rescaled_as_in_the_pruned_model(
     arch = narrower(teacher.arch)
     recipe = PruneRecipe(rotate=rotate, refit=False)
     runtime, calibration = Runtime(CPU, torch.float32), CalibrationRecipe()
-    statistics = calibrate(teacher, blocks, recipe=calibration, runtime=runtime, moment=rotate)
+    others = blocks[:1] if rotate else None
+    statistics = calibrate(teacher, blocks, recipe=calibration, runtime=runtime, others=others)
     importance = score(statistics, teacher, calibration)
     expected = logits(repaired_model(teacher, arch, importance, recipe, blocks), input_ids)
     found = logits(sorted_for(teacher, arch, importance, recipe, blocks).model(arch, RUNTIME), input_ids)

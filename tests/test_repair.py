@@ -39,8 +39,8 @@ def blocks() -> Blocks:
 
 
 def importance_of(teacher: Checkpoint, blocks: Blocks) -> Importance:
-    recipe, moment = CalibrationRecipe(), obstacle(teacher.arch) is None
-    return score(calibrate(teacher, blocks, recipe=recipe, runtime=RUNTIME, moment=moment), teacher, recipe)
+    recipe, others = CalibrationRecipe(), blocks[:2] if obstacle(teacher.arch) is None else None
+    return score(calibrate(teacher, blocks, recipe=recipe, runtime=RUNTIME, others=others), teacher, recipe)
 
 
 def made(teacher: Checkpoint, cut: Cut, blocks: Blocks, recipe: PruneRecipe) -> dict[str, Tensor]:

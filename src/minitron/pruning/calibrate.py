@@ -39,16 +39,14 @@ from minitron.runtime import Runtime
 ENDS = 3.0
 """The weight in the moment of the stream of its two ends, the embeddings and what the final norm reads; that of every
 place between them is 1. Everything that a model reads or writes passes there (docs/studies/token-efficiency.md)."""
-NOISE = 0.3
-"""The weight of random tokens in the moment of the stream, compared with the text. Directions that the calibration text
-hardly uses, and other texts need, are kept for them (docs/studies/token-efficiency.md)."""
-NOISE_BLOCKS = 0.25
-"""The number of blocks of random tokens, as a share of the blocks of text."""
+OTHERS = 1.2
+"""The weight in the moment of the stream of a token of other text; that of a token of the calibration text is 1.
+Directions that the latter hardly uses, and other texts need, are kept for them (docs/studies/token-efficiency.md)."""
 
 
 @torch.no_grad()
 def calibrate(
-    checkpoint: Checkpoint, blocks: Blocks, *, recipe: CalibrationRecipe, runtime: Runtime, moment: bool = False
+    checkpoint: Checkpoint, blocks: Blocks, *, recipe: CalibrationRecipe, runtime: Runtime, others: Blocks | None = None
 ) -> Statistics:
     """Run blocks through a model and sum statistics of its activations, in float64 on the CPU.
 
@@ -65,10 +63,10 @@ def calibrate(
     - `block_influence`, (num_layers,): the mean over tokens of `1 − cos(layer input, layer output)`
       (Minitron, arXiv 2407.14679, section 2.2, after ShortGPT);
     - `num_blocks`, (1,);
-    - with `moment`, `stream_moment`, (hidden, hidden): the second moment of the stream as norms before blocks, the
-      final one included, normalise it and before they multiply by their weights; mean over tokens, summed over norms,
-      the first and the final one `ENDS` times. To that of the text, that of blocks of random tokens is added `NOISE`
-      times.
+    - with blocks of other text (`others`), `stream_moment`, (hidden, hidden): the second moment of the stream as norms
+      before blocks, the final one included, normalise it and before they multiply by their weights; summed over norms,
+      the first and the final one `ENDS` times, and over tokens, those of the other text `OTHERS` times, divided by the
+      number of calibration tokens.
 
     One layer is in memory at a time, and the residual stream of all blocks.
 
@@ -78,28 +76,28 @@ def calibrate(
     require_width_scores(recipe)
     arch, layers = checkpoint.arch, Layers.of(checkpoint, runtime)
     depth, sums = arch.axis_size("layer"), _Sums(arch, recipe, blocks.num_tokens)
-    noise = random_blocks(blocks, arch.axis_size("vocab"), runtime.seed) if moment else blocks[:0]
-    weights = (1 / blocks.num_tokens, NOISE / max(1, noise.num_tokens))
-    num_tokens = blocks.num_tokens + noise.num_tokens
+    has_moment, others = others is not None, blocks[:0] if others is None else others
+    weights = (1 / blocks.num_tokens, OTHERS / blocks.num_tokens)
+    num_tokens = blocks.num_tokens + others.num_tokens
     with Progress("calibrate", depth * num_tokens, "tokens × layers") as progress:
-        stream, of_noise = layers.embedded(blocks), layers.embedded(noise) if moment else None
+        stream, of_others = layers.embedded(blocks), layers.embedded(others) if has_moment else None
         for number in range(depth):
             layer = layers.load(number)
             progress.note(f"layer {number + 1} of {depth}")
-            with sums.reading(layer), sums.reading_stream(layer, weights[0]) if moment else nullcontext():
+            with sums.reading(layer), sums.reading_stream(layer, weights[0]) if has_moment else nullcontext():
                 for i in range(len(blocks)):
                     before = stream[i].to(runtime.device)
                     after = layer(before)
                     sums.add_influence(number, before, after)
                     stream[i] = after
                     progress.advance(blocks.context)
-            if of_noise is not None:
+            if of_others is not None:
                 with sums.reading_stream(layer, weights[1]):
-                    for i in range(len(noise)):
-                        of_noise[i] = layer(of_noise[i].to(runtime.device))
+                    for i in range(len(others)):
+                        of_others[i] = layer(of_others[i].to(runtime.device))
                         progress.advance(blocks.context)
-    if of_noise is not None:
-        for part, weight in zip((stream, of_noise), weights, strict=True):
+    if of_others is not None:
+        for part, weight in zip((stream, of_others), weights, strict=True):
             for states in part:
                 sums.add_moment(states.to(runtime.device), ENDS * weight)
     statistics = {key: value.double().cpu() for key, value in sums.by_key.items()}
@@ -107,13 +105,6 @@ def calibrate(
     if broken := [key for key, value in statistics.items() if not torch.isfinite(value).all()]:
         _explain(checkpoint, broken[0], runtime)
     return statistics
-
-
-def random_blocks(blocks: Blocks, vocab_size: int, seed: int) -> Blocks:
-    """Return blocks of tokens drawn at random from the vocabulary, `NOISE_BLOCKS` times as many as `blocks`, or one."""
-    size = (max(1, round(NOISE_BLOCKS * len(blocks))), blocks.context)
-    ids = torch.randint(vocab_size, size, generator=torch.Generator().manual_seed(seed))
-    return Blocks(ids, torch.zeros(size, dtype=torch.int32))
 
 
 def _explain(checkpoint: Checkpoint, key: str, runtime: Runtime) -> NoReturn:

@@ -14,6 +14,7 @@ from minitron.model.arch import Arch
 from minitron.model.weights import open_safetensors
 from minitron.pruning.calibrate import calibrate
 from minitron.pruning.depth import require_depth_score, require_removable, score_depth
+from minitron.pruning.other_text import other_text, require_memory_to_write
 from minitron.pruning.rotate import rotates
 from minitron.pruning.scores import SCORED_AS, Importance, require_width_scores, score
 from minitron.pruning.selection import score_shape
@@ -137,9 +138,11 @@ def require_measurable(session: Session) -> None:
     """Check that the model can be scored as the recipe says, before its text is read.
 
     Raises:
-        UserError: the recipe asks for a rotation or a removal of layers that the family cannot have.
+        UserError: the recipe asks for a rotation or a removal of layers that the family cannot have, or the memory does
+            not hold a model that has to write text.
     """
-    rotates(session.source.arch, session.recipe.prune)
+    if rotates(session.source.arch, session.recipe.prune):
+        require_memory_to_write(session.source, session.recipe.calibration, session.runtime)
     require_removable(session.source.arch, session.recipe.depth)
 
 
@@ -148,9 +151,9 @@ def _measure(session: Session, removed: set[int] | None) -> tuple[Statistics, Im
     blocks, recipe, source = session.calibration_blocks, session.recipe, session.source
     if len(tokens := blocks.ids.unique()) < 2:
         raise UserError(f"the calibration text holds only token {int(tokens)}: is it nothing but padding?")
-    statistics = calibrate(
-        source, blocks, recipe=recipe.calibration, runtime=session.runtime, moment=rotates(source.arch, recipe.prune)
-    )
+    given: Any = {"recipe": recipe.calibration, "runtime": session.runtime}
+    others = other_text(source, blocks, **given) if rotates(source.arch, recipe.prune) else None
+    statistics = calibrate(source, blocks, **given, others=others)
     importance = score(statistics, source, recipe.calibration)
     if recipe.depth.score == "block_influence" and recipe.depth.removal == "one_shot":
         return statistics, importance

@@ -17,6 +17,10 @@ class CalibrationRecipe(Part):
 
     tokens: Count = 32_768
     """Tokens of training text on which importance is measured."""
+    other_text: Literal["written", "random"] = "written"
+    """What keeps directions for text unlike the calibration text, where hidden is cut along principal directions: text
+    that the model writes itself and random tokens, each a quarter as much as `tokens`; or random tokens alone, which
+    need only one layer of the model in memory at a time."""
     batch: str = "l2"
     """How the aggregates of all blocks become one score: `l2` (root of the sum of squares), `mean` or `var`. The
     default is Minitron's choice (arXiv 2407.14679, table 13)."""
