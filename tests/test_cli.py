@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from minitron import cli
 from minitron.model.checkpoint import open_checkpoint
@@ -161,6 +162,7 @@ def test_importance_that_was_measured_otherwise_is_refused(
          "--set calibration.ffn_scores=input_of_second"),
         (["--set", "calibration.sequence=l2"], "calibration.sequence mean, and l2 is asked for"),
         (["--set", "depth.score=kl"], "depth.score block_influence, and kl is asked for"),
+        (["--set", "calibration.other_text=random"], "calibration.other_text written, and random is asked for"),
     ):  # fmt: skip
         monkeypatch.setattr("sys.argv", ["minitron", "prune", *map(str, cut), *options])
         with pytest.raises(SystemExit):
@@ -169,6 +171,18 @@ def test_importance_that_was_measured_otherwise_is_refused(
         assert not (tmp_path / "out").exists()
     # The number of tokens is not the score; nor does a cut without repairs read the text.
     verb("prune", *cut, "--plain", "modelopt", "--set", "calibration.tokens=128")
+    file = stats / "importance.safetensors"  # of an earlier version, which took random tokens
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    measured = json.loads(metadata["measured"])
+    del measured["scores"]["other_text"]
+    save_file(load_file(file), file, metadata | {"measured": json.dumps(measured)})
+    monkeypatch.setattr("sys.argv", ["minitron", "prune", *map(str, cut), "--overwrite"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "calibration.other_text random, and written is asked for" in capsys.readouterr().err
+    for option in ("calibration.other_text=random", "prune.rotate=false"):
+        verb("prune", *cut, "--set", option, "--overwrite")
 
 
 def test_the_stages_one_after_the_other(verb: Verb, tmp_path: Path, text_file: Path) -> None:

@@ -90,6 +90,7 @@ def read_importance(path: Path, session: Session) -> Importance:
         return importance
     measured = {f"calibration.{key}": value for key, value in recorded["scores"].items()}
     measured |= {f"depth.{key}": value for key, value in recorded["depth"].items()}
+    measured.setdefault("calibration.other_text", "random")  # as in earlier versions
     for key, wanted in _scoring_settings(session.recipe, teacher.arch).items():
         if measured.get(key) != wanted:
             before = measured.get(key) or "null"
@@ -108,6 +109,8 @@ def _scoring_settings(recipe: Recipe, arch: Arch) -> dict[str, str | None]:
         for key, value in recipe.calibration.model_dump(exclude={"tokens"}).items()
         if not key.endswith("_scores") or key.removesuffix("_scores") in scored
     }
+    if not rotates(arch, recipe.prune):
+        del settings["calibration.other_text"]
     return settings | {f"depth.{key}": getattr(recipe.depth, key) for key in DEPTH_SETTINGS}
 
 
