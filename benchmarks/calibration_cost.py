@@ -40,7 +40,7 @@ def main() -> None:
             "plain": lambda: forward(model, blocks),
             "scores": lambda: calibrate(session.teacher, blocks, recipe=recipe, runtime=runtime),
             "scores and moment": lambda: calibrate(
-                session.teacher, blocks, recipe=recipe, runtime=runtime, others=blocks[:1]
+                session.teacher, blocks, recipe=recipe, runtime=runtime, others=blocks[: max(1, len(blocks) // 2)]
             ),
         }
         for way in ways.values():

@@ -8,10 +8,8 @@ import torch
 
 from minitron.data.blocks import Blocks
 from minitron.distillation.objective import Objective
+from minitron.model.drawing import drawn_after
 from minitron.recipe import DistillRecipe
-
-NO_TOKEN = -1
-"""In the place of the token that ends a text, so that a continuation has its full length."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,6 @@ class OnPolicy:
         return replace(self.objective, recipe=recipe, intermediate=None)
 
 
-@torch.no_grad()
 def continued(model: Any, blocks: Blocks, length: int) -> Blocks:
     """Return pieces of blocks, 2·length tokens each, whose second half the model has drawn at temperature 1.
 
@@ -56,11 +53,7 @@ def continued(model: Any, blocks: Blocks, length: int) -> Blocks:
     """
     pieces = blocks.context // (2 * length)
     ids = blocks.ids[:, : pieces * 2 * length].reshape(-1, 2 * length)
-    prompts = ids[:, :length].to(next(model.parameters()).device)
-    output = model.generate(
-        inputs=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=length, do_sample=True,
-        temperature=1.0, top_k=0, top_p=1.0, eos_token_id=NO_TOKEN, pad_token_id=0,
-    )  # fmt: skip
+    output = drawn_after(model, ids[:, :length], length)
     is_learnt = torch.zeros_like(ids, dtype=torch.bool)
     is_learnt[:, length:] = True
     return Blocks(output.to(ids.device), torch.zeros_like(ids, dtype=torch.int32), is_learnt)

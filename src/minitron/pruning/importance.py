@@ -154,9 +154,10 @@ def _measure(session: Session, removed: set[int] | None) -> tuple[Statistics, Im
     blocks, recipe, source = session.calibration_blocks, session.recipe, session.source
     if len(tokens := blocks.ids.unique()) < 2:
         raise UserError(f"the calibration text holds only token {int(tokens)}: is it nothing but padding?")
-    given: Any = {"recipe": recipe.calibration, "runtime": session.runtime}
-    others = other_text(source, blocks, **given) if rotates(source.arch, recipe.prune) else None
-    statistics = calibrate(source, blocks, **given, others=others)
+    others = None
+    if rotates(source.arch, recipe.prune):
+        others = other_text(source, blocks, recipe=recipe.calibration, runtime=session.runtime)
+    statistics = calibrate(source, blocks, recipe=recipe.calibration, runtime=session.runtime, others=others)
     importance = score(statistics, source, recipe.calibration)
     if recipe.depth.score == "block_influence" and recipe.depth.removal == "one_shot":
         return statistics, importance

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from rich.filesize import decimal
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from minitron.data.blocks import Blocks
 from minitron.errors import UserError
 from minitron.model.checkpoint import Checkpoint
+from minitron.model.drawing import drawn_after
 from minitron.model.language_model import load_model
 from minitron.progress import Progress
 from minitron.recipe import CalibrationRecipe
@@ -24,24 +25,19 @@ SHARE = 1 / 4
 """The number of blocks of each kind of other text, as a share of the blocks of calibration text."""
 LENGTH = 128
 """The most tokens of one text that the model writes: longer texts take more steps, and each step reads all weights."""
-NO_TOKEN = -1
-"""In the place of the token that ends a text, so that every text has its full length."""
 
 
 def other_text(checkpoint: Checkpoint, blocks: Blocks, *, recipe: CalibrationRecipe, runtime: Runtime) -> Blocks:
-    """Return blocks that the model writes, then as many of random tokens: `SHARE` of the calibration blocks, or one.
+    """Return blocks that the model writes, and then as many blocks of random tokens.
 
-    Blocks that are longer than `LENGTH` hold several texts, one after the other, as calibration blocks do. With
-    `calibration.other_text: random`, there are random tokens alone.
-
-    Raises:
-        UserError: see `require_memory_to_write`.
+    Their number is `SHARE` of that of the calibration blocks, or one. Blocks that are longer than `LENGTH` hold several
+    texts, one after the other, as calibration blocks do. With `calibration.other_text: random`, there are random tokens
+    alone; else the memory holds the model (`require_memory_to_write`).
     """
     num_blocks, vocab_size = max(1, round(SHARE * len(blocks))), checkpoint.arch.axis_size("vocab")
     drawn = random_ids(num_blocks, blocks.context, vocab_size, runtime.seed)
     if recipe.other_text == "random":
         return _blocks_of(drawn)
-    require_memory_to_write(checkpoint, recipe, runtime)
     model = load_model(checkpoint, runtime.device, _dtype(runtime), runtime.attention)
     length = min(LENGTH, blocks.context)
     texts = written(model, drawn.flatten()[: -(-drawn.numel() // length), None], length, seed=runtime.seed)
@@ -62,31 +58,18 @@ def require_memory_to_write(checkpoint: Checkpoint, recipe: CalibrationRecipe, r
         )
 
 
-@torch.no_grad()
 def written(model: Any, first: Tensor, length: int, *, seed: int) -> Tensor:
     """Return tokens (N, length): the first ones (N, 1), and what the model draws after them at temperature 1.
 
     This is how LLM-QAT (arXiv 2305.17888) makes text for training, and arXiv 2410.17170 for calibration.
-    Logits that are NaN count as 0: what uses the text reports them.
     """
-    sampling = GenerationConfig(
-        max_new_tokens=length - 1, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=NO_TOKEN,
-        pad_token_id=0, remove_invalid_values=True,
-    )  # fmt: skip
-    device = next(model.parameters()).device
-    first = first.to(device)
     if length == 1:
-        return first.cpu()
+        return first
+    device = next(model.parameters()).device
     ours = torch.random.fork_rng([device] if device.type == "cuda" else [])
     with Progress("write other text", first.numel() * (length - 1)) as progress, ours:
         torch.manual_seed(seed)
-        output = model.generate(
-            inputs=first,
-            attention_mask=torch.ones_like(first),
-            generation_config=sampling,
-            stopping_criteria=StoppingCriteriaList([_Advance(progress)]),
-        )
-    return output.cpu()  # type: ignore[no-any-return]
+        return drawn_after(model, first, length - 1, StoppingCriteriaList([_Advance(progress)])).cpu()
 
 
 def random_ids(num_blocks: int, context: int, vocab_size: int, seed: int) -> Tensor:
