@@ -11,8 +11,8 @@ from transformers import GenerationConfig, StoppingCriteriaList
 def drawn_after(model: Any, prompts: Tensor, length: int, criteria: StoppingCriteriaList | None = None) -> Tensor:
     """Draw `length` tokens at temperature 1 after each of the prompts (B, T); return both, (B, T + length).
 
-    The settings of generation in the checkpoint (penalties, top-k, tokens that end a text) do not count. Logits that are
-    NaN count as 0: what uses the text reports them.
+    The settings of generation in the checkpoint (penalties, top-k, tokens that end a text) do not count. Logits that
+    are NaN count as 0: what uses the text reports them.
     """
     sampling = GenerationConfig(
         max_new_tokens=length, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, remove_invalid_values=True,
